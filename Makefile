@@ -1,0 +1,50 @@
+# Needs Python 3.11 to 3.13, make and git; everything else comes into $(VENV) by itself.
+VENV ?= .venv
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
+
+# One thread per test worker, threads that sleep while they wait, and never a word with a hub.
+TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 \
+  HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONFAULTHANDLER=1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup ready demo test test-fast lint format build clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+
+setup: ## Make or refresh .venv, with uv if it is there, else venv and pip
+	@scripts/setup.sh "$(VENV)"
+
+ready:
+	@scripts/setup.sh --quiet "$(VENV)"
+
+demo: ready ## Solve a long problem with three caches side by side
+	@$(BIN)/longthink demo
+
+test: ready ## Run all tests (under 12 minutes on 2 cores)
+	$(TEST_ENV) $(PYTEST) $(PYTEST_ARGS)
+
+test-fast: ready ## Run the quick tests (under 90 seconds)
+	$(TEST_ENV) $(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+lint: ready ## Check style, types and the arrows between packages
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: ready ## Put the code in its one format, fix what can be fixed
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+build: ready ## Build the wheel and the sdist into dist/ and check what is inside
+	rm -rf dist
+	$(BIN)/hatchling build -t sdist -t wheel
+	$(BIN)/python scripts/check_dist.py dist
+
+clean: ## Remove what the tools left (not .venv)
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,134 @@
+#!/usr/bin/env bash
+# Make the development environment: a virtual environment with longthink, editable, and all its tools.
+# Usage: scripts/setup.sh [--quiet] [FOLDER]     (FOLDER: .venv)
+#
+# uv does the work where it is on PATH, `python -m venv` and pip elsewhere (LONGTHINK_NO_UV=1: always).
+# PYTHON chooses the interpreter. Nothing happens when the environment is up to date.
+# Plain bash 3.2, so that the one on macOS will do.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+quiet=
+if [ "${1:-}" = --quiet ]; then quiet=1; shift; fi
+venv=${1:-.venv}
+python=$venv/bin/python
+stamp=$venv/.longthink-setup
+log=$venv/setup.log
+inputs="pyproject.toml constraints.txt src/longthink/_version.py scripts/setup.sh"
+
+say() { printf '%s\n' "$*"; }
+fail() { printf '\nsetup: %s\n' "$1" >&2; shift; for line in "$@"; do printf '       %s\n' "$line" >&2; done; exit 1; }
+
+# What the environment was made from: the files that decide it, and where the checkout lies (it is editable).
+fingerprint() { { pwd -P; cat $inputs; } | cksum; }
+
+is_supported() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1; }
+
+find_python() {
+  if [ -n "${PYTHON:-}" ]; then
+    is_supported "$PYTHON" || fail "PYTHON=$PYTHON does not run, or is not Python 3.11, 3.12 or 3.13."
+    say "$PYTHON"; return
+  fi
+  for candidate in python3 python3.13 python3.12 python3.11 python; do
+    if is_supported "$candidate"; then say "$candidate"; return; fi
+  done
+}
+
+# run_step WHAT COMMAND...: one line that says what goes on and how long it took; the output goes to the log.
+run_step() {
+  local what=$1 start=$SECONDS pid status=0; shift
+  printf '  %s ...' "$what"
+  printf '\n== %s\n' "$*" >>"$log"
+  "$@" >>"$log" 2>&1 </dev/null &
+  pid=$!
+  trap 'kill "$pid" 2>/dev/null; echo " stopped"; exit 130' INT TERM # a background command ignores Ctrl-C
+  while [ -t 1 ] && kill -0 "$pid" 2>/dev/null; do
+    printf '\r  %s ... %d s' "$what" $((SECONDS - start)); sleep 1
+  done
+  wait "$pid" || status=$?
+  trap - INT TERM
+  if [ $status -ne 0 ]; then
+    printf ' failed\n\n' >&2
+    tail -n 15 "$log" | sed 's/^/  | /' >&2
+    fail "that did not work; the lines above are the end of $log." \
+      "No network? Behind a mirror, set PIP_INDEX_URL or PIP_FIND_LINKS. Then run it again: it goes on where it was."
+  fi
+  if [ -t 1 ]; then printf '\r  %s ...' "$what"; fi
+  printf ' %d s\n' $((SECONDS - start))
+}
+
+# pip's own setting, from its environment variable or its configuration files; nothing when there is none.
+pip_setting() {
+  local name variable value
+  name=$1; variable=PIP_$(printf '%s' "$name" | tr 'a-z-' 'A-Z_')
+  value=${!variable:-}
+  if [ -z "$value" ] && [ -n "$base_python" ]; then
+    value=$("$base_python" -m pip config get "global.$name" 2>/dev/null || true)
+  fi
+  printf '%s' "$value" | tr '\n' ' '
+}
+
+# uv reads none of pip's settings: hand it those that say where packages come from.
+translate_pip_settings() {
+  local links extra index
+  links=$(pip_setting find-links); extra=$(pip_setting extra-index-url); index=$(pip_setting index-url)
+  if [ -n "$index" ] && [ -z "${UV_DEFAULT_INDEX:-}${UV_INDEX_URL:-}" ]; then export UV_DEFAULT_INDEX="$index"; fi
+  if [ -n "$links" ] && [ -z "${UV_FIND_LINKS:-}" ]; then
+    UV_FIND_LINKS=$(printf '%s' "$links" | tr -s ' ' ',' | sed 's/,$//'); export UV_FIND_LINKS
+  fi
+  if [ -n "$extra" ] && [ -z "${UV_INDEX:-}${UV_EXTRA_INDEX_URL:-}" ]; then
+    export UV_EXTRA_INDEX_URL="$extra" UV_INDEX_STRATEGY="${UV_INDEX_STRATEGY:-unsafe-best-match}" # as pip does
+  fi
+  # Nobody said where torch comes from: let uv take the build for this machine (CPU where there is no GPU).
+  if [ -z "${UV_FIND_LINKS:-}${UV_INDEX:-}${UV_EXTRA_INDEX_URL:-}${UV_DEFAULT_INDEX:-}${UV_INDEX_URL:-}" ]; then
+    export UV_TORCH_BACKEND="${UV_TORCH_BACKEND:-auto}"
+  fi
+}
+
+make_venv() {
+  if [ -x "$python" ]; then
+    is_supported "$python" || fail "$venv is broken or of another Python." "Remove it and try again: rm -rf $venv"
+    return
+  fi
+  if [ -n "$uv" ]; then
+    uv venv --quiet --python "${base_python:->=3.11,<3.14}" "$venv" || fail "uv could not make $venv (see above)."
+    return
+  fi
+  "$base_python" -m venv "$venv" || {
+    rm -rf "$venv"
+    fail "$base_python -m venv failed." "On Debian and Ubuntu: apt install python3-venv. Or install uv, which needs no such package."
+  }
+}
+
+install_all() {
+  local pin
+  pin=$(grep '^torch==' constraints.txt)
+  if [ -n "$uv" ]; then
+    run_step "installing $pin (the big one: a minute or more)" uv pip install --python "$python" "$pin"
+    run_step "installing longthink and its tools" uv pip install --python "$python" -c constraints.txt -e '.[dev]'
+  else
+    run_step "installing $pin (the big one: a minute or more)" "$python" -m pip install "$pin"
+    run_step "installing longthink and its tools" "$python" -m pip install -c constraints.txt -e '.[dev]'
+  fi
+}
+
+if [ -f "$stamp" ] && [ -x "$python" ] && [ "$(cat "$stamp")" = "$(fingerprint)" ]; then
+  [ -n "$quiet" ] || say "$venv is up to date."
+  exit 0
+fi
+
+uv=
+if [ -z "${LONGTHINK_NO_UV:-}" ] && command -v uv >/dev/null 2>&1; then uv=1; fi
+base_python=$(find_python)
+if [ -z "$base_python" ] && [ -z "$uv" ]; then
+  fail "no Python 3.11, 3.12 or 3.13 found (tried python3, python3.13, python3.12, python3.11, python)." \
+    "Install one, or name it: make setup PYTHON=/path/to/python3.12. Or install uv, which brings its own."
+fi
+
+if [ -n "$uv" ]; then tool=uv; translate_pip_settings; else tool=pip; fi
+say "Setting up $venv with $tool: once, a minute or two, about 1 GB"
+make_venv
+: >"$log"
+install_all
+fingerprint >"$stamp"
+say "Done."
