@@ -51,7 +51,8 @@ run_step() {
     printf ' failed\n\n' >&2
     tail -n 15 "$log" | sed 's/^/  | /' >&2
     fail "that did not work; the lines above are the end of $log." \
-      "No network? Behind a mirror, set PIP_INDEX_URL or PIP_FIND_LINKS. Then run it again: it goes on where it was."
+      "No network? Behind a mirror, set PIP_INDEX_URL or PIP_FIND_LINKS. LONGTHINK_NO_UV=1 goes without uv." \
+      "Then run it again: it goes on where it was."
   fi
   if [ -t 1 ]; then printf '\r  %s ...' "$what"; fi
   printf ' %d s\n' $((SECONDS - start))
@@ -83,6 +84,15 @@ translate_pip_settings() {
   if [ -z "${UV_FIND_LINKS:-}${UV_INDEX:-}${UV_EXTRA_INDEX_URL:-}${UV_DEFAULT_INDEX:-}${UV_INDEX_URL:-}" ]; then
     export UV_TORCH_BACKEND="${UV_TORCH_BACKEND:-auto}"
   fi
+}
+
+# PyPI's torch for Linux brings several GB of CUDA; say so where no GPU is to be seen and nobody chose an index.
+warn_of_cuda() {
+  [ "$(uname -sm)" = "Linux x86_64" ] || return 0
+  if command -v nvidia-smi >/dev/null 2>&1; then return 0; fi
+  if [ -n "$(pip_setting find-links)$(pip_setting extra-index-url)$(pip_setting index-url)" ]; then return 0; fi
+  say "  No GPU found, yet pip takes torch with CUDA (several GB). For the small build, stop here and either put uv"
+  say "  on PATH, which chooses by itself, or set PIP_EXTRA_INDEX_URL to PyTorch's CPU index (pytorch.org, Get Started)."
 }
 
 make_venv() {
@@ -127,6 +137,7 @@ fi
 
 if [ -n "$uv" ]; then tool=uv; translate_pip_settings; else tool=pip; fi
 say "Setting up $venv with $tool: once, a minute or two, about 1 GB"
+if [ "$tool" = pip ] && ! [ -x "$python" ]; then warn_of_cuda; fi
 make_venv
 : >"$log"
 install_all
