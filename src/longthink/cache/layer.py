@@ -1,0 +1,366 @@
+"""One attention layer's cache: prefill, the decode step, and what it holds.
+
+Shape suffixes: B batch rows, H query heads, K KV heads, G query heads per KV head, Q new tokens, S token slots,
+D head dim, N columns that a block of queries may read.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from longthink import kernels
+from longthink.cache.store import SlotStore
+from longthink.config import Budget
+from longthink.errors import BudgetError, CacheStateError, UnsupportedModelError
+from longthink.policies import Policy, Step
+
+
+class LayerCache:
+    """Bounded cache of one attention layer, for any number of rows.
+
+    The prompt is attended densely; a decode step evicts, writes, reads and learns as the policy says. Rows count
+    their own logical positions, so padding never takes a slot.
+
+    Parameters
+    ----------
+    policy
+        What to keep.
+    budget
+        How much to keep; may be None only where the policy needs none (`dense`).
+    inv_freq_D
+        RoPE frequencies of the keys, for policies that number tokens inside the cache.
+
+    Raises
+    ------
+    BudgetError
+        If the policy needs a budget and there is none.
+    """
+
+    def __init__(
+        self, policy: Policy, budget: Budget | None = None, *, inv_freq_D: Tensor | None = None
+    ) -> None:
+        if budget is None and policy.needs_budget:
+            raise BudgetError(f"policy {policy.name!r} needs a budget: give budget=... or decode_budget=...")
+        self.policy = policy
+        self.budget = budget
+        self._inv_freq_D = inv_freq_D
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything and free the slots."""
+        self._store: SlotStore | None = None
+        self._sinks_BKND: Tensor | None = None
+        # Host copies of lengths and caps: knowing when a page opens must not wait for the device.
+        self._lengths: list[int] = []
+        self._caps: list[int] = []
+        self._decoding = False
+
+    # What it holds ------------------------------------------------------------------------------------------
+
+    @property
+    def length_B(self) -> Tensor:
+        """Tokens that each row has seen, padding not counted."""
+        return torch.tensor(self._lengths, dtype=torch.int64)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes allocated for keys and values."""
+        return sum(tensor.nbytes for tensor in self._tensors()[:2])
+
+    @property
+    def metadata_bytes(self) -> int:
+        """Bytes allocated for positions, representatives and the policy's state."""
+        return sum(tensor.nbytes for tensor in self._tensors()[2:])
+
+    @property
+    def dense_kv_bytes(self) -> int:
+        """Bytes that keys and values of all tokens seen would take."""
+        if self._store is None:
+            return 0
+        keys_BKSD = self._store.keys_BKSD
+        return 2 * sum(self._lengths) * keys_BKSD.shape[1] * keys_BKSD.shape[3] * keys_BKSD.itemsize
+
+    @property
+    def num_evicted(self) -> int:
+        """Tokens seen and no longer resident, summed over rows and KV heads."""
+        if self._store is None:
+            return 0
+        resident_BKS = self._store.table.resident_BKS
+        shared = self._store.keys_BKSD.shape[1] // resident_BKS.shape[1]
+        return (sum(self._lengths) * resident_BKS.shape[1] - int(resident_BKS.sum())) * shared
+
+    def resident_positions(self) -> list[list[list[int]]]:
+        """Logical positions that each row and KV head holds, in order."""
+        if self._store is None:
+            return []
+        position_BKS = self._store.table.position_BKS.expand(-1, self._store.keys_BKSD.shape[1], -1)
+        return [[sorted(p for p in head if p >= 0) for head in row] for row in position_BKS.tolist()]
+
+    def _tensors(self) -> list[Tensor]:
+        if self._store is None:
+            return []
+        return self._store.tensors() + ([] if self._sinks_BKND is None else [self._sinks_BKND])
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Make row i what row ``rows[i]`` was (beam search, batch changes)."""
+        if self._store is None:
+            return
+        self._store.apply(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
+        if self._sinks_BKND is not None:
+            self._sinks_BKND = self._sinks_BKND.index_select(0, rows.to(self._sinks_BKND.device))
+        self._lengths = [self._lengths[row] for row in rows.tolist()]
+        self._caps = [self._caps[row] for row in rows.tolist()]
+        self._store.set_caps(self._caps)
+
+    # Attention ----------------------------------------------------------------------------------------------
+
+    def attend(
+        self,
+        query_BHQD: Tensor,
+        key_BKQD: Tensor,
+        value_BKQD: Tensor,
+        valid_BQ: Tensor | None = None,
+        scaling: float | None = None,
+    ) -> Tensor:
+        """Take in new tokens and return their attention output.
+
+        The first tokens are the prompt. One token on a live cache is a decode step. Several tokens on a cache that
+        has decoded (a second turn) go through the decode step one by one, so the bound and the policy's rule hold
+        for them as well.
+
+        Parameters
+        ----------
+        valid_BQ
+            True for real tokens, False for padding; None if all are real.
+        scaling
+            Factor on q.k; ``D ** -0.5`` by default.
+
+        Returns
+        -------
+        Tensor
+            Shape BHQD. What stands at padding has no meaning.
+
+        Raises
+        ------
+        BudgetError
+            If the prompt does not fit; the cache is then as it was.
+        CacheStateError
+            If the number of rows changed.
+        """
+        scaling = query_BHQD.shape[-1] ** -0.5 if scaling is None else scaling
+        if valid_BQ is not None and bool(valid_BQ.all()):
+            valid_BQ = None
+        if self._store is not None and len(self._lengths) != len(query_BHQD):
+            raise CacheStateError(
+                f"the cache holds {len(self._lengths)} rows and was given {len(query_BHQD)}"
+            )
+        if self._takes_as_prompt(query_BHQD.shape[2]):
+            return self._prefill(query_BHQD, key_BKQD, value_BKQD, valid_BQ, scaling)
+        self._decoding = True
+        out_BHQD = torch.empty_like(query_BHQD)
+        for i in range(query_BHQD.shape[2]):
+            active_B = None if valid_BQ is None else valid_BQ[:, i]
+            new = query_BHQD[:, :, i], key_BKQD[:, :, i], value_BKQD[:, :, i]
+            out_BHQD[:, :, i] = self._decode_active(*new, active_B, scaling)
+        return out_BHQD
+
+    def _takes_as_prompt(self, new_tokens: int) -> bool:
+        if self._store is None or not self.policy.needs_budget:
+            return True
+        keeps_all = self.policy.pins_prompt or self.policy.grows
+        return not self._decoding and new_tokens > 1 and keeps_all
+
+    # The prompt ---------------------------------------------------------------------------------------------
+
+    def _prefill(
+        self,
+        query_BHQD: Tensor,
+        key_BKQD: Tensor,
+        value_BKQD: Tensor,
+        valid_BQ: Tensor | None,
+        scaling: float,
+    ) -> Tensor:
+        rows, _, columns, _ = query_BHQD.shape
+        real_BQ = query_BHQD.new_ones(rows, columns, dtype=torch.bool) if valid_BQ is None else valid_BQ
+        old_B = torch.tensor(self._lengths or [0] * rows, device=real_BQ.device)
+        position_BQ = torch.where(real_BQ, old_B[:, None] + real_BQ.cumsum(1) - 1, -1)
+        lengths = (old_B + real_BQ.sum(1)).tolist()
+        caps = self._checked_caps(lengths)
+
+        first = self._store is None
+        mask_B1QN = None if first and valid_BQ is None else self._block_mask(real_BQ)
+        keys_BKND = key_BKQD if first else self._with_resident(0, key_BKQD)
+        values_BKND = value_BKQD if first else self._with_resident(1, value_BKQD)
+        out_BHQD = kernels.block_attention(query_BHQD, keys_BKND, values_BKND, mask_B1QN, scaling)
+        mass_BKN = None
+        if self.policy.uses_prefill_mass:
+            mask = self._block_mask(real_BQ) if mask_B1QN is None else mask_B1QN
+            mass_BKN = kernels.column_mass(query_BHQD, keys_BKND, mask, real_BQ, scaling)
+
+        self._admit(key_BKQD, value_BKQD, position_BQ, lengths, caps, mass_BKN)
+        return out_BHQD
+
+    def _checked_caps(self, lengths: list[int]) -> list[int]:
+        """Page slots of each row, if its prompt fits."""
+        policy, page_size = self.policy, self.policy.page_size
+        if self.budget is None or not policy.needs_budget:
+            return [-(-length // page_size) for length in lengths]
+        caps = [self.budget.pages(length, page_size) for length in lengths]
+        for length, cap in zip(lengths, caps, strict=True):
+            required = policy.required_pages(length)
+            if cap < required:
+                raise BudgetError(
+                    f"{self.budget} holds {cap} pages of {page_size} tokens, but policy {policy.name!r} needs "
+                    f"{required} for a prompt of {length} tokens. Give budget >= {required * page_size}, or "
+                    f"decode_budget=... (tokens on top of the prompt), or a policy that evicts prompt tokens"
+                )
+        return caps
+
+    def _block_mask(self, real_BQ: Tensor) -> Tensor:
+        """What the queries of a block may read: resident tokens, then the block up to themselves. B1QN."""
+        columns = real_BQ.shape[1]
+        causal_QQ = torch.ones(columns, columns, dtype=torch.bool, device=real_BQ.device).tril()
+        mask = causal_QQ & real_BQ[:, None, None]
+        if self._store is None:
+            return mask
+        # Blocks follow each other only where nothing is evicted, so all heads hold the same tokens.
+        resident_B1QS = self._store.table.resident_BKS[:, :1, None].expand(-1, -1, columns, -1)
+        return torch.cat([resident_B1QS, mask], -1)
+
+    def _with_resident(self, which: int, new_BKQD: Tensor) -> Tensor:
+        assert self._store is not None
+        old_BKSD = (self._store.keys_BKSD, self._store.values_BKSD)[which]
+        return torch.cat([old_BKSD, new_BKQD], 2)
+
+    def _admit(
+        self,
+        key_BKQD: Tensor,
+        value_BKQD: Tensor,
+        position_BQ: Tensor,
+        lengths: list[int],
+        caps: list[int],
+        mass_BKN: Tensor | None,
+    ) -> None:
+        """Put the prompt into slots; from here on the block is part of the cache."""
+        pages = (
+            max(-(-length // self.policy.page_size) for length in lengths) if self.policy.grows else max(caps)
+        )
+        if self._store is None:
+            self._store = SlotStore(self.policy, key_BKQD, caps, pages)
+        old_slots = self._store.table.position_BKS.shape[-1] if self._lengths else 0
+        self._store.reserve(pages)
+        self._store.set_caps(caps)
+        table = self._store.table
+        table.prompt_B.copy_(torch.tensor(lengths))
+        table.now_B.copy_(table.prompt_B - 1)
+        mass_BKQ = None if mass_BKN is None else mass_BKN[..., old_slots:]
+        kept_BKQ = self.policy.trim(position_BQ, table.prompt_B, table.cap_B, mass_BKQ)
+        source_BKS = self._store.fill(key_BKQD, value_BKQD, position_BQ, kept_BKQ)
+        mass_BKS = None
+        if mass_BKN is not None and mass_BKQ is not None:
+            mass_BKS = torch.where(source_BKS >= 0, mass_BKQ.gather(2, source_BKS.clamp(min=0)), 0)
+            mass_BKS[..., :old_slots] += mass_BKN[..., :old_slots]
+        self.policy.admit(table, mass_BKS)
+        self._lengths, self._caps = lengths, caps
+        shift = self.policy.key_shift(table)
+        if shift is not None:
+            self._sinks_BKND = self._store.keys_BKSD[:, :, : shift[0]].clone()
+
+    # One token ----------------------------------------------------------------------------------------------
+
+    def _decode_active(
+        self, query_BHD: Tensor, key_BKD: Tensor, value_BKD: Tensor, active_B: Tensor | None, scaling: float
+    ) -> Tensor:
+        """Decode step in which only some rows take part; the others stay as they are."""
+        if active_B is None or bool(active_B.all()):
+            return self._decode(query_BHD, key_BKD, value_BKD, scaling)
+        assert self._store is not None
+        self._reserve(self._store)
+        idle = (~active_B).nonzero().flatten()
+        kept = [tensor[idle] for tensor in self._tensors()]
+        lengths = list(self._lengths)
+        out_BHD = self._decode(query_BHD, key_BKD, value_BKD, scaling)
+        for tensor, rows in zip(self._tensors(), kept, strict=True):
+            tensor[idle] = rows
+        for row in idle.tolist():
+            self._lengths[row] = lengths[row]
+        return out_BHD
+
+    def _decode(self, query_BHD: Tensor, key_BKD: Tensor, value_BKD: Tensor, scaling: float) -> Tensor:
+        assert self._store is not None
+        store, policy = self._store, self.policy
+        table = store.table
+        table.now_B.add_(1)
+        if any(length % policy.page_size == 0 for length in self._lengths):
+            self._open_pages(store)
+        store.write(key_BKD, value_BKD)
+        self._lengths = [length + 1 for length in self._lengths]
+        self._shift_sinks(store)
+
+        query_BKGD = query_BHD.unflatten(1, (key_BKD.shape[1], -1))
+        out_BKGD, weights_BKGS = self._read(store, query_BKGD, scaling)
+        policy.observe(table, Step(query_BKGD, weights_BKGS, scaling))
+        return out_BKGD.flatten(1, 2)
+
+    def _open_pages(self, store: SlotStore) -> None:
+        """Give each row that begins a page a slot: an empty one, or the one that gives way."""
+        policy, table = self.policy, store.table
+        self._reserve(store)
+        opens_B = table.now_B % policy.page_size == 0
+        page_BKP = table.page_BKP
+        empty_BKP = page_BKP < 0
+        slot_BK = empty_BKP.to(torch.int8).argmax(-1)
+        pages = [length // policy.page_size + 1 for length in self._lengths]
+        if not policy.grows and any(page > cap for page, cap in zip(pages, self._caps, strict=True)):
+            full_BK = (~empty_BKP).sum(-1) >= table.cap_B[:, None]
+            victim_BK = kernels.lowest(policy.priority(table), page_BKP, policy.evictable(table))
+            slot_BK = torch.where(full_BK, victim_BK, slot_BK)
+            moves = policy.moves(table, slot_BK, full_BK & opens_B[:, None])
+            if moves is not None:
+                store.move(moves)
+        store.open(slot_BK, opens_B)
+
+    def _reserve(self, store: SlotStore) -> None:
+        """Add slots where the cache grows and the next token needs one."""
+        needed = max(self._lengths) // self.policy.page_size + 1
+        if self.policy.grows and needed > store.pages:
+            # Growing by a quarter keeps the copying at a constant number of copies per token.
+            store.reserve(needed + store.pages // 4)
+
+    def _read(self, store: SlotStore, query_BKGD: Tensor, scaling: float) -> tuple[Tensor, Tensor | None]:
+        """Attention over what is resident, or over the pages that the policy selects."""
+        policy, table = self.policy, store.table
+        selected_BKR = policy.select(table, query_BKGD)
+        if selected_BKR is not None:
+            keys, values, resident = store.read(selected_BKR)
+        else:
+            keys, values, resident = store.keys_BKSD, store.values_BKSD, table.resident_BKS
+            if policy.grows:
+                used = max(self._lengths)
+                keys, values, resident = keys[:, :, :used], values[:, :, :used], resident[:, :, :used]
+        resident = resident.expand(-1, keys.shape[1], -1)
+        out_BKGD, weights = kernels.decode_attention(
+            query_BKGD, keys, values, resident, scaling, with_weights=policy.uses_weights
+        )
+        if weights is not None and selected_BKR is None:
+            weights = pad(weights, (0, store.keys_BKSD.shape[2] - weights.shape[-1]))
+        return out_BKGD, weights
+
+    def _shift_sinks(self, store: SlotStore) -> None:
+        """Turn the first keys to their place inside the cache, where the policy counts places that way."""
+        shift = self.policy.key_shift(store.table)
+        if shift is None or self._sinks_BKND is None:
+            return
+        if self._inv_freq_D is None:
+            raise UnsupportedModelError(
+                f"policy {self.policy.spec()!r} turns keys inside the cache and needs the model's RoPE frequencies, "
+                "which this model does not offer; use streaming_llm:positions=logical"
+            )
+        count, shift_B = shift
+        if min(self._lengths) <= count:
+            young = (store.table.now_B < count)[:, None, None, None]
+            self._sinks_BKND = torch.where(young, store.keys_BKSD[:, :, :count], self._sinks_BKND)
+        turned = kernels.rotate_keys(self._sinks_BKND, shift_B, self._inv_freq_D.to(shift_B.device))
+        store.keys_BKSD[:, :, :count] = turned

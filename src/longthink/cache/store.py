@@ -1,0 +1,229 @@
+"""Page slots of one layer: the only place where a token's keys and values can be.
+
+Shape suffixes: B batch rows, K KV heads (1 in tables that a whole layer shares), P page slots, T tokens in a page,
+S = P * T token slots, D head dim, Q columns of a prompt block, M tokens moved, R pages read, N sink slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from longthink.policies import Moves, PageTable, Policy, Shape
+
+
+class SlotStore:
+    """Keys, values and page table of one layer, in slots that are overwritten in place.
+
+    Parameters
+    ----------
+    policy
+        Says how many tables the layer has and what state they carry.
+    key_BKQD
+        Any keys of the layer: they give rows, KV heads, head dim, dtype and device.
+    cap_B
+        Page slots that each row may fill or read.
+    pages
+        Page slots to allocate.
+    """
+
+    def __init__(self, policy: Policy, key_BKQD: Tensor, cap_B: list[int], pages: int) -> None:
+        rows, kv_heads, _, head_dim = key_BKQD.shape
+        tables, tokens, device = policy.tables(kv_heads), pages * policy.page_size, key_BKQD.device
+        self.keys_BKSD = key_BKQD.new_zeros(rows, kv_heads, tokens, head_dim)
+        self.values_BKSD = torch.zeros_like(self.keys_BKSD)
+        self.tail_BK = torch.zeros(rows, tables, dtype=torch.int64, device=device)
+        representatives = key_BKQD.new_zeros(
+            rows, kv_heads, pages if policy.uses_representatives else 0, head_dim
+        )
+        self.table = PageTable(
+            page_size=policy.page_size,
+            position_BKS=torch.full((rows, tables, tokens), -1, dtype=torch.int32, device=device),
+            now_B=torch.full((rows,), -1, dtype=torch.int64, device=device),
+            prompt_B=torch.zeros(rows, dtype=torch.int64, device=device),
+            cap_B=torch.tensor(cap_B, dtype=torch.int64, device=device),
+            cap=max(cap_B),
+            kmin_BKPD=representatives,
+            kmax_BKPD=representatives.clone(),
+            state=policy.init_state(Shape(rows, tables, pages, policy.page_size), device),
+        )
+
+    @property
+    def pages(self) -> int:
+        """Page slots allocated."""
+        return self.table.position_BKS.shape[-1] // self.table.page_size
+
+    def set_caps(self, cap_B: list[int]) -> None:
+        """Set how many page slots each row may fill or read."""
+        self.table.cap_B.copy_(torch.tensor(cap_B))
+        self.table.cap = max(cap_B)
+
+    # Whole-store operations -----------------------------------------------------------------------------------
+
+    def apply(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace every tensor, of which dimension 0 counts rows, by what `change` makes of it."""
+        table = self.table
+        self.keys_BKSD, self.values_BKSD = change(self.keys_BKSD), change(self.values_BKSD)
+        self.tail_BK = change(self.tail_BK)
+        for field in ("position_BKS", "now_B", "prompt_B", "cap_B", "kmin_BKPD", "kmax_BKPD"):
+            setattr(table, field, change(getattr(table, field)))
+        table.state = {name: change(tensor) for name, tensor in table.state.items()}
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor of the store, keys and values first."""
+        found: list[Tensor] = []
+
+        def collect(tensor: Tensor) -> Tensor:
+            found.append(tensor)
+            return tensor
+
+        self.apply(collect)
+        return found
+
+    def reserve(self, pages: int) -> None:
+        """Have at least this many page slots; old ones keep their place."""
+        more = pages - self.pages
+        if more <= 0:
+            return
+        table, tokens = self.table, more * self.table.page_size
+        self.keys_BKSD = pad(self.keys_BKSD, (0, 0, 0, tokens))
+        self.values_BKSD = pad(self.values_BKSD, (0, 0, 0, tokens))
+        old_pages = self.pages
+        table.position_BKS = pad(table.position_BKS, (0, tokens), value=-1)
+        if table.kmin_BKPD.shape[2]:
+            table.kmin_BKPD = pad(table.kmin_BKPD, (0, 0, 0, more))
+            table.kmax_BKPD = pad(table.kmax_BKPD, (0, 0, 0, more))
+        for name, tensor in table.state.items():
+            grown = tensor.new_zeros(
+                *tensor.shape[:2], tensor.shape[2] // old_pages * pages, *tensor.shape[3:]
+            )
+            grown[:, :, : tensor.shape[2]] = tensor
+            table.state[name] = grown
+
+    # The prompt ---------------------------------------------------------------------------------------------
+
+    def fill(
+        self, key_BKQD: Tensor, value_BKQD: Tensor, position_BQ: Tensor, kept_BKQ: Tensor | None
+    ) -> Tensor:
+        """Write a block of prompt tokens into the slots, pages in order of position.
+
+        Parameters
+        ----------
+        position_BQ
+            Logical position of each column, -1 for padding.
+        kept_BKQ
+            Columns to keep, in whole pages; None for all.
+
+        Returns
+        -------
+        Tensor
+            Column that each token slot took its token from, -1 where it took none, BKS.
+        """
+        table, page_size = self.table, self.table.page_size
+        real_B1Q = (position_BQ >= 0)[:, None]
+        if kept_BKQ is None:
+            kept_BKQ, slot_BKQ = real_B1Q, position_BQ[:, None]
+        else:
+            # Kept pages close ranks: a page's slot is the number of kept pages before it.
+            offset = position_BQ[:, None] % page_size
+            slot_BKQ = ((kept_BKQ & (offset == 0)).cumsum(-1) - 1) * page_size + offset
+        tables, tokens = table.position_BKS.shape[1:]
+        shape = (len(position_BQ), tables, position_BQ.shape[1])
+        # One slot too many takes the columns that are not kept.
+        slot_BKQ = torch.where(kept_BKQ, slot_BKQ, tokens).expand(shape)
+        columns = torch.arange(shape[2], device=key_BKQD.device).expand(shape)
+        source_BKS = torch.full((*shape[:2], tokens + 1), -1, device=key_BKQD.device)
+        source_BKS = source_BKS.scatter_(2, slot_BKQ, columns)[..., :-1]
+
+        filled_BKS, column_BKS = source_BKS >= 0, source_BKS.clamp(min=0)
+        position = position_BQ[:, None].expand(shape).gather(2, column_BKS).to(torch.int32)
+        table.position_BKS.copy_(torch.where(filled_BKS, position, table.position_BKS))
+        index = column_BKS[..., None].expand(-1, key_BKQD.shape[1], -1, key_BKQD.shape[3])
+        self.keys_BKSD.copy_(torch.where(filled_BKS[..., None], key_BKQD.gather(2, index), self.keys_BKSD))
+        self.values_BKSD.copy_(
+            torch.where(filled_BKS[..., None], value_BKQD.gather(2, index), self.values_BKSD)
+        )
+        self._represent()
+        self.tail_BK.copy_(table.page_BKP.argmax(-1))
+        return source_BKS
+
+    def _represent(self) -> None:
+        """Take the representatives of all pages from their keys."""
+        table = self.table
+        if not table.kmin_BKPD.shape[2]:
+            return
+        keys = self.keys_BKSD.unflatten(2, (-1, table.page_size))
+        resident = table.resident_BKS.unflatten(-1, (-1, table.page_size))[..., None]
+        empty = ~resident.any(-2)
+        for representative, extreme, neutral in (
+            (table.kmin_BKPD, torch.amin, torch.inf),
+            (table.kmax_BKPD, torch.amax, -torch.inf),
+        ):
+            found = extreme(torch.where(resident, keys, neutral), -2)
+            representative.copy_(found.masked_fill(empty, 0))
+
+    # One token ----------------------------------------------------------------------------------------------
+
+    def move(self, moves: Moves) -> None:
+        """Carry tokens to other slots, with position and token state; then empty the slots they came from."""
+        table = self.table
+        tokens = table.position_BKS.shape[-1]
+        per_token = [name for name, tensor in table.state.items() if tensor.shape[2] == tokens]
+        for tensor in (self.keys_BKSD, self.values_BKSD, *(table.state[name] for name in per_token)):
+            source, target = (_fit(index, tensor) for index in moves)
+            tensor.scatter_(2, target, tensor.gather(2, source))
+        moved = table.position_BKS.gather(2, moves.source_BKM)
+        table.position_BKS.scatter_(2, moves.source_BKM, -1)
+        table.position_BKS.scatter_(2, moves.target_BKM, moved)
+
+    def open(self, slot_BK: Tensor, opens_B: Tensor) -> None:
+        """Empty the named slots, where the row opens a page, and make them the tail."""
+        table, page_size = self.table, self.table.page_size
+        slot_BK = torch.where(opens_B[:, None], slot_BK, self.tail_BK)
+        self.tail_BK.copy_(slot_BK)
+        within = torch.arange(page_size, device=slot_BK.device)
+        tokens_BKT = slot_BK[..., None] * page_size + within
+        for tensor, empty in ((table.position_BKS, -1), *((tensor, 0) for tensor in table.state.values())):
+            index = _fit(tokens_BKT if tensor.shape[2] != self.pages else slot_BK[..., None], tensor)
+            opens = opens_B.view(-1, *[1] * (tensor.ndim - 1))
+            tensor.scatter_(2, index, torch.where(opens, empty, tensor.gather(2, index)))
+
+    def write(self, key_BKD: Tensor, value_BKD: Tensor) -> None:
+        """Write the token of position `now_B` into the tail."""
+        table = self.table
+        offset_B = table.now_B % table.page_size
+        token_BK1 = (self.tail_BK * table.page_size + offset_B[:, None])[..., None]
+        index = _fit(token_BK1, self.keys_BKSD)
+        self.keys_BKSD.scatter_(2, index, key_BKD[:, :, None])
+        self.values_BKSD.scatter_(2, index, value_BKD[:, :, None])
+        position = table.now_B.to(torch.int32)[:, None, None].expand_as(token_BK1)
+        table.position_BKS.scatter_(2, token_BK1, position)
+        if table.kmin_BKPD.shape[2]:
+            index = _fit(self.tail_BK[..., None], table.kmin_BKPD)
+            first = (offset_B == 0)[:, None, None, None]
+            for representative, extreme in (
+                (table.kmin_BKPD, torch.minimum),
+                (table.kmax_BKPD, torch.maximum),
+            ):
+                key = key_BKD[:, :, None]
+                widened = torch.where(first, key, extreme(representative.gather(2, index), key))
+                representative.scatter_(2, index, widened)
+
+    def read(self, slot_BKR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and residency of the named pages; a negative slot reads as empty."""
+        table, page_size = self.table, self.table.page_size
+        within = torch.arange(page_size, device=slot_BKR.device)
+        token_BKS = (slot_BKR.clamp(min=0)[..., None] * page_size + within).flatten(2)
+        wanted = (slot_BKR >= 0).repeat_interleave(page_size, -1)
+        resident = (table.position_BKS.gather(2, token_BKS) >= 0) & wanted
+        index = _fit(token_BKS, self.keys_BKSD)
+        return self.keys_BKSD.gather(2, index), self.values_BKSD.gather(2, index), resident
+
+
+def _fit(index_BKM: Tensor, tensor: Tensor) -> Tensor:
+    """Index of dimension 2, expanded to the KV heads and trailing dimensions of the tensor."""
+    trailing = tensor.shape[3:]
+    return index_BKM.view(*index_BKM.shape, *[1] * len(trailing)).expand(-1, tensor.shape[1], -1, *trailing)

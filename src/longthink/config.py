@@ -1,0 +1,81 @@
+"""Validation helpers and the budget: how many tokens a layer may hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+
+def check_range(field: str, value: float, low: float, high: float | None = None) -> None:
+    """Raise `ValueError` unless ``low <= value <= high``; the message names field, value and range."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= low:
+        raise ValueError(f"{field}={value!r} is out of range: allowed is {_range(low, high)}")
+    if high is not None and not value <= high:
+        raise ValueError(f"{field}={value!r} is out of range: allowed is {_range(low, high)}")
+
+
+def check_int(field: str, value: int, low: int, high: int | None = None) -> None:
+    """Like `check_range`, and the value must be an integer."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{field}={value!r} must be an integer: allowed is {_range(low, high)}")
+    check_range(field, value, low, high)
+
+
+def check_choice(field: str, value: Any, choices: Iterable[Any]) -> None:
+    """Raise `ValueError` unless the value is one of the choices."""
+    choices = tuple(choices)
+    if value not in choices:
+        raise ValueError(f"{field}={value!r} is not one of {', '.join(map(repr, choices))}")
+
+
+def check_flag(field: str, value: bool) -> None:
+    """Raise `ValueError` unless the value is True or False."""
+    check_choice(field, value if isinstance(value, bool) else repr(value), (True, False))
+
+
+def _range(low: float, high: float | None) -> str:
+    return f">= {low}" if high is None else f"{low} to {high}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How many tokens one layer keeps for each row. Exactly one of the two fields is given.
+
+    Parameters
+    ----------
+    budget
+        Tokens kept in all, prompt included.
+    decode_budget
+        Tokens kept on top of the prompt, whose length is counted when it is known.
+
+    Raises
+    ------
+    ValueError
+        If none or both are given, or a value is below 1.
+    """
+
+    budget: int | None = None
+    decode_budget: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.budget is None) == (self.decode_budget is None):
+            raise ValueError(
+                f"give exactly one of budget (prompt included) and decode_budget (on top of the prompt), "
+                f"got budget={self.budget!r} and decode_budget={self.decode_budget!r}"
+            )
+        for field in ("budget", "decode_budget"):
+            if getattr(self, field) is not None:
+                check_int(field, getattr(self, field), 1)
+
+    def pages(self, prompt: int, page_size: int) -> int:
+        """Page slots that a row with this many prompt tokens may fill."""
+        if self.budget is not None:
+            return self.budget // page_size
+        assert self.decode_budget is not None
+        return -(-prompt // page_size) + -(-self.decode_budget // page_size)
+
+    def __str__(self) -> str:
+        if self.budget is not None:
+            return f"budget={self.budget}"
+        return f"decode_budget={self.decode_budget}"

@@ -1,0 +1,115 @@
+"""Attention of Hugging Face models over a `PagedCache`, switched on per model and off again.
+
+A cache layer's `update` gets no query, and an attention function gets no cache: `update` marks the key tensor
+with its layer, and the attention function finds the layer there. Nothing global is written, so threads and
+nested calls cannot mix up their caches.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from longthink.errors import UnsupportedFeatureError, UnsupportedModelError
+
+IMPLEMENTATION = "longthink"
+_MARK = "_longthink_layer"
+
+
+class AttendingLayer(Protocol):
+    """What `update` leaves on the keys: a cache layer that computes its own attention."""
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scaling: float | None
+    ) -> Tensor:
+        """Attention output of the new tokens, B x H x Q x D."""
+        ...
+
+
+def mark(key: Tensor, layer: AttendingLayer) -> Tensor:
+    """View of the keys that carries the layer to the attention function."""
+    key = key.view_as(key)
+    setattr(key, _MARK, layer)
+    return key
+
+
+def longthink_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention function for `AttentionInterface`; with any other cache it is the library's SDPA."""
+    layer: AttendingLayer | None = getattr(key, _MARK, None)
+    if layer is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    for name in ("sliding_window", "softcap", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} asks for {name}: such layers are not supported"
+            )
+    valid = _valid_columns(attention_mask, query.shape[2])
+    out = layer.attend(query, key, value, valid, scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _valid_columns(mask: Tensor | None, columns: int) -> Tensor | None:
+    """Which of the new tokens are real, B x Q, from the block mask that the library made."""
+    if mask is None:
+        return None
+    if mask.dtype != torch.bool or mask.shape[-2:] != (columns, columns) or mask.shape[1] != 1:
+        raise UnsupportedFeatureError(
+            f"attention mask of shape {tuple(mask.shape)} and type {mask.dtype}: give the 2D padding mask instead"
+        )
+    valid = mask[:, 0, -1]
+    causal = torch.ones(columns, columns, dtype=torch.bool, device=mask.device).tril()
+    if columns > 1 and not torch.equal(mask[:, 0], causal & valid[:, None]):
+        raise UnsupportedFeatureError("the attention mask is more than causal with padding: not supported")
+    return valid
+
+
+AttentionInterface.register(IMPLEMENTATION, longthink_attention)
+AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+
+
+class _Installed:
+    """The attention implementation that a model had, and how many open caches replaced it."""
+
+    def __init__(self, previous: str) -> None:
+        self.previous = previous
+        self.users = 0
+
+
+_installed: weakref.WeakKeyDictionary[PreTrainedModel, _Installed] = weakref.WeakKeyDictionary()
+
+
+def install(model: PreTrainedModel) -> None:
+    """Let the model attend over paged caches, until `uninstall` was called as often as `install`."""
+    if model not in _installed:
+        _installed[model] = _Installed(model.config._attn_implementation)
+        model.set_attn_implementation(IMPLEMENTATION)
+    _installed[model].users += 1
+
+
+def uninstall(model_ref: weakref.ref[PreTrainedModel]) -> None:
+    """Take one `install` back; the last one gives the model the attention implementation that it had."""
+    model = model_ref()
+    if model is None or model not in _installed:
+        return
+    installed = _installed[model]
+    installed.users -= 1
+    if installed.users == 0:
+        del _installed[model]
+        model.set_attn_implementation(installed.previous)

@@ -1,0 +1,122 @@
+"""`generate`: the one changed line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from longthink.errors import NonFiniteError, UnsupportedFeatureError
+from longthink.hf.cache import PagedCache, make_cache
+from longthink.policies import Policy, make_policy
+
+# Options of `model.generate` that a bounded cache cannot serve, and the values that leave them off.
+_REFUSED = {
+    "assistant_model": "assisted decoding takes tokens back",
+    "prompt_lookup_num_tokens": "assisted decoding takes tokens back",
+    "assistant_early_exit": "assisted decoding takes tokens back",
+    "penalty_alpha": "contrastive search takes tokens back",
+    "dola_layers": "DoLa decoding is not supported",
+    "custom_generate": "custom decoding loops are not supported",
+    "cache_implementation": "longthink is the cache",
+    "output_attentions": "attention weights of evicted tokens do not exist; see cache.resident_positions",
+    "prefill_chunk_size": "chunked prefill through generate is not supported",
+}
+
+
+class _NonFiniteGuard(LogitsProcessor):
+    """Stops generation at the first NaN: its tokens would be noise that looks like an answer."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if bool(torch.isnan(scores).any()):
+            raise NonFiniteError(
+                f"the model's logits are NaN after {input_ids.shape[1]} tokens: its weights or inputs are damaged, "
+                "or the dtype is too narrow"
+            )
+        return scores
+
+
+def generate(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    policy: str | Policy = "raas",
+    budget: int | None = None,
+    decode_budget: int | None = None,
+    **generate_kwargs: Any,
+) -> Any:
+    """Like ``model.generate(input_ids, ...)``, with a KV cache that stays within a budget.
+
+    Parameters
+    ----------
+    model
+        A decoder-only transformers model with full attention.
+    input_ids, attention_mask
+        Prompt tokens, left-padded for batches, and their padding mask.
+    policy
+        What to keep: a policy, its name, or a text such as ``raas:r=0.25``.
+    budget, decode_budget
+        Tokens to keep in each layer and row: prompt included, or on top of the prompt. Exactly one of the two,
+        and none for ``dense``.
+    **generate_kwargs
+        Anything that ``model.generate`` takes: ``max_new_tokens``, ``do_sample``, ``streamer``, ... With
+        ``past_key_values=`` the cache of an earlier call goes on (a second turn); then no budget is given.
+
+    Returns
+    -------
+    Tensor or ModelOutput
+        What ``model.generate`` returns. With ``return_dict_in_generate=True`` its `past_key_values` is the cache.
+
+    Raises
+    ------
+    BudgetError
+        If the prompt does not fit, or the budget does not suit the policy.
+    UnsupportedModelError, UnsupportedFeatureError
+        If the model, or a way of decoding, would be served wrongly.
+    NonFiniteError
+        If the model produces NaN.
+    """
+    _check_options(model, generate_kwargs)
+    cache = generate_kwargs.pop("past_key_values", None)
+    if cache is None:
+        cache = make_cache(model, policy=policy, budget=budget, decode_budget=decode_budget)
+    else:
+        _check_live_cache(cache, policy, budget, decode_budget)
+    guards = LogitsProcessorList([_NonFiniteGuard(), *generate_kwargs.pop("logits_processor", [])])
+    with cache:
+        return model.generate(
+            input_ids,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            logits_processor=guards,
+            **generate_kwargs,
+        )
+
+
+def _check_options(model: PreTrainedModel, options: dict[str, Any]) -> None:
+    config = options.get("generation_config") or getattr(model, "generation_config", None)
+    for option, reason in _REFUSED.items():
+        value = options.get(option, getattr(config, option, None))
+        if value is not None and value is not False:
+            raise UnsupportedFeatureError(f"{option}={value!r} cannot be used with a bounded cache: {reason}")
+    if options.get("use_cache", getattr(config, "use_cache", True)) is False:
+        raise UnsupportedFeatureError("use_cache=False cannot be used with longthink: it is a cache")
+
+
+def _check_live_cache(
+    cache: Any, policy: str | Policy, budget: int | None, decode_budget: int | None
+) -> None:
+    if not isinstance(cache, PagedCache):
+        raise UnsupportedFeatureError(
+            f"past_key_values={type(cache).__name__} is no longthink cache: take the one that an earlier call with "
+            "return_dict_in_generate=True returned, or make_cache(...)"
+        )
+    if budget is not None or decode_budget is not None:
+        raise ValueError("past_key_values has its own budget: give neither budget nor decode_budget with it")
+    if policy != "raas" and make_policy(policy) != cache.policy:
+        raise ValueError(
+            f"past_key_values has policy {cache.policy.spec()!r}, not {make_policy(policy).spec()!r}"
+        )

@@ -1,0 +1,31 @@
+"""Dense: everything kept, everything read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from typing_extensions import override
+
+from longthink.policies.base import Policy
+from longthink.policies.registry import register
+
+
+@register("dense")
+@dataclass(frozen=True, kw_only=True)
+class Dense(Policy):
+    """The full KV cache: what every other policy is measured against.
+
+    Differs from the paper: there is none.
+    """
+
+    time: ClassVar[str] = "O(N)"
+    memory: ClassVar[str] = "O(N)"
+    keeps: ClassVar[str] = "everything"
+    source: ClassVar[str] = "the transformer itself (arXiv 1706.03762)"
+    grows: ClassVar[bool] = True
+    needs_budget: ClassVar[bool] = False
+
+    @override
+    def required_pages(self, prompt: int) -> int:
+        return 0
