@@ -30,7 +30,14 @@ def wheel_faults(names):
 
 def sdist_faults(names):
     """Say what is wrong with an sdist's file names (without the leading folder), one line per fault."""
-    wanted = ("pyproject.toml", "LICENSE", "constraints.txt", "Makefile", "scripts/setup.sh", "tests/test_house.py")
+    wanted = (
+        "pyproject.toml",
+        "LICENSE",
+        "constraints.txt",
+        "Makefile",
+        "scripts/setup.sh",
+        "tests/test_house.py",
+    )
     faults = [f"no {name}" for name in wanted if name not in names]
     if not any(name.startswith("src/" + WEIGHTS) for name in names):
         faults.append("no weights")
