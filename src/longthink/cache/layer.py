@@ -167,8 +167,10 @@ class LayerCache:
         return out_BHQD
 
     def _takes_as_prompt(self, new_tokens: int) -> bool:
-        if self._store is None or not self.policy.needs_budget:
+        if self._store is None:
             return True
+        if not self.policy.needs_budget:
+            return new_tokens > 1
         keeps_all = self.policy.pins_prompt or self.policy.grows
         return not self._decoding and new_tokens > 1 and keeps_all
 
