@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -136,6 +137,12 @@ def test_installed_metadata():
     assert metadata["License-Expression"] == "Apache-2.0"
     (script,) = importlib.metadata.entry_points(group="console_scripts", name="longthink")
     assert callable(script.load())
+
+
+def test_readme_is_the_project_page():
+    """A README that is there is also what a package index shows, and the other way round."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project.get("readme") == ("README.md" if (ROOT / "README.md").exists() else None)
 
 
 def test_core_needs_no_extra():
