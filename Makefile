@@ -32,10 +32,9 @@ test-fast: ready ## Run the quick tests (under 90 seconds)
 	$(TEST_ENV) $(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 lint: ready ## Check style, types and the arrows between packages
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/lint-imports
+	@failed=0; for check in "ruff check ." "ruff format --check ." mypy "lint-imports --no-logo"; do \
+	  echo "== $$check"; $(BIN)/$$check || failed=1; \
+	done; exit $$failed
 
 format: ready ## Put the code in its one format, fix what can be fixed
 	$(BIN)/ruff check --fix-only .
