@@ -32,7 +32,7 @@ test-fast: ready ## Run the quick tests (under 90 seconds)
 	$(TEST_ENV) $(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 lint: ready ## Check style, types and the arrows between packages
-	@failed=0; for check in "ruff check ." "ruff format --check ." mypy "lint-imports --no-logo"; do \
+	@failed=0; for check in "ruff check --output-format concise ." "ruff format --check ." mypy "lint-imports --no-logo"; do \
 	  echo "== $$check"; $(BIN)/$$check || failed=1; \
 	done; exit $$failed
 

@@ -145,11 +145,31 @@ def test_readme_is_the_project_page():
     assert project.get("readme") == ("README.md" if (ROOT / "README.md").exists() else None)
 
 
-def test_core_needs_no_extra():
-    """The dependencies of a plain install are few; matplotlib and the test tools are extras."""
+def imported_packages(source: str) -> set[str]:
+    """Third-party packages that a file imports, in functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add(node.module)
+    return {name.split(".")[0] for name in found} - sys.stdlib_module_names - {"longthink"}
+
+
+def test_what_is_imported_is_declared():
+    """A plain install brings what the package imports (plots are an extra), and nothing that it does not."""
     requires = importlib.metadata.requires("longthink")
-    plain = {re.match(r"[\w-]+", line)[0] for line in requires if "extra ==" not in line}
-    assert plain == {"cyclopts", "numpy", "rich", "safetensors", "torch", "transformers"}
+    declared = {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in requires if "extra ==" not in line}
+    imported = set().union(*(imported_packages(path.read_text()) for path in source_files))
+    assert imported - {"matplotlib"} - declared == set()
+    assert declared - imported <= {"safetensors"}  # transformers reads and writes the weights with it
+
+
+def test_import_rule_sees_late_and_dotted_imports():
+    source = (
+        "import os\nfrom torch.nn import functional\ndef f():\n    import rich.table, json\nfrom . import a"
+    )
+    assert imported_packages(source) == {"torch", "rich"}
 
 
 def test_importing_the_package_is_cheap():
