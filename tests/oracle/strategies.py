@@ -1,0 +1,129 @@
+"""Hypothesis strategies for cases: every policy with every switch, so small that evictions come soon."""
+
+import math
+from collections.abc import Callable
+
+from hypothesis import strategies as st
+
+from tests.oracle.harness import Case, Turn
+
+PAGE_SIZES = (1, 4, 8)
+FRACTIONS = (0.1, 0.25, 0.3, 0.5, 0.55, 0.75, 1.0)
+STYLES = ("normal", "integers", "duplicates", "spiky")
+PINNED = ("raas", "recency", "fifo", "random")
+
+Draw = Callable[[st.SearchStrategy], object]
+
+
+@st.composite
+def turns(draw: Draw, rows: int) -> Turn:
+    width = draw(st.integers(2, 5))
+    flags = st.lists(st.booleans(), min_size=width, max_size=width).map(tuple)
+    return tuple(draw(flags) for _ in range(rows))
+
+
+@st.composite
+def budgets(draw: Draw, prompt: int, page_size: int, least_pages: int) -> dict[str, int]:
+    """A budget whose pages hold, not always exactly, `least_pages` or a few more."""
+    slack = draw(st.integers(0, page_size - 1))
+    if draw(st.booleans()):
+        pages = draw(st.integers(least_pages, max(least_pages, math.ceil(prompt / page_size)) + 2))
+        return {"budget": pages * page_size + slack}
+    return {"decode_budget": draw(st.integers(1, 3)) * page_size - slack}
+
+
+@st.composite
+def shapes(draw: Draw, page_size: int, *, chunked: bool) -> dict[str, object]:
+    rows = draw(st.integers(1, 3))
+    prompts = tuple(draw(st.integers(1, 2 * page_size + 3)) for _ in range(rows))
+    width = max(prompts)
+    chunks: tuple[int, ...] = ()
+    if chunked and width >= 4 and draw(st.booleans()):
+        first = draw(st.integers(2, width - 2))
+        chunks = (first, width - first)
+    steps = st.integers(page_size, 4 * page_size + 6)
+    parts = draw(st.lists(st.one_of(steps, turns(rows)), max_size=2))
+    return {
+        "prompts": prompts,
+        "chunks": chunks,
+        "then": (draw(steps), *parts),
+        "kv_heads": draw(st.integers(1, 2)),
+        "group": draw(st.sampled_from((1, 2, 4))),
+        "dim": draw(st.sampled_from((4, 8))),
+        "scaling": draw(st.sampled_from((None, 1.0, 0.25))),
+        "style": draw(st.sampled_from(STYLES)),
+        "dtype": draw(st.sampled_from(("float64", "float32"))),
+        "seed": draw(st.integers(0, 2**16)),
+    }
+
+
+@st.composite
+def page_cases(
+    draw: Draw, policy: str, options: dict[str, object], page_sizes: tuple[int, ...] = PAGE_SIZES
+) -> Case:
+    """Cases of a policy with pages; `options` are its other switches."""
+    page_size = draw(st.sampled_from(page_sizes))
+    pinned = policy in PINNED and options.get("pin_prompt", True)
+    shape = draw(shapes(page_size, chunked=bool(pinned) or policy == "quest"))
+    prompt = max(shape["prompts"])
+    least = math.ceil(prompt / page_size) + 1 if pinned else 1
+    budget = draw(budgets(prompt, page_size, least))
+    return Case(policy, {**options, "page_size": page_size}, **budget, **shape)
+
+
+@st.composite
+def raas_options(draw: Draw) -> dict[str, object]:
+    options: dict[str, object] = {
+        "score": draw(st.sampled_from(("bound", "exact"))),
+        "sharing": draw(st.sampled_from(("kv_head", "layer"))),
+        "pin_prompt": draw(st.booleans()),
+    }
+    if draw(st.booleans()):
+        return {**options, "used": "top_r", "r": draw(st.sampled_from(FRACTIONS))}
+    return {**options, "used": "alpha", "alpha": draw(st.sampled_from((1e-4, 0.05, 0.125, 0.25)))}
+
+
+@st.composite
+def raas_cases(draw: Draw) -> Case:
+    return draw(page_cases("raas", draw(raas_options())))
+
+
+@st.composite
+def control_cases(draw: Draw) -> Case:
+    """fifo, recency and random."""
+    policy = draw(st.sampled_from(("fifo", "recency", "random")))
+    options = {"seed": draw(st.integers(0, 2**31 - 1))} if policy == "random" else {}
+    return draw(page_cases(policy, options))
+
+
+@st.composite
+def h2o_cases(draw: Draw) -> Case:
+    options = {"heavy": draw(st.sampled_from((0.0, 0.3, 0.5, 0.75, 1.0))), "pin_prompt": draw(st.booleans())}
+    shape = draw(shapes(3, chunked=bool(options["pin_prompt"])))
+    least = max(shape["prompts"]) + 1 if options["pin_prompt"] else 2
+    return Case("h2o", options, **draw(budgets(max(shape["prompts"]), 1, least)), **shape)
+
+
+@st.composite
+def streaming_cases(draw: Draw) -> Case:
+    sinks = draw(st.integers(0, 5))
+    shape = draw(shapes(4, chunked=False))
+    # With a decode budget every row must still hold the sinks and one token.
+    if draw(st.booleans()):
+        least = max(1, sinks + 1 - min(shape["prompts"]))
+        budget = {"decode_budget": draw(st.integers(least, least + 6))}
+    else:
+        budget = {"budget": draw(st.integers(sinks + 1, sinks + 10))}
+    return Case("streaming_llm", {"sinks": sinks, "positions": "logical"}, **budget, **shape)
+
+
+@st.composite
+def whole_cases(draw: Draw) -> Case:
+    """quest and dense: nothing is ever evicted."""
+    if draw(st.integers(0, 3)):
+        return draw(page_cases("quest", {}))
+    return Case("dense", **draw(shapes(4, chunked=True)))
+
+
+def all_cases() -> st.SearchStrategy[Case]:
+    return st.one_of(raas_cases(), control_cases(), h2o_cases(), streaming_cases(), whole_cases())

@@ -1,0 +1,99 @@
+"""Every policy x switch x page size x kind of budget x group size, on long enough runs, one case each."""
+
+import itertools
+import math
+
+import pytest
+
+from tests.oracle.harness import Case, compare
+
+PAGE_SIZES = (1, 4, 8, 16, 32)
+RAAS_SWITCHES = [
+    {"used": used, "score": score, "sharing": sharing, "pin_prompt": pin_prompt}
+    for used, score, sharing, pin_prompt in itertools.product(
+        ("top_r", "alpha"), ("bound", "exact"), ("kv_head", "layer"), (True, False)
+    )
+]
+PAGED = [("fifo", {}), ("recency", {}), ("random", {"seed": 7}), ("quest", {})]
+PAGED += [("raas", switches) for switches in RAAS_SWITCHES]
+TOKEN_LEVEL = [("h2o", {"pin_prompt": False}), ("h2o", {"pin_prompt": True}), ("h2o", {"heavy": 0.25})]
+TOKEN_LEVEL += [("streaming_llm", {"sinks": 4, "positions": "logical"})]
+A_TURN = ((True, True, True, True), (False, True, False, True), (False, False, False, True))
+
+
+def name_of(value: object) -> str:
+    if isinstance(value, dict):
+        return "-".join(str(item) for item in value.values()) or "default"
+    return str(value)
+
+
+def long_case(
+    policy: str, options: dict[str, object], page_size: int, kind: str, group: int, style: str
+) -> Case:
+    """Three rows with prompts of different lengths, a decode past the cap, a padded turn, more decoding."""
+    prompts = (page_size + 3, 2, 2 * page_size)
+    pages = 2 if kind == "decode_budget" else math.ceil(max(prompts) / page_size) + 2
+    return Case(
+        policy,
+        options,
+        **{kind: pages * page_size},
+        prompts=prompts,
+        then=(3 * page_size + 2, A_TURN, page_size + 2),
+        kv_heads=2,
+        group=group,
+        style=style,
+        seed=page_size + group,
+    )
+
+
+@pytest.mark.parametrize("style", ["normal", "integers"])
+@pytest.mark.parametrize("kind", ["budget", "decode_budget"])
+@pytest.mark.parametrize("page_size", PAGE_SIZES[:3])
+@pytest.mark.parametrize(("policy", "options"), PAGED, ids=name_of)
+def test_policies_with_pages(policy: str, options: dict, page_size: int, kind: str, style: str) -> None:
+    group = {1: 4, 4: 2, 8: 1}[page_size]
+    assert compare(long_case(policy, {**options, "page_size": page_size}, page_size, kind, group, style)) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["budget", "decode_budget"])
+@pytest.mark.parametrize("page_size", PAGE_SIZES[3:])
+@pytest.mark.parametrize(("policy", "options"), PAGED, ids=name_of)
+def test_policies_with_large_pages(policy: str, options: dict, page_size: int, kind: str, group: int) -> None:
+    case = long_case(policy, {**options, "page_size": page_size}, page_size, kind, group, "normal")
+    calls = 1 + sum(part if isinstance(part, int) else 1 for part in case.then)
+    assert compare(case) == calls
+
+
+@pytest.mark.parametrize("style", ["normal", "duplicates", "spiky"])
+@pytest.mark.parametrize("group", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["budget", "decode_budget"])
+@pytest.mark.parametrize(("policy", "options"), TOKEN_LEVEL, ids=name_of)
+def test_policies_that_work_token_by_token(
+    policy: str, options: dict, kind: str, group: int, style: str
+) -> None:
+    case = Case(
+        policy,
+        options,
+        **{kind: 14 if kind == "budget" else 5},
+        prompts=(11, 3, 7),
+        then=(15, A_TURN, 6),
+        kv_heads=2,
+        group=group,
+        style=style,
+    )
+    assert compare(case) > 1
+
+
+@pytest.mark.parametrize(("policy", "options"), [*TOKEN_LEVEL[::2], PAGED[-1]], ids=name_of)
+def test_a_prompt_over_the_budget_is_cut_after_the_prefill(policy: str, options: dict) -> None:
+    page = {"page_size": 4} if policy == "raas" else {}
+    case = Case(policy, {**options, **page}, budget=9, prompts=(30, 4, 17), then=(12, A_TURN, 3), kv_heads=2)
+    assert compare(case) > 1
+
+
+def test_dense_keeps_everything() -> None:
+    assert (
+        compare(Case("dense", prompts=(5, 1, 9), chunks=(4, 5), then=(7, A_TURN, 2), kv_heads=2, group=2)) > 1
+    )

@@ -1,0 +1,97 @@
+"""Oracles of the policies that work token by token: dense, StreamingLLM, H2O."""
+
+import math
+
+from tests.oracle.base import RowOracle, Setting, Vector, exact_product, softmax
+
+
+class DenseOracle(RowOracle):
+    """Everything stays."""
+
+    def step(self, query: list[Vector], key: list[Vector]) -> None:
+        self.append(key)
+
+    def residents(self) -> list[list[int]]:
+        return [list(range(self.length)) for _ in range(self.heads.kv)]
+
+
+class StreamingOracle(RowOracle):
+    """The first `sinks` positions and the most recent ones, by a closed formula instead of evictions."""
+
+    def __init__(self, setting: Setting, *, sinks: int = 4) -> None:
+        super().__init__(setting)
+        self.sinks = sinks
+
+    def step(self, query: list[Vector], key: list[Vector]) -> None:
+        self.append(key)
+
+    def residents(self) -> list[list[int]]:
+        window = self.limit.in_tokens(self.prompt) - self.sinks
+        kept = [p for p in range(self.length) if p < self.sinks or p >= self.length - window]
+        return [kept for _ in range(self.heads.kv)]
+
+
+class H2OOracle(RowOracle):
+    """Half heavy hitters by accumulated attention, half most recent."""
+
+    def __init__(
+        self,
+        setting: Setting,
+        *,
+        heavy: float = 0.5,
+        pin_prompt: bool = False,
+    ) -> None:
+        super().__init__(setting)
+        self.heavy = heavy
+        self.pin_prompt = pin_prompt
+        self.mass: list[dict[int, float]] = [{} for _ in range(self.heads.kv)]
+
+    def capacity(self) -> int:
+        return self.limit.in_tokens(self.prompt)
+
+    def recent(self) -> int:
+        """Size of the window; a pinned prompt is not part of what window and heavy hitters share."""
+        shared = self.capacity() - (self.prompt if self.pin_prompt else 0)
+        return shared - math.floor(exact_product(self.heavy, shared))
+
+    def prefill(self, queries: list[list[Vector]], keys: list[list[Vector]]) -> None:
+        first = self.length
+        super().prefill(queries, keys)
+        for kv_head, mass in enumerate(self.mass):
+            for position in range(first, self.length):
+                mass[position] = 0.0
+                for query_head in self.heads.queries_of(kv_head):
+                    self.accumulate(kv_head, queries[query_head][position - first], range(position + 1))
+            if not self.pin_prompt and self.length > self.capacity():
+                self.trim(kv_head)
+
+    def trim(self, kv_head: int) -> None:
+        """Of a prompt over budget the window and the heaviest others stay, ties to the higher position."""
+        mass, recent = self.mass[kv_head], self.recent()
+        window = set(range(self.length - recent, self.length))
+        mirrored = {-p: mass[p] for p in mass if p not in window}
+        heaviest = {-index for index in self.best(mirrored, self.capacity() - recent)}
+        self.mass[kv_head] = {p: mass[p] for p in sorted(window | heaviest)}
+
+    def accumulate(self, kv_head: int, query: Vector, positions: range | list[int]) -> None:
+        for position, share in softmax(self.logits(query, kv_head, positions)).items():
+            self.mass[kv_head][position] += share
+
+    def step(self, query: list[Vector], key: list[Vector]) -> None:
+        now = self.length
+        self.append(key)
+        for kv_head, mass in enumerate(self.mass):
+            if len(mass) >= self.capacity():
+                del mass[self.victim(mass, now)]
+            mass[now] = 0.0
+            positions = sorted(mass)
+            for query_head in self.heads.queries_of(kv_head):
+                self.accumulate(kv_head, query[query_head], positions)
+
+    def victim(self, mass: dict[int, float], now: int) -> int:
+        free = {p: m for p, m in mass.items() if not (self.pin_prompt and p < self.prompt)}
+        outside_window = {p: m for p, m in free.items() if p <= now - self.recent()}
+        return self.smallest(outside_window)
+
+    def residents(self) -> list[list[int]]:
+        return [sorted(mass) for mass in self.mass]

@@ -1,0 +1,1 @@
+"""Facts that must hold after every step, whatever the policy, the inputs and their order."""

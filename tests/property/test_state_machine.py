@@ -1,0 +1,102 @@
+"""Any sequence of decode steps, further turns, row selections and broken numbers leaves the facts standing.
+
+Every call also goes to a twin that never sees a broken number: rows that were not touched must stay equal to it.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+
+from tests.oracle.harness import Call, Case, Inputs, calls
+from tests.oracle.strategies import all_cases
+from tests.property.facts import check_layer
+
+BROKEN = (float("nan"), float("inf"), float("-inf"), 1e38)
+
+
+class CacheMachine(RuleBasedStateMachine):
+    @initialize(case=all_cases(), dtype=st.sampled_from(("float64", "float32", "bfloat16")))
+    def start(self, case: Case, dtype: str) -> None:
+        self.case = replace(case, dtype=dtype, then=())
+        self.layer, self.twin = self.case.make_layer(), self.case.make_layer()
+        self.rows = len(case.prompts)
+        self.prompts, self.lengths = list(case.prompts), list(case.prompts)
+        self.touched = [False] * self.rows
+        for call in calls(self.case):
+            call.attend(self.layer, case.scaling)
+            call.attend(self.twin, case.scaling)
+        self.inputs = Inputs(replace(self.case, seed=case.seed + 1))
+        self.decode(steps=1)  # several tokens before the first decode step would still be prompt
+
+    def feed(self, real_BQ: torch.Tensor, broken: tuple[int, int, float] | None = None) -> None:
+        """Give one call to both layers; `broken` names the row, which of q, k, v, and the number to plant."""
+        columns = self.inputs.columns(real_BQ.shape[1])
+        twin_out_BHQD = Call(*columns, real_BQ, prefill=False).attend(self.twin, self.case.scaling)
+        if broken is not None:
+            row, which, number = broken
+            columns = tuple(tensor.clone() for tensor in columns)
+            columns[which][row, 0, 0, 0] = number
+            self.touched[row] = True
+        out_BHQD = Call(*columns, real_BQ, prefill=False).attend(self.layer, self.case.scaling)
+        for row, flags in enumerate(real_BQ.tolist()):
+            self.lengths[row] += sum(flags)
+            if not self.touched[row]:
+                assert torch.equal(out_BHQD[row][:, real_BQ[row]], twin_out_BHQD[row][:, real_BQ[row]])
+
+    @rule(steps=st.integers(1, 9))
+    def decode(self, steps: int) -> None:
+        for _ in range(steps):
+            self.feed(torch.ones(self.rows, 1, dtype=torch.bool))
+
+    @rule(data=st.data())
+    def turn(self, data: st.DataObject) -> None:
+        flags = st.lists(st.booleans(), min_size=3, max_size=3)
+        self.feed(torch.tensor([data.draw(flags) for _ in range(self.rows)]))
+
+    @rule(data=st.data(), which=st.integers(0, 2), number=st.sampled_from(BROKEN))
+    def decode_a_broken_number(self, data: st.DataObject, which: int, number: float) -> None:
+        row = data.draw(st.integers(0, self.rows - 1))
+        self.feed(torch.ones(self.rows, 1, dtype=torch.bool), broken=(row, which, number))
+
+    @rule(data=st.data())
+    def select_rows(self, data: st.DataObject) -> None:
+        source = data.draw(st.lists(st.integers(0, self.rows - 1), min_size=self.rows, max_size=self.rows))
+        self.layer.select_rows(torch.tensor(source))
+        self.twin.select_rows(torch.tensor(source))
+        self.prompts = [self.prompts[row] for row in source]
+        self.lengths = [self.lengths[row] for row in source]
+        self.touched = [self.touched[row] for row in source]
+
+    @invariant()
+    def facts_hold(self) -> None:
+        check_layer(self.case, self.layer, self.prompts, self.lengths)
+        ours, twins = self.layer.resident_positions(), self.twin.resident_positions()
+        for row, touched in enumerate(self.touched):
+            assert touched or ours[row] == twins[row]
+
+
+def run_machine(examples: int, *, derandomize: bool) -> None:
+    checks = list(HealthCheck)
+    run_state_machine_as_test(
+        CacheMachine,
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=12,
+            deadline=None,
+            derandomize=derandomize,
+            suppress_health_check=checks,
+        ),
+    )
+
+
+def test_the_facts_hold_after_every_call() -> None:
+    run_machine(25, derandomize=True)
+
+
+@pytest.mark.slow
+def test_the_facts_hold_after_every_call_300_times() -> None:
+    run_machine(300, derandomize=False)
