@@ -46,9 +46,7 @@ def model_stays_as_it_was(model):
     yield
     gc.collect()
     assert model.config._attn_implementation == "sdpa"
-    assert torch.equal(
-        model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False), expected
-    )
+    assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False), expected)
     again = longthink.generate(model, ids, mask, budget=32, policy="h2o", max_new_tokens=30, do_sample=False)
     assert torch.equal(again, ours)
 

@@ -93,9 +93,7 @@ def test_streams_tokens_as_they_come(model):
 
     ids, _ = prompt((10,))
     streamer = Collect()
-    tokens = longthink.generate(
-        model, ids, budget=64, max_new_tokens=15, do_sample=False, streamer=streamer
-    )
+    tokens = longthink.generate(model, ids, budget=64, max_new_tokens=15, do_sample=False, streamer=streamer)
     assert streamer.tokens == [*tokens[0].tolist(), "end"]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from importlib.metadata import entry_points
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from longthink.errors import UnknownPolicyError
 from longthink.policies.base import Policy
@@ -84,9 +84,9 @@ def make_policy(spec: str | Policy) -> Policy:
             raise ValueError(f"policy option {part!r} of {spec!r} must read field=value")
         options[field] = text
     cls = get_policy_class(name)
-    types = {f.name: f.type for f in dataclasses.fields(cls)}
     _check_fields(cls, options)
-    return cls(**{field: _parse(field, text, str(types[field])) for field, text in options.items()})
+    types = get_type_hints(cls)
+    return cls(**{field: _parse(field, text, types[field]) for field, text in options.items()})
 
 
 def policy_from_dict(values: dict[str, Any]) -> Policy:
@@ -106,16 +106,16 @@ def _check_fields(cls: type[Policy], options: dict[str, Any]) -> None:
             )
 
 
-def _parse(field: str, text: str, annotation: str) -> Any:
-    """Value of an option from its text, by the annotation of its dataclass field."""
-    if annotation == "bool":
+def _parse(field: str, text: str, kind: Any) -> Any:
+    """Value of an option from its text, by the type of its dataclass field."""
+    if kind is bool:
         if text.lower() not in ("true", "false"):
             raise ValueError(f"{field}={text!r} must be true or false")
         return text.lower() == "true"
-    if annotation in ("int", "float"):
+    if kind in (int, float):
         try:
-            return int(text) if annotation == "int" else float(text)
+            return kind(text)
         except ValueError:
-            kind = "an integer" if annotation == "int" else "a number"
-            raise ValueError(f"{field}={text!r} must be {kind}") from None
+            name = "an integer" if kind is int else "a number"
+            raise ValueError(f"{field}={text!r} must be {name}") from None
     return text

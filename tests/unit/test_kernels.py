@@ -1,0 +1,175 @@
+"""Reference kernels against the formula, written out slowly."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from longthink import kernels
+from longthink.kernels.reference import masked_softmax
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def naive_attention(query, keys, values, allowed, scaling):
+    """One query vector over the allowed keys, in Python floats."""
+    logits = [
+        scaling * sum(a * b for a, b in zip(query, key, strict=True)) if ok else -math.inf
+        for key, ok in zip(keys, allowed, strict=True)
+    ]
+    top = max(logits)
+    weights = [math.exp(x - top) if x > -math.inf else 0.0 for x in logits]
+    total = sum(weights)
+    weights = [w / total for w in weights]
+    out = [sum(w * v[d] for w, v in zip(weights, values, strict=True)) for d in range(len(values[0]))]
+    return out, weights
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4, 7])
+@pytest.mark.parametrize("with_weights", [False, True])
+def test_decode_attention(groups, with_weights):
+    query = torch.randn(2, 3, groups, 8, dtype=torch.float64)
+    keys, values = torch.randn(2, 2, 3, 11, 8, dtype=torch.float64)
+    resident = torch.rand(2, 3, 11) < 0.6
+    resident[..., 0] = True
+    out, weights = kernels.decode_attention(query, keys, values, resident, 0.3, with_weights=with_weights)
+    assert (weights is not None) == with_weights
+    for b in range(2):
+        for k in range(3):
+            for g in range(groups):
+                slow, slow_weights = naive_attention(
+                    query[b, k, g].tolist(),
+                    keys[b, k].tolist(),
+                    values[b, k].tolist(),
+                    resident[b, k].tolist(),
+                    0.3,
+                )
+                assert out[b, k, g].tolist() == pytest.approx(slow, abs=1e-9)
+                if weights is not None:
+                    assert weights[b, k, g].tolist() == pytest.approx(slow_weights, abs=1e-9)
+
+
+def test_block_attention_and_column_mass():
+    query, key, value = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 8)
+    query, key, value = query.double(), key.double(), value.double()
+    mask = torch.ones(6, 6, dtype=torch.bool).tril()[None, None]
+    out = kernels.block_attention(query, key, value, None, 0.5)
+    torch.testing.assert_close(out, kernels.block_attention(query, key, value, mask, 0.5))
+    readers = torch.tensor([[False, True, True, True, True, True]])
+    mass = kernels.column_mass(query, key, mask, readers, 0.5)
+    for k in range(2):
+        expected = [0.0] * 6
+        for h in (2 * k, 2 * k + 1):
+            for q in range(6):
+                slow, weights = naive_attention(
+                    query[0, h, q].tolist(),
+                    key[0, k].tolist(),
+                    value[0, k].tolist(),
+                    mask[0, 0, q].tolist(),
+                    0.5,
+                )
+                assert out[0, h, q].tolist() == pytest.approx(slow, abs=1e-9)
+                if q > 0:
+                    expected = [e + w for e, w in zip(expected, weights, strict=True)]
+        assert mass[0, k].tolist() == pytest.approx(expected, abs=1e-9)
+
+
+def test_column_mass_in_slices_equals_one_piece(monkeypatch):
+    query, key = torch.randn(2, 4, 30, 8), torch.randn(2, 2, 30, 8)
+    mask = torch.ones(30, 30, dtype=torch.bool).tril()[None, None]
+    readers = torch.rand(2, 30) < 0.8
+    whole = kernels.column_mass(query, key, mask, readers, 0.5)
+    monkeypatch.setattr("longthink.kernels.reference._QUERIES_AT_ONCE", 7)
+    torch.testing.assert_close(kernels.column_mass(query, key, mask, readers, 0.5), whole)
+
+
+def test_bound_is_the_formula_of_quest_and_bounds_every_key():
+    query, keys = torch.randn(1, 2, 3, 16).double(), torch.randn(1, 2, 5, 4, 16).double()
+    low, high = keys.amin(3), keys.amax(3)
+    bound = kernels.bound_scores(query, low, high)
+    q = query[:, :, :, None]
+    formula = torch.maximum(q * low[:, :, None], q * high[:, :, None]).sum(-1)
+    torch.testing.assert_close(bound, formula)
+    exact = torch.einsum("bkgd,bkptd->bkgpt", query, keys).amax(-1)
+    assert (bound >= exact - 1e-9).all()
+
+
+@given(st.data())
+def test_top_fraction_and_lowest_against_sorting(data):
+    count = data.draw(st.integers(1, 12))
+    pages = data.draw(st.permutations(range(count)))
+    resident = data.draw(st.lists(st.booleans(), min_size=count, max_size=count))
+    scores = data.draw(st.lists(st.integers(0, 3), min_size=count, max_size=count))
+    fraction = data.draw(st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.9, 1.0]))
+    page = torch.tensor([[[p if r else -1 for p, r in zip(pages, resident, strict=True)]]])
+    score = torch.tensor([[scores]], dtype=torch.float32)
+
+    ranked = sorted((-s, p, i) for i, (s, p, r) in enumerate(zip(scores, pages, resident, strict=True)) if r)
+    wanted = {i for _, _, i in ranked[: math.ceil(round(fraction * len(ranked), 9))]}
+    marked = kernels.top_fraction(score, page, fraction)[0, 0]
+    assert {i for i in range(count) if marked[i]} == wanted
+    best = kernels.top_pages(score, page, count)[0, 0].tolist()
+    assert best[: len(ranked)] == [i for _, _, i in ranked]
+
+    if ranked:
+        victim = kernels.lowest(score, page, page >= 0).item()
+        assert (
+            victim
+            == min((s, p, i) for i, (s, p, r) in enumerate(zip(scores, pages, resident, strict=True)) if r)[2]
+        )
+
+
+def test_lowest_never_names_what_is_no_candidate():
+    page = torch.tensor([[[0, 1, 2, 3]]])
+    candidates = torch.tensor([[[False, True, True, False]]])
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        priority = torch.tensor([[[-float("inf"), bad, bad, float("nan")]]])
+        assert kernels.lowest(priority, page, candidates).item() == 1
+    assert kernels.lowest(torch.full((1, 1, 4), torch.iinfo(torch.int64).max), page, candidates).item() == 1
+
+
+def test_hash_priority_is_splitmix64():
+    word = (1 << 64) - 1
+
+    def mix(z):
+        z = (z + 0x9E3779B97F4A7C15) & word
+        z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) & word
+        z = ((z ^ z >> 27) * 0x94D049BB133111EB) & word
+        return z ^ z >> 31
+
+    page, now = torch.tensor([[[3, 0, -1], [1, 2, 7]]], dtype=torch.int32), torch.tensor([40])
+    for seed in (0, 1, (1 << 63) - 1):
+        got = kernels.hash_priority(seed, page, now)
+        for head in range(2):
+            for slot in range(3):
+                x = mix(mix(seed) + head)
+                x = mix((x + page[0, head, slot].item()) & word)
+                assert got[0, head, slot].item() == mix((x + 40) & word) >> 32
+
+
+def test_hash_draws_are_uniform():
+    page = torch.arange(8, dtype=torch.int32).expand(1, 1, 8)
+    drawn = [kernels.hash_priority(5, page, torch.tensor([step])).argmin().item() for step in range(4000)]
+    counts = torch.tensor(drawn).bincount(minlength=8)
+    # 4000 draws over 8 pages: 500 each, standard deviation 21.
+    assert (counts - 500).abs().max() < 5 * 21
+
+
+def test_rotated_keys_give_the_dot_products_of_the_new_distance():
+    inv_freq = 1.0 / 100 ** (torch.arange(0, 8, 2).double() / 8)
+
+    def turn(x, position):
+        return kernels.rotate_keys(x[None, None, None], torch.tensor([position]), inv_freq)[0, 0, 0]
+
+    query, key = torch.randn(2, 8, dtype=torch.float64)
+    moved = kernels.rotate_keys(turn(key, 2)[None, None, None], torch.tensor([5]), inv_freq)[0, 0, 0]
+    torch.testing.assert_close(turn(query, 20) @ moved, turn(query, 13) @ key)
+
+
+def test_masked_softmax_of_nothing_is_zero():
+    assert masked_softmax(torch.randn(3), torch.zeros(3, dtype=torch.bool)).tolist() == [0, 0, 0]

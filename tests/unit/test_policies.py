@@ -1,0 +1,84 @@
+"""Registry, texts, JSON and validation of policies and budgets."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import longthink
+from longthink.config import Budget
+from longthink.policies import Policy, policy_from_dict, register
+
+NAMES = longthink.available_policies()
+
+
+def test_the_systems_of_the_paper_and_the_controls_are_there():
+    assert set(NAMES) >= {"dense", "streaming_llm", "h2o", "quest", "raas", "recency", "random", "fifo"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_policy_says_what_it_is_and_how_it_differs_from_its_paper(name):
+    policy = longthink.make_policy(name)
+    assert policy.name == name
+    for text in (policy.time, policy.memory, policy.keeps, policy.source):
+        assert text.strip()
+    assert (policy.memory == "O(N)") == policy.grows
+    assert "Differs from the paper" in type(policy).__doc__
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_json_and_text_round_trip(name):
+    policy = longthink.make_policy(name)
+    assert policy_from_dict(json.loads(json.dumps(policy.to_dict()))) == policy
+    assert longthink.make_policy(policy.spec()) == policy
+    assert policy.spec() == name
+
+
+@given(
+    st.builds(
+        longthink.RaaS,
+        r=st.floats(0, 1),
+        used=st.sampled_from(["top_r", "alpha"]),
+        alpha=st.floats(0, 1),
+        score=st.sampled_from(["bound", "exact"]),
+        sharing=st.sampled_from(["kv_head", "layer"]),
+        pin_prompt=st.booleans(),
+        dense_layers=st.integers(0, 100),
+        page_size=st.sampled_from([1, 4, 8, 16, 32]),
+    )
+)
+def test_raas_round_trips_with_any_switches(policy):
+    assert longthink.make_policy(policy.spec()) == policy
+    assert policy_from_dict(json.loads(json.dumps(policy.to_dict()))) == policy
+
+
+def test_policies_are_frozen_and_hold_no_state():
+    policy = longthink.RaaS()
+    with pytest.raises(AttributeError):
+        policy.r = 0.1
+    assert policy.with_options(r=0.1) == longthink.RaaS(r=0.1)
+
+
+def test_a_name_cannot_be_taken_twice():
+    with pytest.raises(ValueError, match=r"'raas' is taken by longthink\.policies\.raas"):
+
+        @register("raas")
+        class Other(Policy):
+            pass
+
+
+@given(st.integers(0, 500), st.integers(1, 500), st.sampled_from([1, 4, 8, 16, 32]))
+def test_budget_in_pages(prompt, tokens, page_size):
+    assert Budget(budget=tokens).pages(prompt, page_size) * page_size <= tokens
+    pages = Budget(decode_budget=tokens).pages(prompt, page_size)
+    assert prompt + tokens <= pages * page_size < prompt + tokens + 2 * page_size
+
+
+def test_public_names_are_the_declared_ones():
+    for name in longthink.__all__:
+        assert getattr(longthink, name) is not None
+    assert dir(longthink) == sorted(longthink.__all__)
+    assert len(longthink.__all__) <= 30
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        longthink.nonsense  # noqa: B018
