@@ -27,9 +27,9 @@ def budgets(draw: Draw, prompt: int, page_size: int, least_pages: int) -> dict[s
     """A budget whose pages hold, not always exactly, `least_pages` or a few more."""
     slack = draw(st.integers(0, page_size - 1))
     if draw(st.booleans()):
-        pages = draw(st.integers(least_pages, max(least_pages, math.ceil(prompt / page_size)) + 2))
+        pages = draw(st.integers(least_pages, max(least_pages, math.ceil(prompt / page_size)) + 1))
         return {"budget": pages * page_size + slack}
-    return {"decode_budget": draw(st.integers(1, 3)) * page_size - slack}
+    return {"decode_budget": draw(st.sampled_from((1, 2, 2, 3))) * page_size - slack}
 
 
 @st.composite
@@ -41,7 +41,7 @@ def shapes(draw: Draw, page_size: int, *, chunked: bool) -> dict[str, object]:
     if chunked and width >= 4 and draw(st.booleans()):
         first = draw(st.integers(2, width - 2))
         chunks = (first, width - first)
-    steps = st.integers(page_size, 4 * page_size + 6)
+    steps = st.integers(2 * page_size + 2, 5 * page_size + 6)
     parts = draw(st.lists(st.one_of(steps, turns(rows)), max_size=2))
     return {
         "prompts": prompts,
