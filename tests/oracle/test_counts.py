@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from longthink.kernels import top_fraction
 
+from longthink.kernels import top_fraction
 from tests.oracle.base import exact_product
 from tests.oracle.harness import Case, calls
 
