@@ -163,12 +163,16 @@ class Row:
         self.key_KND = torch.cat([self.key_KND, key_KQD.double()], dim=1)
         self.value_KND = torch.cat([self.value_KND, value_KQD.double()], dim=1)
 
+    def keys_read(self, key_ND: torch.Tensor, kept_N: torch.Tensor) -> torch.Tensor:
+        """Keys as attention reads them: as they were given."""
+        return key_ND[kept_N]
+
     def shadow(self, query_HD: torch.Tensor, positions: list[list[int]]) -> torch.Tensor:
         """Dense attention masked to `positions` of each KV head."""
         outputs = []
         for head, query_D in enumerate(query_HD.double()):
             kept = torch.tensor(positions[head // self.group])
-            key_ND = self.key_KND[head // self.group, kept]
+            key_ND = self.keys_read(self.key_KND[head // self.group], kept)
             weights_N = torch.softmax(key_ND @ query_D * self.scaling, dim=0)
             outputs.append(weights_N @ self.value_KND[head // self.group, kept])
         return torch.stack(outputs)
@@ -192,10 +196,10 @@ class Row:
 class Run:
     """Both sides of a case. `compare` returns how many calls were compared before a doubtful decision."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, row_type: type[Row] = Row) -> None:
         self.case = case
         self.layer = case.make_layer()
-        self.rows = [Row(case) for _ in case.prompts]
+        self.rows = [row_type(case) for _ in case.prompts]
 
     def compare(self) -> int:
         compared = 0
@@ -232,5 +236,5 @@ class Run:
         assert self.layer.num_evicted == given - kept
 
 
-def compare(case: Case) -> int:
-    return Run(case).compare()
+def compare(case: Case, row_type: type[Row] = Row) -> int:
+    return Run(case, row_type).compare()

@@ -100,6 +100,18 @@ def rows_of(call: Call, rows: list[int]) -> Call:
     return Call(*(tensor[rows][:, :, used_Q] for tensor in columns), real_BQ[:, used_Q], call.prefill)
 
 
+@pytest.mark.parametrize("case", PINNED + CUTTING, ids=by_policy)
+def test_a_reset_layer_is_as_good_as_new(case: Case) -> None:
+    used, fresh = case.make_layer(), case.make_layer()
+    feed(used, list(calls(replace(case, prompts=(4, 7, 2), seed=1))))
+    used.reset()
+    assert used.kv_bytes == used.metadata_bytes == used.num_evicted == 0
+    for call in calls(case):
+        real_B1Q1 = call.real_BQ[:, None, :, None]
+        assert torch.equal(call.attend(used, None) * real_B1Q1, call.attend(fresh, None) * real_B1Q1)
+    assert_same(used, fresh)
+
+
 @pytest.mark.parametrize("policy", ["raas", "fifo", "random"])
 def test_a_prompt_that_leaves_no_free_page_is_refused(policy: str) -> None:
     case = Case(policy, {"page_size": 4}, budget=12, prompts=(9,), then=())
@@ -116,3 +128,16 @@ def test_a_prompt_that_leaves_no_free_token_is_refused(policy: str, options: dic
         next(calls(case)).attend(case.make_layer(), None)
     fits = replace(case, budget=9)
     next(calls(fits)).attend(fits.make_layer(), None)
+
+
+def test_a_refused_chunk_leaves_the_cache_as_it_was() -> None:
+    case = Case("raas", {"page_size": 4}, budget=12, prompts=(4,), then=(30,), kv_heads=2)
+    prompt, *steps = calls(case)
+    refused, plain = case.make_layer(), case.make_layer()
+    for layer in (refused, plain):
+        prompt.attend(layer, None)
+    with pytest.raises(BudgetError):
+        joined(steps[:6]).attend(refused, None)
+    assert_same(refused, plain)
+    assert torch.equal(feed(refused, steps), feed(plain, steps))
+    assert_same(refused, plain)
