@@ -186,7 +186,9 @@ class SlotStore:
         self.tail_BK.copy_(slot_BK)
         within = torch.arange(page_size, device=slot_BK.device)
         tokens_BKT = slot_BK[..., None] * page_size + within
-        for tensor, empty in ((table.position_BKS, -1), *((tensor, 0) for tensor in table.state.values())):
+        # Old numbers go as well: a NaN left behind would reach the output through its zero weight.
+        zeroed = (self.keys_BKSD, self.values_BKSD, *table.state.values())
+        for tensor, empty in ((table.position_BKS, -1), *((tensor, 0) for tensor in zeroed)):
             index = _fit(tokens_BKT if tensor.shape[2] != self.pages else slot_BK[..., None], tensor)
             opens = opens_B.view(-1, *[1] * (tensor.ndim - 1))
             tensor.scatter_(2, index, torch.where(opens, empty, tensor.gather(2, index)))

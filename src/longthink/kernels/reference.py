@@ -147,8 +147,8 @@ def top_fraction(score_BKP: Tensor, page_BKP: Tensor, fraction: float) -> Tensor
         Boolean, shape BKP.
     """
     resident_BKP = page_BKP >= 0
-    # The small offset undoes what binary fractions add: 0.1 * 10 pages must count 1, not 2.
-    count_BK1 = (resident_BKP.sum(-1, keepdim=True) * fraction - 1e-6).ceil()
+    # The small offset undoes what binary fractions add: 0.3 * 170 pages must count 51, not 52.
+    count_BK1 = (resident_BKP.sum(-1, keepdim=True).double() * fraction - 1e-9).ceil()
     return _order(score_BKP, page_BKP).argsort(-1) < count_BK1
 
 

@@ -99,4 +99,4 @@ class H2O(Policy):
         table.state["mass"] += step.weights_BKGS.sum(2)
 
     def _recent(self, capacity_B: Tensor) -> Tensor:
-        return capacity_B - (capacity_B * self.heavy).floor().to(capacity_B.dtype)
+        return capacity_B - (capacity_B.double() * self.heavy + 1e-9).floor().to(capacity_B.dtype)
