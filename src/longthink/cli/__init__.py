@@ -1,0 +1,5 @@
+"""The ``longthink`` command."""
+
+from longthink.cli.app import main
+
+__all__ = ["main"]

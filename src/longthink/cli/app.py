@@ -1,0 +1,103 @@
+"""The command line application: its commands, and the one way into all of them.
+
+Only light modules are imported here; torch, transformers and matplotlib are imported inside the commands that use
+them, so that ``longthink --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+from cyclopts import App, Parameter
+
+from longthink.cli.demo import demo
+from longthink.cli.doctor import doctor
+from longthink.cli.errors import guarded
+from longthink.cli.generate import generate
+from longthink.cli.options import Switch
+from longthink.cli.policies import policies
+from longthink.cli.reasoner import reasoner_app
+
+
+def _version() -> str:
+    from longthink import __version__
+
+    return f"longthink {__version__}"
+
+
+app = App(
+    name="longthink",
+    help="Bounded KV cache for reasoning models: constant memory per token, however long the chain of thought.",
+    version=_version,
+    help_format="markdown",
+)
+for _command in (generate, demo, policies, doctor):
+    app.command(_command)
+app.command(reasoner_app)
+app.meta.group_parameters = "Global options"
+# What stands behind "--" is for the command, so the delimiter must reach it.
+app.meta.end_of_options_delimiter = ""
+
+
+@app.meta.default
+def _launch(
+    *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+    debug: Switch = False,
+) -> int:
+    """Run one command.
+
+    Parameters
+    ----------
+    debug
+        Show tracebacks and the messages of the libraries underneath.
+    """
+
+    def action() -> int:
+        if not debug:
+            _quiet_libraries()
+        result = app(
+            _dash_is_stdin(tokens), exit_on_error=False, print_error=False, result_action="return_value"
+        )
+        return result if isinstance(result, int) else 0
+
+    return guarded(action, debug=debug)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Parameters
+    ----------
+    arguments
+        The words after ``longthink``; None takes them from ``sys.argv``.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+
+    def action() -> int:
+        result = app.meta(words, exit_on_error=False, print_error=False, result_action="return_value")
+        return result if isinstance(result, int) else 0
+
+    return guarded(action, debug=False)
+
+
+def _dash_is_stdin(tokens: Sequence[str]) -> list[str]:
+    """Write a lone ``-`` as ``--file=-``: the parser takes it for a nameless option."""
+    words = list(tokens)
+    end = words.index("--") if "--" in words else len(words)
+    for i in range(end):
+        if words[i] == "-" and words[i - 1] != "--file":
+            words[i] = "--file=-"
+    return words
+
+
+def _quiet_libraries() -> None:
+    """Keep the warnings and progress bars of the libraries underneath off the terminal."""
+    import os
+    import warnings
+
+    warnings.simplefilter("ignore")
+    # Read when the libraries are imported, which is later than this.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

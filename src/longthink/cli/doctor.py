@@ -1,0 +1,146 @@
+"""``longthink doctor``: whether this machine has what longthink needs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import pkgutil
+import platform
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from longthink.cli.errors import EXIT_FAILED
+from longthink.cli.options import Switch
+from longthink.cli.terminal import out_console, write_json
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Requirement:
+    """One required package (or Python itself), what is wanted and what is there."""
+
+    name: str
+    wanted: str
+    found: str | None
+    ok: bool
+
+
+def doctor(*, json: Switch = False) -> int:
+    """Check versions, devices and kernels; the exit code is 1 if something required is missing or out of range.
+
+    Parameters
+    ----------
+    json
+        Print one JSON document.
+    """
+    requirements = _requirements()
+    ok = all(requirement.ok for requirement in requirements)
+    report = {
+        "ok": ok,
+        "longthink": _own_version(),
+        "platform": platform.platform(),
+        "requirements": [asdict(requirement) for requirement in requirements],
+        "kernels": _kernels(),
+        **_torch_facts(),
+    }
+    if json:
+        write_json(report)
+    else:
+        _print_report(report)
+    return 0 if ok else EXIT_FAILED
+
+
+def _own_version() -> str:
+    from longthink import __version__
+
+    return __version__
+
+
+def _requirements() -> list[_Requirement]:
+    """Compare what is installed with what the package's own metadata asks for."""
+    from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
+
+    try:
+        metadata = importlib.metadata.metadata("longthink")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ValueError(
+            "longthink is not installed (pip install -e . in a checkout), so nothing says what it needs"
+        ) from error
+    wanted = [Requirement(line) for line in metadata.get_all("Requires-Dist") or ()]
+    rows = [_check("python", SpecifierSet(metadata["Requires-Python"] or ""), platform.python_version())]
+    for requirement in wanted:
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            rows.append(_check(requirement.name, requirement.specifier, _installed(requirement.name)))
+    return rows
+
+
+def _check(name: str, specifier: Any, found: str | None) -> _Requirement:
+    # A pre-release or a local build (2.13.0+cpu) of a good version is as good.
+    ok = found is not None and specifier.contains(found, prereleases=True)
+    return _Requirement(name=name, wanted=str(specifier), found=found, ok=ok)
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _kernels() -> dict[str, Any]:
+    """Return the kernel modules of the package, and whether Triton is there to run the Triton ones."""
+    import longthink.kernels
+
+    return {
+        "modules": sorted(module.name for module in pkgutil.iter_modules(longthink.kernels.__path__)),
+        "triton": importlib.util.find_spec("triton") is not None,
+    }
+
+
+def _torch_facts() -> dict[str, Any]:
+    """Return devices, the number formats that work on them, and threads."""
+    import torch
+
+    names = ["cpu"]
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None:
+        names += [f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())]
+    devices = []
+    for name in names:
+        dtypes = [dtype for dtype in _DTYPES if _multiplies(torch, name, getattr(torch, dtype))]
+        devices.append({"name": name, "dtypes": dtypes})
+    threads = {"torch": torch.get_num_threads(), "cores": os.cpu_count()}
+    return {"devices": devices, "threads": threads}
+
+
+def _multiplies(torch: Any, device: str, dtype: Any) -> bool:
+    """Say whether a device can multiply matrices of a dtype, by doing it."""
+    try:
+        ones = torch.ones(4, 4, device=device, dtype=dtype)
+        return bool((ones @ ones == 4).all())
+    except RuntimeError:
+        return False
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("package", "found", "supported", "verdict", title="Requirements", title_justify="left")
+    for row in report["requirements"]:
+        verdict = "ok" if row["ok"] else "out of range" if row["found"] else "missing"
+        cells = (row["name"], row["found"] or "-", row["wanted"] or "any", verdict)
+        table.add_row(*(Text(cell) for cell in cells), style=None if row["ok"] else "bold red")
+    console = out_console()
+    console.print(f"longthink {report['longthink']} on {report['platform']}", markup=False)
+    console.print(table)
+    for device in report["devices"]:
+        console.print(f"device   {device['name']}: {', '.join(device['dtypes'])}", markup=False)
+    threads, kernels = report["threads"], report["kernels"]
+    console.print(f"threads  {threads['torch']} of {threads['cores']} cores")
+    triton = "installed" if kernels["triton"] else "not installed"
+    console.print(f"kernels  {', '.join(kernels['modules'])} (Triton {triton})")
+    console.print("all good" if report["ok"] else "something required is missing or out of range")

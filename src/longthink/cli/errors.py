@@ -1,0 +1,74 @@
+"""What becomes of an exception: one clear line on standard error and an exit code, never a surprise traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+from cyclopts import CycloptsError
+
+from longthink.cli.terminal import note
+from longthink.errors import LongthinkError
+
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+EXIT_CLOSED_PIPE = 141
+"""Exit codes; the last two are what a shell reports for SIGINT and SIGPIPE."""
+
+
+def guarded(action: Callable[[], int], *, debug: bool) -> int:
+    """Run ``action`` and return its exit code, turning exceptions into a line and a code.
+
+    Parameters
+    ----------
+    action
+        The command; it returns its exit code.
+    debug
+        Show the traceback as well.
+    """
+    try:
+        code = action()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        note("interrupted")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        _forget_stdout()
+        return EXIT_CLOSED_PIPE
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        message, code = _explain(error)
+        note(f"longthink: {message}")
+    return code
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """Return the message and the exit code for ``error``."""
+    # Running out of memory has no common base class outside torch, which may not even be imported here.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return f"out of memory ({error}); a smaller model, dtype or budget may fit", EXIT_FAILED
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return f"no such file or folder: {error.filename}", EXIT_BAD_INPUT
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}", EXIT_BAD_INPUT
+    if isinstance(error, (CycloptsError, LongthinkError, ValueError, OSError)):
+        return str(error), EXIT_BAD_INPUT
+    if isinstance(error, ModuleNotFoundError):
+        return f"this command needs the package {error.name!r}, which is not installed", EXIT_FAILED
+    return (
+        f"unexpected {type(error).__name__}: {error} (run again with --debug for the traceback)",
+        EXIT_FAILED,
+    )
+
+
+def _forget_stdout() -> None:
+    """Point standard output at nothing, so that the flush at interpreter exit does not meet the closed pipe again."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):
+        # Standard output is not a real file (a test has replaced it): there is nothing to redirect.
+        return

@@ -1,0 +1,256 @@
+"""``longthink generate``: text from a prompt, with a bounded cache."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from longthink.cli.decode import Decoded, catch_interrupt, decode
+from longthink.cli.errors import EXIT_INTERRUPTED
+from longthink.cli.models import Loaded, load_model
+from longthink.cli.options import (
+    REASONER,
+    BudgetOptions,
+    ModelOptions,
+    ProblemOptions,
+    SamplingOptions,
+    Switch,
+)
+from longthink.cli.progress import progress
+from longthink.cli.prompts import check_words, encode_prompt, read_prompt
+from longthink.cli.terminal import note, shares_place, size_text, write_json, write_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from longthink.hf import PagedCache
+    from longthink.policies import Policy
+    from longthink.reasoner import Problem
+
+DECODE_BUDGET = 1024
+"""Tokens kept on top of the prompt when no budget is given."""
+DECODE_BUDGET_BUILTIN = 256
+"""The same for the built-in model, whose texts are shorter."""
+MAX_NEW_TOKENS = 2048
+"""Tokens to generate at most when nothing is said, except for the built-in model."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(ProblemOptions, SamplingOptions, BudgetOptions, ModelOptions):
+    """Options of ``longthink generate``."""
+
+    file: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None
+    """Read the prompt from this UTF-8 text file (- is standard input)."""
+
+    raw: Switch = False
+    """Give the prompt to the model as it is, without the chat template."""
+
+    policy: str = "raas"
+    """What the cache keeps, options after colons, such as raas:r=0.25; see "longthink policies"."""
+
+    json: Switch = False
+    """Print one JSON document instead of the text."""
+
+
+_DEFAULTS = GenerateOptions()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """One generation, ready to start and then finished."""
+
+    loaded: Loaded
+    inputs: dict[str, Tensor]
+    policy: Policy
+    budget: dict[str, int]
+    options: GenerateOptions
+    problem: Problem | None
+
+
+def generate(prompt: str | None = None, /, *, options: GenerateOptions = _DEFAULTS) -> int:
+    """Generate text with a bounded KV cache.
+
+    The text goes to standard output; a line with tokens, speed and memory follows on standard error. Ctrl-C ends
+    the text there.
+
+    Parameters
+    ----------
+    prompt
+        The prompt, or - for standard input, which is also read when something is piped in. Without a prompt the
+        built-in model gets a problem of its own kind (profile, size, seed).
+    """
+    text = read_prompt(prompt, options.file)
+    if text is None and options.model != REASONER:
+        raise ValueError(
+            'there is no prompt: give it as an argument, with --file, or on standard input ("-")'
+        )
+    run = _prepare(text, options)
+    from longthink import make_cache
+
+    with make_cache(run.loaded.model, policy=run.policy, **run.budget) as cache:
+        if run.problem is not None:
+            note(f"no prompt given: here is a problem ({_problem_name(options)})")
+            if not options.json:
+                write_text(f"{run.problem.prompt}\n\n")
+        decoded = _decode(run, cache)
+    if options.json:
+        write_json(_record(run, decoded, cache))
+    else:
+        write_text("\n")
+        note(closing_line(decoded, cache))
+        if run.problem is not None and decoded.stopped != "interrupted":
+            right = run.problem.answer == _answer(decoded.text)
+            note(f"the answer is {run.problem.answer}: {'right' if right else 'wrong'}")
+    return EXIT_INTERRUPTED if decoded.stopped == "interrupted" else 0
+
+
+def _prepare(text: str | None, options: GenerateOptions) -> _Run:
+    from longthink.policies import make_policy
+
+    policy = make_policy(options.policy)
+    budget = _budget(options, policy)
+    loaded = load_model(options)
+    problem = None
+    if text is None:
+        from longthink.reasoner import make_problem
+
+        problem = make_problem(seed=options.seed, profile=options.profile, size=options.size)
+        text = problem.prompt
+    inputs = encode_prompt(loaded.tokenizer, text, raw=options.raw)
+    if loaded.builtin:
+        check_words(loaded.tokenizer, text)
+    return _Run(loaded=loaded, inputs=inputs, policy=policy, budget=budget, options=options, problem=problem)
+
+
+def _problem_name(options: ProblemOptions) -> str:
+    return f"profile {options.profile}, size {options.size}, seed {options.seed}"
+
+
+def _budget(options: GenerateOptions, policy: Policy) -> dict[str, int]:
+    """Return the budget arguments of ``make_cache``, choosing one where none is given."""
+    given = {"budget": options.budget, "decode_budget": options.decode_budget}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if chosen:
+        from longthink import Budget
+
+        Budget(**chosen)
+    elif policy.needs_budget:
+        chosen = {"decode_budget": DECODE_BUDGET_BUILTIN if options.model == REASONER else DECODE_BUDGET}
+        note(
+            f"no budget given: keeping {chosen['decode_budget']} tokens on top of the prompt (--decode-budget)"
+        )
+    return chosen
+
+
+def _decode(run: _Run, cache: PagedCache) -> Decoded:
+    import torch
+
+    options, loaded = run.options, run.loaded
+    prompt_tokens = run.inputs["input_ids"].shape[1]
+    limit = options.max_new_tokens or MAX_NEW_TOKENS
+    if loaded.context is not None:
+        room = loaded.context - prompt_tokens
+        if loaded.builtin and options.max_new_tokens is None:
+            limit = max(room, 1)
+        if limit > room:
+            note(
+                f"{loaded.name} was made for {loaded.context} tokens; this may reach {prompt_tokens + limit}"
+            )
+    streams = not options.json
+    shares_screen = streams and shares_place(sys.stdout, sys.stderr)
+    torch.manual_seed(options.seed)
+    title = "reading the prompt" if shares_screen else "generating"
+    with catch_interrupt() as interrupted, progress(title, total=None, unit="tokens") as task:
+
+        def on_text(text: str) -> None:
+            if shares_screen:
+                task.hide()
+            if streams:
+                write_text(text)
+
+        return decode(
+            loaded.model,
+            loaded.tokenizer,
+            run.inputs,
+            cache,
+            on_text=on_text,
+            on_step=task.advance_to,
+            interrupted=interrupted,
+            max_new_tokens=limit,
+            **options.generate_kwargs(),
+        )
+
+
+def closing_line(decoded: Decoded, cache: PagedCache) -> str:
+    """Return the line that ends a generation: tokens, speed, memory and evictions."""
+    ends = {"end": "", "length": " (token limit reached)", "interrupted": " (interrupted)"}
+    return " · ".join(
+        [
+            f"{len(decoded.tokens)} tokens{ends[decoded.stopped]}",
+            f"{decoded.tokens_per_s:.1f} tokens/s",
+            f"KV cache {size_text(cache.kv_bytes)}, dense would be {size_text(cache.dense_kv_bytes)}",
+            f"{cache.num_evicted:,} evictions",
+        ]
+    )
+
+
+def _record(run: _Run, decoded: Decoded, cache: PagedCache) -> dict[str, Any]:
+    """Return everything that is worth keeping about a generation, ready for JSON."""
+    options, problem = run.options, run.problem
+    held = cache.summary()
+    sampling = {name: getattr(options, name) for name in ("temperature", "top_p", "top_k", "seed")}
+    record: dict[str, Any] = {
+        "text": decoded.text,
+        "stopped": decoded.stopped,
+        "tokens": {"prompt": run.inputs["input_ids"].shape[1], "generated": len(decoded.tokens)},
+        "timing": {
+            "load_s": run.loaded.seconds,
+            "prompt_s": decoded.prompt_s,
+            "decode_s": decoded.decode_s,
+            "tokens_per_s": decoded.tokens_per_s,
+        },
+        "bytes": {name: held[name] for name in ("kv_bytes", "dense_kv_bytes", "metadata_bytes")},
+        "evictions": held["num_evicted"],
+        "policy": held["policy"],
+        "budget": held["budget"],
+        "decode_budget": held["decode_budget"],
+        "sampling": sampling,
+        "model": run.loaded.describe(),
+        "versions": versions(),
+    }
+    if problem is not None:
+        record["problem"] = {
+            "profile": options.profile,
+            "size": options.size,
+            "seed": options.seed,
+            "prompt": problem.prompt,
+            "answer": problem.answer,
+            "right": problem.answer == _answer(decoded.text),
+        }
+    return record
+
+
+def _answer(text: str) -> str | None:
+    from longthink.reasoner import final_answer
+
+    return final_answer(text)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    import torch
+    import transformers
+
+    from longthink import __version__
+
+    return {
+        "longthink": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

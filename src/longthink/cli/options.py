@@ -1,0 +1,106 @@
+"""Options that several commands share, each declared once.
+
+The string under a field is its help text. Annotations are real objects here, not strings: the commands inherit these
+fields into other modules, where the names in a string would be unknown.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from longthink.config import check_int, check_range
+from longthink.reasoner.profiles import PROFILES
+from longthink.reasoner.task import SIZES
+
+REASONER = "reasoner"
+"""Name of the built-in model."""
+
+Switch = Annotated[bool, Parameter(negative="", show_default=False)]
+"""A flag without a ``--no-`` form: off unless it is given."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which model, where and how precise."""
+
+    model: str = REASONER
+    """Hub id or local folder of a causal language model (safetensors), or "reasoner", the built-in one."""
+
+    device: str = "auto"
+    """Device such as cpu or cuda:1; auto takes the first accelerator there is."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of weights and cache; auto takes the checkpoint's own."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class BudgetOptions:
+    """How many tokens the cache keeps per layer."""
+
+    budget: int | None = None
+    """Tokens kept per layer, prompt included."""
+
+    decode_budget: int | None = None
+    """Tokens kept per layer on top of the prompt, which then stays whole."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How the next token is chosen, and when to stop."""
+
+    max_new_tokens: int | None = None
+    """Tokens to generate at most [default: 2048; the built-in model: until it ends]."""
+
+    temperature: float = 0.0
+    """Softmax temperature; 0 always takes the most likely token."""
+
+    top_p: float | None = None
+    """Sample from the smallest set of tokens with this probability (needs a temperature above 0)."""
+
+    top_k: int | None = None
+    """Sample from this many most likely tokens (needs a temperature above 0)."""
+
+    def __post_init__(self) -> None:
+        check_range("temperature", self.temperature, 0.0)
+        if self.max_new_tokens is not None:
+            check_int("max_new_tokens", self.max_new_tokens, 1)
+        if self.top_p is not None:
+            check_range("top_p", self.top_p, 0.0, 1.0)
+        if self.top_k is not None:
+            check_int("top_k", self.top_k, 1)
+        if self.temperature == 0 and (self.top_p is not None or self.top_k is not None):
+            raise ValueError(
+                "top_p and top_k choose among sampled tokens: give a temperature above 0 as well"
+            )
+
+    def generate_kwargs(self) -> dict[str, Any]:
+        """Return the arguments of ``model.generate``, independent of the checkpoint's own defaults."""
+        if self.temperature == 0:
+            return {"do_sample": False, "num_beams": 1}
+        # 0 and 1.0 are "off" in transformers; leaving them out would let the checkpoint's defaults in.
+        return {
+            "do_sample": True,
+            "num_beams": 1,
+            "temperature": self.temperature,
+            "top_p": 1.0 if self.top_p is None else self.top_p,
+            "top_k": self.top_k or 0,
+        }
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ProblemOptions:
+    """Which problem the built-in model gets."""
+
+    profile: Annotated[str, Parameter(choices=tuple(PROFILES))] = "chain"
+    """When earlier values are needed again."""
+
+    size: Annotated[str, Parameter(choices=tuple(SIZES))] = "m"
+    """Length of the chain of thought."""
+
+    seed: int = 0
+    """Seed of the problem, and of sampling."""

@@ -1,0 +1,59 @@
+"""``longthink policies``: what can be kept, and what it costs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from longthink.cli.options import Switch
+from longthink.cli.terminal import out_console, write_json
+
+if TYPE_CHECKING:
+    from longthink.policies import Policy
+
+
+def policies(*, json: Switch = False) -> int:
+    """List the cache policies.
+
+    Time and memory are per token and per layer, for N tokens of text and a budget of L.
+
+    Parameters
+    ----------
+    json
+        Print a JSON list.
+    """
+    from longthink.policies import available_policies, get_policy_class
+
+    rows = [_describe(get_policy_class(name)) for name in available_policies()]
+    if json:
+        write_json(rows)
+    else:
+        _print_table(rows)
+    return 0
+
+
+def _describe(cls: type[Policy]) -> dict[str, Any]:
+    return {
+        "name": cls.name,
+        "time": cls.time,
+        "memory": cls.memory,
+        "keeps": cls.keeps,
+        "options": {option.name: option.default for option in dataclasses.fields(cls)},
+        "source": cls.source,
+    }
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    caption = "time and memory per token and layer; N: tokens of text so far, L: budget"
+    table = Table(caption=caption, box=box.SIMPLE_HEAD, caption_justify="left")
+    for heading in ("policy", "time", "memory", "keeps", "options", "source"):
+        table.add_column(heading, no_wrap=heading not in ("keeps", "source"))
+    for row in rows:
+        options = "\n".join(f"{name}={value}" for name, value in row["options"].items())
+        cells = (row["name"], row["time"], row["memory"], row["keeps"], options, row["source"])
+        table.add_row(*(Text(cell) for cell in cells), end_section=True)
+    out_console().print(table)

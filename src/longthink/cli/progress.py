@@ -1,0 +1,103 @@
+"""Progress on standard error: a live bar on a terminal, now and then a plain line anywhere else."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+from longthink.cli.terminal import err_console, is_terminal, note, visible
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+FIRST_LINE_S = 2.0
+"""A plain progress line appears only for work that takes longer than this (seconds)."""
+LINE_EVERY_S = 10.0
+"""Seconds between further plain lines."""
+
+
+class Task(Protocol):
+    """One piece of work whose progress is shown."""
+
+    def advance_to(self, done: int, detail: str = "") -> None:
+        """Say that ``done`` units are complete, with a short ``detail`` such as a rate."""
+
+    def hide(self) -> None:
+        """Take the display away early, because something else will be written now."""
+
+
+class _LineTask:
+    """Plain lines, rarely enough for a log file."""
+
+    def __init__(self, title: str, total: int | None, unit: str) -> None:
+        self._title, self._total, self._unit = title, total, unit
+        self._next = time.monotonic() + FIRST_LINE_S
+        # Work that cannot report while it runs (loading a model) still says that it is under way.
+        self._opening = threading.Timer(FIRST_LINE_S, note, [f"{title} ..."])
+        self._opening.daemon = True
+        self._opening.start()
+
+    def advance_to(self, done: int, detail: str = "") -> None:
+        self._opening.cancel()
+        if time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + LINE_EVERY_S
+        of_total = f"/{self._total}" if self._total is not None else ""
+        note(f"{self._title}: {done}{of_total} {self._unit}{'  ' + detail if detail else ''}")
+
+    def hide(self) -> None:
+        self._opening.cancel()
+        self._next = float("inf")
+
+
+class _BarTask:
+    """A row of a live rich display."""
+
+    def __init__(self, display: Progress, row: TaskID) -> None:
+        self._display, self._row = display, row
+
+    def advance_to(self, done: int, detail: str = "") -> None:
+        self._display.update(self._row, completed=done, detail=visible(detail))
+
+    def hide(self) -> None:
+        self._display.stop()
+
+
+@contextmanager
+def progress(title: str, *, total: int | None = None, unit: str = "") -> Iterator[Task]:
+    """Show the progress of a piece of work while the ``with`` block runs.
+
+    Parameters
+    ----------
+    title
+        What is being done, as a short phrase.
+    total
+        Units of work, or None if that is not known (a moving bar is shown then).
+    unit
+        Name of the unit, in the plural.
+    """
+    if not is_terminal(sys.stderr):
+        task = _LineTask(title, total, unit)
+        try:
+            yield task
+        finally:
+            task.hide()
+        return
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    counted = [BarColumn(bar_width=30), TextColumn("{task.completed:.0f}/{task.total:.0f} " + unit)]
+    display = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        *(counted if total is not None else []),
+        TextColumn("{task.fields[detail]}", markup=False),
+        TimeElapsedColumn(),
+        console=err_console(),
+        transient=True,
+    )
+    with display:
+        yield _BarTask(display, display.add_task(visible(title), total=total, detail=""))

@@ -1,0 +1,109 @@
+"""Where a prompt comes from, and how it becomes the token ids that a model reads."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longthink.cli.terminal import is_terminal, note
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+STDIN = "-"
+
+
+def read_prompt(prompt: str | None, file: str | None) -> str | None:
+    """Return the prompt from the argument, the file or standard input, or None where there is none.
+
+    Parameters
+    ----------
+    prompt
+        The prompt as given on the command line.
+    file
+        Path of a text file; ``-`` is standard input. Standard input is also read when neither is given and
+        something is piped in.
+
+    Raises
+    ------
+    ValueError
+        If two sources are given, or the text is empty or not UTF-8.
+    OSError
+        If the file cannot be read.
+    """
+    if prompt is not None and file is not None:
+        raise ValueError("give the prompt once: as an argument, with --file, or on standard input")
+    if prompt is not None:
+        return _checked(prompt, "the prompt")
+    if file not in (None, STDIN):
+        return _checked(_decoded(Path(file).read_bytes(), file), file)
+    if file is None and not _is_piped():
+        return None
+    if is_terminal(sys.stdin):
+        note("type the prompt, then end it with Ctrl-D on a line of its own")
+    text = _decoded(sys.stdin.buffer.read(), "standard input")
+    if file is None and not text.strip():
+        return None
+    return _checked(text, "standard input")
+
+
+def encode_prompt(tokenizer: Any, prompt: str, *, raw: bool) -> dict[str, Tensor]:
+    """Return ``input_ids`` and ``attention_mask`` of one row.
+
+    The tokenizer's chat template is applied where there is one, unless ``raw``.
+    """
+    if raw or not tokenizer.chat_template:
+        encoded = tokenizer(prompt, return_tensors="pt")
+    else:
+        encoded = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
+    if encoded["input_ids"].shape[-1] == 0:
+        raise ValueError("the prompt has no tokens")
+    return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
+
+
+def check_words(tokenizer: Any, prompt: str) -> None:
+    """Refuse a prompt with words that a tokenizer of whole words does not have.
+
+    Raises
+    ------
+    ValueError
+        Naming the first such words.
+    """
+    known = tokenizer.get_vocab()
+    unknown = [word for word in prompt.split() if word not in known]
+    if unknown:
+        raise ValueError(
+            f"the built-in model does not know {', '.join(map(repr, unknown[:3]))}: it reads only problems such as "
+            "those of `longthink reasoner problem`; for other text give --model"
+        )
+
+
+def _is_piped() -> bool:
+    """Say whether standard input is a pipe or a file, that is whether somebody meant it to be read."""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (AttributeError, OSError, ValueError):
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
+
+
+def _decoded(data: bytes, source: str | None) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source} is not UTF-8 text (byte {error.start})") from error
+
+
+def _checked(text: str, source: str | None) -> str:
+    if not text.strip():
+        raise ValueError(f"{source} is empty")
+    # The newline that ends a text file is not part of what was asked.
+    return text.removesuffix("\n")
