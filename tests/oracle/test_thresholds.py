@@ -63,3 +63,12 @@ def test_quest_reads_the_lower_of_two_equal_pages(reads: tuple[int, ...], output
         layer.attend(unit(token), unit(token), unit(token), scaling=1.0)
     out = layer.attend(unit(*reads), unit(3), unit(3), scaling=1.0)
     torch.testing.assert_close(out, unit(output))
+
+
+def test_empty_slots_take_no_share_of_the_scores() -> None:
+    layer = LayerCache(RaaS(page_size=1, used="alpha", alpha=0.3), Budget(budget=5))
+    # At step 3 four of five slots are filled; 0, 1 and 3 have a third of the share each and 2 has none.
+    queries = [unit(0), unit(1), unit(2), -unit(2), unit(4), unit(5)]
+    for token, query in enumerate(queries):
+        layer.attend(query, unit(token), unit(token), scaling=1.0)
+    assert layer.resident_positions()[0][0] == [0, 1, 3, 4, 5]
