@@ -32,11 +32,13 @@ app = App(
     help="Bounded KV cache for reasoning models: constant memory per token, however long the chain of thought.",
     version=_version,
     help_format="markdown",
+    suppress_keyboard_interrupt=False,
 )
 for _command in (generate, demo, policies, doctor):
     app.command(_command)
 app.command(reasoner_app)
 app.meta.group_parameters = "Global options"
+app.meta.suppress_keyboard_interrupt = False
 # What stands behind "--" is for the command, so the delimiter must reach it.
 app.meta.end_of_options_delimiter = ""
 

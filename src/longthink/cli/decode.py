@@ -157,7 +157,7 @@ def decode(
     **generate_kwargs
         For ``model.generate``; ``max_new_tokens`` must be among them.
     """
-    from longthink import generate
+    from longthink.hf import generate
 
     decoded = Decoded()
     end_ids = model.generation_config.eos_token_id

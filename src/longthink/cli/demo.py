@@ -14,13 +14,12 @@ from longthink.cli.models import Loaded, load_model
 from longthink.cli.options import BudgetOptions, ModelOptions, ProblemOptions, Switch
 from longthink.cli.progress import progress
 from longthink.cli.prompts import encode_prompt
-from longthink.cli.race import ENDS, Outcome, Runner, outcome, run_policy
-from longthink.cli.residents import ResidentLog
 from longthink.cli.terminal import err_console, is_terminal, note, out_console, size_text, visible, write_json
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from longthink.cli.race import Outcome, Runner
     from longthink.reasoner import Problem
 
 POLICIES = "dense,raas,streaming_llm"
@@ -62,6 +61,8 @@ def demo(*, options: DemoOptions = _DEFAULTS) -> int:
         )
     budget = _budget(options)
     loaded = load_model(ModelOptions())
+    from longthink.cli.race import Runner, outcome
+    from longthink.cli.residents import ResidentLog
     from longthink.reasoner import make_problem
 
     problem = make_problem(seed=options.seed, profile=options.profile, size=options.size)
@@ -107,6 +108,8 @@ def _race(
     runners: list[Runner], loaded: Loaded, inputs: dict[str, Any], budget: dict[str, int], *, limit: int
 ) -> None:
     """Run all policies, showing a live table on a terminal and plain lines elsewhere."""
+    from longthink.cli.race import run_policy
+
     if not is_terminal(sys.stderr):
         for runner in runners:
             with progress(runner.name, total=limit, unit="tokens") as task:
@@ -148,6 +151,7 @@ def _print_results(
     problem: Problem, runners: list[Runner], outcomes: list[Outcome], picture: Path | None
 ) -> None:
     from longthink.cli.picture import render
+    from longthink.cli.race import ENDS
 
     console = out_console()
     console.print()

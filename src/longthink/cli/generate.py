@@ -104,8 +104,10 @@ def generate(prompt: str | None = None, /, *, options: GenerateOptions = _DEFAUL
         write_text("\n")
         note(closing_line(decoded, cache))
         if run.problem is not None and decoded.stopped != "interrupted":
-            right = run.problem.answer == _answer(decoded.text)
-            note(f"the answer is {run.problem.answer}: {'right' if right else 'wrong'}")
+            from longthink.reasoner import grade
+
+            verdict = "right" if grade(run.problem, decoded.text) else "wrong"
+            note(f"the answer is {run.problem.answer}: the model is {verdict}")
     return EXIT_INTERRUPTED if decoded.stopped == "interrupted" else 0
 
 
@@ -224,21 +226,17 @@ def _record(run: _Run, decoded: Decoded, cache: PagedCache) -> dict[str, Any]:
         "versions": versions(),
     }
     if problem is not None:
+        from longthink.reasoner import grade
+
         record["problem"] = {
             "profile": options.profile,
             "size": options.size,
             "seed": options.seed,
             "prompt": problem.prompt,
             "answer": problem.answer,
-            "right": problem.answer == _answer(decoded.text),
+            "right": grade(problem, decoded.text),
         }
     return record
-
-
-def _answer(text: str) -> str | None:
-    from longthink.reasoner import final_answer
-
-    return final_answer(text)
 
 
 def versions() -> dict[str, str]:

@@ -133,7 +133,7 @@ def _from_pretrained(options: ModelOptions) -> tuple[Any, Any]:
 def _why_not(error: BaseException) -> str:
     """Return the reason for which a model could not be had, in words for the person who asked for it."""
     reasons = {
-        "GatedRepoError": "the Hub gives it only to people who have accepted its terms; do that, then `hf auth login`",
+        "GatedRepoError": "the Hub gives it only to those who accepted its terms: do so there, then `hf auth login`",
         "RepositoryNotFoundError": "the Hub has no model of that name (or it is private: `hf auth login`)",
         "LocalEntryNotFoundError": "it is not on this machine and the Hub cannot be reached",
         "OfflineModeIsEnabled": "it is not on this machine and HF_HUB_OFFLINE forbids asking the Hub",

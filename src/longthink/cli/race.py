@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from longthink.cli.decode import Decoded, decode
@@ -60,9 +62,9 @@ class Outcome:
     Attributes
     ----------
     answer
-        Final value it gave, None if it gave none.
+        Last value it stated for the name in question, None if it stated none.
     right
-        Whether that is the right one.
+        Whether the text ends with the right answer.
     right_tokens
         Tokens up to the first that differs from the worked solution.
     early_ms, late_ms
@@ -101,8 +103,6 @@ def run_policy(
     on_change
         Called after every token.
     """
-    import time
-
     from longthink import make_cache
 
     every = max(1, limit // SAMPLES)
@@ -144,16 +144,15 @@ def _look(runner: Runner, cache: PagedCache) -> None:
 
 def outcome(runner: Runner, problem: Problem, solution: list[int]) -> Outcome:
     """Judge a finished runner against the problem and the token ids of its worked solution."""
-    from longthink.reasoner import final_answer
+    from longthink.reasoner import grade
 
     decoded = runner.decoded
     assert decoded is not None
     pairs = zip(decoded.tokens, solution, strict=False)
-    answer = final_answer(decoded.text)
     final_YX = runner.log.share_YX()
     return Outcome(
-        answer=answer,
-        right=answer == problem.answer,
+        answer=_stated(problem, decoded.text),
+        right=grade(problem, decoded.text),
         right_tokens=next(
             (i for i, (a, b) in enumerate(pairs) if a != b), min(len(decoded.tokens), len(solution))
         ),
@@ -161,3 +160,10 @@ def outcome(runner: Runner, problem: Problem, solution: list[int]) -> Outcome:
         late_ms=decoded.ms_per_token(slice(-ENDS, None)),
         residents=float(final_YX[:, -1].sum()),
     )
+
+
+def _stated(problem: Problem, text: str) -> str | None:
+    """Return the word after the last ``query:`` of a text."""
+    words = text.split()
+    values = [value for name, value in pairwise(words) if name == f"{problem.query}:"]
+    return values[-1] if values else None

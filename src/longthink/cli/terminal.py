@@ -1,7 +1,7 @@
 """Where the command line writes: results on standard output, everything else on standard error.
 
 Text that comes from a model, a file name or an error message is foreign: on a terminal its control characters could
-move the cursor, retitle the window or run a paste, so they are made visible before they are written (:func:`visible`).
+move the cursor, retitle the window or fake a prompt, so they are made visible first (:func:`visible`).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029
 
 
 def visible(text: str) -> str:
-    """Return ``text`` with every control character replaced by a visible stand-in.
+    r"""Return ``text`` with every control character replaced by a visible stand-in.
 
     Newline and tab stay. C0 controls become their Unicode picture (escape becomes ``␛``), the others an escape
-    such as ``\\x9b``.
+    such as ``\x9b``.
     """
     return _UNSAFE.sub(_picture, text)
 
@@ -61,7 +61,12 @@ def out_console() -> Console:
     """Return a rich console on the current standard output."""
     from rich.console import Console
 
-    return Console(file=sys.stdout, highlight=False)
+    class PipeConsole(Console):
+        # Rich would end the process here; a closed pipe is handled in one place, for all commands.
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    return PipeConsole(file=sys.stdout, highlight=False)
 
 
 def err_console() -> Console:
