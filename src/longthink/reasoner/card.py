@@ -1,0 +1,84 @@
+"""The model card, written from the facts beside the weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+_CARD = """\
+---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: text-generation
+tags: [reasoning, synthetic, kv-cache]
+---
+
+# The longthink reasoner
+
+A Llama model of {parameters} parameters that solves one family of problems by a long chain of thought. It was trained
+from scratch to study KV-cache policies: every line of its reasoning looks up values that stand in the prompt or were
+worked out hundreds or thousands of tokens ago, every line bears on the answer, and an answer is right or wrong.
+It knows nothing else: it is no language model, and numbers measured on it say how a policy treats *this* kind of
+reuse, not what it does to a model that people talk to.
+
+    {example}
+
+## Accuracy
+
+Held-out problems (test split, first seed {seed}), decoding {decoding}, {evaluated}.
+Right: the final answer is right; exact: every token of the chain of thought is right too.
+
+{table}
+
+Reproduce: `python -m longthink.reasoner.evaluate` (`evaluation.json` has the numbers).
+
+## Training
+
+One run from random weights: {tokens} tokens in {steps} steps, {minutes} minutes on {hardware}, {date}, seed {seed_train}.
+Python {python}, torch {torch}, transformers {transformers}. The recipe is the default `TrainConfig`:
+
+    from longthink.reasoner import TrainConfig, train
+    train(TrainConfig(), out="run")
+
+Training problems come from the train split, a stable hash of the prompt's text: none is in the table above.
+What the initial weights contain (shared name vectors, heads that look one and two tokens back, a head that matches
+names) is documented in `longthink/reasoner/initial.py`; `training.json` has all settings.
+
+## Limits
+
+Programs of 2 to {last_ops} lines, 104 names, arithmetic modulo 100, at most 4,096 tokens. Other text is noise to it.
+"""
+
+
+def write_card(folder: Path) -> None:
+    """Write ``README.md`` from ``training.json`` and ``evaluation.json`` in the same folder."""
+    training = json.loads((folder / "training.json").read_text())
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    run, config = training["run"], training["config"]
+    text = _CARD.format(
+        parameters=f"{training['parameters']:,}",
+        example="cow= bee 47 +cat 08 ; 7 + 8 = 15 ; 4 + 0 + 1 = 05 ; cow: 55",
+        seed=f"{evaluation['seed']:,}",
+        decoding=evaluation["decoding"],
+        evaluated=evaluation["date"],
+        table=_table(evaluation["rows"]),
+        tokens=f"{run['tokens']:,}",
+        steps=f"{run['step']:,}",
+        minutes=round(run["seconds"] / 60),
+        hardware=training["hardware"],
+        date=training["date"],
+        seed_train=config["seed"],
+        last_ops=config["last_ops"],
+        **training["versions"],
+    )
+    (folder / "README.md").write_text(text)
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| size | profile | problems | right | 95 % interval | exact |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        right, exact = (f"{100 * row[key] / row['problems']:.1f} %" for key in ("right", "every_token_right"))
+        interval = f"{100 * row['low']:.1f} to {100 * row['high']:.1f} %"
+        lines.append(f"| {row['size']} | {row['profile']} | {row['problems']} | {right} | {interval} | {exact} |")
+    return "\n".join(lines)

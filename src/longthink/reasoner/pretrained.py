@@ -1,0 +1,39 @@
+"""The shipped weights."""
+
+from __future__ import annotations
+
+from importlib.resources import as_file, files
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, LlamaForCausalLM
+
+
+def load_reasoner(dtype: torch.dtype = torch.float32) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """Return the built-in reasoning model and its tokenizer, from the installed package (no network).
+
+    Parameters
+    ----------
+    dtype
+        Floating-point type of the weights.
+
+    Raises
+    ------
+    ValueError
+        If ``dtype`` is not a floating-point type.
+
+    Examples
+    --------
+    >>> from longthink.reasoner import grade, load_reasoner, make_problem
+    >>> model, tokenizer = load_reasoner()
+    >>> problem = make_problem(profile="chain", size="s", seed=1)
+    >>> inputs = tokenizer(problem.prompt, return_tensors="pt")
+    >>> output = model.generate(**inputs, do_sample=False, max_new_tokens=300)
+    >>> grade(problem, tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))
+    True
+    """
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype!r} is not one of torch.float32, torch.bfloat16, torch.float16, torch.float64")
+    with as_file(files("longthink.reasoner") / "weights") as folder:
+        model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return model.eval(), tokenizer

@@ -1,0 +1,175 @@
+"""Reuse profiles: which earlier values each line of a program reads.
+
+All profiles write the same kind of line; they differ only in how long a value is needed and how long it rests
+between two reads, which is what a bounded cache has to cope with. A profile is a generator function: it gets the
+:class:`Bench` and yields the two operands of one line after the other.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+
+from longthink.reasoner.vocabulary import NAMES
+
+FRESH_FACT = 0.15
+"""Share of the chain's lines that bring in a prompt fact not read before."""
+
+
+class Bench:
+    """The values at hand while a program is being written.
+
+    Parameters
+    ----------
+    rng
+        Source of all choices.
+    ops
+        Lines the program will have.
+    live
+        Values that may be read at any time (the width of the chain).
+
+    Attributes
+    ----------
+    facts
+        Names given in the prompt, in order of their first use.
+    results
+        Names computed so far; ``results[i]`` is the result of line ``i``.
+    live
+        Names the chain may read next.
+    last_read
+        Line that last read a name; a name is missing until it is read.
+    """
+
+    def __init__(self, rng: random.Random, ops: int, live: int) -> None:
+        self.rng = rng
+        self.ops = ops
+        self.width = live
+        names = rng.sample(NAMES, len(NAMES))
+        self._result_names = names[:ops]
+        self._fact_names = names[ops:]
+        self.facts: list[str] = []
+        self.results: list[str] = []
+        self.last_read: dict[str, int] = {}
+        self.live = [self.new_fact() for _ in range(live)]
+
+    @property
+    def lines_left(self) -> int:
+        """Lines still to be written."""
+        return self.ops - len(self.results)
+
+    @property
+    def unread(self) -> list[str]:
+        """Results that nothing has read so far, oldest first."""
+        return [name for name in self.results if name not in self.last_read]
+
+    @property
+    def spare_facts(self) -> int:
+        """Facts that can still be drawn."""
+        return len(self._fact_names) - len(self.facts)
+
+    def new_fact(self) -> str:
+        """Draw a prompt fact that nothing has read so far."""
+        self.facts.append(self._fact_names[len(self.facts)])
+        return self.facts[-1]
+
+    def chain_operand(self, *, other: str | None = None) -> str:
+        """Return a live value, or sometimes a fresh fact, different from ``other``."""
+        if self.spare_facts and self.rng.random() < FRESH_FACT:
+            fact = self.new_fact()
+            self.keep(fact)
+            return fact
+        return self.rng.choice([name for name in self.live if name != other])
+
+    def keep(self, name: str) -> None:
+        """Make ``name`` live, if need be in place of a value that has been read (of any, if none has)."""
+        if len(self.live) < self.width:
+            self.live.append(name)
+            return
+        read = [i for i, other in enumerate(self.live) if other in self.last_read]
+        self.live[self.rng.choice(read or range(len(self.live)))] = name
+
+    def finish_line(self, left: str, right: str) -> str:
+        """Record that a line read ``left`` and ``right``; return the name of its result, now live."""
+        line = len(self.results)
+        self.last_read[left] = self.last_read[right] = line
+        self.results.append(self._result_names[line])
+        self.keep(self.results[-1])
+        return self.results[-1]
+
+
+def chain(bench: Bench) -> Iterator[tuple[str, str]]:
+    """Short reuse: a few live values, each line reads two of them and one gives way."""
+    while True:
+        first = bench.chain_operand()
+        yield first, bench.chain_operand(other=first)
+
+
+def lemma(bench: Bench) -> Iterator[tuple[str, str]]:
+    """Milestones: one result serves most lines for about a third of the program, then never again."""
+    lifetime = max(4, bench.ops // 3)
+    yield from _lines(chain(bench), 2)
+    while True:
+        current = bench.results[-1]
+        bench.live.remove(current)
+        for _ in range(lifetime):
+            first = bench.chain_operand()
+            yield first, current if bench.rng.random() < 0.6 else bench.chain_operand(other=first)
+
+
+def recurrent(bench: Bench) -> Iterator[tuple[str, str]]:
+    """Long gaps inside the chain of thought: early results are read again in turn, each after a long rest."""
+    rest = max(3, bench.ops // 4)
+    size = rest // 2 + 1
+    yield from _lines(chain(bench), size)
+    pool = bench.results[:size]
+    while True:
+        first = bench.chain_operand()
+        line, head = len(bench.results), pool[0]
+        rested = line - max(bench.results.index(head), bench.last_read.get(head, 0)) >= rest
+        if rested and head != first and bench.rng.random() < 0.5:
+            pool.append(pool.pop(0))
+            yield first, head
+        else:
+            yield first, bench.chain_operand(other=first)
+
+
+def phoenix(bench: Bench) -> Iterator[tuple[str, str]]:
+    """Prompt facts late: half of the lines read a fact never read so far, or the one unread for longest."""
+    while True:
+        first = bench.chain_operand()
+        if bench.rng.random() >= 0.5:
+            yield first, bench.chain_operand(other=first)
+        elif bench.spare_facts and bench.rng.random() < 0.5:
+            yield first, bench.new_fact()
+        else:
+            facts = [name for name in bench.facts if name != first]
+            yield first, min(facts, key=lambda name: bench.last_read.get(name, -1))
+
+
+def operands(bench: Bench, profile: str) -> Iterator[tuple[str, str]]:
+    """Yield the operands of each line of a program.
+
+    The last few lines read the results that are still unread, whatever the profile: so every line bears on the
+    answer, and a wrong look-up anywhere is a wrong answer.
+    """
+    pairs = PROFILES[profile](bench)
+    while bench.lines_left:
+        unread = bench.unread
+        if bench.lines_left > len(unread):
+            yield next(pairs)
+        elif len(unread) > 1:
+            yield unread[0], unread[1]
+        else:
+            yield unread[0], bench.chain_operand(other=unread[0])
+
+
+def _lines(profile: Iterator[tuple[str, str]], count: int) -> Iterator[tuple[str, str]]:
+    """Yield the next ``count`` lines of ``profile``."""
+    for _ in range(count):
+        yield next(profile)
+
+
+PROFILES: dict[str, Callable[[Bench], Iterator[tuple[str, str]]]] = {
+    profile.__name__: profile for profile in (chain, lemma, recurrent, phoenix)
+}
+"""The reuse profiles by name."""

@@ -1,0 +1,260 @@
+"""The reasoning task: straight-line programs, worked out digit by digit.
+
+A prompt gives facts, rules and a query; its last token asks for the brief or the checked chain of thought::
+
+    bee: 47
+    cat: 08
+    cow= bee +cat
+    ? cow
+    #
+
+The solution is one line per rule. It looks the operands up, adds or subtracts digit by digit (low digit first; the
+leading digit of a partial result is the carry or borrow) and states the value, modulo 100::
+
+    cow= bee 47 +cat 08 ; 7 + 8 = 15 ; 4 + 0 + 1 = 05 ; cow: 55
+
+A brief line has 22 tokens; a checked line works the two digits out twice and has 38.
+
+Problems are split by a stable hash of their text, so a problem of the test split can never be met in training,
+whatever the seeds. This module is pure Python.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from longthink.config import check_choice, check_flag, check_int
+from longthink.reasoner.profiles import PROFILES, Bench, operands
+from longthink.reasoner.vocabulary import BRIEF, CHECKED, EOS, NAMES, PAD
+
+SPLITS = ("train", "test")
+MIN_LIVE, MAX_LIVE = 3, 8
+"""Fewest and most values the chain of a program keeps at hand."""
+MIN_OPS, MAX_OPS = 2, len(NAMES) - MAX_LIVE
+"""Fewest and most lines of a program: every line needs a name of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How long a problem is: ``ops`` lines, brief or checked."""
+
+    ops: int
+    checked: bool = False
+
+    def __post_init__(self) -> None:
+        check_int("ops", self.ops, MIN_OPS, MAX_OPS)
+        check_flag("checked", self.checked)
+
+
+SIZES: dict[str, Size] = {
+    "s": Size(ops=9),
+    "m": Size(ops=20),
+    "l": Size(ops=40),
+    "xl": Size(ops=78, checked=True),
+}
+"""Sizes by name: chains of thought of about 200, 440, 880 and 2,970 tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """``name = left op right`` (modulo 100)."""
+
+    name: str
+    left: str
+    op: str
+    right: str
+
+    def __str__(self) -> str:
+        return f"{self.name}= {self.left} {self.op}{self.right}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A problem and its worked solution.
+
+    Attributes
+    ----------
+    prompt, solution
+        Text for the model and the chain of thought it should write (without the end token).
+    answer
+        Final value, two digits.
+    query
+        Name whose value is asked for.
+    profile, size, split
+        Where it belongs; ``size`` is a key of :data:`SIZES` or, for other lengths, the number of lines.
+    facts
+        Names given in the prompt, in prompt order, distractors included.
+    rules
+        The program; line ``i`` of the solution works out ``rules[i]``.
+    values
+        Value of every fact and result.
+    """
+
+    prompt: str
+    solution: str
+    answer: str
+    query: str
+    profile: str
+    size: str
+    split: str
+    facts: tuple[str, ...]
+    rules: tuple[Rule, ...]
+    values: Mapping[str, int] = field(hash=False)
+
+
+def make_problem(
+    *,
+    profile: str,
+    size: str | Size = "l",
+    seed: int,
+    split: str = "test",
+    live: int = 6,
+    distractors: int = 0,
+) -> Problem:
+    """Make one problem; the same arguments always make the same one.
+
+    Parameters
+    ----------
+    profile
+        Reuse profile, a key of `PROFILES`.
+    size
+        A key of `SIZES`, or any `Size`.
+    seed
+        Chooses the problem.
+    split
+        ``"test"`` for evaluation, ``"train"`` for training; no problem is in both.
+    live
+        Values the chain keeps at hand.
+    distractors
+        Facts in the prompt that no rule reads, at most; names may run out before.
+
+    Raises
+    ------
+    ValueError
+        If an argument is not allowed; the message names it, its value and what is allowed.
+    """
+    check_choice("profile", profile, PROFILES)
+    check_choice("split", split, SPLITS)
+    check_int("seed", seed, 0)
+    check_int("live", live, MIN_LIVE, MAX_LIVE)
+    check_int("distractors", distractors, 0)
+    if not isinstance(size, Size):
+        check_choice("size", size, SIZES)
+        size = SIZES[size]
+    # A text seed is hashed by SHA-512: the same on every machine and in every process.
+    rng = random.Random(f"{profile}/{size.ops}/{size.checked}/{split}/{live}/{distractors}/{seed}")
+    return draw_problem(rng, profile=profile, size=size, split=split, live=live, distractors=distractors)
+
+
+def make_problems(
+    n: int,
+    *,
+    profile: str,
+    size: str | Size = "l",
+    seed: int,
+    split: str = "test",
+    live: int = 6,
+    distractors: int = 0,
+) -> list[Problem]:
+    """Make ``n`` problems, with seeds ``seed`` to ``seed + n - 1``; see `make_problem`."""
+    check_int("n", n, 0)
+    return [
+        make_problem(profile=profile, size=size, seed=seed + i, split=split, live=live, distractors=distractors)
+        for i in range(n)
+    ]
+
+
+def grade(problem: Problem, text: str) -> bool:
+    """Tell whether ``text``, what the model wrote after the prompt, ends with the right answer.
+
+    Its last words must be ``query: NN``, followed by nothing but the end token and padding.
+    """
+    words = text.split()
+    while words and words[-1] in (EOS, PAD):
+        words.pop()
+    return words[-2:] == [f"{problem.query}:", problem.answer]
+
+
+def digit_work(op: str, left: int, right: int) -> str:
+    """Return the two digit sums of ``left op right``, low digit first: ``7 + 8 = 15 ; 4 + 0 + 1 = 05``."""
+    (x1, x0), (y1, y0) = divmod(left, 10), divmod(right, 10)
+    sign = 1 if op == "+" else -1
+    low = x0 + sign * y0
+    carry = int(not 0 <= low <= 9)
+    high = x1 + sign * (y1 + carry)
+    # A negative difference is lent a ten and marked by a leading 1: "3 - 8 = 15" reads "5, borrow 1".
+    low, high = (value + 20 if value < 0 else value for value in (low, high))
+    return f"{x0} {op} {y0} = {low:02d} ; {x1} {op} {y1} {op} {carry} = {high:02d}"
+
+
+def solution_line(rule: Rule, values: Mapping[str, int], *, checked: bool) -> str:
+    """Return the line of the chain of thought that works out ``rule``."""
+    left, right = values[rule.left], values[rule.right]
+    work = digit_work(rule.op, left, right)
+    if checked:
+        work = f"{work} ; check ; {work}"
+    operands = f"{rule.left} {left:02d} {rule.op}{rule.right} {right:02d}"
+    return f"{rule.name}= {operands} ; {work} ; {rule.name}: {values[rule.name]:02d}"
+
+
+def split_of(program: str) -> str:
+    """Return the split a prompt belongs to: one in eight hashes is ``test``.
+
+    The last token (brief or checked) does not count: both forms of a program are on the same side.
+    """
+    text = program.rsplit(maxsplit=1)[0]
+    return "test" if hashlib.sha256(text.encode()).digest()[0] % 8 == 0 else "train"
+
+
+def draw_problem(
+    rng: random.Random, *, profile: str, size: Size, split: str, live: int = 6, distractors: int = 0
+) -> Problem:
+    """Draw problems from ``rng`` until one falls on the side of ``split`` (arguments are not checked)."""
+    while True:
+        problem = _draw(rng, profile, size, live, distractors)
+        if problem.split == split:
+            return problem
+
+
+def _draw(rng: random.Random, profile: str, size: Size, live: int, distractors: int) -> Problem:
+    bench = Bench(rng, size.ops, live)
+    values: dict[str, int] = {}
+    rules = []
+    for first, second in operands(bench, profile):
+        left, right = (first, second) if rng.random() < 0.5 else (second, first)
+        for name in (left, right):
+            if name not in bench.results:
+                values.setdefault(name, rng.randrange(100))
+        op = rng.choice("+-")
+        rule = Rule(name=bench.finish_line(left, right), left=left, op=op, right=right)
+        values[rule.name] = (values[left] + (values[right] if op == "+" else -values[right])) % 100
+        rules.append(rule)
+    for _ in range(min(distractors, bench.spare_facts)):
+        bench.new_fact()
+    for name in bench.facts:
+        values.setdefault(name, rng.randrange(100))
+    rng.shuffle(bench.facts)
+    return _problem(profile, size, tuple(bench.facts), tuple(rules), values)
+
+
+def _problem(
+    profile: str, size: Size, facts: tuple[str, ...], rules: tuple[Rule, ...], values: Mapping[str, int]
+) -> Problem:
+    query = rules[-1].name
+    lines = [f"{name}: {values[name]:02d}" for name in facts] + [str(rule) for rule in rules] + [f"? {query}"]
+    prompt = "\n".join([*lines, CHECKED if size.checked else BRIEF])
+    return Problem(
+        prompt=prompt,
+        solution="\n".join(solution_line(rule, values, checked=size.checked) for rule in rules),
+        answer=f"{values[query]:02d}",
+        query=query,
+        profile=profile,
+        size=next((name for name, known in SIZES.items() if known == size), str(size.ops)),
+        split=split_of(prompt),
+        facts=facts,
+        rules=rules,
+        values=values,
+    )

@@ -1,0 +1,237 @@
+"""Training the built-in reasoner from scratch, on one CPU thread if need be."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longthink.reasoner import checkpoint
+from longthink.reasoner.architecture import EMBEDDING, forward, model_config, rope_table
+from longthink.reasoner.batches import IGNORE, KINDS, Batch, draw_batch
+from longthink.reasoner.config import TrainConfig
+from longthink.reasoner.export import export_model
+from longthink.reasoner.initial import BASIS, embedding_map, initial_weights
+
+LOG_EVERY = 20
+_MEASURE_AT_LEAST = 8
+_SMOOTHING = 0.9
+
+Report = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """How a call of `train` ended: ``model`` is the exported folder, None if the run was interrupted."""
+
+    model: Path | None
+    steps: int
+    tokens: int
+    seconds: float
+
+
+def train(config: TrainConfig, *, out: Path | str, report: Report | None = None) -> TrainResult:
+    """Train the reasoner; the same call resumes an interrupted run.
+
+    Parameters
+    ----------
+    config
+        Settings; a resumed run must have those it was started with.
+    out
+        Folder of the run: ``checkpoint/``, ``metrics.jsonl`` and, at the end, the Llama checkpoint ``model/``.
+    report
+        Called with each record of ``metrics.jsonl``.
+
+    Returns
+    -------
+    TrainResult
+        Ctrl-C (SIGINT) finishes the step, saves and returns with ``model=None``; a second one interrupts at once.
+
+    Raises
+    ------
+    ValueError
+        If ``out`` holds a run with other settings.
+    """
+    out = Path(out)
+    run = _Run(config, out)
+    with _stop_on_interrupt() as stopped, (out / "metrics.jsonl").open("a") as log:
+        while run.state.tokens < config.tokens and not stopped.is_set():
+            record = run.train_step()
+            if record is not None:
+                log.write(json.dumps(record) + "\n")
+                log.flush()
+                if report is not None:
+                    report(record)
+            if run.state.step % config.save_every == 0:
+                run.save()
+        run.save()
+    done = run.state.tokens >= config.tokens
+    model = export_run(out) if done else None
+    return TrainResult(model=model, steps=run.state.step, tokens=run.state.tokens, seconds=run.state.seconds)
+
+
+def export_run(out: Path | str) -> Path:
+    """Write ``out/model``, a plain Llama checkpoint, from the last checkpoint of a run, finished or not.
+
+    Raises
+    ------
+    ValueError
+        If ``out`` holds no checkpoint.
+    """
+    out = Path(out)
+    loaded = checkpoint.load_checkpoint(out)
+    if loaded is None:
+        raise ValueError(f"out={str(out)!r} holds no checkpoint: allowed is the folder of a training run")
+    config, state, tensors = loaded
+    weights = _materialise({name: value for name, value in tensors.items() if "/" not in name})
+    export_model(out / "model", config, weights, training=asdict(state))
+    return out / "model"
+
+
+def _materialise(masters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights under transformers' names: the embedding written out from its basis."""
+    weights = {name: master.detach() for name, master in masters.items() if name != BASIS}
+    return {EMBEDDING: embedding_map() @ masters[BASIS].detach(), **weights}
+
+
+class _Run:
+    """The tensors and the state of a run, and one step of it.
+
+    The forward and backward pass run on bf16 copies (`weights`); gradients are gathered into the fp32 `masters`, on
+    which AdamW works.
+    """
+
+    def __init__(self, config: TrainConfig, out: Path) -> None:
+        self.config, self.out = config, out
+        shape = model_config(config)
+        loaded = checkpoint.load_checkpoint(out)
+        if loaded is not None and loaded[0] != config:
+            raise ValueError(f"config={config!r} differs from the run in {str(out)!r}: allowed is {loaded[0]!r}")
+        out.mkdir(parents=True, exist_ok=True)
+        tensors = initial_weights(shape, config.seed) if loaded is None else loaded[2]
+        self.state = checkpoint.State(longest=config.first_ops) if loaded is None else loaded[1]
+        self.masters = {name: torch.nn.Parameter(value) for name, value in tensors.items() if "/" not in name}
+        self.optimizer = _optimizer(config, self.masters)
+        if loaded is not None:
+            checkpoint.restore_optimizer(self.optimizer, self.masters, tensors)
+        self.map = embedding_map()
+        self.weights = {k: w.bfloat16().requires_grad_() for k, w in _materialise(self.masters).items()}
+        cos_LD, sin_LD = rope_table(shape.hidden_size // shape.num_attention_heads, torch.bfloat16)
+
+        def loss_and_guess(weights: dict[str, Tensor], ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+            logits = forward(weights, shape, ids, cos_LD, sin_LD).float()
+            return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE), logits.argmax(-1)
+
+        self.loss_and_guess = torch.compile(loss_and_guess, dynamic=True) if config.compile else loss_and_guess
+
+    def save(self) -> None:
+        tensors = {name: master.detach() for name, master in self.masters.items()}
+        moments = checkpoint.optimizer_tensors(self.optimizer, self.masters)
+        checkpoint.save_checkpoint(self.out, self.config, self.state, tensors | moments)
+
+    def train_step(self) -> dict[str, Any] | None:
+        """Train on one batch; return a record to log, every few steps."""
+        started, state = time.perf_counter(), self.state
+        batch, ops = draw_batch(self.config, state.step, state.longest)
+        loss, guess = self.loss_and_guess(self.weights, batch.ids, batch.targets)
+        loss.backward()
+        rate = self._learning_rate()
+        self._update(rate)
+        if ops == state.longest:
+            self._measure(batch, guess)
+        state.step += 1
+        state.tokens += batch.ids.numel()
+        seconds = time.perf_counter() - started
+        state.seconds += seconds
+        if state.step % LOG_EVERY:
+            return None
+        return {
+            "step": state.step,
+            "tokens": state.tokens,
+            "seconds": round(state.seconds, 1),
+            "tokens_per_second": round(batch.ids.numel() / seconds),
+            "learning_rate": rate,
+            "longest": state.longest,
+            "ops": ops,
+            "loss": loss.item(),
+            "accuracy": {kind: round(value, 4) for kind, value in state.accuracy.items()},
+        }
+
+    def _learning_rate(self) -> float:
+        """Linear warm-up, then constant, then a linear fall to zero over the last `decay_share` of the tokens."""
+        config = self.config
+        warm = min(1.0, (self.state.step + 1) / max(1, config.warmup_steps))
+        left = 1 - self.state.tokens / config.tokens
+        return config.learning_rate * warm * min(1.0, left / max(config.decay_share, 1e-9))
+
+    def _update(self, rate: float) -> None:
+        for name, master in self.masters.items():
+            if name == BASIS:
+                master.grad = self.map.T @ _gradient(self.weights[EMBEDDING]).float()
+            else:
+                master.grad = _gradient(self.weights[name]).float()
+        torch.nn.utils.clip_grad_norm_(self.masters.values(), 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        with torch.no_grad():
+            for name, value in _materialise(self.masters).items():
+                self.weights[name].copy_(value)
+                self.weights[name].grad = None
+
+    def _measure(self, batch: Batch, guess: Tensor) -> None:
+        """Follow the accuracy at the longest length; make problems longer when every kind is good enough."""
+        state, right = self.state, guess == batch.targets
+        for number, kind in enumerate(KINDS):
+            share = right[batch.kinds == number].float().mean().item()
+            old = state.accuracy[kind] if state.measured else share
+            state.accuracy[kind] = _SMOOTHING * old + (1 - _SMOOTHING) * share
+        state.measured += 1
+        enough = state.measured >= _MEASURE_AT_LEAST and min(state.accuracy.values()) > self.config.promote_at
+        if enough and state.longest < self.config.last_ops:
+            state.longest = min(self.config.last_ops, state.longest + max(2, state.longest // 2))
+            state.measured = 0
+
+
+def _optimizer(config: TrainConfig, masters: dict[str, torch.nn.Parameter]) -> torch.optim.AdamW:
+    groups = [
+        {"params": [p for p in masters.values() if p.ndim == 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in masters.values() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), fused=True)
+
+
+def _gradient(weight: Tensor) -> Tensor:
+    assert weight.grad is not None  # every weight takes part in every batch
+    return weight.grad
+
+
+@contextmanager
+def _stop_on_interrupt() -> Iterator[threading.Event]:
+    """Turn the first SIGINT into an event; the second one interrupts as usual."""
+    stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+    usual = signal.getsignal(signal.SIGINT)
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        stopped.set()
+        signal.signal(signal.SIGINT, usual)
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGINT, usual)
