@@ -5,7 +5,6 @@ import json
 import math
 import subprocess
 
-import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

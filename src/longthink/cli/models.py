@@ -69,7 +69,10 @@ def load_model(options: ModelOptions) -> Loaded:
     started = time.monotonic()
     with progress(f"loading {options.model}"):
         import torch
+        from transformers.utils import logging
 
+        # Its bar counts tensors, and would break into the line that is shown here.
+        logging.disable_progress_bar()
         device = _device(torch, options.device)
         if options.model == REASONER:
             from longthink.reasoner import load_reasoner
@@ -116,9 +119,7 @@ def _from_pretrained(options: ModelOptions) -> tuple[Any, Any]:
     if not is_terminal(sys.stderr):
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     source = str(folder) if local else name
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)

@@ -47,7 +47,7 @@ class _LineTask:
             return
         self._next = time.monotonic() + LINE_EVERY_S
         of_total = f"/{self._total}" if self._total is not None else ""
-        note(f"{self._title}: {done}{of_total} {self._unit}{'  ' + detail if detail else ''}")
+        note(f"{self._title}: {done}{of_total} {self._unit}{', ' + detail if detail else ''}")
 
     def hide(self) -> None:
         self._opening.cancel()

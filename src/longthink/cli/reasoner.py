@@ -55,8 +55,8 @@ def train(out: Path, /, *, config: Annotated[TrainConfig, Parameter(name="*")] =
     with progress(f"training in {out}", total=config.tokens, unit="tokens") as task:
 
         def report(record: dict[str, Any]) -> None:
-            detail = f"loss {record['loss']:.3f}  problems of up to {record['longest']} lines"
-            task.advance_to(record["tokens"], f"{detail}  {record['tokens_per_second']:,} tokens/s")
+            detail = f"loss {record['loss']:.3f}, problems of up to {record['longest']} lines"
+            task.advance_to(record["tokens"], f"{detail}, {record['tokens_per_second']:,} tokens/s")
 
         result = train_model(config, out=out, report=report)
     if result.model is None:

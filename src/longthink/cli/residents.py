@@ -55,15 +55,15 @@ class ResidentLog:
 def pooled(log: ResidentLog, *, rows: int, columns: int, positions: int, steps: int) -> Grid:
     """Return a log as ``rows`` x ``columns`` cells that span ``positions`` tokens and ``steps`` decode steps.
 
-    A cell is the mean over its positions at the first sample in its span of time, NaN where nothing was written yet
+    A cell is the mean over its positions at the last sample in its span of time, NaN where nothing was written yet
     or the text had ended.
     """
     share_YX = log.share_YX()
     grid = np.full((rows, columns), np.nan)
     for column in range(columns):
-        sample = int(np.searchsorted(log.steps, column * steps / columns))
-        if sample == len(log.steps):
-            break
+        sample = int(np.searchsorted(log.steps, (column + 1) * steps / columns, side="right")) - 1
+        if sample < 0 or column * steps / columns >= log.steps[-1]:
+            continue
         values = share_YX[:, sample]
         values = values[~np.isnan(values)]
         row = np.arange(len(values)) * rows // positions

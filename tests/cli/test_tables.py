@@ -1,0 +1,91 @@
+"""``longthink policies`` and ``longthink doctor``."""
+
+import dataclasses
+import importlib.metadata
+import json
+
+import torch
+
+from longthink import __version__
+from longthink.policies import Policy, available_policies, get_policy_class, register
+from longthink.policies.registry import _REGISTRY
+
+
+def test_policies_come_from_the_registry(call):
+    code, out, err = call("policies", "--json")
+    assert (code, err) == (0, "")
+    rows = json.loads(out)
+    assert [row["name"] for row in rows] == list(available_policies())
+    for row in rows:
+        cls = get_policy_class(row["name"])
+        assert (row["time"], row["memory"], row["keeps"], row["source"]) == (
+            cls.time, cls.memory, cls.keeps, cls.source,
+        )  # fmt: skip
+        assert row["options"] == {field.name: field.default for field in dataclasses.fields(cls)}
+
+
+def test_policy_table_shows_every_option(call):
+    code, out, _ = call("policies")
+    assert code == 0
+    for name in available_policies():
+        assert name in out
+        for field in dataclasses.fields(get_policy_class(name)):
+            assert f"{field.name}={field.default}" in out
+
+
+def test_policy_of_another_package_is_listed(call, monkeypatch):
+    monkeypatch.setitem(_REGISTRY, "dense", _REGISTRY["dense"])  # undo what register adds
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Mine(Policy):
+        time, memory, keeps, source = "O(1)", "O(1)", "[bold]nothing[/bold]", "my shed"
+
+    monkeypatch.setitem(_REGISTRY, "mine", Mine)
+    register("mine")(Mine)
+    code, out, _ = call("policies")
+    assert code == 0
+    assert "[bold]nothing[/bold]" in " ".join(out.split()) or "[bold]nothing" in out
+
+
+def test_doctor_is_content_here(call):
+    code, out, err = call("doctor")
+    assert (code, err) == (0, "")
+    assert __version__ in out
+    for name in ("python", "torch", "transformers"):
+        assert name in out
+    assert "all good" in out
+
+
+def test_doctor_json(call):
+    code, out, _ = call("doctor", "--json")
+    assert code == 0
+    report = json.loads(out)
+    assert report["ok"] is True
+    assert report["longthink"] == __version__
+    found = {row["name"]: row for row in report["requirements"]}
+    assert found["torch"]["found"] == importlib.metadata.version("torch")
+    assert found["python"]["wanted"]
+    assert report["devices"][0] == {"name": "cpu", "dtypes": ["float32", "bfloat16", "float16"]}
+    assert report["threads"]["torch"] == torch.get_num_threads()
+    assert "reference" in report["kernels"]["modules"]
+
+
+def test_doctor_objects_to_an_old_or_missing_package(call, monkeypatch):
+    real = importlib.metadata.version
+
+    def version(name):
+        if name == "rich":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "4.2.0" if name == "transformers" else real(name)
+
+    monkeypatch.setattr("importlib.metadata.version", version)
+    code, out, _ = call("doctor", "--json")
+    assert code == 1
+    report = json.loads(out)
+    assert report["ok"] is False
+    bad = {row["name"]: row["found"] for row in report["requirements"] if not row["ok"]}
+    assert bad == {"transformers": "4.2.0", "rich": None}
+    code, out, _ = call("doctor")
+    assert code == 1
+    assert "out of range" in out
+    assert "missing" in out
