@@ -73,6 +73,24 @@ def test_a_prompt_in_chunks_equals_one_prefill(case: Case, chunks: tuple[int, ..
 
 
 @pytest.mark.parametrize("case", PINNED + CUTTING, ids=by_policy)
+def test_padding_inside_a_prompt_changes_nothing(case: Case) -> None:
+    prompt, *steps = calls(replace(case, prompts=(9,)))
+    torch.manual_seed(0)
+    spread_Q = torch.tensor([0, 2, 3, 4, 7, 8, 9, 11, 12])
+    real_BQ = torch.zeros(1, 14, dtype=torch.bool)
+    real_BQ[:, spread_Q] = True
+    columns = []
+    for tensor in (prompt.query_BHQD, prompt.key_BKQD, prompt.value_BKQD):
+        wide = torch.randn(*tensor.shape[:2], 14, tensor.shape[3], dtype=tensor.dtype)
+        columns.append(wide.index_copy(2, spread_Q, tensor))
+    plain, holed = case.make_layer(), case.make_layer()
+    out_BHQD = Call(*columns, real_BQ, prefill=True).attend(holed, None)
+    torch.testing.assert_close(out_BHQD[:, :, spread_Q], prompt.attend(plain, None), atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(feed(holed, steps), feed(plain, steps), atol=1e-12, rtol=1e-12)
+    assert_same(holed, plain)
+
+
+@pytest.mark.parametrize("case", PINNED + CUTTING, ids=by_policy)
 def test_a_selected_row_goes_on_like_its_source(case: Case) -> None:
     case = replace(case, prompts=(9, 3, 6), then=(20,))
     prompt, *steps = calls(case)

@@ -5,7 +5,7 @@ import torch
 
 from longthink.cache import LayerCache
 from longthink.config import Budget
-from longthink.policies import Policy, Quest, RaaS
+from longthink.policies import H2O, Policy, Quest, RaaS
 
 DIM = 8
 LOUD = 32.0
@@ -72,3 +72,11 @@ def test_empty_slots_take_no_share_of_the_scores() -> None:
     for token, query in enumerate(queries):
         layer.attend(query, unit(token), unit(token), scaling=1.0)
     assert layer.resident_positions()[0][0] == [0, 1, 3, 4, 5]
+
+
+def test_of_equally_light_prompt_tokens_the_later_ones_stay() -> None:
+    layer = LayerCache(H2O(), Budget(budget=6))
+    keys = torch.cat([unit(token % (DIM - 1) + 1) if token else unit(0) for token in range(12)], dim=2)
+    layer.attend(unit(0).expand(keys.shape), keys, keys, scaling=1.0)
+    # All attention is on token 0. The window is 9 to 11; of the others, all without mass, 7 and 8 stay.
+    assert layer.resident_positions()[0][0] == [0, 7, 8, 9, 10, 11]
