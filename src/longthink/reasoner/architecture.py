@@ -60,7 +60,8 @@ def rope_frequencies(head_dim: int) -> Tensor:
 
 def rope_table(head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return the cosines and sines of rotary position embedding, each ``[MAX_TOKENS, head_dim]``."""
-    angles = torch.outer(torch.arange(MAX_TOKENS, dtype=torch.float32), rope_frequencies(head_dim)).repeat(1, 2)
+    positions = torch.arange(MAX_TOKENS, dtype=torch.float32)
+    angles = torch.outer(positions, rope_frequencies(head_dim)).repeat(1, 2)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
@@ -70,13 +71,19 @@ def _rotate(x_BHTD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
 
 
 def _attention(
-    x_BTC: Tensor, weights: Mapping[str, Tensor], prefix: str, config: LlamaConfig, cos_TD: Tensor, sin_TD: Tensor
+    x_BTC: Tensor,
+    weights: Mapping[str, Tensor],
+    prefix: str,
+    config: LlamaConfig,
+    cos_TD: Tensor,
+    sin_TD: Tensor,
 ) -> Tensor:
     head_dim = config.hidden_size // config.num_attention_heads
 
     def project(name: str) -> Tensor:
-        weight, bias = weights[f"{prefix}self_attn.{name}_proj.weight"], weights[f"{prefix}self_attn.{name}_proj.bias"]
-        return F.linear(x_BTC, weight, bias).unflatten(-1, (-1, head_dim)).transpose(1, 2)
+        linear = f"{prefix}self_attn.{name}_proj"
+        projected = F.linear(x_BTC, weights[f"{linear}.weight"], weights[f"{linear}.bias"])
+        return projected.unflatten(-1, (-1, head_dim)).transpose(1, 2)
 
     queries_BHTD = _rotate(project("q"), cos_TD, sin_TD)
     keys_BKTD = _rotate(project("k"), cos_TD, sin_TD)

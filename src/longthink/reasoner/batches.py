@@ -80,9 +80,10 @@ def _recall_batch(config: TrainConfig, rng: random.Random) -> Batch:
     rows = []
     for _ in range(max(1, config.batch_tokens // (2 * facts + 2 * asks + 2))):
         values = {name: f"{rng.randrange(100):02d}" for name in rng.sample(NAMES, facts)}
-        prompt = [TOKEN_IDS[BOS], *token_ids(" ".join(f"{n}: {v}" for n, v in values.items())), TOKEN_IDS[BRIEF]]
-        asked = [(rng.choice(FORMS[:3]).format(name), values[name]) for name in rng.choices(list(values), k=asks)]
-        tail = [TOKEN_IDS[token] for pair in asked for token in pair]
+        given = " ".join(f"{name}: {value}" for name, value in values.items())
+        prompt = [TOKEN_IDS[BOS], *token_ids(f"{given} {BRIEF}")]
+        asked = rng.choices(list(values), k=asks)
+        tail = token_ids(" ".join(f"{rng.choice(FORMS[:3]).format(name)} {values[name]}" for name in asked))
         targets = [token if i % 2 else IGNORE for i, token in enumerate(tail)]
         rows.append((prompt + tail, [IGNORE] * len(prompt) + targets, [_FREE] * (len(prompt) + len(tail))))
     return _pack(rows)

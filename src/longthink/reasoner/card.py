@@ -35,8 +35,9 @@ Reproduce: `python -m longthink.reasoner.evaluate` (`evaluation.json` has the nu
 
 ## Training
 
-One run from random weights: {tokens} tokens in {steps} steps, {minutes} minutes on {hardware}, {date}, seed {seed_train}.
-Python {python}, torch {torch}, transformers {transformers}. The recipe is the default `TrainConfig`:
+One run, from the initial weights: {tokens} tokens in {steps} steps, {minutes} minutes on {hardware}, {date},
+seed {seed_train}, Python {python}, torch {torch}, transformers {transformers}. The recipe is the default
+`TrainConfig`:
 
     from longthink.reasoner import TrainConfig, train
     train(TrainConfig(), out="run")
@@ -80,5 +81,6 @@ def _table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         right, exact = (f"{100 * row[key] / row['problems']:.1f} %" for key in ("right", "every_token_right"))
         interval = f"{100 * row['low']:.1f} to {100 * row['high']:.1f} %"
-        lines.append(f"| {row['size']} | {row['profile']} | {row['problems']} | {right} | {interval} | {exact} |")
+        cells = (row["size"], row["profile"], str(row["problems"]), right, interval, exact)
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

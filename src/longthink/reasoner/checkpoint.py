@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -63,17 +64,18 @@ def load_checkpoint(out: Path) -> tuple[TrainConfig, State, dict[str, Tensor]] |
     return None
 
 
-def optimizer_tensors(optimizer: torch.optim.AdamW, masters: dict[str, Tensor]) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: torch.optim.AdamW, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the optimizer's state as a flat dictionary ``name/key``."""
+    state = optimizer.state
     return {
-        f"{name}/{key}": value for name, master in masters.items() for key, value in optimizer.state[master].items()
+        f"{name}/{key}": value for name, master in masters.items() for key, value in state[master].items()
     }
 
 
 def restore_optimizer(
-    optimizer: torch.optim.AdamW, masters: dict[str, Tensor], tensors: dict[str, Tensor]
+    optimizer: torch.optim.AdamW, masters: Mapping[str, Tensor], tensors: dict[str, Tensor]
 ) -> None:
     """Undo `optimizer_tensors`."""
     for name, master in masters.items():
         keys = [key for key in tensors if key.startswith(f"{name}/")]
-        optimizer.state[master] = {key.rpartition("/")[2]: tensors[key].clone() for key in keys}
+        optimizer.state[master] = {key.rpartition("/")[2]: tensors[key] for key in keys}

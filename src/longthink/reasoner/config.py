@@ -20,7 +20,7 @@ class TrainConfig:
 
     seed: int = 0
     """Seed of the initial weights and of every batch."""
-    tokens: int = 16_000_000
+    tokens: int = 13_500_000
     """Tokens to train on, padding included."""
     batch_tokens: int = 4096
     """Tokens of one batch, about."""

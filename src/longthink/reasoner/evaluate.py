@@ -17,11 +17,13 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, LlamaForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from longthink.reasoner.card import write_card
+from longthink.reasoner.pretrained import load_folder
 from longthink.reasoner.profiles import PROFILES
 from longthink.reasoner.task import SIZES, Problem, grade, make_problems
+from longthink.reasoner.vocabulary import EOS
 
 SEED = 1_000_000
 """First seed of the evaluation; training draws from the other split altogether."""
@@ -39,7 +41,11 @@ def wilson(right: int, total: int) -> tuple[float, float]:
 
 @torch.no_grad()
 def solve(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem], *, batch: int = 50
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    problems: Sequence[Problem],
+    *,
+    batch: int = 50,
 ) -> list[str]:
     """Return what the model writes after each prompt, by dense greedy decoding in left-padded batches."""
     texts = []
@@ -53,7 +59,9 @@ def solve(
     return texts
 
 
-def evaluate(folder: Path | str, *, problems: dict[str, int] | None = None, seed: int = SEED) -> dict[str, Any]:
+def evaluate(
+    folder: Path | str, *, problems: dict[str, int] | None = None, seed: int = SEED
+) -> dict[str, Any]:
     """Evaluate the checkpoint in ``folder`` and write ``evaluation.json`` and the model card there.
 
     Parameters
@@ -71,33 +79,12 @@ def evaluate(folder: Path | str, *, problems: dict[str, int] | None = None, seed
         What ``evaluation.json`` holds.
     """
     folder = Path(folder)
-    model = LlamaForCausalLM.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model, tokenizer = load_folder(folder)
     rows = []
     for size, count in (problems or PROBLEMS).items():
         for profile in PROFILES:
-            started = time.perf_counter()
-            chosen = make_problems(count, profile=profile, size=size, seed=seed)
-            texts = solve(model, tokenizer, chosen)
-            right = sum(grade(problem, text) for problem, text in zip(chosen, texts, strict=True))
-            exact = sum(
-                text.split("</s>")[0].split() == problem.solution.split()
-                for problem, text in zip(chosen, texts, strict=True)
-            )
-            low, high = wilson(right, count)
-            rows.append(
-                {
-                    "size": size,
-                    "profile": profile,
-                    "problems": count,
-                    "right": right,
-                    "every_token_right": exact,
-                    "low": round(low, 4),
-                    "high": round(high, 4),
-                    "seconds": round(time.perf_counter() - started, 1),
-                }
-            )
-            print(f"{size:>3} {profile:<10} {right}/{count} right", flush=True)
+            rows.append(_row(model, tokenizer, size, profile, count, seed))
+            print(f"{size:>3} {profile:<10} {rows[-1]['right']}/{count} right", flush=True)
     result = {
         "date": datetime.now(UTC).date().isoformat(),
         "seed": seed,
@@ -109,6 +96,31 @@ def evaluate(folder: Path | str, *, problems: dict[str, int] | None = None, seed
     (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
     write_card(folder)
     return result
+
+
+def _row(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    size: str,
+    profile: str,
+    count: int,
+    seed: int,
+) -> dict[str, Any]:
+    started = time.perf_counter()
+    problems = make_problems(count, profile=profile, size=size, seed=seed)
+    pairs = list(zip(problems, solve(model, tokenizer, problems), strict=True))
+    right = sum(grade(problem, text) for problem, text in pairs)
+    low, high = wilson(right, count)
+    return {
+        "size": size,
+        "profile": profile,
+        "problems": count,
+        "right": right,
+        "every_token_right": sum(text.split(EOS)[0].split() == made.solution.split() for made, text in pairs),
+        "low": round(low, 4),
+        "high": round(high, 4),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
 
 
 def main() -> None:

@@ -27,7 +27,9 @@ def _save_tokenizer(folder: Path) -> None:
     path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def export_model(folder: Path, config: TrainConfig, weights: dict[str, Tensor], *, training: dict[str, Any]) -> None:
+def export_model(
+    folder: Path, config: TrainConfig, weights: dict[str, Tensor], *, training: dict[str, Any]
+) -> None:
     """Write weights, configuration, tokenizer and ``training.json``.
 
     Parameters

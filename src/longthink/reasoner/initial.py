@@ -51,7 +51,8 @@ def initial_weights(config: LlamaConfig, seed: int) -> dict[str, Tensor]:
 def _random_weights(config: LlamaConfig, generator: torch.Generator) -> dict[str, Tensor]:
     width, mlp = config.hidden_size, config.intermediate_size
     kv_width = width * config.num_key_value_heads // config.num_attention_heads
-    out_scale = (2 * config.num_hidden_layers) ** -0.5  # keeps the residual stream's variance independent of depth
+    # Keeps the variance of the residual stream independent of the depth.
+    out_scale = (2 * config.num_hidden_layers) ** -0.5
 
     def normal(rows: int, columns: int, scale: float = 1.0) -> Tensor:
         return torch.randn(rows, columns, generator=generator) * scale * columns**-0.5

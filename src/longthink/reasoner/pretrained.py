@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from importlib.resources import as_file, files
+from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 def load_reasoner(dtype: torch.dtype = torch.float32) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
@@ -32,8 +33,16 @@ def load_reasoner(dtype: torch.dtype = torch.float32) -> tuple[LlamaForCausalLM,
     True
     """
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype={dtype!r} is not one of torch.float32, torch.bfloat16, torch.float16, torch.float64")
+        raise ValueError(
+            f"dtype={dtype!r} is no floating-point type: allowed are torch.float32, torch.bfloat16 ..."
+        )
     with as_file(files("longthink.reasoner") / "weights") as folder:
-        model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return model.eval(), tokenizer
+        return load_folder(folder, dtype)
+
+
+def load_folder(
+    folder: Path, dtype: torch.dtype = torch.float32
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """Return the model and the tokenizer of a folder that training wrote."""
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
+    return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -162,7 +162,9 @@ def make_problems(
     """Make ``n`` problems, with seeds ``seed`` to ``seed + n - 1``; see `make_problem`."""
     check_int("n", n, 0)
     return [
-        make_problem(profile=profile, size=size, seed=seed + i, split=split, live=live, distractors=distractors)
+        make_problem(
+            profile=profile, size=size, seed=seed + i, split=split, live=live, distractors=distractors
+        )
         for i in range(n)
     ]
 

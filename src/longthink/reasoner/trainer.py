@@ -6,9 +6,10 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,10 +22,12 @@ from longthink.reasoner import checkpoint
 from longthink.reasoner.architecture import EMBEDDING, forward, model_config, rope_table
 from longthink.reasoner.batches import IGNORE, KINDS, Batch, draw_batch
 from longthink.reasoner.config import TrainConfig
+from longthink.reasoner.curve import plot_curve
 from longthink.reasoner.export import export_model
 from longthink.reasoner.initial import BASIS, embedding_map, initial_weights
 
 LOG_EVERY = 20
+METRICS = "metrics.jsonl"
 _MEASURE_AT_LEAST = 8
 _SMOOTHING = 0.9
 
@@ -49,7 +52,8 @@ def train(config: TrainConfig, *, out: Path | str, report: Report | None = None)
     config
         Settings; a resumed run must have those it was started with.
     out
-        Folder of the run: ``checkpoint/``, ``metrics.jsonl`` and, at the end, the Llama checkpoint ``model/``.
+        Folder of the run: ``checkpoint/``, ``metrics.jsonl`` and, at the end, the Llama checkpoint ``model/`` and
+        (with matplotlib installed) the loss curve ``loss.png``.
     report
         Called with each record of ``metrics.jsonl``.
 
@@ -65,7 +69,8 @@ def train(config: TrainConfig, *, out: Path | str, report: Report | None = None)
     """
     out = Path(out)
     run = _Run(config, out)
-    with _stop_on_interrupt() as stopped, (out / "metrics.jsonl").open("a") as log:
+    _forget_after(out / METRICS, run.state.step)
+    with _stop_on_interrupt() as stopped, (out / METRICS).open("a") as log:
         while run.state.tokens < config.tokens and not stopped.is_set():
             record = run.train_step()
             if record is not None:
@@ -76,8 +81,11 @@ def train(config: TrainConfig, *, out: Path | str, report: Report | None = None)
             if run.state.step % config.save_every == 0:
                 run.save()
         run.save()
-    done = run.state.tokens >= config.tokens
-    model = export_run(out) if done else None
+    model = None
+    if run.state.tokens >= config.tokens:
+        model = export_run(out)
+        if find_spec("matplotlib") is not None:
+            plot_curve(out / METRICS, out / "loss.png")
     return TrainResult(model=model, steps=run.state.step, tokens=run.state.tokens, seconds=run.state.seconds)
 
 
@@ -94,12 +102,21 @@ def export_run(out: Path | str) -> Path:
     if loaded is None:
         raise ValueError(f"out={str(out)!r} holds no checkpoint: allowed is the folder of a training run")
     config, state, tensors = loaded
-    weights = _materialise({name: value for name, value in tensors.items() if "/" not in name})
+    weights = materialise({name: value for name, value in tensors.items() if "/" not in name})
     export_model(out / "model", config, weights, training=asdict(state))
     return out / "model"
 
 
-def _materialise(masters: dict[str, Tensor]) -> dict[str, Tensor]:
+def _forget_after(metrics: Path, step: int) -> None:
+    """Drop the records of steps that a killed run made after its last checkpoint: they will be made again."""
+    if metrics.exists():
+        lines = metrics.read_text().splitlines(keepends=True)
+        # The last line may have been cut off by the kill.
+        whole = [line for line in lines if line.endswith("\n")]
+        metrics.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+
+
+def materialise(masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights under transformers' names: the embedding written out from its basis."""
     weights = {name: master.detach() for name, master in masters.items() if name != BASIS}
     return {EMBEDDING: embedding_map() @ masters[BASIS].detach(), **weights}
@@ -117,23 +134,32 @@ class _Run:
         shape = model_config(config)
         loaded = checkpoint.load_checkpoint(out)
         if loaded is not None and loaded[0] != config:
-            raise ValueError(f"config={config!r} differs from the run in {str(out)!r}: allowed is {loaded[0]!r}")
+            raise ValueError(
+                f"config={config!r} is not that of the run in {str(out)!r}: allowed is {loaded[0]!r}"
+            )
         out.mkdir(parents=True, exist_ok=True)
-        tensors = initial_weights(shape, config.seed) if loaded is None else loaded[2]
+        fresh = initial_weights(shape, config.seed)
+        tensors = fresh if loaded is None else loaded[2]
         self.state = checkpoint.State(longest=config.first_ops) if loaded is None else loaded[1]
-        self.masters = {name: torch.nn.Parameter(value) for name, value in tensors.items() if "/" not in name}
+        # In one order always: the gradient's norm is a sum, and a resumed run equals an uninterrupted one to the bit.
+        self.masters = {name: torch.nn.Parameter(tensors[name]) for name in fresh}
         self.optimizer = _optimizer(config, self.masters)
         if loaded is not None:
             checkpoint.restore_optimizer(self.optimizer, self.masters, tensors)
         self.map = embedding_map()
-        self.weights = {k: w.bfloat16().requires_grad_() for k, w in _materialise(self.masters).items()}
+        # Parameters, not plain tensors: the compiler then takes their shapes as constants and compiles once.
+        self.weights = {k: torch.nn.Parameter(w.bfloat16()) for k, w in materialise(self.masters).items()}
         cos_LD, sin_LD = rope_table(shape.hidden_size // shape.num_attention_heads, torch.bfloat16)
 
-        def loss_and_guess(weights: dict[str, Tensor], ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        def loss_and_guess(
+            weights: Mapping[str, Tensor], ids: Tensor, targets: Tensor
+        ) -> tuple[Tensor, Tensor]:
             logits = forward(weights, shape, ids, cos_LD, sin_LD).float()
-            return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE), logits.argmax(-1)
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+            return loss, logits.argmax(-1)
 
-        self.loss_and_guess = torch.compile(loss_and_guess, dynamic=True) if config.compile else loss_and_guess
+        compiled = torch.compile(loss_and_guess, dynamic=True) if config.compile else loss_and_guess
+        self.loss_and_guess = compiled
 
     def save(self) -> None:
         tensors = {name: master.detach() for name, master in self.masters.items()}
@@ -186,7 +212,7 @@ class _Run:
             group["lr"] = rate
         self.optimizer.step()
         with torch.no_grad():
-            for name, value in _materialise(self.masters).items():
+            for name, value in materialise(self.masters).items():
                 self.weights[name].copy_(value)
                 self.weights[name].grad = None
 
