@@ -16,6 +16,7 @@ from longthink.reasoner import TrainConfig, export_run, train
 from longthink.reasoner.batches import BRIEF_LINE, CHECKED_LINE, IGNORE, KINDS, draw_batch
 from longthink.reasoner.checkpoint import load_checkpoint
 from longthink.reasoner.task import split_of
+from longthink.reasoner.trainer import _Run
 from longthink.reasoner.vocabulary import TOKENS
 
 
@@ -51,7 +52,6 @@ def test_a_run_learns_and_exports_a_model(finished, tiny_config):
     assert result.tokens >= tiny_config.tokens and result.steps == tensors(out)[0].step
     assert records[-1]["loss"] < 6, "a guess among all words has log(642) = 6.46"
     assert [record["step"] for record in records] == [*range(20, result.steps + 1, 20)]
-    assert records[-1]["longest"] == tiny_config.last_ops > tiny_config.first_ops
     model = LlamaForCausalLM.from_pretrained(result.model)
     tokenizer = AutoTokenizer.from_pretrained(result.model)
     inputs = tokenizer("bee: 47 cat: 08 cow= bee +cat ? cow #", return_tensors="pt")
@@ -61,6 +61,43 @@ def test_a_run_learns_and_exports_a_model(finished, tiny_config):
     )
     assert json.loads((result.model / "training.json").read_text())["config"] == tiny_config.to_dict()
     assert not [path for path in out.rglob("*") if path.suffix in {".pt", ".pth", ".bin", ".pkl"}]
+
+
+def test_problems_get_longer_only_when_every_kind_of_token_is_right(tiny_config, tmp_path):
+    run = _Run(replace(tiny_config, promote_at=0.97), tmp_path)
+    batch = next(b for b, ops in (draw_batch(tiny_config, step, 4) for step in range(9)) if ops == 4)
+    one_kind_wrong = torch.where(batch.kinds == KINDS.index("operand"), 0, batch.targets)
+    for _ in range(30):
+        run._measure(batch, one_kind_wrong)
+    assert (run.state.longest, run.state.accuracy["operand"], run.state.accuracy["head"]) == (4, 0.0, 1.0)
+    for _ in range(100):
+        run._measure(batch, batch.targets)
+        if run.state.longest > 4:
+            break
+    # It forgets the wrong ones smoothly: 0.9 ** n < 0.03 takes 34 batches.
+    assert (run.state.longest, run.state.measured) == (6, 0)
+    for _ in range(100):
+        run._measure(batch, batch.targets)
+    assert run.state.longest == tiny_config.last_ops == 6
+
+
+def test_longest_problems_come_with_the_falling_rate_at_the_latest(tiny_config, tmp_path):
+    run = _Run(replace(tiny_config, promote_at=1.0, tokens=10_000, decay_share=0.25), tmp_path)
+    run.state.tokens = 7_500
+    run.train_step()
+    assert run.state.longest == tiny_config.first_ops
+    assert run.state.tokens > 7_500
+    run.train_step()
+    assert run.state.longest == tiny_config.last_ops
+
+
+def test_learning_rate_warms_up_holds_and_falls_to_zero(tiny_config, tmp_path):
+    run = _Run(replace(tiny_config, tokens=1000, decay_share=0.25), tmp_path)
+    rates = []
+    for step, tokens in ((0, 0), (4, 100), (9, 750), (12, 875), (13, 999)):
+        run.state.step, run.state.tokens = step, tokens
+        rates.append(run._learning_rate() / tiny_config.learning_rate)
+    assert rates == pytest.approx([0.2, 1, 1, 0.5, 0.004])
 
 
 def test_finished_run_is_left_alone(finished, tiny_config):
