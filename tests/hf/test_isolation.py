@@ -1,0 +1,51 @@
+"""A request gives the same tokens alone, in a batch, with padding, and after a hundred other requests."""
+
+import pytest
+import torch
+
+import longthink
+from tests.models import PAD, build, prompt
+
+POLICIES = [p for p in longthink.available_policies() if p != "dense"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build("qwen2")
+
+
+def run(model, ids, mask, policy):
+    return longthink.generate(
+        model, ids, mask, policy=policy, decode_budget=24, max_new_tokens=60, do_sample=False
+    )[:, ids.shape[1] :]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_alone_and_in_a_batch(model, policy):
+    ids, mask = prompt((31, 18, 5, 26))
+    together = run(model, ids, mask, policy)
+    for row in range(4):
+        alone = ids[row : row + 1, mask[row].bool()]
+        assert torch.equal(run(model, alone, torch.ones_like(alone), policy)[0], together[row])
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_left_padding_of_any_width(model, policy):
+    ids, mask = prompt((22,))
+    expected = run(model, ids, mask, policy)
+    for width in (1, 7, 16, 33, 64):
+        padded = torch.cat([torch.full((1, width), PAD), ids], 1)
+        hidden = torch.cat([torch.zeros(1, width, dtype=torch.long), mask], 1)
+        assert torch.equal(run(model, padded, hidden, policy), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["raas", "h2o", "quest", "random"])
+def test_after_a_hundred_other_requests(model, policy):
+    ids, mask = prompt((22,))
+    expected = run(model, ids, mask, policy)
+    for seed in range(100):
+        longthink.generate(
+            model, prompt((5 + seed % 20,), seed)[0], policy=policy, decode_budget=8, max_new_tokens=12
+        )
+    assert torch.equal(run(model, ids, mask, policy), expected)
