@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from longthink.cli.generate import versions
 from longthink.cli.models import Loaded, load_model
-from longthink.cli.options import BudgetOptions, ModelOptions, ProblemOptions, Switch
+from longthink.cli.options import BudgetOptions, ModelOptions, ProblemOptions, SizeName, Switch
 from longthink.cli.progress import progress
 from longthink.cli.prompts import encode_prompt
 from longthink.cli.terminal import err_console, is_terminal, note, out_console, size_text, visible, write_json
@@ -22,14 +22,23 @@ if TYPE_CHECKING:
     from longthink.cli.race import Outcome, Runner
     from longthink.reasoner import Problem
 
-POLICIES = "dense,raas,streaming_llm"
-DECODE_BUDGET = 256
+# The showcase: a chain of thought almost four times as long as the decode budget. RaaS as published loses its way
+# here; with exact attention deciding which pages count as used it mostly does not. Of the seeds 0 to 5 the former
+# solved none and the latter four, this seed among them (first weights, greedy).
+POLICIES = "dense,raas,raas:used=alpha:alpha=0.3:score=exact,streaming_llm"
+DECODE_BUDGET = 768
 
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions(ProblemOptions, BudgetOptions):
     """Options of ``longthink demo``."""
+
+    size: SizeName = "xl"
+    """Length of the chain of thought."""
+
+    seed: int = 1
+    """Seed of the problem."""
 
     policies: str = POLICIES
     """Policies to compare, separated by commas; options after colons, such as dense,raas:r=0.25."""
@@ -48,7 +57,7 @@ def demo(*, options: DemoOptions = _DEFAULTS) -> int:
     """Let the built-in model solve one problem under several cache policies, and show what each one kept.
 
     A table compares answers, speed and memory; a picture, in the terminal and as a PNG file, shows which tokens
-    stayed alive. Nothing is downloaded.
+    stayed alive. Nothing is downloaded. Without a budget bounded caches keep 768 tokens on top of the prompt.
     """
     from longthink.policies import make_policy
 

@@ -19,6 +19,9 @@ REASONER = "reasoner"
 Switch = Annotated[bool, Parameter(negative="", show_default=False)]
 """A flag without a ``--no-`` form: off unless it is given."""
 
+SizeName = Annotated[str, Parameter(choices=tuple(SIZES))]
+"""Name of a problem size."""
+
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +102,7 @@ class ProblemOptions:
     profile: Annotated[str, Parameter(choices=tuple(PROFILES))] = "chain"
     """When earlier values are needed again."""
 
-    size: Annotated[str, Parameter(choices=tuple(SIZES))] = "m"
+    size: SizeName = "m"
     """Length of the chain of thought."""
 
     seed: int = 0

@@ -10,13 +10,12 @@ from cyclopts import App, Parameter
 
 from longthink.cli.errors import EXIT_INTERRUPTED
 from longthink.cli.models import load_model
-from longthink.cli.options import REASONER, ModelOptions, ProblemOptions, Switch
+from longthink.cli.options import REASONER, ModelOptions, ProblemOptions, SizeName, Switch
 from longthink.cli.progress import progress
 from longthink.cli.terminal import note, out_console, visible, write_json, write_text
 from longthink.config import check_int
 from longthink.reasoner.config import TrainConfig
 from longthink.reasoner.profiles import PROFILES
-from longthink.reasoner.task import SIZES
 
 reasoner_app = App(
     name="reasoner",
@@ -74,7 +73,7 @@ class EvalOptions:
     model: str = REASONER
     """The built-in model, or the "model" folder of a training run."""
 
-    size: Annotated[str, Parameter(choices=tuple(SIZES))] = "m"
+    size: SizeName = "m"
     """Length of the chains of thought."""
 
     problems: int = 25
