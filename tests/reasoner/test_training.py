@@ -81,16 +81,6 @@ def test_problems_get_longer_only_when_every_kind_of_token_is_right(tiny_config,
     assert run.state.longest == tiny_config.last_ops == 6
 
 
-def test_longest_problems_come_with_the_falling_rate_at_the_latest(tiny_config, tmp_path):
-    run = _Run(replace(tiny_config, promote_at=1.0, tokens=10_000, decay_share=0.25), tmp_path)
-    run.state.tokens = 7_500
-    run.train_step()
-    assert run.state.longest == tiny_config.first_ops
-    assert run.state.tokens > 7_500
-    run.train_step()
-    assert run.state.longest == tiny_config.last_ops
-
-
 def test_learning_rate_warms_up_holds_and_falls_to_zero(tiny_config, tmp_path):
     run = _Run(replace(tiny_config, tokens=1000, decay_share=0.25), tmp_path)
     rates = []

@@ -22,7 +22,7 @@ worked out hundreds or thousands of tokens ago, every line bears on the answer, 
 It knows nothing else: it is no language model, and numbers measured on it say how a policy treats *this* kind of
 reuse, not what it does to a model that people talk to.
 
-    {example}
+    cow= bee 47 +cat 08 ; 7 + 8 = 15 ; 4 + 0 + 1 = 05 ; cow: 55
 
 ## Accuracy
 
@@ -35,20 +35,25 @@ Reproduce: `python -m longthink.reasoner.evaluate` (`evaluation.json` has the nu
 
 ## Training
 
-One run, from the initial weights: {tokens} tokens in {steps} steps, {minutes} minutes on {hardware}, {date},
-seed {seed_train}, Python {python}, torch {torch}, transformers {transformers}. The recipe is the default
-`TrainConfig`:
-
-    from longthink.reasoner import TrainConfig, train
-    train(TrainConfig(), out="run")
-
+One run, from the initial weights: {tokens} tokens in {steps} steps, {minutes} minutes on
+{hardware}, {date},
+seed {seed_train}, Python {python}, torch {torch}, transformers {transformers}.
+{recipe}
 Training problems come from the train split, a stable hash of the prompt's text: none is in the table above.
-What the initial weights contain (shared name vectors, heads that look one and two tokens back, a head that matches
+What the initial weights contain (shared name vectors, heads that look a few tokens back, a head that matches
 names) is documented in `longthink/reasoner/initial.py`; `training.json` has all settings.
 
 ## Limits
 
 Programs of 2 to {last_ops} lines, 104 names, arithmetic modulo 100, at most 4,096 tokens. Other text is noise to it.
+"""
+
+
+_RECIPE = """\
+The settings are in `training.json`; the same run again:
+
+    from longthink.reasoner import TrainConfig, train
+    train(TrainConfig(**settings["config"]), out="run")
 """
 
 
@@ -59,7 +64,6 @@ def write_card(folder: Path) -> None:
     run, config = training["run"], training["config"]
     text = _CARD.format(
         parameters=f"{training['parameters']:,}",
-        example="cow= bee 47 +cat 08 ; 7 + 8 = 15 ; 4 + 0 + 1 = 05 ; cow: 55",
         seed=f"{evaluation['seed']:,}",
         decoding=evaluation["decoding"],
         evaluated=evaluation["date"],
@@ -71,6 +75,7 @@ def write_card(folder: Path) -> None:
         date=training["date"],
         seed_train=config["seed"],
         last_ops=config["last_ops"],
+        recipe=training.get("note", _RECIPE),
         **training["versions"],
     )
     (folder / "README.md").write_text(text)

@@ -20,7 +20,7 @@ class TrainConfig:
 
     seed: int = 0
     """Seed of the initial weights and of every batch."""
-    tokens: int = 14_500_000
+    tokens: int = 14_000_000
     """Tokens to train on, padding included."""
     batch_tokens: int = 4096
     """Tokens of one batch, about."""
@@ -31,13 +31,13 @@ class TrainConfig:
     warmup_steps: int = 100
     """Steps until the peak learning rate is reached."""
     decay_share: float = 0.3
-    """Share of the tokens, at the end, over which the learning rate falls to zero; longest problems from then on."""
+    """Share of the tokens, at the end, over which the learning rate falls to zero."""
     first_ops: int = 4
     """Longest problem at the start of the curriculum, in lines."""
     last_ops: int = 78
     """Longest problem at the end of the curriculum, in lines."""
-    promote_at: float = 0.97
-    """Accuracy that every kind of token must reach before problems get longer (until the rate falls)."""
+    promote_at: float = 0.95
+    """Accuracy that every kind of token must reach before problems get longer."""
     longest_share: float = 0.5
     """Share of the batches with problems of the longest length; the others are of any length up to it."""
     recall_share: float = 0.3

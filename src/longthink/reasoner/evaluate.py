@@ -46,15 +46,25 @@ def solve(
     problems: Sequence[Problem],
     *,
     batch: int = 50,
+    generate: Callable[..., Tensor] | None = None,
 ) -> list[str]:
-    """Return what the model writes after each prompt, by dense greedy decoding in left-padded batches."""
+    """Return what the model writes after each prompt, by greedy decoding in left-padded batches.
+
+    Parameters
+    ----------
+    batch
+        Problems decoded side by side.
+    generate
+        Called in place of the model's own dense ``generate``, with the same arguments.
+    """
+    generate = model.generate if generate is None else generate
     texts = []
     for start in range(0, len(problems), batch):
         chosen = problems[start : start + batch]
         inputs = tokenizer([problem.prompt for problem in chosen], return_tensors="pt", padding=True)
         longest = max(len(problem.solution.split()) for problem in chosen)
         # A few tokens more than the solution has: a model that does not stop is wrong, and should be seen to be.
-        output = model.generate(**inputs.to(model.device), do_sample=False, max_new_tokens=longest + 8)
+        output = generate(**inputs.to(model.device), do_sample=False, max_new_tokens=longest + 8)
         texts += tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :])
     return texts
 

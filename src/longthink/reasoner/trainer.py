@@ -169,9 +169,6 @@ class _Run:
     def train_step(self) -> dict[str, Any] | None:
         """Train on one batch; return a record to log, every few steps."""
         started, state = time.perf_counter(), self.state
-        if state.tokens > (1 - self.config.decay_share) * self.config.tokens:
-            # The curriculum's last step is not left to chance: the falling rate is for problems of all lengths.
-            state.longest = self.config.last_ops
         batch, ops = draw_batch(self.config, state.step, state.longest)
         loss, guess = self.loss_and_guess(self.weights, batch.ids, batch.targets)
         loss.backward()
