@@ -63,6 +63,45 @@ def test_eval(call):
     assert "1/1" in out
 
 
+def test_eval_compares_policies_at_one_budget(call):
+    asked = (
+        "--size",
+        "s",
+        "--problems",
+        3,
+        "--policies",
+        "dense,recency,streaming_llm",
+        "--decode-budget",
+        48,
+    )
+    code, out, _ = call("reasoner", "eval", *asked, "--json")
+    assert code == 0
+    record = json.loads(out)
+    right = {spec: 0 for spec in ("dense", "recency", "streaming_llm")}
+    for row in record["rows"]:
+        right[row["spec"]] += row["right"]
+    assert right["dense"] == 12
+    # 48 tokens are two lines: what was worked out before is gone, and with streaming_llm the problem as well.
+    assert right["streaming_llm"] == 0
+    assert right["recency"] < 12
+    assert record["decode_budget"] == 48 and record["budget"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--policies", "raas"), "exactly one of budget"),
+        (("--policies", "nonsense"), "unknown policy 'nonsense'"),
+        (("--policies", " , "), "policies is empty"),
+        (("--problems", 0), "problems=0"),
+    ],
+)
+def test_eval_refuses_what_makes_no_sense(call, words, message):
+    code, out, err = call("reasoner", "eval", *words)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
 @pytest.mark.slow
 def test_train_resumes_and_its_model_generates(call, tmp_path):
     settings = ("--batch-tokens", 256, "--last-ops", 4, "--no-compile", "--save-every", 5)

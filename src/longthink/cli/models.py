@@ -118,17 +118,31 @@ def _from_pretrained(options: ModelOptions) -> tuple[Any, Any]:
         raise ValueError(f"model folder {name!r} has no config.json")
     if not is_terminal(sys.stderr):
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     source = str(folder) if local else name
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = _tokenizer(source)
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=options.dtype, use_safetensors=True, trust_remote_code=False
         )
     except OSError as error:
         raise OSError(f"model {name!r}: {_why_not(error)}") from error
     return model, tokenizer
+
+
+def _tokenizer(source: str) -> Any:
+    """Load the tokenizer, as the class that its configuration names.
+
+    `AutoTokenizer` overrides that class for some model types, Qwen2 among them, and then makes a byte-level tokenizer
+    of any tokenizer.json: a word-level one would give wrong ids without a word.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    declared = get_tokenizer_config(source).get("tokenizer_class")
+    loader = PreTrainedTokenizerFast if declared == "PreTrainedTokenizerFast" else AutoTokenizer
+    return loader.from_pretrained(source, trust_remote_code=False)
 
 
 def _why_not(error: BaseException) -> str:

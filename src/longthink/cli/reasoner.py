@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 
 from longthink.cli.errors import EXIT_INTERRUPTED
-from longthink.cli.models import load_model
-from longthink.cli.options import REASONER, ModelOptions, ProblemOptions, SizeName, Switch
+from longthink.cli.generate import versions
+from longthink.cli.models import Loaded, load_model
+from longthink.cli.options import REASONER, BudgetOptions, ModelOptions, ProblemOptions, SizeName, Switch
 from longthink.cli.progress import progress
 from longthink.cli.terminal import note, out_console, visible, write_json, write_text
-from longthink.config import check_int
+from longthink.config import Budget, check_int
 from longthink.reasoner.config import TrainConfig
 from longthink.reasoner.profiles import PROFILES
+
+if TYPE_CHECKING:
+    from longthink.policies import Policy
 
 reasoner_app = App(
     name="reasoner",
@@ -67,11 +73,14 @@ def train(out: Path, /, *, config: Annotated[TrainConfig, Parameter(name="*")] =
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class EvalOptions:
+class EvalOptions(BudgetOptions):
     """Options of ``longthink reasoner eval``."""
 
     model: str = REASONER
     """The built-in model, or the "model" folder of a training run."""
+
+    policies: str = "dense"
+    """Policies to evaluate, separated by commas; options after colons, such as dense,raas:r=0.25."""
 
     size: SizeName = "m"
     """Length of the chains of thought."""
@@ -88,33 +97,72 @@ class EvalOptions:
     def __post_init__(self) -> None:
         check_int("problems", self.problems, 1)
 
+    @property
+    def given_budget(self) -> dict[str, int]:
+        """Budget arguments of ``longthink.generate``."""
+        given = {"budget": self.budget, "decode_budget": self.decode_budget}
+        return {name: value for name, value in given.items() if value is not None}
+
 
 _EVAL = EvalOptions()
 
 
 @reasoner_app.command(name="eval")
 def evaluate(*, options: EvalOptions = _EVAL) -> int:
-    """Measure the accuracy on held-out problems, with the dense cache and greedy decoding."""
-    from longthink.reasoner.evaluate import solve, wilson
-    from longthink.reasoner.task import grade, make_problems
+    """Measure the accuracy on held-out problems, policy by policy, with greedy decoding."""
+    from longthink.policies import make_policy
 
+    policies = [make_policy(spec.strip()) for spec in options.policies.split(",") if spec.strip()]
+    if not policies:
+        raise ValueError("policies is empty: name at least one")
+    if options.given_budget or any(policy.needs_budget for policy in policies):
+        Budget(**options.given_budget)
     loaded = load_model(ModelOptions(model=options.model))
     rows: list[dict[str, Any]] = []
-    with progress("solving", total=len(PROFILES) * options.problems, unit="problems") as task:
-        for profile in PROFILES:
-            chosen = make_problems(options.problems, profile=profile, size=options.size, seed=options.seed)
-            texts = solve(loaded.model, loaded.tokenizer, chosen)
-            right = sum(grade(made, text) for made, text in zip(chosen, texts, strict=True))
-            low, high = wilson(right, options.problems)
-            rows.append(
-                {"profile": profile, "problems": options.problems, "right": right, "low": low, "high": high}
-            )
-            task.advance_to(len(rows) * options.problems)
+    each = len(PROFILES) * options.problems
+    with progress("solving", total=len(policies) * each, unit="problems") as task:
+        for policy in policies:
+            for profile in PROFILES:
+                rows.append(_accuracy(loaded, policy, profile, options))
+                task.advance_to(len(rows) * options.problems, f"{policy.spec()}, {profile}")
     if options.json:
-        write_json({"model": options.model, "size": options.size, "seed": options.seed, "rows": rows})
+        write_json(
+            {
+                "model": options.model,
+                "size": options.size,
+                "seed": options.seed,
+                "budget": options.budget,
+                "decode_budget": options.decode_budget,
+                "rows": rows,
+                "versions": versions(),
+            }
+        )
     else:
         _print_accuracy(rows, options)
     return 0
+
+
+def _accuracy(loaded: Loaded, policy: Policy, profile: str, options: EvalOptions) -> dict[str, Any]:
+    """Solve the problems of one profile with one policy."""
+    from longthink.hf import generate
+    from longthink.reasoner.evaluate import solve, wilson
+    from longthink.reasoner.task import grade, make_problems
+
+    chosen = make_problems(options.problems, profile=profile, size=options.size, seed=options.seed)
+    kept = {"budget": options.budget, "decode_budget": options.decode_budget} if policy.needs_budget else {}
+    bounded: Callable[..., Any] = partial(generate, loaded.model, policy=policy, **kept)  # type: ignore[arg-type]
+    texts = solve(loaded.model, loaded.tokenizer, chosen, generate=bounded)
+    right = sum(grade(made, text) for made, text in zip(chosen, texts, strict=True))
+    low, high = wilson(right, options.problems)
+    return {
+        "policy": policy.to_dict(),
+        "spec": policy.spec(),
+        "profile": profile,
+        "problems": options.problems,
+        "right": right,
+        "low": low,
+        "high": high,
+    }
 
 
 def _print_accuracy(rows: list[dict[str, Any]], options: EvalOptions) -> None:
@@ -122,12 +170,18 @@ def _print_accuracy(rows: list[dict[str, Any]], options: EvalOptions) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from longthink.reasoner.evaluate import wilson
+
     table = Table(box=box.SIMPLE_HEAD)
-    for heading in ("profile", "right", "95 % interval"):
-        table.add_column(heading, justify="left" if heading == "profile" else "right", no_wrap=True)
-    for row in rows:
-        share = f"{row['right']}/{row['problems']}"
-        table.add_row(row["profile"], share, f"{row['low']:.1%} to {row['high']:.1%}")
+    for heading in ("policy", *PROFILES, "all", "95 % interval"):
+        table.add_column(heading, justify="left" if heading == "policy" else "right", overflow="fold")
+    for spec in dict.fromkeys(row["spec"] for row in rows):
+        right = [row["right"] for row in rows if row["spec"] == spec]
+        problems = options.problems * len(right)
+        low, high = wilson(sum(right), problems)
+        cells = [f"{count}/{options.problems}" for count in right]
+        table.add_row(Text(spec), *cells, f"{sum(right)}/{problems}", f"{low:.0%} to {high:.0%}")
     console = out_console()
-    console.print(Text(visible(f"{options.model}, size {options.size}, dense, greedy")))
+    kept = ", ".join(f"{name} {value}" for name, value in options.given_budget.items())
+    console.print(Text(visible(f"{options.model}, size {options.size}, greedy{kept and ', '}{kept}")))
     console.print(table)
