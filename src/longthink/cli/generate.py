@@ -103,7 +103,7 @@ def generate(prompt: str | None = None, /, *, options: GenerateOptions = _DEFAUL
     else:
         write_text("\n")
         note(closing_line(decoded, cache))
-        if run.problem is not None and decoded.stopped != "interrupted":
+        if run.problem is not None and decoded.stopped == "end":
             from longthink.reasoner import grade
 
             verdict = "right" if grade(run.problem, decoded.text) else "wrong"
