@@ -38,6 +38,7 @@ def test_tables_and_picture(call, tmp_path):
     assert is_picture(png)
 
 
+@pytest.mark.slow
 def test_json(call, tmp_path):
     png = tmp_path / "picture.png"
     code, out, _ = call(

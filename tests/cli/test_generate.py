@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -37,6 +38,7 @@ def test_streams_the_text_and_ends_with_the_figures(call, plain_model):
     assert not last.endswith(" 0 evictions")
 
 
+@pytest.mark.slow
 def test_text_is_that_of_the_library_when_nothing_is_evicted(call, plain_model):
     expected = reference(plain_model, "hello there", 40)
     for policy in ("raas", "dense"):
@@ -101,6 +103,7 @@ def test_default_budget_is_chosen_and_said(call, plain_model):
     assert "no budget" not in err
 
 
+@pytest.mark.slow
 def test_sampling_is_seeded(call, plain_model):
     def text(seed, *more):
         return call(
@@ -174,6 +177,7 @@ def test_long_context_is_pointed_out(call, plain_model):
     assert "was made for" not in err
 
 
+@pytest.mark.slow
 def test_prompt_through_a_pipe_and_quiet_libraries(start, plain_model):
     arguments = ("generate", "--model", plain_model, "--max-new-tokens", "5", "--decode-budget", "16")
     out, err = start(*arguments, stdin=subprocess.PIPE).communicate(b"hello there w1 w2\n", timeout=120)

@@ -51,6 +51,7 @@ def test_words_it_does_not_know(call):
     assert "the built-in model does not know 'what', 'is', 'the'" in err
 
 
+@pytest.mark.slow
 def test_eval(call):
     code, out, _ = call("reasoner", "eval", "--size", "s", "--problems", 2, "--json")
     assert code == 0

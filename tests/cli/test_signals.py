@@ -43,6 +43,7 @@ def test_ctrl_c_with_json_is_still_json(start, plain_model):
     assert b"Traceback" not in err
 
 
+@pytest.mark.slow
 def test_closed_pipe_is_silent(start, plain_model):
     process = start("generate", "hello", "--model", plain_model, *ENDLESS, bufsize=0)
     assert process.stdout.read(1)
@@ -71,6 +72,7 @@ def read_all(descriptor):
     return data
 
 
+@pytest.mark.slow
 def test_model_text_cannot_command_the_terminal(start, tmp_path):
     """A model that says nothing but escape sequences: on a terminal they are shown, not obeyed."""
     evil = [f"\x1b]0;owned{i}\x07\x9b31m\r\u202e" for i in range(64)]
