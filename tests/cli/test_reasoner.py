@@ -64,6 +64,7 @@ def test_eval(call):
     assert "1/1" in out
 
 
+@pytest.mark.slow
 def test_eval_compares_policies_at_one_budget(call):
     asked = (
         "--size",
