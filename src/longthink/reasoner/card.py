@@ -40,7 +40,7 @@ One run, from the initial weights: {tokens} tokens in {steps} steps, {minutes} m
 seed {seed_train}, Python {python}, torch {torch}, transformers {transformers}.
 {recipe}
 Training problems come from the train split, a stable hash of the prompt's text: none is in the table above.
-What the initial weights contain (shared name vectors, heads that look a few tokens back, a head that matches
+What the initial weights contain (shared name vectors, heads that look one and two tokens back, a head that matches
 names) is documented in `longthink/reasoner/initial.py`; `training.json` has all settings.
 
 ## Limits

@@ -30,13 +30,13 @@ class TrainConfig:
     """Decoupled weight decay of the matrices."""
     warmup_steps: int = 100
     """Steps until the peak learning rate is reached."""
-    decay_share: float = 0.3
+    decay_share: float = 0.25
     """Share of the tokens, at the end, over which the learning rate falls to zero."""
     first_ops: int = 4
     """Longest problem at the start of the curriculum, in lines."""
     last_ops: int = 78
     """Longest problem at the end of the curriculum, in lines."""
-    promote_at: float = 0.95
+    promote_at: float = 0.97
     """Accuracy that every kind of token must reach before problems get longer."""
     longest_share: float = 0.5
     """Share of the batches with problems of the longest length; the others are of any length up to it."""

@@ -5,9 +5,8 @@ millions of tokens to discover this, so three things are laid in at the start; t
 
 1. The five forms of a name share a name vector. Embeddings live in a smaller basis (one row a name, one a form, one
    a token for everything else) during the whole training and are written out at export.
-2. Layer 0: query head h looks h + 1 tokens back. The query and key biases differ by the rotation of h + 1 positions,
-   so the logit peaks there whatever the tokens are. In a rule ``cow= bee +cat`` the operands stand one and two tokens
-   after its head, and the head of the next rule three.
+2. Layer 0, key/value group 0: query head h looks h + 1 tokens back. Its query and key biases differ by the rotation
+   of h + 1 positions, so the logit peaks there whatever the tokens are.
 3. Layer 1, head 0 matches its own name (subspace *own* of the residual stream) against the name that the first head
    has copied from the token before (subspace *previous*). Both use only slowly rotating dimensions, which keep their
    meaning over thousands of positions.
@@ -77,10 +76,9 @@ def _random_weights(config: LlamaConfig, generator: torch.Generator) -> dict[str
 def _lay_in_previous_token_heads(weights: dict[str, Tensor], config: LlamaConfig) -> None:
     head_dim = config.hidden_size // config.num_attention_heads
     attention, strength = f"{layer_prefix(0)}self_attn.", PREVIOUS_STRENGTH**0.5
-    weights[f"{attention}k_proj.weight"] *= 0.1
-    for group in range(config.num_key_value_heads):
-        weights[f"{attention}k_proj.bias"][group * head_dim :][: head_dim // 2] = strength
-    for head in range(config.num_attention_heads):
+    weights[f"{attention}k_proj.weight"][:head_dim] *= 0.1
+    weights[f"{attention}k_proj.bias"][: head_dim // 2] = strength
+    for head in range(config.num_attention_heads // config.num_key_value_heads):
         rows = slice(head * head_dim, (head + 1) * head_dim)
         angle = -(head + 1) * rope_frequencies(head_dim)
         weights[f"{attention}q_proj.weight"][rows] *= 0.1

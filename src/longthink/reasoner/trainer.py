@@ -28,8 +28,9 @@ from longthink.reasoner.initial import BASIS, embedding_map, initial_weights
 
 LOG_EVERY = 20
 METRICS = "metrics.jsonl"
-_MEASURE_AT_LEAST = 8
-_SMOOTHING = 0.9
+# A circuit must hold over this many batches, about, before problems get longer: promoted on a lucky streak, it breaks
+# at the next length and is learned again with fewer look-ups per token.
+_WINDOW = 33
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -222,9 +223,9 @@ class _Run:
         for number, kind in enumerate(KINDS):
             share = right[batch.kinds == number].float().mean().item()
             old = state.accuracy[kind] if state.measured else share
-            state.accuracy[kind] = _SMOOTHING * old + (1 - _SMOOTHING) * share
+            state.accuracy[kind] = old + (share - old) / _WINDOW
         state.measured += 1
-        enough = state.measured >= _MEASURE_AT_LEAST and min(state.accuracy.values()) > self.config.promote_at
+        enough = state.measured >= _WINDOW // 3 and min(state.accuracy.values()) > self.config.promote_at
         if enough and state.longest < self.config.last_ops:
             state.longest = min(self.config.last_ops, state.longest + max(2, state.longest // 2))
             state.measured = 0
