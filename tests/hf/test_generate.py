@@ -54,10 +54,11 @@ def test_beams_stay_within_a_small_budget(model):
     assert all(len(head) <= 48 for row in cache.resident_positions(0) for head in row)
 
 
-def test_beams_with_eviction_equal_each_beam_decoded_alone(model):
+@pytest.mark.parametrize("policy", ["raas:page_size=4", "h2o", "streaming_llm"])
+def test_beams_with_eviction_equal_each_beam_decoded_alone(model, policy):
     """Reordering carries every bit of state along: score each finished beam by itself on a fresh cache."""
     ids, _ = prompt((20,))
-    options = dict(policy="raas:page_size=4", budget=32)
+    options = dict(policy=policy, budget=32)
     beams = longthink.generate(
         model,
         ids,
@@ -78,6 +79,28 @@ def test_beams_with_eviction_equal_each_beam_decoded_alone(model):
                 logits = model(token.view(1, 1), past_key_values=cache).logits[:, -1]
         assert cache.num_evicted > 0
         assert total == pytest.approx(score.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("policy", ["raas:page_size=4", "h2o", "streaming_llm", "quest", "random"])
+def test_rows_can_be_chosen_and_repeated(model, policy):
+    """Row 1 twice and then row 0: each goes on as it would have."""
+    ids, _ = prompt((20, 20))
+    text = torch.randint(3, 97, (2, 60), generator=torch.Generator().manual_seed(8))
+    rows = torch.tensor([1, 1, 0])
+    logits = []
+    for chosen in (None, rows):
+        with longthink.make_cache(model, policy=policy, budget=32) as cache, torch.no_grad():
+            model(ids, past_key_values=cache)
+            for i in range(60):
+                new = text[:, i : i + 1]
+                if chosen is not None and i >= 30:
+                    new = new[chosen]
+                    if i == 30:
+                        cache.batch_repeat_interleave(2)
+                        cache.batch_select_indices(2 * chosen)
+                out = model(new, past_key_values=cache).logits[:, -1]
+        logits.append(out)
+    torch.testing.assert_close(logits[1], logits[0][rows], rtol=1e-4, atol=1e-4)
 
 
 def test_streams_tokens_as_they_come(model):
