@@ -89,7 +89,7 @@ def test_rows_can_be_chosen_and_repeated(model, policy):
     rows = torch.tensor([1, 1, 0])
     logits = []
     for chosen in (None, rows):
-        with longthink.make_cache(model, policy=policy, budget=32) as cache, torch.no_grad():
+        with longthink.make_cache(model, policy=policy, budget=48) as cache, torch.no_grad():
             model(ids, past_key_values=cache)
             for i in range(60):
                 new = text[:, i : i + 1]
