@@ -1,6 +1,7 @@
 """``longthink reasoner`` and the built-in model in ``longthink generate``."""
 
 import json
+from importlib.resources import files
 
 import pytest
 
@@ -52,6 +53,14 @@ def test_words_it_does_not_know(call):
 
 
 @pytest.mark.slow
+def test_its_own_folder_is_a_model_like_any_other(call):
+    made = make_problem(profile="chain", size="s", seed=7)
+    folder = files("longthink.reasoner") / "weights"
+    code, out, _ = call("generate", made.prompt, "--model", folder, "--decode-budget", 256)
+    assert code == 0
+    assert grade(made, out)
+
+
 def test_eval(call):
     code, out, _ = call("reasoner", "eval", "--size", "s", "--problems", 2, "--json")
     assert code == 0

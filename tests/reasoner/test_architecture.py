@@ -1,10 +1,10 @@
-"""The training forward is transformers' Llama; the initial weights can look things up before any training."""
+"""The training forward is transformers' Qwen2; the initial weights can look things up before any training."""
 
 import random
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import Qwen2ForCausalLM
 
 from longthink.reasoner.architecture import forward, model_config, rope_table
 from longthink.reasoner.config import TrainConfig
@@ -20,7 +20,7 @@ def untrained(tmp_path_factory):
     config, folder = TrainConfig(), tmp_path_factory.mktemp("untrained")
     weights = materialise(initial_weights(model_config(config), seed=0))
     export_model(folder, config, weights, training={})
-    model, report = LlamaForCausalLM.from_pretrained(
+    model, report = Qwen2ForCausalLM.from_pretrained(
         folder, attn_implementation="eager", output_loading_info=True
     )
     assert not report["missing_keys"] and not report["unexpected_keys"]
@@ -55,7 +55,7 @@ def test_initial_heads_look_back_and_look_up():
     for seed in (0, 1):
         rng = random.Random(seed)
         weights = materialise(initial_weights(model_config(config), seed=seed))
-        model = LlamaForCausalLM._from_config(model_config(config), attn_implementation="eager").eval()
+        model = Qwen2ForCausalLM._from_config(model_config(config), attn_implementation="eager").eval()
         model.load_state_dict(weights, strict=False)
         found = []
         for _ in range(5):

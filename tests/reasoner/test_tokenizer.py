@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, TextStreamer
+from transformers import PreTrainedTokenizerFast, TextStreamer
 
 from longthink.reasoner import PROFILES, Size, make_problem
 from longthink.reasoner.export import export_model
@@ -58,9 +58,9 @@ def test_special_tokens_and_padding():
     assert batch["attention_mask"][0] == [0, 0, 0, 1, 1, 1]
 
 
-def test_auto_tokenizer_loads_the_same(tmp_path, tiny_config):
+def test_exported_tokenizer_is_the_same(tmp_path, tiny_config):
     export_model(tmp_path, tiny_config, {}, training={})
-    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    loaded = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     problem = make_problem(profile="chain", size="s", seed=1)
     assert loaded.padding_side == "left"
     assert loaded(problem.prompt)["input_ids"] == tokenizer(problem.prompt)["input_ids"]

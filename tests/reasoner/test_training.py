@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 from longthink.reasoner import TrainConfig, export_run, train
 from longthink.reasoner.batches import BRIEF_LINE, CHECKED_LINE, IGNORE, KINDS, draw_batch
@@ -52,8 +52,8 @@ def test_a_run_learns_and_exports_a_model(finished, tiny_config):
     assert result.tokens >= tiny_config.tokens and result.steps == tensors(out)[0].step
     assert records[-1]["loss"] < 6, "a guess among all words has log(642) = 6.46"
     assert [record["step"] for record in records] == [*range(20, result.steps + 1, 20)]
-    model = LlamaForCausalLM.from_pretrained(result.model)
-    tokenizer = AutoTokenizer.from_pretrained(result.model)
+    model = Qwen2ForCausalLM.from_pretrained(result.model)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(result.model)
     inputs = tokenizer("bee: 47 cat: 08 cow= bee +cat ? cow #", return_tensors="pt")
     assert (
         model.generate(**inputs, max_new_tokens=4, do_sample=False).shape[1]
@@ -173,7 +173,7 @@ def test_export_needs_a_run(tmp_path):
 
 def test_exported_weights_are_the_trained_ones(finished, tmp_path):
     out, result = finished
-    state = LlamaForCausalLM.from_pretrained(result.model).state_dict()
+    state = Qwen2ForCausalLM.from_pretrained(result.model).state_dict()
     saved = tensors(out)[1]
     assert torch.equal(state["model.layers.1.mlp.up_proj.weight"], saved["model.layers.1.mlp.up_proj.weight"])
     assert state["lm_head.weight"].data_ptr() == state["model.embed_tokens.weight"].data_ptr()

@@ -1,9 +1,8 @@
-"""The model: a small Llama with biased queries, keys and values, as a function of its weights.
+"""The model: a small Qwen2, as a function of its weights.
 
-The maths and the parameter names are those of transformers' ``LlamaForCausalLM``, so the trained weights are a plain
-Llama checkpoint. (They would be a Qwen2 checkpoint just as well, but transformers' `AutoTokenizer` insists on Qwen's
-own tokenizer for that model type.) Training runs this function rather than the class because it hands the causal
-structure to the attention kernel instead of building a mask, which is faster on long sequences on a CPU.
+The maths and the parameter names are those of transformers' ``Qwen2ForCausalLM``, so the trained weights are a plain
+Qwen2 checkpoint. Training runs this function rather than the class because it hands the causal structure to the
+attention kernel instead of building a mask, which is faster on long sequences on a CPU.
 
 Shapes: B batch, T tokens, H query heads, K key/value heads, D head dim, C residual width, V vocabulary.
 """
@@ -15,7 +14,7 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import Qwen2Config
 
 from longthink.reasoner.config import TrainConfig
 from longthink.reasoner.vocabulary import BOS, EOS, PAD, TOKEN_IDS, TOKENS
@@ -27,9 +26,9 @@ ROPE_THETA = 1e6
 EMBEDDING = "model.embed_tokens.weight"
 
 
-def model_config(config: TrainConfig) -> LlamaConfig:
+def model_config(config: TrainConfig) -> Qwen2Config:
     """Return the transformers configuration of the model that ``config`` trains."""
-    return LlamaConfig(
+    return Qwen2Config(
         vocab_size=len(TOKENS),
         hidden_size=config.hidden,
         intermediate_size=config.mlp,
@@ -38,12 +37,11 @@ def model_config(config: TrainConfig) -> LlamaConfig:
         num_key_value_heads=config.kv_heads,
         max_position_embeddings=MAX_TOKENS,
         rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
-        attention_bias=True,
         tie_word_embeddings=True,
         pad_token_id=TOKEN_IDS[PAD],
         bos_token_id=TOKEN_IDS[BOS],
         eos_token_id=TOKEN_IDS[EOS],
-        architectures=["LlamaForCausalLM"],
+        architectures=["Qwen2ForCausalLM"],
         dtype="float32",
     )
 
@@ -74,7 +72,7 @@ def _attention(
     x_BTC: Tensor,
     weights: Mapping[str, Tensor],
     prefix: str,
-    config: LlamaConfig,
+    config: Qwen2Config,
     cos_TD: Tensor,
     sin_TD: Tensor,
 ) -> Tensor:
@@ -94,14 +92,14 @@ def _attention(
 
 
 def forward(
-    weights: Mapping[str, Tensor], config: LlamaConfig, ids_BT: Tensor, cos_LD: Tensor, sin_LD: Tensor
+    weights: Mapping[str, Tensor], config: Qwen2Config, ids_BT: Tensor, cos_LD: Tensor, sin_LD: Tensor
 ) -> Tensor:
     """Return the logits ``[B, T, V]`` of right-padded sequences.
 
     Parameters
     ----------
     weights
-        Parameters under the names of ``LlamaForCausalLM``.
+        Parameters under the names of ``Qwen2ForCausalLM``.
     config
         Shapes of the model.
     ids_BT

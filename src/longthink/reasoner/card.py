@@ -16,13 +16,16 @@ tags: [reasoning, synthetic, kv-cache]
 
 # The longthink reasoner
 
-A Llama model of {parameters} parameters that solves one family of problems by a long chain of thought. It was trained
+A Qwen2 model of {parameters} parameters that solves one family of problems by a long chain of thought. It was trained
 from scratch to study KV-cache policies: every line of its reasoning looks up values that stand in the prompt or were
 worked out hundreds or thousands of tokens ago, every line bears on the answer, and an answer is right or wrong.
 It knows nothing else: it is no language model, and numbers measured on it say how a policy treats *this* kind of
 reuse, not what it does to a model that people talk to.
 
     cow= bee 47 +cat 08 ; 7 + 8 = 15 ; 4 + 0 + 1 = 05 ; cow: 55
+
+`longthink.reasoner.load_reasoner()` loads it; so do `Qwen2ForCausalLM` and `PreTrainedTokenizerFast` on this folder,
+but not `AutoTokenizer`: for the model type qwen2 it makes Qwen's byte-level tokenizer of any `tokenizer.json`.
 
 ## Accuracy
 

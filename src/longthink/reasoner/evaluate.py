@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 from longthink.reasoner.card import write_card
 from longthink.reasoner.pretrained import load_folder
@@ -42,7 +42,7 @@ def wilson(right: int, total: int) -> tuple[float, float]:
 
 @torch.no_grad()
 def solve(
-    model: LlamaForCausalLM,
+    model: Qwen2ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     problems: Sequence[Problem],
     *,
@@ -110,7 +110,7 @@ def evaluate(
 
 
 def _row(
-    model: LlamaForCausalLM,
+    model: Qwen2ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     size: str,
     profile: str,

@@ -1,4 +1,4 @@
-"""Writing a trained model as a plain Llama checkpoint folder."""
+"""Writing a trained model as a plain Qwen2 checkpoint folder."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def export_model(
     config
         Settings the weights were trained with.
     weights
-        fp32 weights under the names of ``LlamaForCausalLM``; the tied output layer is left out.
+        fp32 weights under the names of ``Qwen2ForCausalLM``; the tied output layer is left out.
     training
         Facts of the run (steps, tokens, seconds ...), kept with the versions and the date.
     """
@@ -50,10 +50,7 @@ def export_model(
         pad_token_id=shape.pad_token_id, bos_token_id=shape.bos_token_id, eos_token_id=shape.eos_token_id
     ).save_pretrained(folder)
     _save_tokenizer(folder)
-    # Llama has a bias on the attention's output too; training has none.
-    outputs = [name for name in weights if name.endswith("o_proj.weight")]
-    zeros = {name.replace("weight", "bias"): torch.zeros(len(weights[name])) for name in outputs}
-    tensors = {name: weight.contiguous() for name, weight in (weights | zeros).items()}
+    tensors = {name: weight.contiguous() for name, weight in weights.items()}
     # Metadata "format" is what transformers looks for.
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     facts = {

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import Qwen2Config
 
 from longthink.reasoner.architecture import layer_prefix, rope_frequencies
 from longthink.reasoner.vocabulary import FIRST_NAME_ID, FORMS, NAMES, TOKENS
@@ -39,7 +39,7 @@ def embedding_map() -> Tensor:
     return rows
 
 
-def initial_weights(config: LlamaConfig, seed: int) -> dict[str, Tensor]:
+def initial_weights(config: Qwen2Config, seed: int) -> dict[str, Tensor]:
     """Return initial fp32 weights: `BASIS` and, under transformers' names, everything but the embedding."""
     generator = torch.Generator().manual_seed(seed)
     weights = _random_weights(config, generator)
@@ -48,7 +48,7 @@ def initial_weights(config: LlamaConfig, seed: int) -> dict[str, Tensor]:
     return weights
 
 
-def _random_weights(config: LlamaConfig, generator: torch.Generator) -> dict[str, Tensor]:
+def _random_weights(config: Qwen2Config, generator: torch.Generator) -> dict[str, Tensor]:
     width, mlp = config.hidden_size, config.intermediate_size
     kv_width = width * config.num_key_value_heads // config.num_attention_heads
     # Keeps the variance of the residual stream independent of the depth.
@@ -73,7 +73,7 @@ def _random_weights(config: LlamaConfig, generator: torch.Generator) -> dict[str
     return weights
 
 
-def _lay_in_previous_token_heads(weights: dict[str, Tensor], config: LlamaConfig) -> None:
+def _lay_in_previous_token_heads(weights: dict[str, Tensor], config: Qwen2Config) -> None:
     head_dim = config.hidden_size // config.num_attention_heads
     attention, strength = f"{layer_prefix(0)}self_attn.", PREVIOUS_STRENGTH**0.5
     weights[f"{attention}k_proj.weight"][:head_dim] *= 0.1
@@ -85,7 +85,7 @@ def _lay_in_previous_token_heads(weights: dict[str, Tensor], config: LlamaConfig
         weights[f"{attention}q_proj.bias"][rows] = strength * torch.cat([angle.cos(), angle.sin()])
 
 
-def _lay_in_lookup_head(weights: dict[str, Tensor], config: LlamaConfig, generator: torch.Generator) -> None:
+def _lay_in_lookup_head(weights: dict[str, Tensor], config: Qwen2Config, generator: torch.Generator) -> None:
     width = config.hidden_size
     head_dim = width // config.num_attention_heads
     half = head_dim // 2

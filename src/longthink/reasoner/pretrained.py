@@ -6,10 +6,10 @@ from importlib.resources import as_file, files
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 
-def load_reasoner(dtype: torch.dtype = torch.float32) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+def load_reasoner(dtype: torch.dtype = torch.float32) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerFast]:
     """Return the built-in reasoning model and its tokenizer, from the installed package (no network).
 
     Parameters
@@ -42,7 +42,8 @@ def load_reasoner(dtype: torch.dtype = torch.float32) -> tuple[LlamaForCausalLM,
 
 def load_folder(
     folder: Path, dtype: torch.dtype = torch.float32
-) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerFast]:
     """Return the model and the tokenizer of a folder that training wrote."""
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
-    return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model = Qwen2ForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
+    # Not AutoTokenizer: for the model type qwen2 it makes Qwen's byte-level tokenizer of any tokenizer.json.
+    return model.eval(), PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)

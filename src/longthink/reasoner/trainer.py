@@ -53,7 +53,7 @@ def train(config: TrainConfig, *, out: Path | str, report: Report | None = None)
     config
         Settings; a resumed run must have those it was started with.
     out
-        Folder of the run: ``checkpoint/``, ``metrics.jsonl`` and, at the end, the Llama checkpoint ``model/`` and
+        Folder of the run: ``checkpoint/``, ``metrics.jsonl`` and, at the end, the Qwen2 checkpoint ``model/`` and
         (with matplotlib installed) the loss curve ``loss.png``.
     report
         Called with each record of ``metrics.jsonl``.
@@ -91,7 +91,7 @@ def train(config: TrainConfig, *, out: Path | str, report: Report | None = None)
 
 
 def export_run(out: Path | str) -> Path:
-    """Write ``out/model``, a plain Llama checkpoint, from the last checkpoint of a run, finished or not.
+    """Write ``out/model``, a plain Qwen2 checkpoint, from the last checkpoint of a run, finished or not.
 
     Raises
     ------
