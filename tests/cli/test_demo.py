@@ -21,6 +21,7 @@ def is_picture(path, *, width=600, height=400):
     return len(colours) > 20 and pixels[..., :3].std() > 0.1
 
 
+@pytest.mark.slow
 def test_tables_and_picture(call, tmp_path):
     png = tmp_path / "picture.png"
     code, out, err = call("demo", *SHORT, "--policies", "dense,raas,streaming_llm", "--png", png)
@@ -84,6 +85,7 @@ def test_without_matplotlib_there_is_no_picture(call, tmp_path, monkeypatch):
     assert "it needs matplotlib" in err
 
 
+@pytest.mark.slow
 def test_picture_that_cannot_be_written(call, tmp_path):
     code, _, err = call("demo", *SHORT, "--policies", "dense", "--png", tmp_path)
     assert code == 2

@@ -84,6 +84,7 @@ def test_panels_fit_the_width(log, width, side_by_side):
     assert all(len(line.plain) <= max(width, 26) for line in text[:-2])
 
 
+@pytest.mark.slow
 def test_png_has_a_panel_for_each_policy(log, tmp_path):
     paths = [tmp_path / f"{count}.png" for count in (1, 3)]
     for path, count in zip(paths, (1, 3), strict=True):

@@ -61,6 +61,7 @@ def test_its_own_folder_is_a_model_like_any_other(call):
     assert grade(made, out)
 
 
+@pytest.mark.slow
 def test_eval(call):
     code, out, _ = call("reasoner", "eval", "--size", "s", "--problems", 2, "--json")
     assert code == 0

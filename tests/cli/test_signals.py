@@ -14,6 +14,7 @@ from tests.cli.conftest import save_model
 ENDLESS = ("--max-new-tokens", "20000", "--decode-budget", "32")
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_with_what_there_is(start, plain_model):
     process = start("generate", "hello", "--model", plain_model, *ENDLESS, bufsize=0)
     first = process.stdout.read(1)

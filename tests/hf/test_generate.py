@@ -54,6 +54,7 @@ def test_beams_stay_within_a_small_budget(model):
     assert all(len(head) <= 48 for row in cache.resident_positions(0) for head in row)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["raas:page_size=4", "h2o", "streaming_llm"])
 def test_beams_with_eviction_equal_each_beam_decoded_alone(model, policy):
     """Reordering carries every bit of state along: score each finished beam by itself on a fresh cache."""
@@ -81,6 +82,7 @@ def test_beams_with_eviction_equal_each_beam_decoded_alone(model, policy):
         assert total == pytest.approx(score.item(), rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["raas:page_size=4", "h2o", "streaming_llm", "quest", "random"])
 def test_rows_can_be_chosen_and_repeated(model, policy):
     """Row 1 twice and then row 0: each goes on as it would have."""

@@ -29,6 +29,7 @@ def test_alone_and_in_a_batch(model, policy):
         assert torch.equal(run(model, alone, torch.ones_like(alone), policy)[0], together[row])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
 def test_left_padding_of_any_width(model, policy):
     ids, mask = prompt((22,))

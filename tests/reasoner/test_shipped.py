@@ -81,6 +81,7 @@ def test_model_card_states_what_was_measured():
         assert f"| l | {profile} | {row['problems']} | {100 * row['right'] / row['problems']:.1f} %" in card
 
 
+@pytest.mark.slow
 def test_evaluation_writes_numbers_and_card(tmp_path):
     for path in FOLDER.iterdir():
         if path.name not in ("README.md", "evaluation.json"):

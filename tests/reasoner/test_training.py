@@ -97,6 +97,7 @@ def test_finished_run_is_left_alone(finished, tiny_config):
     assert metrics(out) == before
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed_equals_uninterrupted(finished, tiny_config, tmp_path):
     steps = []
 
@@ -179,6 +180,7 @@ def test_exported_weights_are_the_trained_ones(finished, tmp_path):
     assert state["lm_head.weight"].data_ptr() == state["model.embed_tokens.weight"].data_ptr()
 
 
+@pytest.mark.slow
 def test_seed_changes_the_run(tiny_config, tmp_path):
     losses = []
     for seed in (0, 1):

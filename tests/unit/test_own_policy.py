@@ -50,6 +50,7 @@ def test_page_check_passes(installed):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_page_check_can_fail(installed):
     (installed / "wrong.py").write_text(
         (installed / "check.py").read_text().replace("0.5 * worth", "0.1 * worth")
@@ -57,6 +58,7 @@ def test_page_check_can_fail(installed):
     assert "AssertionError" in run(installed, "wrong.py").stderr
 
 
+@pytest.mark.slow
 def test_page_use_runs(installed):
     done = run(installed, "use.py")
     assert done.returncode == 0, done.stderr
