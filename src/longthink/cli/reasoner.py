@@ -47,8 +47,8 @@ def problem(*, options: ProblemOptions = _PROBLEM) -> int:
 def train(out: Path, /, *, config: Annotated[TrainConfig, Parameter(name="*")] = _CONFIG) -> int:
     """Train the built-in model from scratch.
 
-    An interrupted run goes on when the same command is given again. The defaults are the recipe of the weights that
-    come with the package.
+    An interrupted run goes on when the same command is given again. The defaults follow the recipe of the weights
+    that come with the package, and have not reached them yet: see the model card.
 
     Parameters
     ----------

@@ -10,7 +10,7 @@ from longthink.reasoner.task import MAX_OPS
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Settings of a training run; the defaults are the recipe of the shipped weights.
+    """Settings of a training run; the defaults follow the recipe of the shipped weights (their card says how close).
 
     Raises
     ------
