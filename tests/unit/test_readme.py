@@ -1,0 +1,49 @@
+"""The README's commands and code, as a stranger would type them."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+COMMANDS = re.findall(r"^    \.venv/bin/longthink ([^#\n]+)", README, re.MULTILINE)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300)
+
+
+def test_the_first_commands_are_there():
+    assert [command.split()[0] for command in COMMANDS] == ["generate", "policies", "doctor", "reasoner"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith("reasoner")])
+def test_first_commands_succeed(command):
+    done = run("-m", "longthink.cli", *shlex.split(command))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+@pytest.mark.slow
+def test_command_of_the_table_runs_and_names_the_policies_of_its_rows():
+    words = shlex.split(next(c for c in COMMANDS if c.startswith("reasoner")))
+    done = run("-m", "longthink.cli", *words, "--problems", "1", "--size", "s")
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^\| `([^`]+)` \| O\(", README, re.MULTILINE)
+    assert rows == words[words.index("--policies") + 1].split(",")
+
+
+@pytest.mark.slow
+def test_python_of_the_readme_runs(tmp_path):
+    whole = [
+        code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "load_reasoner" in code
+    ]
+    script = tmp_path / "readme.py"
+    script.write_text("\n".join(whole))
+    done = run(str(script))
+    assert done.returncode == 0, done.stderr
+    assert " True\n" in done.stdout, "the example's answer should be right"
