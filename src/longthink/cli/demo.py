@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from longthink.cli.generate import versions
 from longthink.cli.models import Loaded, load_model
-from longthink.cli.options import BudgetOptions, ModelOptions, ProblemOptions, SizeName, Switch
+from longthink.cli.options import BudgetOptions, ModelOptions, ProblemOptions, SizeName, Switch, policy_list
 from longthink.cli.progress import progress
 from longthink.cli.prompts import encode_prompt
 from longthink.cli.terminal import err_console, is_terminal, note, out_console, size_text, visible, write_json
@@ -59,11 +59,7 @@ def demo(*, options: DemoOptions = _DEFAULTS) -> int:
     A table compares answers, speed and memory; a picture, in the terminal and as a PNG file, shows which tokens
     stayed alive. Nothing is downloaded. Without a budget bounded caches keep 768 tokens on top of the prompt.
     """
-    from longthink.policies import make_policy
-
-    chosen = [make_policy(spec.strip()) for spec in options.policies.split(",") if spec.strip()]
-    if not chosen:
-        raise ValueError("policies is empty: name at least one")
+    chosen = policy_list(options.policies)
     if not options.png.absolute().parent.is_dir():
         raise ValueError(
             f"png={str(options.png)!r}: there is no folder {str(options.png.absolute().parent)!r}"
@@ -96,10 +92,7 @@ def demo(*, options: DemoOptions = _DEFAULTS) -> int:
 def _budget(options: DemoOptions) -> dict[str, int]:
     from longthink import Budget
 
-    given = {"budget": options.budget, "decode_budget": options.decode_budget}
-    chosen = {name: value for name, value in given.items() if value is not None} or {
-        "decode_budget": DECODE_BUDGET
-    }
+    chosen = options.given_budget or {"decode_budget": DECODE_BUDGET}
     Budget(**chosen)
     return chosen
 

@@ -135,8 +135,7 @@ def _problem_name(options: ProblemOptions) -> str:
 
 def _budget(options: GenerateOptions, policy: Policy) -> dict[str, int]:
     """Return the budget arguments of ``make_cache``, choosing one where none is given."""
-    given = {"budget": options.budget, "decode_budget": options.decode_budget}
-    chosen = {name: value for name, value in given.items() if value is not None}
+    chosen = options.given_budget
     if chosen:
         from longthink import Budget
 

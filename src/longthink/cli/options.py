@@ -5,13 +5,16 @@ fields into other modules, where the names in a string would be unknown.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from longthink.config import check_int, check_range
 from longthink.reasoner.profiles import PROFILES
 from longthink.reasoner.task import SIZES
+
+if TYPE_CHECKING:
+    from longthink.policies import Policy
 
 REASONER = "reasoner"
 """Name of the built-in model."""
@@ -48,6 +51,12 @@ class BudgetOptions:
 
     decode_budget: int | None = None
     """Tokens kept per layer on top of the prompt, which then stays whole."""
+
+    @property
+    def given_budget(self) -> dict[str, int]:
+        """Budget arguments of ``make_cache`` that were given."""
+        given = {"budget": self.budget, "decode_budget": self.decode_budget}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 @Parameter(name="*")
@@ -107,3 +116,19 @@ class ProblemOptions:
 
     seed: int = 0
     """Seed of the problem, and of sampling."""
+
+
+def policy_list(text: str) -> "list[Policy]":
+    """Return the policies of a list such as ``dense,raas:r=0.25``.
+
+    Raises
+    ------
+    ValueError
+        If the list is empty, or one of them is no policy.
+    """
+    from longthink.policies import make_policy
+
+    policies = [make_policy(spec.strip()) for spec in text.split(",") if spec.strip()]
+    if not policies:
+        raise ValueError("policies is empty: name at least one")
+    return policies

@@ -13,7 +13,15 @@ from cyclopts import App, Parameter
 from longthink.cli.errors import EXIT_INTERRUPTED
 from longthink.cli.generate import versions
 from longthink.cli.models import Loaded, load_model
-from longthink.cli.options import REASONER, BudgetOptions, ModelOptions, ProblemOptions, SizeName, Switch
+from longthink.cli.options import (
+    REASONER,
+    BudgetOptions,
+    ModelOptions,
+    ProblemOptions,
+    SizeName,
+    Switch,
+    policy_list,
+)
 from longthink.cli.progress import progress
 from longthink.cli.terminal import note, out_console, visible, write_json, write_text
 from longthink.config import Budget, check_int
@@ -97,12 +105,6 @@ class EvalOptions(BudgetOptions):
     def __post_init__(self) -> None:
         check_int("problems", self.problems, 1)
 
-    @property
-    def given_budget(self) -> dict[str, int]:
-        """Budget arguments of ``longthink.generate``."""
-        given = {"budget": self.budget, "decode_budget": self.decode_budget}
-        return {name: value for name, value in given.items() if value is not None}
-
 
 _EVAL = EvalOptions()
 
@@ -110,11 +112,7 @@ _EVAL = EvalOptions()
 @reasoner_app.command(name="eval")
 def evaluate(*, options: EvalOptions = _EVAL) -> int:
     """Measure the accuracy on held-out problems, policy by policy, with greedy decoding."""
-    from longthink.policies import make_policy
-
-    policies = [make_policy(spec.strip()) for spec in options.policies.split(",") if spec.strip()]
-    if not policies:
-        raise ValueError("policies is empty: name at least one")
+    policies = policy_list(options.policies)
     if options.given_budget or any(policy.needs_budget for policy in policies):
         Budget(**options.given_budget)
     loaded = load_model(ModelOptions(model=options.model))
