@@ -47,10 +47,10 @@ def draw_batch(config: TrainConfig, step: int, longest: int) -> tuple[Batch, int
     if longest <= RECALL_UP_TO and rng.random() < config.recall_share:
         return _recall_batch(config, rng), 0
     ops = longest if rng.random() < config.longest_share else rng.randint(2, longest)
-    return _program_batch(config, rng, ops), ops
+    return _program_batch(config, rng, ops, longest), ops
 
 
-def _program_batch(config: TrainConfig, rng: random.Random, ops: int) -> Batch:
+def _program_batch(config: TrainConfig, rng: random.Random, ops: int, longest: int) -> Batch:
     # The longest problems are mostly met with checking on, in the form of size xl.
     checked = rng.random() < (0.6 if ops > 60 else 0.25)
     line = CHECKED_LINE if checked else BRIEF_LINE
@@ -62,8 +62,9 @@ def _program_batch(config: TrainConfig, rng: random.Random, ops: int) -> Batch:
             profile=rng.choice(list(PROFILES)),
             size=Size(ops=ops, checked=checked),
             split="train",
-            live=rng.randint(MIN_LIVE, min(MAX_LIVE, MIN_LIVE + ops // 2)),
-            distractors=rng.choice((0, 0, 0, rng.randrange(2 * ops))),
+            # Scaled with the curriculum, not with the problem: short problems with much to look up prepare for long ones.
+            live=rng.randint(MIN_LIVE, min(MAX_LIVE, MIN_LIVE + longest // 2)),
+            distractors=rng.choice((0, 0, 0, rng.randrange(2 * longest))),
         )
         prompt = [TOKEN_IDS[BOS], *token_ids(problem.prompt)]
         thought = [*token_ids(problem.solution), TOKEN_IDS[EOS]]

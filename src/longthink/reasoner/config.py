@@ -20,7 +20,7 @@ class TrainConfig:
 
     seed: int = 0
     """Seed of the initial weights and of every batch."""
-    tokens: int = 14_000_000
+    tokens: int = 18_000_000
     """Tokens to train on, padding included."""
     batch_tokens: int = 4096
     """Tokens of one batch, about."""
@@ -30,7 +30,7 @@ class TrainConfig:
     """Decoupled weight decay of the matrices."""
     warmup_steps: int = 100
     """Steps until the peak learning rate is reached."""
-    decay_share: float = 0.25
+    decay_share: float = 0.3
     """Share of the tokens, at the end, over which the learning rate falls to zero."""
     first_ops: int = 4
     """Longest problem at the start of the curriculum, in lines."""

@@ -28,9 +28,9 @@ from longthink.reasoner.initial import BASIS, embedding_map, initial_weights
 
 LOG_EVERY = 20
 METRICS = "metrics.jsonl"
-# A circuit must hold over this many batches, about, before problems get longer: promoted on a lucky streak, it breaks
-# at the next length and is learned again with fewer look-ups per token.
-_WINDOW = 33
+# A circuit must hold over this many batches of the longest length before problems get longer. The window is short, so
+# that the first batches after a promotion, which are mostly wrong, are soon forgotten.
+_WINDOW = 12
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -222,10 +222,11 @@ class _Run:
         state, right = self.state, guess == batch.targets
         for number, kind in enumerate(KINDS):
             share = right[batch.kinds == number].float().mean().item()
-            old = state.accuracy[kind] if state.measured else share
-            state.accuracy[kind] = old + (share - old) / _WINDOW
+            old = state.accuracy[kind]
+            # A plain mean over the first batches of a length, a moving one from then on.
+            state.accuracy[kind] = old + (share - old) / min(state.measured + 1, _WINDOW)
         state.measured += 1
-        enough = state.measured >= _WINDOW // 3 and min(state.accuracy.values()) > self.config.promote_at
+        enough = state.measured >= _WINDOW and min(state.accuracy.values()) > self.config.promote_at
         if enough and state.longest < self.config.last_ops:
             state.longest = min(self.config.last_ops, state.longest + max(2, state.longest // 2))
             state.measured = 0
