@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 from cyclopts import Parameter
 
-from longthink.cli.generate import versions
-from longthink.cli.models import Loaded, load_model
+from longthink.cli.models import load_model
 from longthink.cli.options import BudgetOptions, ModelOptions, ProblemOptions, SizeName, Switch, policy_list
 from longthink.cli.progress import progress
 from longthink.cli.prompts import encode_prompt
 from longthink.cli.terminal import err_console, is_terminal, note, out_console, size_text, visible, write_json
+from longthink.results.environment import versions
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from longthink.cli.race import Outcome, Runner
+    from longthink.models import Loaded
     from longthink.reasoner import Problem
 
 # The showcase: a chain of thought almost four times as long as the decode budget. RaaS as published loses its way

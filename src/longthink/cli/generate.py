@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,9 +10,8 @@ from cyclopts import Parameter
 
 from longthink.cli.decode import Decoded, catch_interrupt, decode
 from longthink.cli.errors import EXIT_INTERRUPTED
-from longthink.cli.models import Loaded, load_model
+from longthink.cli.models import load_model
 from longthink.cli.options import (
-    REASONER,
     BudgetOptions,
     ModelOptions,
     ProblemOptions,
@@ -23,11 +21,14 @@ from longthink.cli.options import (
 from longthink.cli.progress import progress
 from longthink.cli.prompts import check_words, encode_prompt, read_prompt
 from longthink.cli.terminal import note, shares_place, size_text, write_json, write_text
+from longthink.models import REASONER
+from longthink.results.environment import versions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from longthink.hf import PagedCache
+    from longthink.models import Loaded
     from longthink.policies import Policy
     from longthink.reasoner import Problem
 
@@ -236,18 +237,3 @@ def _record(run: _Run, decoded: Decoded, cache: PagedCache) -> dict[str, Any]:
             "right": grade(problem, decoded.text),
         }
     return record
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
-    import torch
-    import transformers
-
-    from longthink import __version__
-
-    return {
-        "longthink": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }

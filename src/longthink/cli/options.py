@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from longthink.config import check_int, check_range
+from longthink.models import REASONER
 from longthink.reasoner.profiles import PROFILES
 from longthink.reasoner.task import SIZES
 
 if TYPE_CHECKING:
     from longthink.policies import Policy
-
-REASONER = "reasoner"
-"""Name of the built-in model."""
 
 Switch = Annotated[bool, Parameter(negative="", show_default=False)]
 """A flag without a ``--no-`` form: off unless it is given."""

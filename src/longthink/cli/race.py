@@ -12,8 +12,8 @@ from longthink.cli.decode import Decoded, decode
 from longthink.cli.residents import ResidentLog
 
 if TYPE_CHECKING:
-    from longthink.cli.models import Loaded
     from longthink.hf import PagedCache
+    from longthink.models import Loaded
     from longthink.policies import Policy
     from longthink.reasoner import Problem
 

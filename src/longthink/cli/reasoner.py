@@ -11,10 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import App, Parameter
 
 from longthink.cli.errors import EXIT_INTERRUPTED
-from longthink.cli.generate import versions
-from longthink.cli.models import Loaded, load_model
+from longthink.cli.models import load_model
 from longthink.cli.options import (
-    REASONER,
     BudgetOptions,
     ModelOptions,
     ProblemOptions,
@@ -25,10 +23,13 @@ from longthink.cli.options import (
 from longthink.cli.progress import progress
 from longthink.cli.terminal import note, out_console, visible, write_json, write_text
 from longthink.config import Budget, check_int
+from longthink.models import REASONER
 from longthink.reasoner.config import TrainConfig
 from longthink.reasoner.profiles import PROFILES
+from longthink.results.environment import versions
 
 if TYPE_CHECKING:
+    from longthink.models import Loaded
     from longthink.policies import Policy
 
 reasoner_app = App(

@@ -62,7 +62,7 @@ def _program_batch(config: TrainConfig, rng: random.Random, ops: int, longest: i
             profile=rng.choice(list(PROFILES)),
             size=Size(ops=ops, checked=checked),
             split="train",
-            # Scaled with the curriculum, not with the problem: short problems with much to look up prepare for long ones.
+            # As much to look up as the longest problems have, so that short ones prepare for them.
             live=rng.randint(MIN_LIVE, min(MAX_LIVE, MIN_LIVE + longest // 2)),
             distractors=rng.choice((0, 0, 0, rng.randrange(2 * longest))),
         )

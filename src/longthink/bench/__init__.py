@@ -1,0 +1,1 @@
+"""Time and memory per token against decode length, measured."""

@@ -1,0 +1,1 @@
+"""Accuracy of policies on problem sets: tasks, grading and sweeps."""

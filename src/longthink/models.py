@@ -1,0 +1,174 @@
+"""Loading a model by name: the built-in one, a local folder or the Hub."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+REASONER = "reasoner"
+"""Name of the built-in model."""
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A model that is ready to generate.
+
+    Attributes
+    ----------
+    model, tokenizer
+        The transformers objects.
+    name
+        What the user asked for.
+    revision
+        Commit of the Hub, or what was asked for; None for local folders and the built-in model.
+    builtin
+        Whether it is the built-in reasoner.
+    seconds
+        Time that loading took.
+    """
+
+    model: Any
+    tokenizer: Any
+    name: str
+    revision: str | None
+    builtin: bool
+    seconds: float
+
+    @property
+    def context(self) -> int | None:
+        """Longest text the model was made for, in tokens, if its configuration says so."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a record of a run needs to know about the model."""
+        return {
+            "name": self.name,
+            "architecture": type(self.model).__name__,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "device": str(self.model.device),
+        }
+
+
+def load_model(
+    name: str = REASONER, *, device: str = "auto", dtype: str = "auto", revision: str | None = None
+) -> Loaded:
+    """Load a model and its tokenizer; weights come from safetensors only and no remote code runs.
+
+    Parameters
+    ----------
+    name
+        ``reasoner`` (the built-in model), a local folder, or the id of a model on the Hub.
+    device
+        Device such as ``cpu`` or ``cuda:1``; ``auto`` takes the first accelerator there is.
+    dtype
+        ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the checkpoint's own.
+    revision
+        Branch, tag or commit on the Hub.
+
+    Raises
+    ------
+    ValueError, OSError
+        If there is no such model, it cannot be reached, or it is not a causal language model in safetensors.
+    """
+    started = time.monotonic()
+    import torch
+    from transformers.utils import logging
+
+    # Its bar counts tensors, and would break into the lines that a command shows.
+    logging.disable_progress_bar()
+    place = _device(torch, device)
+    if name == REASONER:
+        from longthink.reasoner import load_reasoner
+
+        model, tokenizer = load_reasoner()
+        if "OMP_NUM_THREADS" not in os.environ:
+            # Too small to gain from threads, and a second one would wait wherever the cores are busy.
+            torch.set_num_threads(1)
+        if dtype != "auto":
+            model = model.to(getattr(torch, dtype))
+    else:
+        model, tokenizer = _from_pretrained(name, dtype, revision)
+    # The commit that a branch or tag stood for, where the Hub told it.
+    revision = getattr(model.config, "_commit_hash", None) or revision
+    return Loaded(
+        model=model.to(place).eval(),
+        tokenizer=tokenizer,
+        name=name,
+        revision=revision,
+        builtin=name == REASONER,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _device(torch: Any, name: str) -> torch.device:
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _from_pretrained(name: str, dtype: str, revision: str | None) -> tuple[Any, Any]:
+    folder = Path(name).expanduser()
+    local = folder.is_dir()
+    if not local and (folder.is_absolute() or name.startswith((".", "~")) or not _HUB_ID.fullmatch(name)):
+        raise ValueError(
+            f"model {name!r}: there is no such folder, and it cannot be the id of a model on the Hub"
+        )
+    if local and not (folder / "config.json").is_file():
+        raise ValueError(f"model folder {name!r} has no config.json")
+    from transformers import AutoModelForCausalLM
+
+    source = str(folder) if local else name
+    try:
+        tokenizer = _tokenizer(source, revision)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, revision=revision, use_safetensors=True, trust_remote_code=False
+        )
+    except OSError as error:
+        raise OSError(f"model {name!r}: {_why_not(error)}") from error
+    return model, tokenizer
+
+
+def _tokenizer(source: str, revision: str | None) -> Any:
+    """Load the tokenizer, as the class that its configuration names.
+
+    `AutoTokenizer` overrides that class for some model types, Qwen2 among them, and then makes a byte-level tokenizer
+    of any tokenizer.json: a word-level one would give wrong ids without a word.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    declared = get_tokenizer_config(source, revision=revision).get("tokenizer_class")
+    loader = PreTrainedTokenizerFast if declared == "PreTrainedTokenizerFast" else AutoTokenizer
+    return loader.from_pretrained(source, revision=revision, trust_remote_code=False)
+
+
+def _why_not(error: BaseException) -> str:
+    """Return the reason for which a model could not be had, in words for the person who asked for it."""
+    reasons = {
+        "GatedRepoError": "the Hub gives it only to those who accepted its terms: do so there, then `hf auth login`",
+        "RepositoryNotFoundError": "the Hub has no model of that name (or it is private: `hf auth login`)",
+        "LocalEntryNotFoundError": "it is not on this machine and the Hub cannot be reached",
+        "OfflineModeIsEnabled": "it is not on this machine and HF_HUB_OFFLINE forbids asking the Hub",
+    }
+    cause: BaseException | None = error
+    while cause is not None:
+        for kind in type(cause).__mro__:
+            if kind.__name__ in reasons:
+                return reasons[kind.__name__]
+        cause = cause.__cause__ or cause.__context__
+    return str(error)

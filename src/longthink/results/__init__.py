@@ -1,0 +1,1 @@
+"""What runs have measured: the records, the store they go to, and the statistics on them."""

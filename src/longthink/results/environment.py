@@ -1,0 +1,47 @@
+"""What a result depends on besides its setup: versions and hardware."""
+
+from __future__ import annotations
+
+import os
+import platform
+from functools import cache
+from pathlib import Path
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    import torch
+    import transformers
+
+    from longthink import __version__
+
+    return {
+        "longthink": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+@cache
+def hardware() -> dict[str, str | int]:
+    """Return processor, cores that this process may use, and accelerator."""
+    import torch
+
+    found: dict[str, str | int] = {
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+    }
+    if torch.cuda.is_available():
+        found["accelerator"] = torch.cuda.get_device_name()
+    return found
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
