@@ -124,6 +124,8 @@ class Measurement:
         Tokens decoded so far, prompt not counted.
     ms_per_token
         Median time of a step around this length (milliseconds, CPU time on CPU, wall-clock time elsewhere).
+    ms_per_token_low, ms_per_token_high
+        Lower and upper quartile of the same (milliseconds).
     seconds
         Time to decode this many tokens, the prompt included (job completion time).
     kv_bytes, metadata_bytes
@@ -152,6 +154,8 @@ class Measurement:
     prompt_tokens: int
     decode_tokens: int
     ms_per_token: float | None
+    ms_per_token_low: float | None
+    ms_per_token_high: float | None
     seconds: float | None
     kv_bytes: int
     metadata_bytes: int
