@@ -1,5 +1,10 @@
 """Errors that longthink raises on purpose. All derive from `LongthinkError`."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class LongthinkError(Exception):
     """Base of every error that longthink raises on purpose."""
@@ -27,3 +32,40 @@ class CacheStateError(LongthinkError, RuntimeError):
 
 class NonFiniteError(LongthinkError, ArithmeticError):
     """The model produced NaN: its weights or inputs are damaged."""
+
+
+class DataError(LongthinkError, ValueError):
+    """A problem set cannot be used; the message names file and line, and what was expected."""
+
+
+class MissingExtraError(LongthinkError, ImportError):
+    """A package is needed that comes with an extra of longthink; the message names the extra."""
+
+
+class GraderError(LongthinkError, RuntimeError):
+    """The process that grades answers cannot be started."""
+
+
+class ResultStoreError(LongthinkError, ValueError):
+    """A result store, a file in it or a record for it is not what it must be."""
+
+
+class MissingExtraError(LongthinkError, ImportError):
+    """A package that only an optional part of longthink needs is not installed."""
+
+
+@contextmanager
+def needs_extra(extra: str) -> Iterator[None]:
+    """Turn a failed import in the ``with`` block into an error that names the extra to install.
+
+    Raises
+    ------
+    MissingExtraError
+        If a package that the block imports is not there.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            f'the package {error.name!r} is not installed: pip install "longthink[{extra}]"', name=error.name
+        ) from error

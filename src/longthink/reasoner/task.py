@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -174,10 +175,19 @@ def grade(problem: Problem, text: str) -> bool:
 
     Its last words must be ``query: NN``, followed by nothing but the end token and padding.
     """
+    return final_value(text) == f"{problem.query}: {problem.answer}"
+
+
+def final_value(text: str) -> str | None:
+    """Return the last words of ``text`` if they state a value, such as ``cow: 55``, else None.
+
+    The end token and padding behind them do not count.
+    """
     words = text.split()
     while words and words[-1] in (EOS, PAD):
         words.pop()
-    return words[-2:] == [f"{problem.query}:", problem.answer]
+    stated = " ".join(words[-2:])
+    return stated if re.fullmatch(r"[a-z]+: [0-9]{2}", stated) else None
 
 
 def digit_work(op: str, left: int, right: int) -> str:

@@ -1,0 +1,51 @@
+"""Finding the final answer in a text: boxes, answer lines, and the end of a thinking block."""
+
+from __future__ import annotations
+
+import re
+
+# An escaped character counts neither as a box nor as a brace: "\\{" is a printed brace.
+_TOKEN = re.compile(r"(?P<box>\\(?:boxed|fbox|framebox)[ \t]*\{)|\\.|[{}]", re.DOTALL)
+# "#### 18" ends a GSM8K solution, "A: 18" one of its graded model solutions.
+_ANSWER_LINE = re.compile(r"^[ \t]*(?:####|A:)(.*)$", re.MULTILINE)
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+_END_OF_THINKING = "</think>"
+
+
+def last_box(text: str) -> str | None:
+    r"""Return what is in the last ``\boxed{...}`` that is closed and not empty, or None.
+
+    ``\fbox`` and ``\framebox`` count too. One pass over the text, however long and unbalanced it is.
+    """
+    opened: list[tuple[int, bool]] = []
+    last: tuple[int, int] | None = None
+    for token in _TOKEN.finditer(text):
+        if token["box"]:
+            opened.append((token.end(), True))
+        elif token[0] == "{":
+            opened.append((token.end(), False))
+        elif token[0] == "}" and opened:
+            start, box = opened.pop()
+            # Of boxes in a box the innermost is meant: it starts last.
+            if box and (last is None or start > last[0]) and text[start : token.start()].strip():
+                last = start, token.start()
+    return None if last is None else text[slice(*last)].strip()
+
+
+def last_answer_line(text: str) -> str | None:
+    """Return what follows ``####`` or ``A:`` on the last line that begins with one, commas of thousands removed."""
+    found = None
+    for line in _ANSWER_LINE.finditer(text):
+        found = line[1].strip() or found
+    return None if found is None else _THOUSANDS.sub("", found)
+
+
+def stated_answer(text: str) -> str | None:
+    r"""Return the answer that a text marks as its last: a ``\boxed{}``, else a line with ``####`` or ``A:``."""
+    return last_box(text) or last_answer_line(text)
+
+
+def parts_to_read(text: str) -> list[str]:
+    """Return where to look for an answer, in order: what follows a thinking block, then the whole text."""
+    _, end, after = text.rpartition(_END_OF_THINKING)
+    return [after, text] if end and after.strip() else [text]
