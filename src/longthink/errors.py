@@ -50,10 +50,6 @@ class ResultStoreError(LongthinkError, ValueError):
     """A result store, a file in it or a record for it is not what it must be."""
 
 
-class MissingExtraError(LongthinkError, ImportError):
-    """A package that only an optional part of longthink needs is not installed."""
-
-
 @contextmanager
 def needs_extra(extra: str) -> Iterator[None]:
     """Turn a failed import in the ``with`` block into an error that names the extra to install.

@@ -8,9 +8,10 @@ import torch
 from safetensors import safe_open
 
 from longthink.reasoner import PROFILES, Size, load_reasoner, make_problem, make_problems
-from longthink.reasoner.evaluate import evaluate, solve, wilson
+from longthink.reasoner.evaluate import evaluate, solve
 from longthink.reasoner.task import grade
 from longthink.reasoner.vocabulary import TOKENS
+from longthink.results.statistics import wilson
 
 FOLDER = files("longthink.reasoner") / "weights"
 SEED = 77_000
@@ -91,10 +92,3 @@ def test_evaluation_writes_numbers_and_card(tmp_path):
     assert all(row["right"] == row["every_token_right"] == 2 for row in result["rows"])
     assert json.loads((tmp_path / "evaluation.json").read_text()) == result
     assert "| s | phoenix | 2 | 100.0 % |" in (tmp_path / "README.md").read_text()
-
-
-def test_wilson_interval_against_known_values():
-    # Newcombe 1998, table I: 81 of 263, and the zero case 0 of 20.
-    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
-    assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
-    assert wilson(20, 20)[1] == 1.0

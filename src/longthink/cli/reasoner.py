@@ -144,8 +144,9 @@ def evaluate(*, options: EvalOptions = _EVAL) -> int:
 def _accuracy(loaded: Loaded, policy: Policy, profile: str, options: EvalOptions) -> dict[str, Any]:
     """Solve the problems of one profile with one policy."""
     from longthink.hf import generate
-    from longthink.reasoner.evaluate import solve, wilson
+    from longthink.reasoner.evaluate import solve
     from longthink.reasoner.task import grade, make_problems
+    from longthink.results.statistics import wilson
 
     chosen = make_problems(options.problems, profile=profile, size=options.size, seed=options.seed)
     kept = {"budget": options.budget, "decode_budget": options.decode_budget} if policy.needs_budget else {}
@@ -169,7 +170,7 @@ def _print_accuracy(rows: list[dict[str, Any]], options: EvalOptions) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from longthink.reasoner.evaluate import wilson
+    from longthink.results.statistics import wilson
 
     table = Table(box=box.SIMPLE_HEAD)
     for heading in ("policy", *PROFILES, "all", "95 % interval"):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -25,19 +24,12 @@ from longthink.reasoner.pretrained import load_folder
 from longthink.reasoner.profiles import PROFILES
 from longthink.reasoner.task import SIZES, Problem, grade, make_problems
 from longthink.reasoner.vocabulary import EOS
+from longthink.results.statistics import wilson
 
 SEED = 1_000_000
 """First seed of the evaluation; training draws from the other split altogether."""
 PROBLEMS = {"s": 100, "m": 100, "l": 200, "xl": 50}
 """Problems per profile."""
-
-
-def wilson(right: int, total: int) -> tuple[float, float]:
-    """Return the Wilson 95 % interval of a share."""
-    z2 = 1.959964**2
-    centre = (right + z2 / 2) / (total + z2)
-    half = math.sqrt(z2 * (right * (total - right) / total + z2 / 4)) / (total + z2)
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 @torch.no_grad()

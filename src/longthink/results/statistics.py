@@ -1,0 +1,119 @@
+"""Intervals and tests for shares of right answers. Plain numpy; every random draw is seeded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from longthink.config import check_int, check_range
+
+Z95 = 1.959964
+"""Quantile of the normal distribution for 95 % intervals."""
+DRAWS = 10_000
+"""Resamples of a bootstrap."""
+
+
+def wilson(right: float, total: int) -> tuple[float, float]:
+    """Return the Wilson 95 % interval of a share.
+
+    Parameters
+    ----------
+    right
+        How many were right; a fraction where each of the ``total`` units is itself a mean.
+    total
+        How many there were.
+
+    Raises
+    ------
+    ValueError
+        If ``total`` is below 1 or ``right`` is not between 0 and ``total``.
+    """
+    check_int("total", total, 1)
+    check_range("right", right, 0, total)
+    z2 = Z95**2
+    centre = (right + z2 / 2) / (total + z2)
+    half = math.sqrt(z2 * (right * (total - right) / total + z2 / 4)) / (total + z2)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Mean paired difference and its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def paired_bootstrap(
+    first: Sequence[float], second: Sequence[float], *, seed: int = 0, draws: int = DRAWS
+) -> Difference:
+    """Return the mean of ``second - first`` with a percentile bootstrap interval.
+
+    Parameters
+    ----------
+    first, second
+        One value per problem, in the same order; where a problem has several samples, their mean.
+    seed
+        Seed of the resampling.
+    draws
+        Number of resamples.
+
+    Raises
+    ------
+    ValueError
+        If the two are empty or not equally long.
+    """
+    if len(first) != len(second) or not len(first):
+        raise ValueError(f"need two equally long, non-empty lists, got {len(first)} and {len(second)} values")
+    check_int("draws", draws, 1)
+    differences = np.asarray(second, dtype=float) - np.asarray(first, dtype=float)
+    generator = np.random.default_rng(seed)
+    # Problems with equal differences are interchangeable: drawing how often each difference occurs is the same
+    # resampling, and takes no memory for thousands of problems.
+    values, counts = np.unique(differences, return_counts=True)
+    drawn = generator.multinomial(len(differences), counts / len(differences), size=draws)
+    low, high = np.quantile(drawn @ values / len(differences), [0.025, 0.975])
+    return Difference(mean=float(differences.mean()), low=float(low), high=float(high))
+
+
+def mcnemar(first_only: int, second_only: int) -> float:
+    """Return the two-sided p value of McNemar's exact test.
+
+    Parameters
+    ----------
+    first_only, second_only
+        Problems that only the first, or only the second, gets right. Where problems have several samples: on which
+        the first, or the second, is right more often (the sign test; McNemar's is its case of one sample).
+
+    Raises
+    ------
+    ValueError
+        If a count is negative.
+    """
+    check_int("first_only", first_only, 0)
+    check_int("second_only", second_only, 0)
+    total = first_only + second_only
+    tail = sum(math.comb(total, k) for k in range(min(first_only, second_only) + 1))
+    return min(1.0, 2 * tail / 2**total)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p values adjusted for their number by Holm's method, in the order given.
+
+    Raises
+    ------
+    ValueError
+        If one is not between 0 and 1.
+    """
+    for value in p_values:
+        check_range("p", value, 0, 1)
+    adjusted = [0.0] * len(p_values)
+    so_far = 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        so_far = max(so_far, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = so_far
+    return adjusted
