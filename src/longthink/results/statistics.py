@@ -97,7 +97,10 @@ def mcnemar(first_only: int, second_only: int) -> float:
     check_int("first_only", first_only, 0)
     check_int("second_only", second_only, 0)
     total = first_only + second_only
-    tail = sum(math.comb(total, k) for k in range(min(first_only, second_only) + 1))
+    tail = ways = 1  # in whole numbers, which are exact: ways to choose 0, 1, 2, ... of all
+    for k in range(min(first_only, second_only)):
+        ways = ways * (total - k) // (k + 1)
+        tail += ways
     return min(1.0, 2 * tail / 2**total)
 
 

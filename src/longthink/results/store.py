@@ -200,12 +200,11 @@ class ResultStore:
             with _reading(path, table) as file:
                 rows = file.read()
             keys = list(zip(*(rows.column(name).to_pylist() for name in TABLES[table].key), strict=True))
-            first = []
-            for i, key in enumerate(keys):
-                if key not in seen:
-                    seen.add(key)
-                    first.append(i)
-            parts.append(rows.take(first))
+            is_first = []
+            for key in keys:
+                is_first.append(key not in seen)
+                seen.add(key)
+            parts.append(rows.filter(is_first))
             paths.append(path)
         for left in (self.folder / table).glob(".*.tmp"):
             if time.time() - left.stat().st_mtime > STALE_S:
@@ -241,7 +240,9 @@ def _write(rows: pa.Table, path: Path) -> None:
     from pyarrow import parquet
 
     with _replacing(path) as temporary:
-        parquet.write_table(rows, temporary, compression="zstd", write_page_checksum=True)
+        parquet.write_table(
+            rows, temporary, compression="zstd", use_dictionary=False, write_page_checksum=True
+        )
 
 
 @contextmanager
