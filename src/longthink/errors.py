@@ -50,6 +50,10 @@ class ResultStoreError(LongthinkError, ValueError):
     """A result store, a file in it or a record for it is not what it must be."""
 
 
+class BenchError(LongthinkError, RuntimeError):
+    """A process that measures something has failed."""
+
+
 @contextmanager
 def needs_extra(extra: str) -> Iterator[None]:
     """Turn a failed import in the ``with`` block into an error that names the extra to install.

@@ -86,7 +86,7 @@ def load_model(
 
     # Its bar counts tensors, and would break into the lines that a command shows.
     logging.disable_progress_bar()
-    place = _device(torch, device)
+    place = pick_device(torch, device)
     if name == REASONER:
         from longthink.reasoner import load_reasoner
 
@@ -110,7 +110,14 @@ def load_model(
     )
 
 
-def _device(torch: Any, name: str) -> torch.device:
+def pick_device(torch: Any, name: str) -> torch.device:
+    """Return the device of that name; ``auto`` is the first accelerator there is, or the CPU.
+
+    Raises
+    ------
+    ValueError
+        If it cannot be used here.
+    """
     if name == "auto":
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
