@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longthink.errors import DataError, MissingExtraError
+from longthink.errors import DataError, needs_extra
 from longthink.evaluate.answers import stated_answer
 
 QUESTION_FIELDS = ("question", "problem", "prompt")
@@ -181,13 +181,9 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    try:
+    with needs_extra("eval"):
         import pyarrow
         from pyarrow import parquet
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            f'{path}: Parquet files need pyarrow: pip install "longthink[eval]"'
-        ) from error
     with path.open("rb") as file:
         try:
             table = parquet.read_table(file)

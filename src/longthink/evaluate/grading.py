@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from typing import Any, Self
 
 from longthink.config import check_int, check_range
-from longthink.errors import GraderError, MissingExtraError
+from longthink.errors import GraderError, needs_extra
 from longthink.evaluate.answers import parts_to_read, stated_answer
 from longthink.evaluate.tasks import Item
 from longthink.reasoner.task import final_value
@@ -160,8 +160,9 @@ class Grader:
         return Verdict(**reply)
 
     def _start(self) -> None:
-        if find_spec("math_verify") is None:
-            raise MissingExtraError('grading needs math-verify: pip install "longthink[eval]"')
+        with needs_extra("eval"):
+            if find_spec("math_verify") is None:  # imported by the process, not by this one
+                raise ModuleNotFoundError(name="math_verify")
         # -P: a file sympy.py in the current folder is no library.
         command = [sys.executable, "-P", "-m", "longthink.evaluate.grader_process"]
         self._buffer = b""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from longthink.errors import DataError, MissingExtraError
+from longthink.errors import DataError, needs_extra
 from longthink.evaluate.files import Fields, Row, to_rows
 
 
@@ -77,12 +77,8 @@ def read_hub(name: str) -> list[Row]:
         If ``datasets`` is not installed.
     """
     source = SOURCES[name]
-    try:
+    with needs_extra("eval"):
         from datasets import load_dataset
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            f'task {name!r} comes from the Hub, which needs datasets: pip install "longthink[eval]"'
-        ) from error
     where = f"task {name!r}, data set {source.dataset}"
     try:
         table = load_dataset(source.dataset, source.config, split=source.split)

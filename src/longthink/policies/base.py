@@ -15,7 +15,8 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from longthink.config import check_choice
+from longthink.config import Budget, check_choice
+from longthink.errors import BudgetError
 
 PAGE_SIZES = (1, 4, 8, 16, 32)
 
@@ -161,6 +162,23 @@ class Policy(ABC):
     def required_pages(self, prompt: int) -> int:
         """Fewest page slots with which a row with this many prompt tokens can be decoded."""
         return -(-prompt // self.page_size) + 1 if self.pins_prompt else 1
+
+    def make_budget(self, budget: int | None = None, decode_budget: int | None = None) -> Budget | None:
+        """Return the budget of these many tokens, or None where the policy keeps everything.
+
+        Raises
+        ------
+        BudgetError
+            If the policy needs a budget and none is given, or the other way round.
+        ValueError
+            If both are given, or one is out of range.
+        """
+        given = budget is not None or decode_budget is not None
+        if given and not self.needs_budget:
+            raise BudgetError(f"policy {self.name!r} keeps everything: give neither budget nor decode_budget")
+        if not given and self.needs_budget:
+            raise BudgetError(f"policy {self.name!r} needs a budget: give budget=... or decode_budget=...")
+        return Budget(budget=budget, decode_budget=decode_budget) if given else None
 
     def for_layer(self, layer_idx: int) -> Policy:
         """Return the policy that serves this layer."""

@@ -1,0 +1,177 @@
+"""lm-evaluation-harness on a bounded cache: its model ``longthink``.
+
+The harness finds models in a registry that other packages cannot add to from outside, so its own command does not
+know ``longthink``. ``longthink lm-eval ...`` registers the model and runs that command with all its arguments; in
+Python it is enough to import this module.
+
+This module needs the extra ``lm-eval`` and is imported by nothing but the command.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from longthink.config import check_int
+from longthink.errors import UnsupportedFeatureError, needs_extra
+from longthink.hf import generate, make_cache
+from longthink.models import load_model
+from longthink.policies import Policy, make_policy
+
+with needs_extra("lm-eval"):
+    import lm_eval.models  # noqa: F401  (the registry learns its own models first)
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.utils_hf import stop_sequences_criteria
+    from torch import Tensor
+
+# What the harness asks for when nobody has named a device, also where there is no such thing.
+_ANY_DEVICE = "cuda:0"
+# What the harness's own class for transformers takes and this one leaves to it.
+_PASSED_ON = (
+    "add_bos_token",
+    "chat_template_args",
+    "enable_thinking",
+    "max_length",
+    "prefix_token_id",
+    "think_end_token",
+    "truncation",
+)
+
+
+@register_model("longthink")
+class LongthinkLM(HFLM):
+    """A Hugging Face model whose answers are generated with a KV cache that stays within a budget.
+
+    Tasks that score given text (``loglikelihood``) are refused: one pass over the text evicts nothing, so the policy
+    would play no part.
+
+    Parameters
+    ----------
+    pretrained
+        ``reasoner`` (the built-in model), a local folder, or the id of a model on the Hub.
+    policy
+        A policy, its name, or a text such as ``raas:r=0.25``.
+    budget, decode_budget
+        Tokens to keep in each layer and row: prompt included, or on top of the prompt. Exactly one of the two, and
+        none for ``dense``.
+    revision, device, dtype
+        As in `longthink.models.load_model`; ``cuda:0`` stands for the first accelerator there is, else the CPU.
+    batch_size
+        Rows decoded side by side.
+    **options
+        Any of ``add_bos_token``, ``chat_template_args``, ``enable_thinking``, ``max_length``, ``prefix_token_id``,
+        ``think_end_token`` and ``truncation``, which mean what they mean for the harness's model ``hf``.
+
+    Attributes
+    ----------
+    kv_bytes_peak
+        Largest number of bytes that a batch so far had allocated for keys and values.
+
+    Raises
+    ------
+    ValueError
+        If an argument is unknown or out of range, before anything is loaded.
+    OSError
+        If the model cannot be had.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        policy: str | Policy = "raas",
+        budget: int | None = None,
+        decode_budget: int | None = None,
+        revision: str | None = None,
+        device: str = _ANY_DEVICE,
+        dtype: str = "auto",
+        batch_size: int | str = 1,
+        **options: Any,
+    ) -> None:
+        unknown = sorted(options.keys() - set(_PASSED_ON))
+        if unknown:
+            raise ValueError(
+                f"{unknown[0]}={options[unknown[0]]!r} is unknown to the model longthink: allowed are pretrained, "
+                f"policy, budget, decode_budget, revision, device, dtype, batch_size, {', '.join(_PASSED_ON)}"
+            )
+        self.policy = make_policy(policy)
+        self.budget = self.policy.make_budget(budget, decode_budget)
+        # The command line hands it over as text.
+        rows = int(batch_size) if isinstance(batch_size, str) and batch_size.isdecimal() else batch_size
+        check_int("batch_size", rows, 1)  # type: ignore[arg-type]  # "auto" is refused here
+        self.kv_bytes_peak = 0
+        place = "auto" if device == _ANY_DEVICE else device
+        self._loaded = load_model(pretrained, device=place, dtype=dtype, revision=revision)
+        make_cache(self._loaded.model, policy=self.policy, **self._budget_arguments).close()
+        super().__init__(
+            pretrained=self._loaded.model, tokenizer=self._loaded.tokenizer, batch_size=rows, **options
+        )
+
+    @property
+    def _budget_arguments(self) -> dict[str, Any]:
+        if self.budget is None:
+            return {}
+        return {"budget": self.budget.budget, "decode_budget": self.budget.decode_budget}
+
+    def _model_generate(
+        self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
+    ) -> Tensor:
+        """Answer one batch of prompts, left-padded, on a fresh cache."""
+        # Greedy decoding takes no temperature, and transformers warns of one.
+        if not generation_kwargs.get("do_sample"):
+            generation_kwargs.pop("temperature", None)
+        stopping = stop_sequences_criteria(self.tokenizer, stop, context.shape[1], context.shape[0])
+        output = generate(
+            self.model,
+            context,
+            generation_kwargs.pop("attention_mask"),
+            policy=self.policy,
+            **self._budget_arguments,
+            max_length=max_length,
+            stopping_criteria=stopping,
+            pad_token_id=self.tokenizer.pad_token_id,
+            return_dict_in_generate=True,
+            **generation_kwargs,
+        )
+        self.kv_bytes_peak = max(self.kv_bytes_peak, output.past_key_values.kv_bytes)
+        return output.sequences
+
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> NoReturn:
+        """Refuse: see the class."""
+        raise UnsupportedFeatureError(
+            "this task scores given text (loglikelihood): one pass over it evicts nothing, so a policy would play no "
+            "part; run it with --model hf, and tasks that generate (generate_until) with --model longthink"
+        )
+
+    loglikelihood_rolling = loglikelihood
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Return what the harness notes about the model in its results."""
+        return {
+            "model_num_parameters": self.model.num_parameters(),
+            "model_dtype": self.model.dtype,
+            "model_device": str(self.model.device),
+            "model_revision": self._loaded.revision,
+            "longthink_policy": self.policy.to_dict(),
+            **{f"longthink_{name}": value for name, value in self._budget_arguments.items()},
+            "longthink_kv_bytes_peak": self.kv_bytes_peak,
+        }
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the harness's own command with these arguments; its model ``longthink`` is known to it.
+
+    Parameters
+    ----------
+    arguments
+        The words that would follow ``lm_eval``.
+    """
+    from lm_eval.__main__ import cli_evaluate
+
+    # It has no other way in than the process's own arguments.
+    before, sys.argv = sys.argv, ["lm_eval", *arguments]
+    try:
+        cli_evaluate()
+    finally:
+        sys.argv = before
