@@ -107,11 +107,10 @@ class Grader:
         if exact:
             answer = final_value(text)
             return Verdict(answer=answer, correct=answer == item.gold)
-        parts = parts_to_read(text)
+        # Half of a surrogate pair could not be stored, nor can any gold answer have it.
+        parts = parts_to_read(text.encode(errors="replace").decode())
         answer = next(filter(None, map(stated_answer, parts)), None)
         if answer is not None:
-            # Half of a surrogate pair could not be stored, nor can any gold answer have it.
-            answer = answer.encode(errors="replace").decode()
             if _plain(answer) == _plain(item.gold):
                 return Verdict(answer=answer, correct=True)
             if max(len(answer), len(item.gold)) > MAX_ANSWER:
