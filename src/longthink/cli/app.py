@@ -12,10 +12,12 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
+from longthink.cli.bench import bench_app, wait_passively
 from longthink.cli.demo import demo
 from longthink.cli.doctor import doctor
 from longthink.cli.errors import guarded
 from longthink.cli.generate import generate
+from longthink.cli.harness import lm_eval
 from longthink.cli.options import Switch
 from longthink.cli.policies import policies
 from longthink.cli.reasoner import reasoner_app
@@ -37,6 +39,9 @@ app = App(
 for _command in (generate, demo, policies, doctor):
     app.command(_command)
 app.command(reasoner_app)
+app.command(bench_app)
+# Its --help is the harness's own.
+app.command(lm_eval, name="lm-eval", help_flags=[], version_flags=[])
 app.meta.group_parameters = "Global options"
 app.meta.suppress_keyboard_interrupt = False
 # What stands behind "--" is for the command, so the delimiter must reach it.
@@ -76,6 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The words after ``longthink``; None takes them from ``sys.argv``.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:
+        wait_passively(words)
 
     def action() -> int:
         result = app.meta(words, exit_on_error=False, print_error=False, result_action="return_value")

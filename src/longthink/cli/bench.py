@@ -1,0 +1,231 @@
+"""``longthink bench``: time per token and memory against the decode length."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cyclopts import App, Parameter
+
+from longthink.bench.models import RANDOM
+from longthink.bench.plan import BASELINES, Plan
+from longthink.cli.errors import EXIT_INTERRUPTED
+from longthink.cli.options import BudgetOptions, ModelOptions, Switch, policy_list
+from longthink.cli.progress import progress
+from longthink.cli.terminal import note, write_json
+from longthink.config import Budget
+from longthink.results.environment import hardware, versions
+
+if TYPE_CHECKING:
+    from longthink.results.records import Measurement
+    from longthink.results.store import ResultStore
+
+bench_app = App(
+    name="bench",
+    help="Time and memory of the caches, beside the best dense ones of transformers.",
+    suppress_keyboard_interrupt=False,
+)
+
+DEFAULT_BUDGET = 1024
+PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+"""Threads that wait must sleep: spinning counts as CPU time, and takes it from others."""
+
+
+def wait_passively(words: list[str]) -> None:
+    """Start the process again with `PASSIVE` set, if ``words`` call for a benchmark and it is not.
+
+    OpenMP reads these variables when torch is loaded, so they cannot be set later. Where programs cannot be
+    replaced by another (Windows), or torch is there already, nothing happens; the output says how it ran.
+    """
+    command = next((word for word in words if not word.startswith("-")), None)
+    if command != bench_app.name[0] or os.name != "posix" or "torch" in sys.modules:
+        return
+    if any(os.environ.get(name) != value for name, value in PASSIVE.items()):
+        sys.stdout.flush()
+        os.execve(sys.executable, sys.orig_argv, os.environ | PASSIVE)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions(BudgetOptions, ModelOptions):
+    """Options that the benchmarks share."""
+
+    model: str = RANDOM
+    """Hub id or folder of a model, "reasoner", or a random model: random: and its shape."""
+
+    policies: str = "dense,raas,quest,h2o,streaming_llm,recency,random"
+    """Policies to measure, separated by commas; options after colons, such as raas:r=0.25."""
+
+    baselines: str = ",".join(BASELINES)
+    """Dense caches of transformers to measure beside them, separated by commas."""
+
+    lengths: str = "1024,2048,4096,8192,16384,32768"
+    """Decoded tokens at which to measure, separated by commas."""
+
+    fast_forward: bool = True
+    """Fill the caches with made-up contents up to each length instead of decoding."""
+
+    prompt: int = 128
+    """Tokens of each prompt; they are random."""
+
+    rows: int = 1
+    """Rows decoded side by side."""
+
+    threads: int = 1
+    """CPU threads."""
+
+    out: Path | None = None
+    """Result store to add the rows to; "longthink report" draws it."""
+
+    json: Switch = False
+    """Print one JSON document instead of the tables."""
+
+    def plan(self, **more: Any) -> Plan:
+        """Return what to measure; the budget is 1024 where none is given."""
+        return Plan(
+            model=self.model,
+            device=self.device,
+            dtype=self.dtype,
+            policies=tuple(dict.fromkeys(policy.spec() for policy in policy_list(self.policies)))
+            if self.policies
+            else (),
+            baselines=tuple(dict.fromkeys(_words(self.baselines))),
+            budget=Budget(**(self.given_budget or {"budget": DEFAULT_BUDGET})),
+            lengths=tuple(_integer("lengths", word) for word in _words(self.lengths)),
+            prompt=self.prompt,
+            rows=self.rows,
+            threads=self.threads,
+            fast_forward=self.fast_forward,
+            **more,
+        )
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class JctOptions(BenchOptions):
+    """Options of ``longthink bench jct``."""
+
+    repeats: int = 5
+    """Timed blocks of 32 steps of each cache at each length."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class MemoryOptions(BenchOptions):
+    """Options of ``longthink bench memory``."""
+
+    baselines: str = "dynamic,static"
+    """Dense caches of transformers to measure beside them, separated by commas."""
+
+    lengths: str = "512,1024,2048"
+    """Decoded tokens at which to measure, separated by commas."""
+
+    fast_forward: bool = False
+    """Fill the caches with made-up contents up to each length instead of decoding."""
+
+
+_JCT = JctOptions()
+_MEMORY = MemoryOptions()
+
+
+@bench_app.command
+def jct(*, options: JctOptions = _JCT) -> int:
+    """Measure the time per token, and the time to decode a text, against its length.
+
+    All caches are measured in turns in one process: CPU time on a CPU, wall-clock time elsewhere. Compiling is not
+    counted. The budget is 1024 unless one is given.
+    """
+    plan = options.plan(repeats=options.repeats)
+    store = _store(options)
+    with progress(f"loading {plan.model}"):
+        from longthink.bench.models import bench_model
+
+        loaded = bench_model(plan.model, device=plan.device, dtype=plan.dtype)
+    from longthink.bench.jct import blocks_in_all, measure_jct
+
+    with progress("measuring", total=blocks_in_all(plan), unit="blocks") as task:
+        return _run(lambda: measure_jct(plan, loaded, task.advance_to), plan, store, options)
+
+
+@bench_app.command
+def memory(*, options: MemoryOptions = _MEMORY) -> int:
+    """Measure the bytes of the cache and of the process against the decode length.
+
+    Every cache decodes in a process of its own. The budget is 1024 unless one is given.
+    """
+    plan = options.plan()
+    store = _store(options)
+    from longthink.bench.memory import measure_memory
+
+    total = (len(plan.lengths) + 1) * (len(plan.policies) + len(plan.baselines))
+    with progress("measuring", total=total, unit="rows") as task:
+        return _run(lambda: measure_memory(plan, task.advance_to), plan, store, options)
+
+
+def _store(options: BenchOptions) -> ResultStore | None:
+    """Return the store to write to; it fails before anything is measured."""
+    if options.out is None:
+        return None
+    from longthink.results.store import ResultStore
+
+    return ResultStore(options.out)
+
+
+def _run(
+    measure: Callable[[], Iterator[Measurement]], plan: Plan, store: ResultStore | None, options: BenchOptions
+) -> int:
+    """Measure, keep every row as soon as it is there, and show them, also when interrupted."""
+    found: list[Measurement] = []
+    how, code = _conditions(plan), 0
+    try:
+        for row in measure():
+            found.append(row)
+            if store is not None:
+                store.add(row)
+    except KeyboardInterrupt:
+        kept = f" and are in {options.out}" if options.out is not None else ""
+        note(f"interrupted: {len(found)} rows were measured{kept}")
+        code = EXIT_INTERRUPTED
+    how["load_after"] = _load()
+    if options.json:
+        from longthink.results.records import to_row
+
+        write_json({"conditions": how, "rows": [to_row(row) for row in found]})
+    elif found:
+        from longthink.cli.bench_tables import print_tables
+
+        print_tables(found, how)
+    return code
+
+
+def _conditions(plan: Plan) -> dict[str, Any]:
+    """Return how and where a run takes place, ready for JSON."""
+    return {
+        "budget": str(plan.budget),
+        "threads": plan.threads,
+        "fast_forwarded": plan.fast_forward,
+        **{name: os.environ.get(name) for name in PASSIVE},
+        "versions": versions(),
+        "hardware": hardware(),
+        "load_before": _load(),
+    }
+
+
+def _load() -> float | None:
+    """Load average of the last minute: how many others wanted the cores."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _integer(field: str, word: str) -> int:
+    try:
+        return int(word)
+    except ValueError:
+        raise ValueError(f"{field}={word!r} must be an integer: allowed is >= 1") from None
