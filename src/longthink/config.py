@@ -34,6 +34,17 @@ def check_flag(field: str, value: bool) -> None:
     check_choice(field, value if isinstance(value, bool) else repr(value), (True, False))
 
 
+def check_sampling(temperature: float, top_p: float | None, top_k: int | None) -> None:
+    """Raise `ValueError` unless the three say how to choose a token; temperature 0 is greedy."""
+    check_range("temperature", temperature, 0.0)
+    if top_p is not None:
+        check_range("top_p", top_p, 0.0, 1.0)
+    if top_k is not None:
+        check_int("top_k", top_k, 1)
+    if temperature == 0 and (top_p is not None or top_k is not None):
+        raise ValueError("top_p and top_k choose among sampled tokens: give a temperature above 0 as well")
+
+
 def _range(low: float, high: float | None) -> str:
     return f">= {low}" if high is None else f"{low} to {high}"
 

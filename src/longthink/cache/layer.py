@@ -67,7 +67,7 @@ class LayerCache:
     @property
     def kv_bytes(self) -> int:
         """Bytes allocated for keys and values."""
-        return sum(tensor.nbytes for tensor in self._tensors()[:2])
+        return 0 if self._store is None else self._store.keys_BKSD.nbytes + self._store.values_BKSD.nbytes
 
     @property
     def metadata_bytes(self) -> int:
@@ -77,19 +77,25 @@ class LayerCache:
     @property
     def dense_kv_bytes(self) -> int:
         """Bytes that keys and values of all tokens seen would take."""
-        if self._store is None:
-            return 0
-        keys_BKSD = self._store.keys_BKSD
-        return 2 * sum(self._lengths) * keys_BKSD.shape[1] * keys_BKSD.shape[3] * keys_BKSD.itemsize
+        return sum(self.row_dense_kv_bytes(row) for row in range(len(self._lengths)))
 
     @property
     def num_evicted(self) -> int:
         """Tokens seen and no longer resident, summed over rows and KV heads."""
-        if self._store is None:
-            return 0
-        resident_BKS = self._store.table.resident_BKS
-        shared = self._store.keys_BKSD.shape[1] // resident_BKS.shape[1]
-        return (sum(self._lengths) * resident_BKS.shape[1] - int(resident_BKS.sum())) * shared
+        return sum(self.row_evicted(row) for row in range(len(self._lengths)))
+
+    def row_dense_kv_bytes(self, row: int) -> int:
+        """Bytes that keys and values of all tokens that a row has seen would take."""
+        assert self._store is not None
+        keys_BKSD = self._store.keys_BKSD
+        return 2 * self._lengths[row] * keys_BKSD.shape[1] * keys_BKSD.shape[3] * keys_BKSD.itemsize
+
+    def row_evicted(self, row: int) -> int:
+        """Tokens that a row has seen and no longer holds, summed over KV heads."""
+        assert self._store is not None
+        resident_KS = self._store.table.resident_BKS[row]
+        shared = self._store.keys_BKSD.shape[1] // len(resident_KS)
+        return (self._lengths[row] * len(resident_KS) - int(resident_KS.sum())) * shared
 
     def resident_positions(self) -> list[list[list[int]]]:
         """Logical positions that each row and KV head holds, in order."""
@@ -113,6 +119,29 @@ class LayerCache:
         self._lengths = [self._lengths[row] for row in rows.tolist()]
         self._caps = [self._caps[row] for row in rows.tolist()]
         self._store.set_caps(self._caps)
+
+    def adopt(self, row: int, other: LayerCache) -> None:
+        """Make a row, or one behind the last, what the only row of another cache is (continuous batching)."""
+        if self._store is None or other._store is None or len(other._lengths) != 1:
+            raise CacheStateError("adopt needs a cache with rows, and another with exactly one")
+        if row == len(self._lengths):
+            # Any row makes room: all of it is overwritten.
+            self.select_rows(torch.tensor([*range(row), 0]))
+        self._store.adopt(row, other._store)
+        if self._sinks_BKND is not None and other._sinks_BKND is not None:
+            self._sinks_BKND[row] = other._sinks_BKND[0]
+        self._lengths[row], self._caps[row] = other._lengths[0], other._caps[0]
+        self._store.set_caps(self._caps)
+        self._decoding = True
+        self.release()
+
+    def release(self) -> None:
+        """Give back slots that no row can use: after a long row has left."""
+        if self._store is None:
+            return
+        needed = max(self._lengths) // self.policy.page_size + 1
+        # What grows keeps some room, or it would be copied again at the next page.
+        self._store.release(needed + needed // 2 if self.policy.grows else max(self._caps))
 
     # Attention ----------------------------------------------------------------------------------------------
 

@@ -103,6 +103,28 @@ class SlotStore:
             grown[:, :, : tensor.shape[2]] = tensor
             table.state[name] = grown
 
+    def release(self, pages: int) -> None:
+        """Give back the page slots behind the first `pages`, which must be empty in all rows."""
+        old_pages = self.pages
+        if pages >= old_pages:
+            return
+
+        def shorten(tensor: Tensor) -> Tensor:
+            # A copy, because a view would keep the memory.
+            return tensor[:, :, : tensor.shape[2] // old_pages * pages].clone() if tensor.ndim > 2 else tensor
+
+        self.apply(shorten)
+
+    def adopt(self, row: int, other: SlotStore, other_row: int = 0) -> None:
+        """Make a row what a row of another store of the same policy is, in every slot."""
+        self.reserve(other.pages)
+        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
+            if mine.ndim > 2:
+                mine[row] = -1 if mine is self.table.position_BKS else 0
+                mine[row, :, : theirs.shape[2]] = theirs[other_row]
+            else:
+                mine[row] = theirs[other_row]
+
     # The prompt ---------------------------------------------------------------------------------------------
 
     def fill(

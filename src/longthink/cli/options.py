@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from longthink.config import check_int, check_range
+from longthink.config import check_int, check_sampling
 from longthink.models import REASONER
 from longthink.reasoner.profiles import PROFILES
 from longthink.reasoner.task import SIZES
@@ -75,17 +75,9 @@ class SamplingOptions:
     """Sample from this many most likely tokens (needs a temperature above 0)."""
 
     def __post_init__(self) -> None:
-        check_range("temperature", self.temperature, 0.0)
+        check_sampling(self.temperature, self.top_p, self.top_k)
         if self.max_new_tokens is not None:
             check_int("max_new_tokens", self.max_new_tokens, 1)
-        if self.top_p is not None:
-            check_range("top_p", self.top_p, 0.0, 1.0)
-        if self.top_k is not None:
-            check_int("top_k", self.top_k, 1)
-        if self.temperature == 0 and (self.top_p is not None or self.top_k is not None):
-            raise ValueError(
-                "top_p and top_k choose among sampled tokens: give a temperature above 0 as well"
-            )
 
     def generate_kwargs(self) -> dict[str, Any]:
         """Return the arguments of ``model.generate``, independent of the checkpoint's own defaults."""

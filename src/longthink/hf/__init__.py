@@ -1,6 +1,8 @@
-"""Hugging Face transformers: the cache, the attention function and `generate`."""
+"""Hugging Face transformers: the cache, the attention function, `generate` and `decode_stream`."""
 
 from longthink.hf.cache import PagedCache, make_cache
 from longthink.hf.generation import generate
+from longthink.hf.sampling import Sampling
+from longthink.hf.stream import Finished, Request, decode_stream
 
-__all__ = ["PagedCache", "generate", "make_cache"]
+__all__ = ["Finished", "PagedCache", "Request", "Sampling", "decode_stream", "generate", "make_cache"]

@@ -185,6 +185,29 @@ class PagedCache(Cache):
             "model and prompt lookup, or use transformers' own cache"
         )
 
+    # Continuous batching ------------------------------------------------------------------------------------
+
+    def adopt(self, row: int, other: PagedCache) -> None:
+        """Make a row what the only row of another cache is; the number of rows as `row` adds one.
+
+        Afterwards rows may have seen different numbers of tokens, so the model must be given `position_ids`.
+
+        Raises
+        ------
+        CacheStateError
+            If the other cache has another policy or budget, or not exactly one row.
+        """
+        if (other.policy, other.budget) != (self.policy, self.budget):
+            raise CacheStateError("adopt needs a cache of the same policy and budget")
+        for layer, theirs in zip(self.layers, other.layers, strict=True):
+            layer.slots.adopt(row, theirs.slots)
+
+    def keep_rows(self, rows: list[int]) -> None:
+        """Keep only the given rows, and no more slots than they need."""
+        for layer in self.layers:
+            layer.slots.select_rows(torch.tensor(rows))
+            layer.slots.release()
+
     # What it holds ------------------------------------------------------------------------------------------
 
     @property
@@ -206,6 +229,14 @@ class PagedCache(Cache):
     def num_evicted(self) -> int:
         """Tokens seen and no longer resident, summed over layers, rows and KV heads."""
         return sum(layer.slots.num_evicted for layer in self.layers)
+
+    def row_dense_kv_bytes(self, row: int) -> int:
+        """Bytes that keys and values of all tokens that a row has seen would take, all layers."""
+        return sum(layer.slots.row_dense_kv_bytes(row) for layer in self.layers)
+
+    def row_evicted(self, row: int) -> int:
+        """Tokens that a row has seen and no longer holds, summed over layers and KV heads."""
+        return sum(layer.slots.row_evicted(row) for layer in self.layers)
 
     def resident_positions(self, layer: int) -> list[list[list[int]]]:
         """Logical positions (padding not counted) that a layer holds: a sorted list per row and KV head."""
