@@ -9,6 +9,7 @@ This module needs the extra ``lm-eval`` and is imported by nothing but the comma
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -104,9 +105,16 @@ class LongthinkLM(HFLM):
         place = "auto" if device == _ANY_DEVICE else device
         self._loaded = load_model(pretrained, device=place, dtype=dtype, revision=revision)
         make_cache(self._loaded.model, policy=self.policy, **self._budget_arguments).close()
-        super().__init__(
-            pretrained=self._loaded.model, tokenizer=self._loaded.tokenizer, batch_size=rows, **options
-        )
+        # It warns that a model made elsewhere may leave arguments unused; ours are used or refused.
+        logger = logging.getLogger(HFLM.__module__)
+        level = logger.level
+        logger.setLevel(logging.ERROR)
+        try:
+            super().__init__(
+                pretrained=self._loaded.model, tokenizer=self._loaded.tokenizer, batch_size=rows, **options
+            )
+        finally:
+            logger.setLevel(level)
 
     @property
     def _budget_arguments(self) -> dict[str, Any]:

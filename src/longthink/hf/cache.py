@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from longthink.cache import LayerCache
 from longthink.config import Budget, check_int
-from longthink.errors import BudgetError, CacheStateError, UnsupportedFeatureError
+from longthink.errors import CacheStateError, UnsupportedFeatureError
 from longthink.hf.attention import IMPLEMENTATION, install, mark, uninstall
 from longthink.hf.support import check_model, rope_frequencies
 from longthink.policies import Policy, make_policy
@@ -291,11 +291,4 @@ def make_cache(
     if batch_size is not None:
         check_int("batch_size", batch_size, 1)
     check_model(model)
-    given = budget is not None or decode_budget is not None
-    if given and not policy.needs_budget:
-        raise BudgetError(f"policy {policy.name!r} keeps everything: give neither budget nor decode_budget")
-    if not given and policy.needs_budget:
-        raise BudgetError(f"policy {policy.name!r} needs a budget: give budget=... or decode_budget=...")
-    return PagedCache(
-        model, policy, Budget(budget=budget, decode_budget=decode_budget) if given else None, batch_size
-    )
+    return PagedCache(model, policy, policy.make_budget(budget, decode_budget), batch_size)
