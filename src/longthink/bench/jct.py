@@ -9,15 +9,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from longthink.bench.plan import BLOCK, Plan, Rows, new_run
+from longthink.bench.plan import BLOCK, Plan, Report, Rows, new_run
 from longthink.bench.systems import System, clock, make_systems
 
 if TYPE_CHECKING:
     from longthink.models import Loaded
     from longthink.results.records import Measurement
-
-Report = Callable[[int, str], None]
-"""Called with the number of blocks done and the name of the system that comes next."""
 
 
 def blocks_in_all(plan: Plan) -> int:

@@ -7,17 +7,14 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
-from longthink.bench.plan import Plan, new_run
+from longthink.bench.plan import Plan, Report, new_run
 from longthink.config import Budget
 from longthink.errors import BenchError, needs_extra
 from longthink.results.records import Measurement
-
-Report = Callable[[int, str], None]
-"""Called with the number of rows done and the name of the system that comes next."""
 
 
 def measure_memory(plan: Plan, report: Report = lambda done, name: None) -> Iterator[Measurement]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,9 @@ BASELINES = ("dynamic", "static", "compiled")
 """The dense caches of transformers: one that grows, one of fixed size, and that one with a compiled model."""
 BLOCK = 32
 """Steps that are timed together: every page size divides it, so each block opens its share of pages."""
+
+Report = Callable[[int, str], None]
+"""Called with how many blocks or rows are done, and the name of the system that comes next."""
 
 
 @dataclass(frozen=True, kw_only=True)

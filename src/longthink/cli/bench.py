@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cyclopts import App, Parameter
 
 from longthink.bench.models import RANDOM
-from longthink.bench.plan import BASELINES, Plan
+from longthink.bench.plan import BASELINES, Plan, Report
 from longthink.cli.errors import EXIT_INTERRUPTED
 from longthink.cli.options import BudgetOptions, ModelOptions, Switch, policy_list
-from longthink.cli.progress import progress
+from longthink.cli.progress import Task, progress
 from longthink.cli.terminal import note, write_json
 from longthink.config import Budget
 from longthink.results.environment import hardware, versions
@@ -86,13 +88,12 @@ class BenchOptions(BudgetOptions, ModelOptions):
 
     def plan(self, **more: Any) -> Plan:
         """Return what to measure; the budget is 1024 where none is given."""
+        policies = policy_list(self.policies) if self.policies else []
         return Plan(
             model=self.model,
             device=self.device,
             dtype=self.dtype,
-            policies=tuple(dict.fromkeys(policy.spec() for policy in policy_list(self.policies)))
-            if self.policies
-            else (),
+            policies=tuple(dict.fromkeys(policy.spec() for policy in policies)),
             baselines=tuple(dict.fromkeys(_words(self.baselines))),
             budget=Budget(**(self.given_budget or {"budget": DEFAULT_BUDGET})),
             lengths=tuple(_integer("lengths", word) for word in _words(self.lengths)),
@@ -147,8 +148,8 @@ def jct(*, options: JctOptions = _JCT) -> int:
         loaded = bench_model(plan.model, device=plan.device, dtype=plan.dtype)
     from longthink.bench.jct import blocks_in_all, measure_jct
 
-    with progress("measuring", total=blocks_in_all(plan), unit="blocks") as task:
-        return _run(lambda: measure_jct(plan, loaded, task.advance_to), plan, store, options)
+    work = progress("measuring", total=blocks_in_all(plan), unit="blocks")
+    return _run(partial(measure_jct, plan, loaded), work, plan, store, options)
 
 
 @bench_app.command
@@ -162,8 +163,8 @@ def memory(*, options: MemoryOptions = _MEMORY) -> int:
     from longthink.bench.memory import measure_memory
 
     total = (len(plan.lengths) + 1) * (len(plan.policies) + len(plan.baselines))
-    with progress("measuring", total=total, unit="rows") as task:
-        return _run(lambda: measure_memory(plan, task.advance_to), plan, store, options)
+    work = progress("measuring", total=total, unit="rows")
+    return _run(partial(measure_memory, plan), work, plan, store, options)
 
 
 def _store(options: BenchOptions) -> ResultStore | None:
@@ -176,16 +177,21 @@ def _store(options: BenchOptions) -> ResultStore | None:
 
 
 def _run(
-    measure: Callable[[], Iterator[Measurement]], plan: Plan, store: ResultStore | None, options: BenchOptions
+    measure: Callable[[Report], Iterator[Measurement]],
+    work: AbstractContextManager[Task],
+    plan: Plan,
+    store: ResultStore | None,
+    options: BenchOptions,
 ) -> int:
     """Measure, keep every row as soon as it is there, and show them, also when interrupted."""
     found: list[Measurement] = []
     how, code = _conditions(plan), 0
     try:
-        for row in measure():
-            found.append(row)
-            if store is not None:
-                store.add(row)
+        with work as task:
+            for row in measure(task.advance_to):
+                found.append(row)
+                if store is not None:
+                    store.add(row)
     except KeyboardInterrupt:
         kept = f" and are in {options.out}" if options.out is not None else ""
         note(f"interrupted: {len(found)} rows were measured{kept}")
