@@ -58,6 +58,9 @@ def children():
         (r"\boxed{x = 5}", "5", "x = 5"),
         (r"\boxed{\text{Evelyn}}", r"\text{Evelyn}", r"\text{Evelyn}"),
         (r"\boxed{204}", "204", "204"),
+        (r"\boxed{18 dollars}", "18", "18 dollars"),
+        (r"\boxed{18\text{ cm}}", "18", r"18\text{ cm}"),
+        ("A: 18 red apples", "18", "18 red apples"),
         (r"\boxed{025}", "25", "025"),
         ("2 + 3\n#### 70,000", "70000", "70000"),
         ("so much\nA: 18", "18", "18"),
@@ -84,6 +87,10 @@ def test_right(grader, text, gold, answer):
         (r"\boxed{(2, 1)}", "(1, 2)", "(2, 1)"),
         (r"\boxed{[1, 2]}", "(1, 2)", "[1, 2]"),
         (r"\boxed{1.001}", "1", "1.001"),
+        (r"\boxed{18 million}", "18", "18 million"),
+        (r"\boxed{18 million dollars}", "18", "18 million dollars"),
+        (r"\boxed{18 xy}", "18", "18 xy"),
+        (r"\boxed{18 dollars}", "17", "18 dollars"),
         (r"\boxed{\text{Eva}}", r"\text{Evelyn}", r"\text{Eva}"),
         (r"\boxed{4}", "", "4"),
         ("4", "4", None),
@@ -190,6 +197,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_answers_are_wrong_and_nothing_else(name, children):
     with Grader(seconds=1) as grader:
@@ -273,6 +281,7 @@ def test_memory_limit(children):
         assert process.rlimit(psutil.RLIMIT_AS) == (1500 * 2**20, 1500 * 2**20)
 
 
+@pytest.mark.slow
 def test_a_stuck_process_whose_parent_is_gone_ends_by_itself(monkeypatch, children):
     with Grader(seconds=0.5) as grader:
         monkeypatch.setattr(grader, "close", lambda: None)  # as if the parent had no time to kill it

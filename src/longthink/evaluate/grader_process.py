@@ -16,6 +16,10 @@ from typing import Any
 
 _ORPHAN_S = 5.0
 """Seconds that the parent has for killing a stuck process before it ends itself."""
+_NUMERALS = frozenset(
+    "half third quarter dozen hundred thousand million billion trillion percent percentage factorial squared cubed "
+    "times plus minus over divided mod and".split()
+)
 
 
 def compare(answer: str, gold: str) -> bool:
@@ -23,7 +27,7 @@ def compare(answer: str, gold: str) -> bool:
     from math_verify import verify
 
     # No time limits of its own: they use signals and let the caller's computation go on.
-    return bool(verify(_parsed(gold), _parsed(answer), timeout_seconds=None))
+    return bool(verify(_parsed(gold), _parsed(without_unit(answer)), timeout_seconds=None))
 
 
 def find(text: str) -> str | None:
@@ -37,6 +41,17 @@ def find(text: str) -> str | None:
     found = parse(text, extraction_config=configs, parsing_timeout=None)
     # The expression and the text that it was read from, in this order.
     return next((part.strip() for part in reversed(found) if isinstance(part, str)), None)
+
+
+def without_unit(answer: str) -> str:
+    """Return ``18`` for ``18 dollars``: algebra would take bare words for variables.
+
+    Words that change the number stay, and so do short ones, which may be variables or functions.
+    """
+    number, _, words = answer.strip().partition(" ")
+    names = words.lower().split()
+    unit = bool(names) and all(len(name) > 2 and name.isalpha() and name not in _NUMERALS for name in names)
+    return number if unit and number[-1:].isdigit() else answer
 
 
 def _parsed(answer: str) -> list[Any]:
