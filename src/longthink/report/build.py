@@ -80,7 +80,9 @@ def build(
     labels = series_labels(cell.series for cell in cells)
     systems = [row["system"] for row in measurements]
     look = Look(labels=labels, styles=make_styles([*labels.values(), *systems]))
-    page = Page(title=title or f"Report of {store.folder.name}", summary=_summary(samples, measurements))
+    page = Page(
+        title=title or f"Report of {store.folder.resolve().name}", summary=_summary(samples, measurements)
+    )
     tables: list[Table] = []
     if other is not None:
         tables.append(_add_comparison(page, compare_stores(samples, other), str(against)))
@@ -160,7 +162,6 @@ def _add_tables(page: Page, cells: Sequence[Cell], measurements: Sequence[Row], 
             after="accuracy",
         )
         if comparisons:
-            page.add(differences.title, paragraph(differences.note, quiet=True))
             page.add(differences.title, differences.html([one.significant for one in comparisons]))
             tables.append(differences)
         else:
@@ -170,7 +171,7 @@ def _add_tables(page: Page, cells: Sequence[Cell], measurements: Sequence[Row], 
         tables.append(measurements_table(measurements))
     for table in tables:
         if table.name != "differences":
-            page.add(table.title, paragraph(table.note, quiet=True) + table.html())
+            page.add(table.title, table.html())
     return tables
 
 
@@ -222,7 +223,7 @@ def _add_texts_and_origin(
         "(SELECT versions, hardware, created FROM samples UNION ALL SELECT versions, hardware, created FROM "
         "measurements) GROUP BY ALL ORDER BY first, versions, hardware"
     )
-    section = "How it was made"
+    section = "Origin"
     page.add(
         section,
         items(

@@ -69,8 +69,8 @@ class Look:
 
 
 _BUDGETS = {
-    "budget": "budget (tokens kept per layer, prompt included)",
-    "decode_budget": "decode budget (tokens kept per layer on top of the prompt)",
+    "budget": ("budget (tokens)", "Budget: tokens kept per layer, prompt included."),
+    "decode_budget": ("decode budget (tokens)", "Decode budget: tokens kept per layer on top of the prompt."),
 }
 _BY_BUDGET: tuple[tuple[str, str, str, str, Metric], ...] = (
     ("accuracy", "Accuracy", "right answers", "Bars: Wilson 95 % intervals.", lambda cell: cell.share("correct")),
@@ -83,14 +83,14 @@ _BY_BUDGET: tuple[tuple[str, str, str, str, Metric], ...] = (
     ),
     (
         "cut-off",
-        "Cut off at the token limit",
+        "Cut off",
         "answers cut off",
         "Share of answers that did not end by themselves (finish: length). Bars: Wilson 95 % intervals.",
         lambda cell: cell.share("cut_off"),
     ),
     (
         "no-room",
-        "No room for the prompt",
+        "No room",
         "prompts without room",
         "Share of problems whose prompt does not fit in the budget (finish: no_room). They count as wrong, and not "
         "as cut off. Bars: Wilson 95 % intervals.",
@@ -108,14 +108,17 @@ def budget_figures(group: Group, number: int, cells: Sequence[Cell], look: Look)
             shown = [cell for cell in cells if cell.size.kind in ("", kind)]
             if name == "no-room" and not any(row["no_room"] for cell in shown for row in cell.rows):
                 continue
-            tasks = sorted({cell.task for cell in shown}, key=lambda task: (len(task.members), task))
+            with_kind = {cell.task for cell in shown if cell.size.kind == kind}
+            tasks = sorted(
+                with_kind or {cell.task for cell in shown}, key=lambda task: (len(task.members), task)
+            )
             figures.append(
                 Figure(
                     name=f"{name}-{kind.replace('_', '-')}-{number}",
                     section=title,
                     title=f"{title} against {kind.replace('_', ' ')}",
-                    caption=f"{caption} {_SHARED_CAPTION}",
-                    x_label=_BUDGETS[kind],
+                    caption=f"{caption} {_BUDGETS[kind][1]} {_SHARED_CAPTION}",
+                    x_label=_BUDGETS[kind][0],
                     y_label=y_label,
                     percent=name != "tokens",
                     panels=[
@@ -198,7 +201,7 @@ def sample_figures(group: Group, number: int, cells: Sequence[Cell], look: Look)
             "Memory",
             "kv_bytes_peak",
             MIB,
-            "keys and values, peak (MiB per row)",
+            "peak memory (MiB per row)",
             "One point for each answer: bytes allocated for keys and values, divided by the rows that share them.",
         ),
     ):

@@ -39,19 +39,19 @@ _CURVES = (
     ),
     _Curve(
         name="memory", kind="memory", section="Memory", title="Memory of the cache against decode length",
-        y_label="keys, values and page tables (MiB)", unit=MIB,
+        y_label="cache (MiB)", unit=MIB,
         value=lambda row: row["kv_bytes"] + row["metadata_bytes"],
-        caption="Bytes that are allocated, for all rows together.",
+        caption="Allocated for keys, values and page tables, all rows together.",
     ),
     _Curve(
         name="memory-device", kind="memory", section="Memory", title="Memory of the accelerator",
-        y_label="allocated on the accelerator (MiB)", unit=MIB, value=lambda row: row["device_bytes"],
-        caption="Weights and activations included.",
+        y_label="accelerator (MiB)", unit=MIB, value=lambda row: row["device_bytes"],
+        caption="Allocated, with weights and activations.",
     ),
     _Curve(
         name="memory-process", kind="memory", section="Memory", title="Memory of the process",
-        y_label="resident set of the process (MiB)", unit=MIB, value=lambda row: row["rss_bytes"],
-        caption="Weights, libraries and activations included.",
+        y_label="process (MiB)", unit=MIB, value=lambda row: row["rss_bytes"],
+        caption="Resident set, with weights, libraries and activations.",
     ),
 )  # fmt: skip
 

@@ -39,11 +39,11 @@ def save_figures(figures: Sequence[Figure], folder: Path) -> None:
         columns = min(_COLUMNS, len(figure.panels))
         rows = -(-len(figure.panels) // columns)
         canvas = Canvas(figsize=(1.0 + 4.4 * columns, 1.5 + 3.1 * rows), layout="constrained")
-        all_axes = canvas.subplots(rows, columns, squeeze=False).flat
+        all_axes = list(canvas.subplots(rows, columns, squeeze=False).flat)
         handles: dict[str, Any] = {}
         for axes, panel in zip(all_axes, figure.panels, strict=False):
             _draw(axes, panel, figure, handles)
-        for axes in list(all_axes)[len(figure.panels) :]:
+        for axes in all_axes[len(figure.panels) :]:
             axes.remove()
         canvas.legend(
             handles.values(), map(for_matplotlib, handles), loc="outside lower center", ncols=min(4, len(handles)),

@@ -17,8 +17,9 @@ _COLOURS = {
     "recency": "#56b4e9",
     "random": "#e69f00",
     "fifo": "#a89a00",  # Okabe and Ito's yellow, darkened to be seen on white
-    "hf dynamic": "#808080",
     "hf static": "#8c6d46",
+    "hf dynamic": "#8577d0",
+    "hf static compiled": "#b5495b",
 }
 _SPARE = ("#7b5ea7", "#6b8e23", "#b03060", "#4f7f8f")
 
@@ -48,10 +49,10 @@ def make_styles(names: Iterable[str]) -> dict[str, Style]:
         variant = variants[base] = variants.get(base, -1) + 1
         if base not in _COLOURS and base not in unknown:
             unknown.append(base)
-        known = list(_COLOURS).index(base) if base in _COLOURS else len(_COLOURS) + unknown.index(base)
+        known = list(_COLOURS).index(base) if base in _COLOURS else len(_COLOURS) + 2 + unknown.index(base)
         colour = _COLOURS.get(base) or _SPARE[unknown.index(base) % len(_SPARE)]
         symbol = SYMBOLS[(known + variant) % len(SYMBOLS)]
-        dashes = DASHES[1:] if base in ("dense", "hf dynamic") else DASHES
+        dashes = DASHES[1:] if base == "dense" else DASHES
         styles[name] = Style(colour, symbol, dashes[variant % len(dashes)])
     return styles
 

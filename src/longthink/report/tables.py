@@ -35,13 +35,20 @@ class Table:
     columns: dict[str, str]
     rows: list[list[Any]]
 
-    def shown(self) -> list[list[str]]:
-        """Return the cells as people read them."""
+    def shown(self) -> tuple[dict[str, str], list[list[str]], str]:
+        """Return columns, cells and note as people read them: what is the same in all rows is said once."""
+        columns, places, same = {}, [], []
+        for place, (name, kind) in enumerate(self.columns.items()):
+            values = {row[place] for row in self.rows}
+            if len(self.rows) > 1 and len(values) == 1 and (kind == "text" or values == {None}):
+                same += [f"{name} {_show(kind, value)}" for value in values if value not in (None, "")]
+            else:
+                columns[name] = kind
+                places.append(place)
         kinds = list(self.columns.values())
-        return [
-            ["" if value is None else _SHOW[kind](value) for kind, value in zip(kinds, row, strict=True)]
-            for row in self.rows
-        ]
+        cells = [[_show(kinds[place], row[place]) for place in places] for row in self.rows]
+        note = f"{self.note} In all rows: {'; '.join(same)}." if same else self.note
+        return columns, cells, note
 
     def csv(self) -> str:
         """Return the table with raw values (memory in bytes), a header first."""
@@ -53,24 +60,24 @@ class Table:
 
     def markdown(self) -> str:
         """Return the table with its title and note."""
-        rules = ["---" if kind == "text" else "---:" for kind in self.columns.values()]
-        head = [f"## {self.title}", "", self.note, ""]
-        lines = [self.columns, rules, *([for_markdown(cell) for cell in row] for row in self.shown())]
+        columns, cells, note = self.shown()
+        rules = ["---" if kind == "text" else "---:" for kind in columns.values()]
+        head = [f"## {self.title}", "", for_markdown(note), ""]
+        lines = [columns, rules, *([for_markdown(cell) for cell in row] for row in cells)]
         return "\n".join([*head, *(f"| {' | '.join(line)} |" for line in lines), ""])
 
     def html(self, marked: Sequence[bool] = ()) -> str:
-        """Return the table as HTML; rows for which ``marked`` is true stand out."""
-        kinds = [' class="text"' if kind == "text" else "" for kind in self.columns.values()]
-        head = "".join(
-            f"<th{kind}>{for_html(name)}</th>" for kind, name in zip(kinds, self.columns, strict=True)
-        )
+        """Return note and table as HTML; rows for which ``marked`` is true stand out."""
+        columns, rows, note = self.shown()
+        kinds = [' class="text"' if kind == "text" else "" for kind in columns.values()]
+        head = "".join(f"<th{kind}>{for_html(name)}</th>" for kind, name in zip(kinds, columns, strict=True))
         body = []
-        for i, row in enumerate(self.shown()):
+        for i, row in enumerate(rows):
             cells = "".join(f"<td{kind}>{for_html(cell)}</td>" for kind, cell in zip(kinds, row, strict=True))
             body.append(f'<tr class="marked">{cells}</tr>' if marked and marked[i] else f"<tr>{cells}</tr>")
         return (
-            f'<div class="scroll"><table id="{for_html(self.name)}"><thead><tr>{head}</tr></thead>'
-            f"<tbody>{''.join(body)}</tbody></table></div>"
+            f'<p class="quiet">{for_html(note)}</p><div class="scroll"><table id="{for_html(self.name)}">'
+            f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
         )
 
     def save(self, folder: Path) -> None:
@@ -78,6 +85,10 @@ class Table:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{self.name}.csv").write_text(self.csv(), encoding="utf-8")
         (folder / f"{self.name}.md").write_text(self.markdown(), encoding="utf-8")
+
+
+def _show(kind: str, value: Any) -> str:
+    return "" if value is None else _SHOW[kind](value)
 
 
 _CELL = {"model and decoding": "text", "task": "text", "max new tokens": "text", "policy": "text"}
@@ -113,7 +124,7 @@ def results_table(cells: Sequence[Cell], look: Look) -> Table:
         "Low and high: Wilson 95 % interval, which counts problems. Several samples and seeds of a problem are "
         "averaged first. Medians leave out prompts without room."
     )
-    return Table(name="results", title="All results", note=note, columns=columns, rows=rows)
+    return Table(name="results", title="Results", note=note, columns=columns, rows=rows)
 
 
 def comparison_table(
@@ -133,8 +144,9 @@ def comparison_table(
     ]  # fmt: skip
     note = (
         "Differences in percentage points on the problems that both sides have (unpaired: problems of only one "
-        "side), with 95 % intervals by a paired bootstrap over problems. p: McNemar's exact test (with several samples of a "
-        f"problem, the sign test on their means), then adjusted by Holm for all {len(rows)} rows."
+        "side), with 95 % intervals by a paired bootstrap over problems. p: McNemar's exact test (with several "
+        f"samples of a problem, the sign test on their means), then adjusted by Holm for all {len(rows)} rows. "
+        "Rows that stand out: adjusted p below 0.05."
     )
     return Table(name=name, title=title, note=note, columns=columns, rows=rows)
 
@@ -164,4 +176,4 @@ def measurements_table(rows: Sequence[Row]) -> Table:
         for row in order
     ]
     note = "Every measured point."
-    return Table(name="measurements", title="All measurements", note=note, columns=columns, rows=shown)
+    return Table(name="measurements", title="Measurements", note=note, columns=columns, rows=shown)
