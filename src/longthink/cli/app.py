@@ -21,6 +21,7 @@ from longthink.cli.harness import lm_eval
 from longthink.cli.options import Switch
 from longthink.cli.policies import policies
 from longthink.cli.reasoner import reasoner_app
+from longthink.cli.report import report
 
 
 def _version() -> str:
@@ -36,7 +37,7 @@ app = App(
     help_format="markdown",
     suppress_keyboard_interrupt=False,
 )
-for _command in (generate, demo, policies, doctor):
+for _command in (generate, demo, policies, doctor, report):
     app.command(_command)
 app.command(reasoner_app)
 app.command(bench_app)
