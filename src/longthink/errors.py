@@ -54,6 +54,10 @@ class BenchError(LongthinkError, RuntimeError):
     """A process that measures something has failed."""
 
 
+class SweepError(LongthinkError, RuntimeError):
+    """A sweep cannot go on; what it has stored stays, and the same command goes on from there."""
+
+
 @contextmanager
 def needs_extra(extra: str) -> Iterator[None]:
     """Turn a failed import in the ``with`` block into an error that names the extra to install.

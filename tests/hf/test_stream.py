@@ -123,7 +123,9 @@ def test_slots_stay_within_the_budget_and_memory_follows_the_rows():
 
 def test_model_and_memory_are_given_back_when_the_stream_is_dropped():
     model = build("qwen2")
-    running = decode_stream(model, requests(), policy="raas", budget=longthink.Budget(decode_budget=32), rows=4)
+    running = decode_stream(
+        model, requests(), policy="raas", budget=longthink.Budget(decode_budget=32), rows=4
+    )
     next(running)
     assert model.config._attn_implementation == "longthink"
     running.close()
@@ -224,5 +226,3 @@ def test_adopting_from_another_kind_of_cache_is_refused():
         with longthink.make_cache(model, budget=64) as empty:
             with pytest.raises(longthink.CacheStateError, match="exactly one"):
                 cache.adopt(0, empty)
-
-

@@ -16,6 +16,7 @@ from longthink.cli.bench import bench_app, wait_passively
 from longthink.cli.demo import demo
 from longthink.cli.doctor import doctor
 from longthink.cli.errors import guarded
+from longthink.cli.eval import evaluate
 from longthink.cli.generate import generate
 from longthink.cli.harness import lm_eval
 from longthink.cli.options import Switch
@@ -39,6 +40,7 @@ app = App(
 )
 for _command in (generate, demo, policies, doctor, report):
     app.command(_command)
+app.command(evaluate, name="eval")
 app.command(reasoner_app)
 app.command(bench_app)
 # Its --help is the harness's own.

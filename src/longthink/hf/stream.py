@@ -163,7 +163,12 @@ class _Stream:
     """The rows that are being decoded, and the cache that they share."""
 
     def __init__(
-        self, model: PreTrainedModel, spare: PagedCache, prompts: Iterator[Request], rows: int, sampling: Sampling
+        self,
+        model: PreTrainedModel,
+        spare: PagedCache,
+        prompts: Iterator[Request],
+        rows: int,
+        sampling: Sampling,
     ) -> None:
         self.model = model
         self.prompts = prompts
