@@ -149,7 +149,15 @@ def test_builtin_prompt_stays_as_it_is():
 
 # The Hub --------------------------------------------------------------------------------------------------------
 
-# The columns of each set, in order, and one row of it.
+# Where each set is on the Hub: name, config and split, as their pages and lm-evaluation-harness have them.
+PLACES = {
+    "gsm8k": ("openai/gsm8k", "main", "test"),
+    "math500": ("HuggingFaceH4/MATH-500", "default", "test"),
+    "aime24": ("HuggingFaceH4/aime_2024", "default", "train"),
+    "aime25": ("math-ai/aime25", "default", "test"),
+    "aime": ("gneubig/aime-1983-2024", "default", "train"),
+}
+# The columns of each set, in order, in one row of it; the gold answer and the identifier that are read from it.
 LAYOUTS = {
     "gsm8k": ({"question": "q", "answer": "6 * 3 = <<6*3=18>>18\n#### 1,018"}, "1018", None),
     "math500": (
@@ -188,16 +196,15 @@ def local_hub(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
     def put(name, record):
-        source = SOURCES[name]
-        folder = tmp_path / source.dataset
+        dataset, config, split = PLACES[name]
+        folder = tmp_path / dataset
         folder.mkdir(parents=True)
         Dataset.from_list([record]).to_parquet(folder / "data.parquet")
         other = Dataset.from_list([{key: None for key in record}])  # a split that must not be taken
         other.to_parquet(folder / "other.parquet")
-        config = source.config or "default"
         (folder / "README.md").write_text(
             f"---\nconfigs:\n- config_name: {config}\n  data_files:\n"
-            f"  - split: {source.split}\n    path: data.parquet\n  - split: validation\n    path: other.parquet\n"
+            f"  - split: {split}\n    path: data.parquet\n  - split: validation\n    path: other.parquet\n"
             "- config_name: another\n  data_files: other.parquet\n---\n"
         )
 
