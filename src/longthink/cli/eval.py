@@ -90,7 +90,7 @@ class EvalOptions:
     """Samples decoded side by side in each process [default: 32; 8 unless the model is the built-in one]."""
 
     workers: int | None = None
-    """Processes with a model each; with --ray, tasks at the same time [default: 1]."""
+    """Processes with a model each [default: 1]; with --ray, tasks at the same time [default: all of the cluster]."""
 
     ray: str | None = None
     """Run on a Ray cluster: its address, auto, or local for one on this machine (needs the extra ray)."""
@@ -128,8 +128,9 @@ def evaluate(*, options: EvalOptions = _DEFAULTS) -> int:
 
     from_file = {} if options.config is None else read_settings(options.config.expanduser())
     plan, run = make_plan(from_file | options.given())
-    workers = run.get("workers", 1)
-    check_int("workers", workers, 1)
+    workers = run.get("workers")
+    if workers is not None:
+        check_int("workers", workers, 1)
     sweep = Sweep(plan, ResultStore(Path(run.get("out", DEFAULT_OUT)).expanduser()), say=note)
     code = 0
     try:

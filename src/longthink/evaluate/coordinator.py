@@ -61,11 +61,11 @@ class Coordinator:
         """
         del self._in_flight[unit]
 
-    def lost(self, worker: int) -> int:
-        """Put what a worker had in flight back, first in line; return how many units that is."""
+    def lost(self, worker: int) -> list[Unit]:
+        """Put what a worker had in flight back, first in line; return it."""
         self._at.pop(worker, None)
         units = [unit for unit, at in self._in_flight.items() if at == worker]
         for unit in reversed(units):
             del self._in_flight[unit]
             self._pending[unit.cell.lane].appendleft(unit)
-        return len(units)
+        return units

@@ -140,11 +140,12 @@ class Sweep:
         tally.right += sample.correct
         self.report(self)
 
-    def lost(self, worker: int, how: str) -> None:
-        """Note that a worker is gone; what it had in flight waits for the others again."""
+    def lost(self, worker: int, how: str) -> list[Unit]:
+        """Note that a worker is gone; what it had in flight waits for the others again, and is returned."""
         self.lost_workers += 1
-        back = self._coordinator.lost(worker) if self._coordinator else 0
-        self.say(f"worker {worker + 1} died ({how}): its {back} samples in flight go to the others")
+        back = self._coordinator.lost(worker) if self._coordinator else []
+        self.say(f"worker {worker + 1} died ({how}): its {len(back)} samples in flight go to the others")
+        return back
 
 
 def run_here(sweep: Sweep) -> None:
@@ -160,13 +161,14 @@ def run_here(sweep: Sweep) -> None:
                 sweep.finished(unit, sample)
 
 
-def run_sweep(sweep: Sweep, *, workers: int = 1, ray: str | None = None) -> Outcome:
+def run_sweep(sweep: Sweep, *, workers: int | None = None, ray: str | None = None) -> Outcome:
     """Make what is pending.
 
     Parameters
     ----------
     workers
-        Processes with a model each; 1 works in this process. With Ray: tasks at the same time.
+        Processes with a model each; 1 or None works in this process. With Ray: tasks at the same time, None for as
+        many as the cluster has room for.
     ray
         Address of a Ray cluster, ``auto``, or ``local`` for one of its own; None works on this machine without it.
 
@@ -179,7 +181,7 @@ def run_sweep(sweep: Sweep, *, workers: int = 1, ray: str | None = None) -> Outc
         from longthink.evaluate.cluster import run_on_ray
 
         run_on_ray(sweep, ray, workers)
-    elif workers > 1:
+    elif workers is not None and workers > 1:
         from longthink.evaluate.workers import run_in_processes
 
         run_in_processes(sweep, workers)

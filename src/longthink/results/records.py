@@ -64,7 +64,8 @@ class Sample(Setup):
     text, answer, gold
         What the model wrote after the prompt, the answer found in it (None: none), and the right one.
     finish
-        ``stop`` (end token), ``length`` (cut off) or ``no_room`` (the prompt does not fit in the budget).
+        ``stop`` (end token), ``length`` (cut off), ``no_room`` (the prompt does not fit in the budget or the model's
+        context) or ``nan`` (the model's numbers broke).
     ms_per_token_early, ms_per_token_late
         Mean wall-clock time between two tokens of this row, over the first and the last quarter of its tokens
         (milliseconds; None below 8 tokens), with `rows` rows decoded side by side.
