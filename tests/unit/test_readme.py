@@ -17,11 +17,11 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_first_commands_are_there():
-    assert [command.split()[0] for command in COMMANDS] == ["generate", "policies", "doctor", "reasoner"]
+    assert [command.split()[0] for command in COMMANDS] == ["generate", "policies", "doctor", "eval"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith("reasoner")])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith("eval")])
 def test_first_commands_succeed(command):
     done = run("-m", "longthink.cli", *shlex.split(command))
     assert done.returncode == 0, done.stderr
@@ -29,11 +29,11 @@ def test_first_commands_succeed(command):
 
 
 @pytest.mark.slow
-def test_command_of_the_table_runs_and_names_the_policies_of_its_rows():
-    words = shlex.split(next(c for c in COMMANDS if c.startswith("reasoner")))
-    smaller = {"--problems": "1", "--size": "s"}
+def test_command_of_the_table_runs_and_names_the_policies_of_its_rows(tmp_path):
+    words = shlex.split(next(c for c in COMMANDS if c.startswith("eval")))
+    smaller = {"-n": "1", "--tasks": "reasoner/s", "--budgets": "192"}
     words = [smaller.get(before, word) for before, word in zip(["", *words], words, strict=False)]
-    done = run("-m", "longthink.cli", *words)
+    done = run("-m", "longthink.cli", *words, "--out", str(tmp_path / "results"))
     assert done.returncode == 0, done.stderr
     rows = re.findall(r"^\| `([^`]+)` \| O\(", README, re.MULTILINE)
     assert rows == words[words.index("--policies") + 1].split(",")

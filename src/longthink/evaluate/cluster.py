@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -50,7 +51,7 @@ def run_on_ray(sweep: Sweep, address: str, parallel: int | None = None) -> None:
     if own:
         place: dict[str, Any] = {"include_dashboard": False} if address == LOCAL else {"address": address}
         try:
-            ray.init(log_to_driver=False, logging_level="ERROR", **place)
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **place)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise SweepError(
                 f"no Ray cluster at {address!r}: {' '.join(str(error).split())[:300]}"
@@ -132,8 +133,8 @@ class _Driver:
             self.sweep.finished(units[number], sample)
 
     def _bury(self, slot: int, how: str) -> None:
-        in_flight = self.sweep.lost(slot, how)
-        for unit in in_flight or [None]:
+        lost: list[Unit | None] = [*self.sweep.lost(slot, how)]
+        for unit in lost or [None]:
             self.deaths[unit] += 1
             if self.deaths[unit] >= ATTEMPTS:
                 what = "loading the model" if unit is None else f"sample {unit.key!r}"

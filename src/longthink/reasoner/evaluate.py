@@ -9,14 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 from longthink.reasoner.card import write_card
@@ -39,7 +38,6 @@ def solve(
     problems: Sequence[Problem],
     *,
     batch: int = 50,
-    generate: Callable[..., Tensor] | None = None,
 ) -> list[str]:
     """Return what the model writes after each prompt, by greedy decoding in left-padded batches.
 
@@ -47,17 +45,14 @@ def solve(
     ----------
     batch
         Problems decoded side by side.
-    generate
-        Called in place of the model's own dense ``generate``, with the same arguments.
     """
-    generate = model.generate if generate is None else generate
     texts = []
     for start in range(0, len(problems), batch):
         chosen = problems[start : start + batch]
         inputs = tokenizer([problem.prompt for problem in chosen], return_tensors="pt", padding=True)
         longest = max(len(problem.solution.split()) for problem in chosen)
         # A few tokens more than the solution has: a model that does not stop is wrong, and should be seen to be.
-        output = generate(**inputs.to(model.device), do_sample=False, max_new_tokens=longest + 8)
+        output = model.generate(**inputs.to(model.device), do_sample=False, max_new_tokens=longest + 8)
         texts += tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :])
     return texts
 
