@@ -1,5 +1,5 @@
 """Figures and tables from a result store."""
 
-from longthink.report.build import PAGE, build
+from longthink.report.builder import PAGE, build
 
 __all__ = ["PAGE", "build"]
