@@ -338,7 +338,7 @@ def test_trace_rule_lets_pass(fine):
 
 
 def test_scripts_are_executable_and_parse():
-    for name in ("scripts/setup.sh", ".ci/run"):
+    for name in ("scripts/setup.sh", "scripts/chromium.sh", ".ci/run"):
         assert os.access(ROOT / name, os.X_OK), name
         subprocess.run(["bash", "-n", str(ROOT / name)], check=True)
 

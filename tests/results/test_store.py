@@ -331,3 +331,10 @@ def test_files_from_before_an_optional_column_stay_readable(tmp_path):
         assert list(store.query("SELECT * FROM samples")[0]) == list(to_row(make_sample()))
         store.compact()
     assert len(list((tmp_path / "samples").iterdir())) == 1
+
+
+def test_every_column_is_documented():
+    page = (ROOT / "docs" / "store.md").read_text()
+    parts = page.partition("## Columns of `measurements`")
+    for text, record in ((parts[0], make_sample()), (parts[2], make_measurement())):
+        assert [name for name in to_row(record) if f"`{name}`" not in text] == []
