@@ -187,7 +187,15 @@ def evil_report(tmp_path_factory, no_figure_files):
                 versions=EVIL_TEXT,
                 hardware=EVIL_TEXT,
             ),
-            make_measurement(run=f"{EVIL_TEXT}{i}", system=evil, model=EVIL_TEXT, hardware=EVIL_TEXT),
+            # Each point has a place of its own, so that each can be pointed at.
+            make_measurement(
+                run=f"{EVIL_TEXT}{i}",
+                system=evil,
+                model=EVIL_TEXT,
+                hardware=EVIL_TEXT,
+                decode_tokens=200 * (i + 1),
+                kv_bytes=2**20 * (i + 1),
+            ),
         )
     store.add(make_sample(model=EVIL_TEXT, revision=EVIL_TEXT, task=EVIL_TEXT, problem=EVIL_TEXT))
     return build(
@@ -228,11 +236,13 @@ def test_hover_shows_texts_as_they_are(evil_report, visit):
     page = visit(evil_report)
     plot = page.locator("#memory-0")
     plot.scroll_into_view_if_needed()
-    # All systems stand on one point; the last one drawn lies on top.
-    box = plot.locator("path.point").last.bounding_box()
-    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-    page.wait_for_selector("#memory-0 .hovertext")
-    shown = page.locator("#memory-0 .hovertext").first.text_content()
-    assert any(shown.startswith(evil) for evil in (*EVIL, EVIL_TEXT))
-    assert page.locator("#memory-0 .hovertext a, #memory-0 .hovertext img").count() == 0
+    seen = set()
+    for point in plot.locator("path.point").all():
+        box = point.bounding_box()
+        page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+        page.wait_for_timeout(120)
+        seen |= set(plot.locator(".hovertext").all_text_contents())
+        assert plot.locator(".hovertext a, .hovertext img").count() == 0
+    for evil in (*EVIL, EVIL_TEXT):
+        assert [text for text in seen if text.startswith(f"{evil}, decode budget 128")] != [], evil
     assert (page.evaluate("window.pwned"), page.faults, page.asked) == (None, [], [])
