@@ -291,6 +291,13 @@ def test_a_stuck_process_whose_parent_is_gone_ends_by_itself(monkeypatch, childr
         monkeypatch.undo()
 
 
+def test_files_of_the_current_folder_are_not_imported(tmp_path, monkeypatch):
+    (tmp_path / "sympy.py").write_text("raise SystemExit")
+    monkeypatch.chdir(tmp_path)
+    with Grader() as grader:
+        assert judge(grader, r"\boxed{8/2}", "4").correct
+
+
 def test_a_process_that_cannot_start_is_an_error_and_not_a_verdict(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with Grader() as grader:

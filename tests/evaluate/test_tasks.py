@@ -1,9 +1,11 @@
 """Tasks by name, the choice of problems, prompts, and the problem sets of the Hub."""
 
+import sys
+
 import pytest
 from datasets import Dataset
 
-from longthink.errors import DataError
+from longthink.errors import DataError, MissingExtraError
 from longthink.evaluate.hub import SOURCES
 from longthink.evaluate.tasks import INSTRUCTION, load_tasks
 from longthink.reasoner import SIZES, grade, make_problem
@@ -232,4 +234,12 @@ def test_a_set_with_other_columns_is_refused(local_hub):
 
 def test_without_the_hub_the_way_out_is_named(local_hub):
     with pytest.raises(DataError, match=r"data set openai/gsm8k cannot be had: .*--data FILE\.jsonl"):
+        load_tasks(["gsm8k"])
+
+
+def test_a_missing_package_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(
+        MissingExtraError, match=r"'datasets' is not installed: pip install \"longthink\[eval\]\""
+    ):
         load_tasks(["gsm8k"])
