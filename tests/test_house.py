@@ -156,9 +156,14 @@ def imported_packages(source: str) -> set[str]:
     return {name.split(".")[0] for name in found} - sys.stdlib_module_names - {"longthink"}
 
 
+IMPORTED_AS = {"pyyaml": "yaml"}
+"""Packages that are not imported by the name they are installed by."""
+
+
 def declared_packages(requirements: list[str]) -> set[str]:
-    """Import names of requirements; every one of ours is imported by the name it is installed by."""
-    return {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in requirements} - {"longthink"}
+    """Import names of requirements."""
+    names = {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in requirements} - {"longthink"}
+    return {IMPORTED_AS.get(name, name) for name in names}
 
 
 def test_what_is_imported_is_declared():
