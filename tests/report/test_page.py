@@ -58,6 +58,7 @@ def visit(browser):
     def go(path, **options):
         context = browser.new_context(**{"viewport": {"width": 1200, "height": 900}} | options)
         contexts.append(context)
+        context.set_default_timeout(120_000)  # for machines that do other things at the same time
         page = context.new_page()
         page.faults, page.asked = [], []
         page.on("console", lambda message: page.faults.append(f"console {message.type}: {message.text}"))
@@ -74,7 +75,7 @@ def visit(browser):
 
         context.route("**/*", answer)
         page.goto(address)
-        page.wait_for_selector("html[data-drawn]", timeout=60_000)
+        page.wait_for_selector("html[data-drawn]")
         return page
 
     yield go

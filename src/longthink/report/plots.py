@@ -38,7 +38,11 @@ def save_figures(figures: Sequence[Figure], folder: Path) -> None:
     for figure in figures:
         columns = min(_COLUMNS, len(figure.panels))
         rows = -(-len(figure.panels) // columns)
-        canvas = Canvas(figsize=(1.0 + 4.4 * columns, 1.5 + 3.1 * rows), layout="constrained")
+        labels = {line.label for panel in figure.panels for line in panel.lines}
+        legend_columns = columns + 1
+        legend_height = 0.2 * -(-len(labels) // legend_columns)
+        size = (1.0 + 4.4 * columns, 1.1 + 3.1 * rows + legend_height)
+        canvas = Canvas(figsize=size, layout="constrained")
         all_axes = list(canvas.subplots(rows, columns, squeeze=False).flat)
         handles: dict[str, Any] = {}
         for axes, panel in zip(all_axes, figure.panels, strict=False):
@@ -46,7 +50,7 @@ def save_figures(figures: Sequence[Figure], folder: Path) -> None:
         for axes in all_axes[len(figure.panels) :]:
             axes.remove()
         canvas.legend(
-            handles.values(), map(for_matplotlib, handles), loc="outside lower center", ncols=min(4, len(handles)),
+            handles.values(), map(for_matplotlib, handles), loc="outside lower center", ncols=legend_columns,
             fontsize="small", frameon=False,
         )  # fmt: skip
         canvas.suptitle(for_matplotlib(figure.title))
