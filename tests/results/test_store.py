@@ -310,7 +310,9 @@ def test_a_damaged_file_is_named(tmp_path, damage):
         group = parquet.read_metadata(path).row_group(0)
         columns = map(group.column, range(group.num_columns))
         (text,) = (column for column in columns if column.path_in_schema == "text")
-        content[content.index(b"qzxjkvbw", text.data_page_offset)] ^= 1
+        assert content.count(b"qzxjkvbw") == 1
+        assert content.index(b"qzxjkvbw") > text.data_page_offset
+        content[content.index(b"qzxjkvbw")] ^= 1
     new = {"cut": content[:-20], "flip": content, "text": b"not a table", "empty": b""}[damage]
     path.write_bytes(new)
     for use in (ResultStore(tmp_path).compact, lambda: stored(tmp_path)):

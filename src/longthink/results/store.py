@@ -240,8 +240,14 @@ def _write(rows: pa.Table, path: Path) -> None:
     from pyarrow import parquet
 
     with _replacing(path) as temporary:
+        # Statistics are copies of values that no checksum covers, and for small files larger than these.
         parquet.write_table(
-            rows, temporary, compression="zstd", use_dictionary=False, write_page_checksum=True
+            rows,
+            temporary,
+            compression="zstd",
+            use_dictionary=False,
+            write_statistics=False,
+            write_page_checksum=True,
         )
 
 
