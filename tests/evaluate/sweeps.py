@@ -8,12 +8,12 @@ from longthink.evaluate.settings import make_plan
 from longthink.evaluate.sweep import Sweep
 from longthink.results.store import ResultStore
 
-SHORT = dict(tasks="reasoner/s/chain", policies="recency", budgets="128", count=10, rows=2)
+SHORT = dict(tasks="reasoner/s/chain", policies="recency", budgets="128", count=10, rows=2, max_new_tokens=80)
 
 
 def short_sweep(folder, *, said=None, **more):
     plan, _ = make_plan(SHORT | more)
-    return Sweep(plan, ResultStore(folder), say=(said if said is not None else []).append)
+    return Sweep(plan, plan.load_tasks(), ResultStore(folder), say=(said if said is not None else []).append)
 
 
 def raw_keys(folder):
@@ -25,11 +25,12 @@ def raw_keys(folder):
     return keys
 
 
-def made(folder):
-    """What does not depend on time, of every sample."""
+def made(folder, problems=10):
+    """What does not depend on time, of every sample of the first problems."""
     rows = ResultStore(folder, create=False).query(
         "SELECT config, problem, sample, text, answer, correct, finish, prompt_tokens, generated_tokens, evicted, "
         "dense_kv_bytes FROM samples ORDER BY ALL"
     )
+    rows = [row for row in rows if int(row["problem"]) < problems]
     assert rows
     return rows

@@ -131,7 +131,9 @@ def evaluate(*, options: EvalOptions = _DEFAULTS) -> int:
     workers = run.get("workers")
     if workers is not None:
         check_int("workers", workers, 1)
-    sweep = Sweep(plan, ResultStore(Path(run.get("out", DEFAULT_OUT)).expanduser()), say=note)
+    # Problem sets first: what cannot be read must not leave an empty store.
+    tasks = plan.load_tasks()
+    sweep = Sweep(plan, tasks, ResultStore(Path(run.get("out", DEFAULT_OUT)).expanduser()), say=note)
     code = 0
     try:
         with watching(sweep):
@@ -180,14 +182,21 @@ def _print_table(rows: Sequence[Row]) -> None:
         "no room": any(row.no_room for row in rows),
         "NaN": any(row.nan for row in rows),
     }
-    table = Table(box=box.SIMPLE_HEAD)
-    for heading in ("policy", "budget", "task", "n", "right", "95 % interval", "tokens", "cut off"):
-        left = heading in ("policy", "task")
-        table.add_column(
-            heading, justify="left" if left else "right", overflow="fold", no_wrap=heading != "policy"
-        )
-    for heading in (name for name, shown in optional.items() if shown):
-        table.add_column(heading, justify="right")
+    caption = "right: pass@1, with Wilson 95 % interval; cut: share of texts that did not end by themselves"
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
+    # Wide enough for a name; what has options, or a long task, takes several lines on a narrow screen.
+    table.add_column("policy", min_width=14, overflow="fold")
+    table.add_column("budget", justify="right", no_wrap=True)
+    table.add_column("task", min_width=10, overflow="fold")
+    for heading in (
+        "n",
+        "right",
+        "interval",
+        "tokens",
+        "cut",
+        *(name for name in optional if optional[name]),
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         more = {
             "majority": "" if row.majority is None else f"{row.majority:.1%}",
@@ -200,7 +209,7 @@ def _print_table(rows: Sequence[Row]) -> None:
             Text(visible(row.task)),
             str(row.problems),
             f"{row.accuracy:.1%}",
-            f"{100 * row.low:.0f} to {row.high:.0%}",
+            f"{100 * row.low:.0f}-{row.high:.0%}",
             f"{row.tokens:.0f}",
             f"{row.truncated / row.samples:.0%}",
             *(more[name] for name, shown in optional.items() if shown),

@@ -44,8 +44,8 @@ class Sweep:
 
     Parameters
     ----------
-    plan
-        What to do.
+    plan, tasks
+        What to do, and the plan's problem sets (`Plan.load_tasks`).
     store
         Where samples go to, and where those that are done come from.
     report
@@ -55,6 +55,7 @@ class Sweep:
     """
 
     plan: Plan
+    tasks: list[Task]
     store: ResultStore
     report: Callable[[Sweep], None] = lambda sweep: None
     say: Callable[[str], None] = lambda line: None
@@ -63,7 +64,6 @@ class Sweep:
     identity: Identity | None = None
 
     def __post_init__(self) -> None:
-        self.tasks: list[Task] = self.plan.load_tasks()
         self.cells = self.plan.cells(self.tasks)
         self._coordinator: Coordinator | None = None
 
