@@ -221,6 +221,7 @@ def test_tables_as_csv_and_markdown(store, tmp_path):
     assert all(line.count("|") == lines[4].count("|") for line in lines[4:])
 
 
+@pytest.mark.slow
 def test_report_writes_every_file(tmp_path):
     store = ResultStore(tmp_path / "store")
     store.add(*answers("dense", "$x$ & <b>", 9), make_measurement(kind="jct"), make_measurement(run="r"))

@@ -56,7 +56,7 @@ def child(code, *arguments, **options):
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, **options)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.lists(st.lists(samples | measurements, max_size=4), max_size=4), st.booleans())
 def test_round_trip_keeps_the_first_of_each_key(batches, compact):
     first = {}
@@ -81,6 +81,15 @@ def test_done_tells_setups_apart(tmp_path):
     assert store.done(one.config) == {("p1", 2)}
     assert store.done(other.config) == {("p1", 0)}
     assert store.done("none") == set()
+
+
+def test_a_folder_that_was_dropped_because_it_was_empty_comes_back(tmp_path):
+    ResultStore(tmp_path)
+    (tmp_path / "samples").rmdir()
+    store = ResultStore(tmp_path, create=False)
+    assert stored(tmp_path) == []
+    store.add(make_sample())
+    assert stored(tmp_path) == [("p0", 0)]
 
 
 def test_parameters_in_turn_and_by_name(tmp_path):

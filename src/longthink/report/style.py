@@ -20,8 +20,9 @@ _COLOURS = {
     "hf static": "#8c6d46",
     "hf dynamic": "#8577d0",
     "hf static compiled": "#b5495b",
+    "milestone": "#7b5ea7",
 }
-_SPARE = ("#7b5ea7", "#6b8e23", "#b03060", "#4f7f8f")
+_SPARE = ("#6b8e23", "#b03060", "#4f7f8f")
 
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star")
 DASHES = ("solid", "dash", "dot", "dashdot")

@@ -105,6 +105,7 @@ class ResultStore:
             row = checked_row(record)
             rows.setdefault(record.table, []).append(row)
         for table, values in rows.items():
+            (self.folder / table).mkdir(exist_ok=True)  # tools such as git drop folders that are empty
             name = f"{time.time_ns():020d}-{secrets.token_hex(6)}.parquet"
             _write(pa.Table.from_pylist(values, arrow_schema(table)), self.folder / table / name)
 
