@@ -8,7 +8,7 @@ from longthink.evaluate.settings import make_plan
 from longthink.evaluate.sweep import Sweep
 from longthink.results.store import ResultStore
 
-SHORT = dict(tasks="reasoner/s/chain", policies="recency", budgets="128", count=10, rows=2, max_new_tokens=80)
+SHORT = dict(tasks="reasoner/s/chain", policies="recency", budgets="96", count=10, rows=2, max_new_tokens=80)
 
 
 def short_sweep(folder, *, said=None, **more):

@@ -37,7 +37,7 @@ def test_samples_are_those_of_generate_and_say_what_was_measured(whole):
         row = rows[item.id]
         ids = torch.tensor([task.prompt_ids(item, tokenizer)])
         out = generate(
-            model, ids, policy="recency", budget=128, max_new_tokens=task.max_new_tokens, do_sample=False,
+            model, ids, policy="recency", budget=96, max_new_tokens=80, do_sample=False,
             return_dict_in_generate=True,
         )  # fmt: skip
         new = out.sequences[0, ids.shape[1] :].tolist()
@@ -51,7 +51,7 @@ def test_samples_are_those_of_generate_and_say_what_was_measured(whole):
         assert row["finish"] == ("stop" if new[-1] == tokenizer.eos_token_id else "length")
         assert 1 <= row["rows"] <= 2
         assert row["config"] == sweep.configs[0]
-    assert {row["finish"] for row in rows.values()} >= {"stop"}
+    assert all(row["evicted"] > 0 for row in rows.values())
 
 
 def test_what_is_done_is_never_done_again(whole):
