@@ -66,7 +66,17 @@ def test_an_error_of_a_task_is_the_error_of_the_sweep(cluster, tmp_path):
         run_sweep(short_sweep(tmp_path / "store", model=str(tmp_path / "gone")), ray=cluster.address)
 
 
-def test_no_cluster_is_said_in_words(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("127.0.0.1:1", r"no Ray cluster at '127\.0\.0\.1:1'"),
+        ("host:port", "no Ray cluster at 'host:port'"),
+        ("clutser", "ray='clutser' must be HOST:PORT, auto or local"),
+        ("auto", "no Ray cluster at 'auto'"),
+    ],
+)
+def test_no_cluster_is_said_in_words(tmp_path, monkeypatch, address, message):
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    with pytest.raises(SweepError, match=r"no Ray cluster at '127\.0\.0\.1:1'"):
-        run_sweep(short_sweep(tmp_path / "store"), ray="127.0.0.1:1")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(SweepError, match=message):
+        run_sweep(short_sweep(tmp_path / "store"), ray=address)

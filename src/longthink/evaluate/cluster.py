@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
@@ -21,6 +22,8 @@ BATCHES = 4
 """A shard has at most this many times the samples that are decoded side by side."""
 ATTEMPTS = 4
 """Workers that may die with a sample in flight before the sweep gives up."""
+_CONNECT_S = 10.0
+"""Time to reach the address of a cluster (seconds)."""
 
 
 def run_on_ray(sweep: Sweep, address: str, parallel: int | None = None) -> None:
@@ -49,6 +52,7 @@ def run_on_ray(sweep: Sweep, address: str, parallel: int | None = None) -> None:
         import ray
     own = not ray.is_initialized()
     if own:
+        _check_reachable(address)
         place: dict[str, Any] = {"include_dashboard": False} if address == LOCAL else {"address": address}
         try:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **place)
@@ -61,6 +65,19 @@ def run_on_ray(sweep: Sweep, address: str, parallel: int | None = None) -> None:
     finally:
         if own:
             ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Refuse an address where nobody listens: Ray would end this process instead of raising an error."""
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    if not separator:
+        if address not in (LOCAL, "auto"):
+            raise SweepError(f"ray={address!r} must be HOST:PORT, auto or {LOCAL}")
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
+    except (OSError, ValueError) as error:
+        raise SweepError(f"no Ray cluster at {address!r}: {error}") from error
 
 
 class _Driver:
