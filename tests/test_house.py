@@ -24,7 +24,7 @@ SRC = ROOT / "src" / "longthink"
 DOCS = ROOT / "docs"
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
-BUILT_IN = ("dense", "streaming_llm", "h2o", "quest", "raas", "recency", "random", "fifo")
+BUILT_IN = ("dense", "streaming_llm", "h2o", "quest", "raas", "recency", "random", "fifo", "milestone")
 
 python_files = sorted(
     path for folder in ("src", "tests", "scripts") for path in (ROOT / folder).rglob("*.py")

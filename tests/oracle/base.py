@@ -1,7 +1,7 @@
 """What every oracle shares: one row of a batch, kept as plain Python lists of floats.
 
 The oracles are written from the rules alone and import nothing of the library. They favour the shortest
-statement of a rule over speed. An oracle never sees a value vector: it only decides which positions stay.
+statement of a rule over speed. An oracle only decides which positions stay; attention is computed elsewhere.
 """
 
 import math
@@ -83,9 +83,15 @@ class RowOracle:
         self.scaling = setting.scaling
         self.tolerance = setting.tolerance
         self.keys: list[list[Vector]] = [[] for _ in range(setting.heads.kv)]
+        self.values: list[list[Vector]] = [[] for _ in range(setting.heads.kv)]
         self.prompt = 0
         self.length = 0
         self.doubtful = False
+
+    def see_values(self, values: list[list[Vector]]) -> None:
+        """Take `values[kv head][token]` of tokens that are about to be prefilled or stepped."""
+        for kept, new in zip(self.values, values, strict=True):
+            kept.extend(new)
 
     def prefill(self, queries: list[list[Vector]], keys: list[list[Vector]]) -> None:
         """Take `queries[query head][token]` and `keys[kv head][token]` of real prompt tokens."""

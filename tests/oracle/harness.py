@@ -12,6 +12,7 @@ from longthink.cache import LayerCache
 from longthink.config import Budget
 from longthink.policies import get_policy_class
 from tests.oracle.base import Heads, Limit, RowOracle, Setting
+from tests.oracle.milestone import MilestoneOracle
 from tests.oracle.pages import QuestOracle, RaasOracle, RandomOracle, WindowOracle
 from tests.oracle.tokens import DenseOracle, H2OOracle, StreamingOracle
 
@@ -19,6 +20,7 @@ ORACLES = {
     "dense": DenseOracle,
     "streaming_llm": StreamingOracle,
     "h2o": H2OOracle,
+    "milestone": MilestoneOracle,
     "quest": QuestOracle,
     "raas": RaasOracle,
     "recency": WindowOracle,
@@ -162,6 +164,7 @@ class Row:
     def remember(self, key_KQD: torch.Tensor, value_KQD: torch.Tensor) -> None:
         self.key_KND = torch.cat([self.key_KND, key_KQD.double()], dim=1)
         self.value_KND = torch.cat([self.value_KND, value_KQD.double()], dim=1)
+        self.oracle.see_values(value_KQD.tolist())
 
     def keys_read(self, key_ND: torch.Tensor, kept_N: torch.Tensor) -> torch.Tensor:
         """Keys as attention reads them: as they were given."""

@@ -10,7 +10,7 @@ from tests.oracle.harness import Case, Turn
 PAGE_SIZES = (1, 4, 8)
 FRACTIONS = (0.1, 0.25, 0.3, 0.5, 0.55, 0.75, 1.0)
 STYLES = ("normal", "integers", "duplicates", "spiky")
-PINNED = ("raas", "recency", "fifo", "random")
+PINNED = ("raas", "recency", "fifo", "random", "milestone")
 
 Draw = Callable[[st.SearchStrategy], object]
 
@@ -97,6 +97,27 @@ def control_cases(draw: Draw) -> Case:
 
 
 @st.composite
+def milestone_cases(draw: Draw) -> Case:
+    """Decode pages enough for both generations, and decoding long enough for many promotions."""
+    page_size = draw(st.sampled_from(PAGE_SIZES))
+    options = {
+        "page_size": page_size,
+        "keep": draw(st.sampled_from((0.0, 0.3, 0.5, 0.6, 1.0))),
+        "alpha": draw(st.sampled_from((0.1, 0.2, 0.5))),
+        "ridge": draw(st.sampled_from((0.003, 0.1))),
+    }
+    shape = draw(shapes(page_size, chunked=True))
+    decode_pages = draw(st.integers(2, 5))
+    steps = draw(st.integers((decode_pages + 1) * page_size, (decode_pages + 5) * page_size + 6))
+    shape["then"] = (steps, *shape["then"][1:])
+    pages = decode_pages + math.ceil(max(shape["prompts"]) / page_size)
+    budget = draw(
+        st.sampled_from(({"budget": pages * page_size}, {"decode_budget": decode_pages * page_size}))
+    )
+    return Case("milestone", options, **budget, **shape)
+
+
+@st.composite
 def h2o_cases(draw: Draw) -> Case:
     options = {"heavy": draw(st.sampled_from((0.0, 0.3, 0.5, 0.75, 1.0))), "pin_prompt": draw(st.booleans())}
     shape = draw(shapes(3, chunked=bool(options["pin_prompt"])))
@@ -126,4 +147,5 @@ def whole_cases(draw: Draw) -> Case:
 
 
 def all_cases() -> st.SearchStrategy[Case]:
-    return st.one_of(raas_cases(), control_cases(), h2o_cases(), streaming_cases(), whole_cases())
+    families = (raas_cases, control_cases, milestone_cases, h2o_cases, streaming_cases, whole_cases)
+    return st.one_of(*(family() for family in families))

@@ -15,6 +15,7 @@ RAAS_SWITCHES = [
     )
 ]
 PAGED = [("fifo", {}), ("recency", {}), ("random", {"seed": 7}), ("quest", {})]
+MILESTONE = [("milestone", {"alpha": alpha, "keep": keep}) for alpha, keep in ((0.5, 0.6), (0.2, 0.3))]
 PAGED += [("raas", switches) for switches in RAAS_SWITCHES]
 TOKEN_LEVEL = [("h2o", {"pin_prompt": False}), ("h2o", {"pin_prompt": True}), ("h2o", {"heavy": 0.25})]
 TOKEN_LEVEL += [("streaming_llm", {"sinks": 4, "positions": "logical"})]
@@ -32,13 +33,15 @@ def long_case(
 ) -> Case:
     """Three rows with prompts of different lengths, a decode past the cap, a padded turn, more decoding."""
     prompts = (page_size + 3, 2, 2 * page_size)
-    pages = 2 if kind == "decode_budget" else math.ceil(max(prompts) / page_size) + 2
+    # Keepers and young pages need room to differ from a plain window.
+    decode_pages = 5 if policy == "milestone" else 2
+    pages = decode_pages + (0 if kind == "decode_budget" else math.ceil(max(prompts) / page_size))
     return Case(
         policy,
         options,
         **{kind: pages * page_size},
         prompts=prompts,
-        then=(3 * page_size + 2, A_TURN, page_size + 2),
+        then=((decode_pages + 1) * page_size + 2, A_TURN, page_size + 2),
         kv_heads=2,
         group=group,
         style=style,
@@ -49,7 +52,7 @@ def long_case(
 @pytest.mark.parametrize("style", ["normal", "integers"])
 @pytest.mark.parametrize("kind", ["budget", "decode_budget"])
 @pytest.mark.parametrize("page_size", PAGE_SIZES[:3])
-@pytest.mark.parametrize(("policy", "options"), PAGED, ids=name_of)
+@pytest.mark.parametrize(("policy", "options"), PAGED + MILESTONE, ids=name_of)
 def test_policies_with_pages(policy: str, options: dict, page_size: int, kind: str, style: str) -> None:
     group = {1: 4, 4: 2, 8: 1}[page_size]
     assert compare(long_case(policy, {**options, "page_size": page_size}, page_size, kind, group, style)) > 1

@@ -9,6 +9,7 @@ from tests.oracle.strategies import (
     all_cases,
     control_cases,
     h2o_cases,
+    milestone_cases,
     raas_cases,
     streaming_cases,
     whole_cases,
@@ -21,6 +22,7 @@ FAMILIES = {
     "raas": raas_cases,
     "controls": control_cases,
     "h2o": h2o_cases,
+    "milestone": milestone_cases,
     "streaming_llm": streaming_cases,
     "whole": whole_cases,
 }

@@ -33,8 +33,6 @@ class SlotStore:
     def __init__(self, policy: Policy, key_BKQD: Tensor, cap_B: list[int], pages: int) -> None:
         rows, kv_heads, _, head_dim = key_BKQD.shape
         tables, tokens, device = policy.tables(kv_heads), pages * policy.page_size, key_BKQD.device
-        self.keys_BKSD = key_BKQD.new_zeros(rows, kv_heads, tokens, head_dim)
-        self.values_BKSD = torch.zeros_like(self.keys_BKSD)
         self.tail_BK = torch.zeros(rows, tables, dtype=torch.int64, device=device)
         representatives = key_BKQD.new_zeros(
             rows, kv_heads, pages if policy.uses_representatives else 0, head_dim
@@ -42,6 +40,8 @@ class SlotStore:
         self.table = PageTable(
             page_size=policy.page_size,
             position_BKS=torch.full((rows, tables, tokens), -1, dtype=torch.int32, device=device),
+            keys_BKSD=key_BKQD.new_zeros(rows, kv_heads, tokens, head_dim),
+            values_BKSD=key_BKQD.new_zeros(rows, kv_heads, tokens, head_dim),
             now_B=torch.full((rows,), -1, dtype=torch.int64, device=device),
             prompt_B=torch.zeros(rows, dtype=torch.int64, device=device),
             cap_B=torch.tensor(cap_B, dtype=torch.int64, device=device),
@@ -50,6 +50,16 @@ class SlotStore:
             kmax_BKPD=representatives.clone(),
             state=policy.init_state(Shape(rows, tables, pages, policy.page_size), device),
         )
+
+    @property
+    def keys_BKSD(self) -> Tensor:
+        """Keys in the token slots."""
+        return self.table.keys_BKSD
+
+    @property
+    def values_BKSD(self) -> Tensor:
+        """Values in the token slots."""
+        return self.table.values_BKSD
 
     @property
     def pages(self) -> int:
@@ -66,7 +76,8 @@ class SlotStore:
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor, of which dimension 0 counts rows, by what `change` makes of it."""
         table = self.table
-        self.keys_BKSD, self.values_BKSD = change(self.keys_BKSD), change(self.values_BKSD)
+        for field in ("keys_BKSD", "values_BKSD"):
+            setattr(table, field, change(getattr(table, field)))
         self.tail_BK = change(self.tail_BK)
         for field in ("position_BKS", "now_B", "prompt_B", "cap_B", "kmin_BKPD", "kmax_BKPD"):
             setattr(table, field, change(getattr(table, field)))
@@ -89,8 +100,8 @@ class SlotStore:
         if more <= 0:
             return
         table, tokens = self.table, more * self.table.page_size
-        self.keys_BKSD = pad(self.keys_BKSD, (0, 0, 0, tokens))
-        self.values_BKSD = pad(self.values_BKSD, (0, 0, 0, tokens))
+        table.keys_BKSD = pad(table.keys_BKSD, (0, 0, 0, tokens))
+        table.values_BKSD = pad(table.values_BKSD, (0, 0, 0, tokens))
         old_pages = self.pages
         table.position_BKS = pad(table.position_BKS, (0, tokens), value=-1)
         if table.kmin_BKPD.shape[2]:

@@ -213,6 +213,28 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
+def discriminant_scores(
+    features_BKSD: Tensor, marked_BKS: Tensor, resident_BKS: Tensor, ridge: float
+) -> Tensor:
+    """How much each token looks like the marked ones and unlike the rest: a linear discriminant, shape BKS.
+
+    With mean m and covariance C of the resident tokens' features, mean b of the marked ones and D features, the score
+    of token x is ``(x - m) . w`` with ``(C + ridge * trace(C) / D * I) w = b - m``: ridge regression of the mark, up
+    to a factor. All scores are 0 where nothing is marked or numbers are broken.
+    """
+    x = features_BKSD.to(_wide(features_BKSD.dtype))
+    resident, marked = (mask[..., None].to(x.dtype) for mask in (resident_BKS, marked_BKS & resident_BKS))
+    count = resident.sum(2, keepdim=True).clamp(min=1)
+    x = (x - (x * resident).sum(2, keepdim=True) / count) * resident
+    covariance = x.transpose(2, 3) @ x / count
+    spread = covariance.diagonal(dim1=2, dim2=3).mean(-1, keepdim=True)
+    # The tiny number keeps a table of equal tokens from being singular.
+    covariance = covariance + torch.diag_embed((ridge * spread + 1e-30).expand(*x.shape[:2], x.shape[3]))
+    difference = (x * marked).sum(2) / marked.sum(2).clamp(min=1)
+    direction, _ = torch.linalg.solve_ex(covariance, difference[..., None])
+    return (x @ direction)[..., 0].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+
 def rotate_keys(keys_BKND: Tensor, shift_B: Tensor, inv_freq_D: Tensor) -> Tensor:
     """Turn keys that carry RoPE as if they stood `shift` positions later (half-split layout).
 

@@ -4,6 +4,7 @@ from longthink.policies.base import PAGE_SIZES, Moves, PageTable, Policy, Shape,
 from longthink.policies.dense import Dense
 from longthink.policies.fifo import Fifo
 from longthink.policies.h2o import H2O
+from longthink.policies.milestone import Milestone
 from longthink.policies.quest import Quest
 from longthink.policies.raas import RaaS
 from longthink.policies.random import Random
@@ -22,6 +23,7 @@ __all__ = [
     "PAGE_SIZES",
     "Dense",
     "Fifo",
+    "Milestone",
     "Moves",
     "PageTable",
     "Policy",

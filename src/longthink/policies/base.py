@@ -33,6 +33,8 @@ class PageTable:
         Tokens in a page (T).
     position_BKS
         Logical position of the token in each token slot, int32, -1 where there is none.
+    keys_BKSD, values_BKSD
+        Keys and values of all KV heads, in the token slots.
     now_B
         Logical position of the token of the current step, int64.
     prompt_B
@@ -49,6 +51,8 @@ class PageTable:
 
     page_size: int
     position_BKS: Tensor
+    keys_BKSD: Tensor
+    values_BKSD: Tensor
     now_B: Tensor
     prompt_B: Tensor
     cap_B: Tensor

@@ -63,9 +63,9 @@ def rope_table(head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def _rotate(x_BHTD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+def _rotate(x_BHTD: Tensor, cos_B1TD: Tensor, sin_B1TD: Tensor) -> Tensor:
     first, second = x_BHTD.chunk(2, -1)
-    return x_BHTD * cos_TD + torch.cat([-second, first], -1) * sin_TD
+    return x_BHTD * cos_B1TD + torch.cat([-second, first], -1) * sin_B1TD
 
 
 def _attention(
@@ -73,8 +73,8 @@ def _attention(
     weights: Mapping[str, Tensor],
     prefix: str,
     config: Qwen2Config,
-    cos_TD: Tensor,
-    sin_TD: Tensor,
+    cos_B1TD: Tensor,
+    sin_B1TD: Tensor,
 ) -> Tensor:
     head_dim = config.hidden_size // config.num_attention_heads
 
@@ -83,8 +83,8 @@ def _attention(
         projected = F.linear(x_BTC, weights[f"{linear}.weight"], weights[f"{linear}.bias"])
         return projected.unflatten(-1, (-1, head_dim)).transpose(1, 2)
 
-    queries_BHTD = _rotate(project("q"), cos_TD, sin_TD)
-    keys_BKTD = _rotate(project("k"), cos_TD, sin_TD)
+    queries_BHTD = _rotate(project("q"), cos_B1TD, sin_B1TD)
+    keys_BKTD = _rotate(project("k"), cos_B1TD, sin_B1TD)
     group = config.num_attention_heads // config.num_key_value_heads
     keys_BHTD, values_BHTD = (x.repeat_interleave(group, 1) for x in (keys_BKTD, project("v")))
     mixed_BHTD = F.scaled_dot_product_attention(queries_BHTD, keys_BHTD, values_BHTD, is_causal=True)
@@ -92,7 +92,12 @@ def _attention(
 
 
 def forward(
-    weights: Mapping[str, Tensor], config: Qwen2Config, ids_BT: Tensor, cos_LD: Tensor, sin_LD: Tensor
+    weights: Mapping[str, Tensor],
+    config: Qwen2Config,
+    ids_BT: Tensor,
+    positions_BT: Tensor,
+    cos_LD: Tensor,
+    sin_LD: Tensor,
 ) -> Tensor:
     """Return the logits ``[B, T, V]`` of right-padded sequences.
 
@@ -104,15 +109,18 @@ def forward(
         Shapes of the model.
     ids_BT
         Token ids.
+    positions_BT
+        Logical position of each token.
     cos_LD, sin_LD
-        Tables from `rope_table`, at least T long.
+        Tables from `rope_table`, longer than the last position.
     """
-    length, width, eps = ids_BT.shape[1], (config.hidden_size,), config.rms_norm_eps
+    width, eps = (config.hidden_size,), config.rms_norm_eps
+    cos_B1TD, sin_B1TD = cos_LD[positions_BT][:, None], sin_LD[positions_BT][:, None]
     x_BTC = F.embedding(ids_BT, weights[EMBEDDING])
     for layer in range(config.num_hidden_layers):
         prefix = layer_prefix(layer)
         normed_BTC = F.rms_norm(x_BTC, width, weights[f"{prefix}input_layernorm.weight"], eps)
-        x_BTC = x_BTC + _attention(normed_BTC, weights, prefix, config, cos_LD[:length], sin_LD[:length])
+        x_BTC = x_BTC + _attention(normed_BTC, weights, prefix, config, cos_B1TD, sin_B1TD)
         normed_BTC = F.rms_norm(x_BTC, width, weights[f"{prefix}post_attention_layernorm.weight"], eps)
         gate = F.silu(F.linear(normed_BTC, weights[f"{prefix}mlp.gate_proj.weight"]))
         up = F.linear(normed_BTC, weights[f"{prefix}mlp.up_proj.weight"])

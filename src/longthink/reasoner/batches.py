@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from longthink.reasoner.architecture import MAX_TOKENS
 from longthink.reasoner.config import TrainConfig
 from longthink.reasoner.profiles import PROFILES
 from longthink.reasoner.task import MAX_LIVE, MIN_LIVE, Size, draw_problem
@@ -28,14 +30,29 @@ CHECKED_LINE = [*_OPERANDS, *_WORK, _FREE, _FREE, _FREE, *_WORK, _FREE, _RESULT,
 RECALL_UP_TO = 12
 """Look-up batches are mixed in while the longest problem has at most this many lines."""
 
+GAP_SHARE = 0.5
+"""Share of the rows in which the chain of thought stands any number of positions behind the prompt.
+
+Short problems then show every distance of the longest ones. Without it look-ups go by distance, and break each time
+problems get longer.
+"""
+
 
 @dataclass(frozen=True)
 class Batch:
-    """One training step's data, each ``[B, T]``: inputs, targets (`IGNORE` where none), kind of each target."""
+    """One training step's data, each ``[B, T]``: inputs, positions, targets (`IGNORE` where none), targets' kinds."""
 
     ids: Tensor
+    positions: Tensor
     targets: Tensor
     kinds: Tensor
+
+
+class _Row(NamedTuple):
+    prompt: list[int]
+    thought: list[int]
+    targets: list[int]
+    kinds: list[int]
 
 
 def draw_batch(config: TrainConfig, step: int, longest: int) -> tuple[Batch, int]:
@@ -68,10 +85,9 @@ def _program_batch(config: TrainConfig, rng: random.Random, ops: int, longest: i
         )
         prompt = [TOKEN_IDS[BOS], *token_ids(problem.prompt)]
         thought = [*token_ids(problem.solution), TOKEN_IDS[EOS]]
-        rows.append(
-            (prompt + thought, [IGNORE] * len(prompt) + thought, [_FREE] * len(prompt) + line * ops + [_FREE])
-        )
-    return _pack(rows)
+        kinds = [_FREE] * len(prompt) + line * ops + [_FREE]
+        rows.append(_Row(prompt, thought, [IGNORE] * len(prompt) + thought, kinds))
+    return _pack(rows, rng)
 
 
 def _recall_batch(config: TrainConfig, rng: random.Random) -> Batch:
@@ -86,17 +102,26 @@ def _recall_batch(config: TrainConfig, rng: random.Random) -> Batch:
         asked = rng.choices(list(values), k=asks)
         tail = token_ids(" ".join(f"{rng.choice(FORMS[:3]).format(name)} {values[name]}" for name in asked))
         targets = [token if i % 2 else IGNORE for i, token in enumerate(tail)]
-        rows.append((prompt + tail, [IGNORE] * len(prompt) + targets, [_FREE] * (len(prompt) + len(tail))))
-    return _pack(rows)
+        kinds = [_FREE] * (len(prompt) + len(tail))
+        rows.append(_Row(prompt, tail, [IGNORE] * len(prompt) + targets, kinds))
+    return _pack(rows, rng)
 
 
-def _pack(rows: list[tuple[list[int], list[int], list[int]]]) -> Batch:
+def _pack(rows: list[_Row], rng: random.Random) -> Batch:
     """Right-pad the rows and shift the targets by one token."""
     # Lengths are rounded up so that few different shapes are met.
-    length = -(-max(len(ids) for ids, _, _ in rows) // 32) * 32 + 1
-    columns = zip(*rows, strict=True)
+    length = -(-max(len(row.prompt) + len(row.thought) for row in rows) // 32) * 32 + 1
+    columns = (
+        [row.prompt + row.thought for row in rows],
+        [row.targets for row in rows],
+        [row.kinds for row in rows],
+    )
     ids, targets, kinds = (
-        torch.tensor([row + [fill] * (length - len(row)) for row in column])
+        torch.tensor([values + [fill] * (length - len(values)) for values in column])
         for column, fill in zip(columns, (0, IGNORE, _FREE), strict=True)
     )
-    return Batch(ids[:, :-1].contiguous(), targets[:, 1:].contiguous(), kinds[:, 1:].contiguous())
+    positions = torch.arange(length - 1).repeat(len(rows), 1)
+    for row, own in zip(rows, positions, strict=True):
+        if rng.random() < GAP_SHARE:
+            own[len(row.prompt) :] += rng.randrange(MAX_TOKENS - length)
+    return Batch(ids[:, :-1].contiguous(), positions, targets[:, 1:].contiguous(), kinds[:, 1:].contiguous())

@@ -20,7 +20,7 @@ class TrainConfig:
 
     seed: int = 0
     """Seed of the initial weights and of every batch."""
-    tokens: int = 18_000_000
+    tokens: int = 16_000_000
     """Tokens to train on, padding included."""
     batch_tokens: int = 4096
     """Tokens of one batch, about."""
@@ -36,7 +36,7 @@ class TrainConfig:
     """Longest problem at the start of the curriculum, in lines."""
     last_ops: int = 78
     """Longest problem at the end of the curriculum, in lines."""
-    promote_at: float = 0.97
+    promote_at: float = 0.98
     """Accuracy that every kind of token must reach before problems get longer."""
     longest_share: float = 0.5
     """Share of the batches with problems of the longest length; the others are of any length up to it."""

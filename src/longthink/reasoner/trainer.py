@@ -28,9 +28,9 @@ from longthink.reasoner.initial import BASIS, embedding_map, initial_weights
 
 LOG_EVERY = 20
 METRICS = "metrics.jsonl"
-# A circuit must hold over this many batches of the longest length before problems get longer. The window is short, so
-# that the first batches after a promotion, which are mostly wrong, are soon forgotten.
-_WINDOW = 12
+# A circuit must hold over this many batches of the longest length before problems get longer: promoted on a lucky
+# streak, it breaks at the next length and is learned again with fewer look-ups per token.
+_WINDOW = 32
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -153,9 +153,9 @@ class _Run:
         cos_LD, sin_LD = rope_table(shape.hidden_size // shape.num_attention_heads, torch.bfloat16)
 
         def loss_and_guess(
-            weights: Mapping[str, Tensor], ids: Tensor, targets: Tensor
+            weights: Mapping[str, Tensor], ids: Tensor, positions: Tensor, targets: Tensor
         ) -> tuple[Tensor, Tensor]:
-            logits = forward(weights, shape, ids, cos_LD, sin_LD).float()
+            logits = forward(weights, shape, ids, positions, cos_LD, sin_LD).float()
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
             return loss, logits.argmax(-1)
 
@@ -171,7 +171,7 @@ class _Run:
         """Train on one batch; return a record to log, every few steps."""
         started, state = time.perf_counter(), self.state
         batch, ops = draw_batch(self.config, state.step, state.longest)
-        loss, guess = self.loss_and_guess(self.weights, batch.ids, batch.targets)
+        loss, guess = self.loss_and_guess(self.weights, batch.ids, batch.positions, batch.targets)
         loss.backward()
         rate = self._learning_rate()
         self._update(rate)

@@ -1,0 +1,123 @@
+"""Milestone: tokens that look like those the model came back to outlive their page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from longthink.config import check_range
+from longthink.kernels import discriminant_scores
+from longthink.policies.base import Moves, PageTable, Policy, Shape, Step
+from longthink.policies.registry import register
+
+
+@register("milestone")
+@dataclass(frozen=True, kw_only=True)
+class Milestone(Policy):
+    """Keep the prompt, a window of young pages, and keeper pages of the tokens worth coming back to (our own).
+
+    When the oldest young page leaves, its tokens and those of the keeper pages compete. A token is marked once a
+    query gave it more than `alpha` of its attention from more than a page away: the model came back to it. The
+    tokens that look most like the marked ones stay, by a linear discriminant on keys and values that is fitted to
+    what is resident at that moment. So a result that nothing has read yet is kept for its kind, which no rule that
+    only counts reads can do. Differs from the paper: there is none; `raas` gave the idea of milestones.
+
+    Parameters
+    ----------
+    keep
+        Share of the decode pages that are keeper pages (at least one, and one stays young).
+    alpha
+        Share of a query's attention above which it came back to a token.
+    ridge
+        Regularisation of the discriminant, a share of the features' mean variance.
+    """
+
+    time: ClassVar[str] = "O(L)"
+    memory: ClassVar[str] = "O(L)"
+    keeps: ClassVar[str] = "prompt + recent pages + tokens like those that were read again"
+    source: ClassVar[str] = "longthink"
+
+    keep: float = 0.6
+    alpha: float = 0.5
+    ridge: float = 0.003
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("keep", self.keep, 0.0, 1.0)
+        check_range("alpha", self.alpha, 0.0, 1.0)
+        check_range("ridge", self.ridge, 0.0)
+
+    @property
+    @override
+    def uses_weights(self) -> bool:
+        return True
+
+    @override
+    def required_pages(self, prompt: int) -> int:
+        return super().required_pages(prompt) + 1
+
+    @override
+    def init_state(self, shape: Shape, device: torch.device) -> dict[str, Tensor]:
+        return {"marked": torch.zeros(shape.B, shape.K, shape.P * shape.T, dtype=torch.int8, device=device)}
+
+    @override
+    def evictable(self, table: PageTable) -> Tensor:
+        return super().evictable(table) & ~self._keeper_pages(table)
+
+    @override
+    def moves(self, table: PageTable, slot_BK: Tensor, full_BK: Tensor) -> Moves:
+        T, pages = self.page_size, torch.arange(table.page_BKP.shape[-1], device=slot_BK.device)
+        keeper_BKS = self._keeper_pages(table).repeat_interleave(T, -1)
+        going_BKS = (pages == slot_BK[..., None]).repeat_interleave(T, -1)
+        kept_BKS = self._best(table, (keeper_BKS | going_BKS) & table.resident_BKS)
+
+        going_BKT = slot_BK[..., None] * T + torch.arange(T, device=slot_BK.device)
+        promoted_BKT = kept_BKS.gather(-1, going_BKT) & full_BK[..., None]
+        demoted_BKS = (keeper_BKS & ~kept_BKS).to(torch.int8)
+        room_BKT = demoted_BKS.argsort(dim=-1, descending=True, stable=True)[..., :T]
+        place_BKT = room_BKT.gather(-1, (promoted_BKT.cumsum(-1) - 1).clamp(min=0))
+        return Moves(going_BKT, torch.where(promoted_BKT, place_BKT, going_BKT))
+
+    @override
+    def observe(self, table: PageTable, step: Step) -> None:
+        assert step.weights_BKGS is not None
+        more_than_a_page_B = table.now_B - self.page_size
+        far_BKS = table.resident_BKS & (table.position_BKS < more_than_a_page_B[:, None, None])
+        table.state["marked"] |= (far_BKS & (step.weights_BKGS.amax(2) > self.alpha)).to(torch.int8)
+
+    def _keepers(self, table: PageTable) -> tuple[Tensor, Tensor]:
+        """First keeper slot of each row, and how many there are."""
+        first_B = (table.prompt_B + self.page_size - 1).div(self.page_size, rounding_mode="floor")
+        decode_B = table.cap_B - first_B
+        count_B = (decode_B.double() * self.keep + 0.5 + 1e-9).floor().to(decode_B.dtype)
+        return first_B, torch.minimum(count_B, decode_B - 1).clamp(min=1)
+
+    def _keeper_pages(self, table: PageTable) -> Tensor:
+        """The slots behind the prompt's: the first ones that decode tokens fill, and never opened again. B1P."""
+        first_B, count_B = self._keepers(table)
+        slot = torch.arange(table.page_BKP.shape[-1], device=first_B.device)
+        behind_prompt = slot - first_B[:, None]
+        return ((behind_prompt >= 0) & (behind_prompt < count_B[:, None]))[:, None]
+
+    def _best(self, table: PageTable, candidate_BKS: Tensor) -> Tensor:
+        """Mark the best candidates, as many as the keeper pages hold; ties go to the higher position."""
+        score_BKS = self._scores(table).masked_fill(~candidate_BKS, -torch.inf)
+        late_first = table.position_BKS.argsort(dim=-1, descending=True)
+        order = late_first.gather(
+            -1, score_BKS.gather(-1, late_first).argsort(dim=-1, descending=True, stable=True)
+        )
+        room_B = self._keepers(table)[1] * self.page_size
+        return candidate_BKS & (order.argsort(-1) < room_B[:, None, None])
+
+    def _scores(self, table: PageTable) -> Tensor:
+        """How much each token looks like those that the model came back to, by its key and by its value."""
+        marked_BKS, resident_BKS = table.state["marked"] > 0, table.resident_BKS
+        by_key_BKS, by_value_BKS = (
+            discriminant_scores(features_BKSD, marked_BKS, resident_BKS, self.ridge)
+            for features_BKSD in (table.keys_BKSD, table.values_BKSD)
+        )
+        return by_key_BKS + by_value_BKS
