@@ -97,6 +97,11 @@ class LayerCache:
         shared = self._store.keys_BKSD.shape[1] // len(resident_KS)
         return (self._lengths[row] * len(resident_KS) - int(resident_KS.sum())) * shared
 
+    @property
+    def position_BKS(self) -> Tensor | None:
+        """Logical position in each token slot, -1 where there is none; K is 1 where a table serves the layer."""
+        return None if self._store is None else self._store.table.position_BKS
+
     def resident_positions(self) -> list[list[list[int]]]:
         """Logical positions that each row and KV head holds, in order."""
         if self._store is None:
