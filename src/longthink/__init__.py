@@ -1,6 +1,6 @@
 """longthink: long reasoning in constant memory.
 
-``longthink.generate(model, input_ids, policy="raas", decode_budget=1024, max_new_tokens=32768)`` is
+``longthink.generate(model, input_ids, decode_budget=1024, max_new_tokens=32768)`` is
 ``model.generate`` with a KV cache that stays at a fixed size.
 """
 

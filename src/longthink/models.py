@@ -29,7 +29,7 @@ class Loaded:
     name
         What the user asked for.
     revision
-        Commit of the Hub, or what was asked for; None for local folders and the built-in model.
+        Commit of the Hub, or what was asked for; the built-in model: a hash of its weights; a local folder: None.
     builtin
         Whether it is the built-in reasoner.
     seconds
@@ -88,9 +88,11 @@ def load_model(
     logging.disable_progress_bar()
     place = pick_device(torch, device)
     if name == REASONER:
-        from longthink.reasoner import load_reasoner
+        from longthink.reasoner.pretrained import load_reasoner, weights_revision
 
         model, tokenizer = load_reasoner()
+        # Results of other weights than these must not pass for theirs.
+        revision = weights_revision()
         if "OMP_NUM_THREADS" not in os.environ:
             # Too small to gain from threads, and a second one would wait wherever the cores are busy.
             torch.set_num_threads(1)

@@ -179,7 +179,7 @@ def test_foreign_cache_and_contradictions_with_a_live_cache(model):
     with longthink.make_cache(model, budget=64) as cache:
         with pytest.raises(ValueError, match="has its own budget"):
             longthink.generate(model, ids, past_key_values=cache, budget=64, max_new_tokens=2)
-        with pytest.raises(ValueError, match="has policy 'raas', not 'h2o'"):
+        with pytest.raises(ValueError, match="has policy 'milestone', not 'h2o'"):
             longthink.generate(model, ids, past_key_values=cache, policy="h2o", max_new_tokens=2)
 
 

@@ -154,7 +154,7 @@ def test_second_turn_with_room_equals_the_library(model, policy):
     assert cache.num_evicted == 0
 
 
-@pytest.mark.parametrize("policy", ["raas", "h2o", "recency", "streaming_llm", "random"])
+@pytest.mark.parametrize("policy", ["raas", "milestone", "h2o", "recency", "streaming_llm", "random"])
 def test_second_turn_over_budget_equals_feeding_its_tokens_one_by_one(model, policy):
     first, _ = prompt((20,), seed=1)
     second, _ = prompt((60,), seed=2)

@@ -41,7 +41,7 @@ def test_left_padding_of_any_width(model, policy):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["raas", "h2o", "quest", "random"])
+@pytest.mark.parametrize("policy", ["raas", "milestone", "h2o", "quest", "random"])
 def test_after_a_hundred_other_requests(model, policy):
     ids, mask = prompt((22,))
     expected = run(model, ids, mask, policy)

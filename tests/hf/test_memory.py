@@ -80,7 +80,7 @@ def decode(layer: LayerCache, steps: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["raas", "h2o", "streaming_llm:positions=logical"])
+@pytest.mark.parametrize("policy", ["raas", "milestone", "h2o", "streaming_llm:positions=logical"])
 def test_allocated_bytes_at_1k_and_32k_steps_are_equal(policy):
     layer = LayerCache(longthink.make_policy(policy), Budget(decode_budget=256))
     prompt_keys = torch.randn(1, 2, 40, 16)

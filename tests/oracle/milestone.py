@@ -64,7 +64,7 @@ class MilestoneOracle(RowOracle):
         prompt_pages = math.ceil(self.prompt / self.page_size)
         pages = self.limit.in_pages(self.prompt, self.page_size) - prompt_pages
         keepers = math.floor(exact_product(self.keep, pages) + exact_product(0.5, 1))
-        keepers = max(1, min(keepers, pages - 1))
+        keepers = min(max(1, keepers), pages - 1)
         return keepers, pages - keepers
 
     def step(self, query: list[Vector], key: list[Vector]) -> None:

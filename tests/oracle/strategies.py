@@ -107,7 +107,7 @@ def milestone_cases(draw: Draw) -> Case:
         "ridge": draw(st.sampled_from((0.003, 0.1))),
     }
     shape = draw(shapes(page_size, chunked=True))
-    decode_pages = draw(st.integers(2, 5))
+    decode_pages = draw(st.integers(1, 5))
     steps = draw(st.integers((decode_pages + 1) * page_size, (decode_pages + 5) * page_size + 6))
     shape["then"] = (steps, *shape["then"][1:])
     pages = decode_pages + math.ceil(max(shape["prompts"]) / page_size)

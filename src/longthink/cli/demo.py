@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # The showcase: a chain of thought almost four times as long as the decode budget. RaaS as published loses its way
 # here; with exact attention deciding which pages count as used it mostly does not. Of the seeds 0 to 5 the former
 # solved none and the latter four, this seed among them.
-POLICIES = "dense,raas,raas:used=alpha:alpha=0.3:score=exact,streaming_llm"
+POLICIES = "dense,raas,milestone,streaming_llm"
 DECODE_BUDGET = 768
 
 

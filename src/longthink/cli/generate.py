@@ -21,6 +21,7 @@ from longthink.cli.options import (
 from longthink.cli.progress import progress
 from longthink.cli.prompts import check_words, encode_prompt, read_prompt
 from longthink.cli.terminal import note, shares_place, size_text, write_json, write_text
+from longthink.config import DEFAULT_POLICY
 from longthink.models import REASONER
 from longthink.results.environment import versions
 
@@ -51,7 +52,7 @@ class GenerateOptions(ProblemOptions, SamplingOptions, BudgetOptions, ModelOptio
     raw: Switch = False
     """Give the prompt to the model as it is, without the chat template."""
 
-    policy: str = "raas"
+    policy: str = DEFAULT_POLICY
     """What the cache keeps, options after colons, such as raas:r=0.25; see "longthink policies"."""
 
     json: Switch = False

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from longthink.config import check_int
+from longthink.config import DEFAULT_POLICY, check_int
 from longthink.errors import UnsupportedFeatureError, needs_extra
 from longthink.hf import generate, make_cache
 from longthink.models import load_model
@@ -81,7 +81,7 @@ class LongthinkLM(HFLM):
     def __init__(
         self,
         pretrained: str,
-        policy: str | Policy = "raas",
+        policy: str | Policy = DEFAULT_POLICY,
         budget: int | None = None,
         decode_budget: int | None = None,
         revision: str | None = None,

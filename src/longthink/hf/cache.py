@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from longthink.cache import LayerCache
-from longthink.config import Budget, check_int
+from longthink.config import DEFAULT_POLICY, Budget, check_int
 from longthink.errors import CacheStateError, UnsupportedFeatureError
 from longthink.hf.attention import IMPLEMENTATION, install, mark, uninstall
 from longthink.hf.support import check_model, rope_frequencies
@@ -259,7 +259,7 @@ class PagedCache(Cache):
 def make_cache(
     model: PreTrainedModel,
     *,
-    policy: str | Policy = "raas",
+    policy: str | Policy = DEFAULT_POLICY,
     budget: int | None = None,
     decode_budget: int | None = None,
     batch_size: int | None = None,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from longthink.config import DEFAULT_POLICY
 from longthink.errors import NonFiniteError, UnsupportedFeatureError
 from longthink.hf.cache import PagedCache, make_cache
 from longthink.policies import Policy, make_policy
@@ -43,7 +44,7 @@ def generate(
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     *,
-    policy: str | Policy = "raas",
+    policy: str | Policy = DEFAULT_POLICY,
     budget: int | None = None,
     decode_budget: int | None = None,
     **generate_kwargs: Any,
@@ -116,7 +117,7 @@ def _check_live_cache(
         )
     if budget is not None or decode_budget is not None:
         raise ValueError("past_key_values has its own budget: give neither budget nor decode_budget with it")
-    if policy != "raas" and make_policy(policy) != cache.policy:
+    if policy != DEFAULT_POLICY and make_policy(policy) != cache.policy:
         raise ValueError(
             f"past_key_values has policy {cache.policy.spec()!r}, not {make_policy(policy).spec()!r}"
         )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from longthink.config import Budget, check_int
+from longthink.config import DEFAULT_POLICY, Budget, check_int
 from longthink.errors import BudgetError
 from longthink.hf.cache import PagedCache, make_cache
 from longthink.hf.sampling import Sampling, generator_for
@@ -116,7 +116,7 @@ def decode_stream(
     model: PreTrainedModel,
     prompts: Iterable[Request],
     *,
-    policy: str | Policy = "raas",
+    policy: str | Policy = DEFAULT_POLICY,
     budget: Budget | None = None,
     rows: int = 16,
     sampling: Sampling = _GREEDY,

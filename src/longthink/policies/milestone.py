@@ -29,7 +29,7 @@ class Milestone(Policy):
     Parameters
     ----------
     keep
-        Share of the decode pages that are keeper pages (at least one, and one stays young).
+        Share of the decode pages that are keeper pages: at least one, but one page stays young.
     alpha
         Share of a query's attention above which it came back to a token.
     ridge
@@ -55,10 +55,6 @@ class Milestone(Policy):
     @override
     def uses_weights(self) -> bool:
         return True
-
-    @override
-    def required_pages(self, prompt: int) -> int:
-        return super().required_pages(prompt) + 1
 
     @override
     def init_state(self, shape: Shape, device: torch.device) -> dict[str, Tensor]:
@@ -94,7 +90,7 @@ class Milestone(Policy):
         first_B = (table.prompt_B + self.page_size - 1).div(self.page_size, rounding_mode="floor")
         decode_B = table.cap_B - first_B
         count_B = (decode_B.double() * self.keep + 0.5 + 1e-9).floor().to(decode_B.dtype)
-        return first_B, torch.minimum(count_B, decode_B - 1).clamp(min=1)
+        return first_B, torch.minimum(count_B.clamp(min=1), decode_B - 1)
 
     def _keeper_pages(self, table: PageTable) -> Tensor:
         """The slots behind the prompt's: the first ones that decode tokens fill, and never opened again. B1P."""

@@ -53,10 +53,9 @@ Programs of 2 to {last_ops} lines, 104 names, arithmetic modulo 100, at most 4,0
 
 
 _RECIPE = """\
-The settings are in `training.json`; the same run again:
-
-    from longthink.reasoner import TrainConfig, train
-    train(TrainConfig(**settings["config"]), out="run")
+The settings are in `training.json` and are the defaults; `longthink reasoner train run` makes the same run again.
+Problems get longer as the model masters them, and in half of the rows the chain of thought stands any number of
+positions behind the prompt, so that look-ups do not go by distance.
 """
 
 
@@ -78,7 +77,7 @@ def write_card(folder: Path) -> None:
         date=training["date"],
         seed_train=config["seed"],
         last_ops=config["last_ops"],
-        recipe=training.get("note", _RECIPE),
+        recipe=_RECIPE,
         **training["versions"],
     )
     (folder / "README.md").write_text(text)

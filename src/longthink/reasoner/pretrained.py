@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from importlib.resources import as_file, files
 from pathlib import Path
 
@@ -38,6 +39,12 @@ def load_reasoner(dtype: torch.dtype = torch.float32) -> tuple[Qwen2ForCausalLM,
         )
     with as_file(files("longthink.reasoner") / "weights") as folder:
         return load_folder(folder, dtype)
+
+
+def weights_revision() -> str:
+    """Return what tells the shipped weights from earlier and later ones: the beginning of their SHA-256."""
+    data = (files("longthink.reasoner") / "weights" / "model.safetensors").read_bytes()
+    return hashlib.sha256(data).hexdigest()[:12]
 
 
 def load_folder(
