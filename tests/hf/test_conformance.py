@@ -119,7 +119,9 @@ def test_model_equals_dense_attention_masked_to_the_residents(policy):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["raas", "milestone", "h2o", "random", "recency", "streaming_llm:positions=logical"])
+@pytest.mark.parametrize(
+    "policy", ["raas", "milestone", "h2o", "random", "recency", "streaming_llm:positions=logical"]
+)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_architecture_equals_dense_attention_masked_to_the_residents(architecture, policy):
     assert_equals_shadow(architecture, policy)

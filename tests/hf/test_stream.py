@@ -122,16 +122,20 @@ def test_slots_stay_within_the_budget_and_memory_follows_the_rows():
 
 
 def test_model_and_memory_are_given_back_when_the_stream_is_dropped():
-    model = build("qwen2")
+    def caches():
+        gc.collect()
+        return {id(o) for o in gc.get_objects() if type(o) is longthink.PagedCache}
+
+    model, before = build("qwen2"), caches()
     running = decode_stream(
         model, requests(), policy="raas", budget=longthink.Budget(decode_budget=32), rows=4
     )
     next(running)
+    assert caches() - before
     assert model.config._attn_implementation == "longthink"
     running.close()
     assert model.config._attn_implementation == "sdpa"
-    gc.collect()
-    assert not [o for o in gc.get_objects() if type(o) is longthink.PagedCache]
+    assert not caches() - before
 
 
 def test_samples_depend_on_nothing_but_their_key():

@@ -87,8 +87,7 @@ class LayerCache:
     def row_dense_kv_bytes(self, row: int) -> int:
         """Bytes that keys and values of all tokens that a row has seen would take."""
         assert self._store is not None
-        keys_BKSD = self._store.keys_BKSD
-        return 2 * self._lengths[row] * keys_BKSD.shape[1] * keys_BKSD.shape[3] * keys_BKSD.itemsize
+        return 2 * self._lengths[row] * self._store.keys_BKSD[0, :, 0].nbytes
 
     def row_evicted(self, row: int) -> int:
         """Tokens that a row has seen and no longer holds, summed over KV heads."""
@@ -121,8 +120,7 @@ class LayerCache:
         self._store.apply(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
         if self._sinks_BKND is not None:
             self._sinks_BKND = self._sinks_BKND.index_select(0, rows.to(self._sinks_BKND.device))
-        self._lengths = [self._lengths[row] for row in rows.tolist()]
-        self._caps = [self._caps[row] for row in rows.tolist()]
+        self._lengths, self._caps = ([old[i] for i in rows.tolist()] for old in (self._lengths, self._caps))
         self._store.set_caps(self._caps)
 
     def adopt(self, row: int, other: LayerCache) -> None:

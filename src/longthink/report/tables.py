@@ -53,7 +53,8 @@ class Table:
     def csv(self) -> str:
         """Return the table with raw values (memory in bytes), a header first."""
         text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
+        # A lone carriage return would not be quoted otherwise, and ends a row for most readers.
+        writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
         writer.writerow(name.replace("MiB", "bytes").replace(" ", "_") for name in self.columns)
         writer.writerows(self.rows)
         return text.getvalue()
