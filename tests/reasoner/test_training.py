@@ -99,6 +99,22 @@ def test_finished_run_is_left_alone(finished, tiny_config):
 
 
 @pytest.mark.slow
+def test_a_second_run_goes_on_with_the_weights_of_the_first(finished, tiny_config, tmp_path):
+    first, _ = finished
+    config = replace(tiny_config, learning_rate=0.0, weight_decay=0.0, tokens=1500)
+    train(config, out=tmp_path / "second", start=first)
+    state, saved = tensors(tmp_path / "second")
+    for name, value in tensors(first)[1].items():
+        if "/" not in name:
+            assert torch.equal(saved[name], value), "without a learning rate nothing changes"
+    assert state.tokens < 3000 and [stage["config"] for stage in state.before] == [tiny_config.to_dict()]
+    assert state.before[0]["run"]["tokens"] >= tiny_config.tokens
+    training = json.loads((tmp_path / "second" / "model" / "training.json").read_text())
+    assert training["run"]["before"][0]["config"] == tiny_config.to_dict()
+    with pytest.raises(ValueError, match="holds no checkpoint: allowed is the folder of a training run"):
+        train(config, out=tmp_path / "third", start=tmp_path / "nothing")
+
+
 def test_interrupted_and_resumed_equals_uninterrupted(finished, tiny_config, tmp_path):
     steps = []
 

@@ -34,8 +34,10 @@ def problem(*, options: ProblemOptions = _PROBLEM) -> int:
 
 
 @reasoner_app.command
-def train(out: Path, /, *, config: Annotated[TrainConfig, Parameter(name="*")] = _CONFIG) -> int:
-    """Train the built-in model from scratch.
+def train(
+    out: Path, /, *, start: Path | None = None, config: Annotated[TrainConfig, Parameter(name="*")] = _CONFIG
+) -> int:
+    """Train the built-in model, from scratch or from where another run ended.
 
     An interrupted run goes on when the same command is given again. The defaults made the weights that come with the
     package, in about half an hour on one CPU core.
@@ -44,6 +46,8 @@ def train(out: Path, /, *, config: Annotated[TrainConfig, Parameter(name="*")] =
     ----------
     out
         Folder of the run: checkpoint, metrics.jsonl and, at the end, the model.
+    start
+        Folder of another run, with whose weights this one begins.
     """
     from longthink.reasoner import train as train_model
 
@@ -53,7 +57,7 @@ def train(out: Path, /, *, config: Annotated[TrainConfig, Parameter(name="*")] =
             detail = f"loss {record['loss']:.3f}, problems of up to {record['longest']} lines"
             task.advance_to(record["tokens"], f"{detail}, {record['tokens_per_second']:,} tokens/s")
 
-        result = train_model(config, out=out, report=report)
+        result = train_model(config, out=out, start=start, report=report)
     if result.model is None:
         note(f"interrupted after {result.tokens:,} tokens and saved: give the same command to go on")
         return EXIT_INTERRUPTED

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from longthink.reasoner.config import TrainConfig
+
 _CARD = """\
 ---
 license: apache-2.0
@@ -38,13 +40,16 @@ Reproduce: `python -m longthink.reasoner.evaluate` (`evaluation.json` has the nu
 
 ## Training
 
-One run, from the initial weights: {tokens} tokens in {steps} steps, {minutes} minutes on
-{hardware}, {date},
-seed {seed_train}, Python {python}, torch {torch}, transformers {transformers}.
-{recipe}
+{tokens} tokens in {steps} steps, {minutes} minutes on {hardware}, {date}, Python {python}, torch {torch},
+transformers {transformers}. The same again:
+
+{commands}
+
+Problems get longer as the model masters them, and in half of the rows the chain of thought stands any number of
+positions behind the prompt, so that look-ups do not go by distance. `training.json` has all settings.
 Training problems come from the train split, a stable hash of the prompt's text: none is in the table above.
 What the initial weights contain (shared name vectors, heads that look one and two tokens back, a head that matches
-names) is documented in `longthink/reasoner/initial.py`; `training.json` has all settings.
+names) is documented in `longthink/reasoner/initial.py`.
 
 ## Limits
 
@@ -52,35 +57,42 @@ Programs of 2 to {last_ops} lines, 104 names, arithmetic modulo 100, at most 4,0
 """
 
 
-_RECIPE = """\
-The settings are in `training.json` and are the defaults; `longthink reasoner train run` makes the same run again.
-Problems get longer as the model masters them, and in half of the rows the chain of thought stands any number of
-positions behind the prompt, so that look-ups do not go by distance.
-"""
-
-
 def write_card(folder: Path) -> None:
     """Write ``README.md`` from ``training.json`` and ``evaluation.json`` in the same folder."""
     training = json.loads((folder / "training.json").read_text())
     evaluation = json.loads((folder / "evaluation.json").read_text())
-    run, config = training["run"], training["config"]
+    stages = [*training["run"]["before"], {"config": training["config"], "run": training["run"]}]
+    tokens, steps, seconds = (
+        sum(stage["run"][key] for stage in stages) for key in ("tokens", "step", "seconds")
+    )
     text = _CARD.format(
         parameters=f"{training['parameters']:,}",
         seed=f"{evaluation['seed']:,}",
         decoding=evaluation["decoding"],
         evaluated=evaluation["date"],
         table=_table(evaluation["rows"]),
-        tokens=f"{run['tokens']:,}",
-        steps=f"{run['step']:,}",
-        minutes=round(run["seconds"] / 60),
+        tokens=f"{tokens:,}",
+        steps=f"{steps:,}",
+        minutes=round(seconds / 60),
         hardware=training["hardware"],
         date=training["date"],
-        seed_train=config["seed"],
-        last_ops=config["last_ops"],
-        recipe=_RECIPE,
+        commands=_commands([stage["config"] for stage in stages]),
+        last_ops=training["config"]["last_ops"],
         **training["versions"],
     )
     (folder / "README.md").write_text(text)
+
+
+def _commands(configs: list[dict[str, Any]]) -> str:
+    """Return the commands that made the runs, one going on with the weights of the other."""
+    defaults, lines = TrainConfig().to_dict(), []
+    for number, config in enumerate(configs, 1):
+        options = [f"--start run{number - 1}"] if number > 1 else []
+        options += [
+            f"--{name.replace('_', '-')} {value}" for name, value in config.items() if value != defaults[name]
+        ]
+        lines.append(" ".join(["    longthink reasoner train", f"run{number}", *options]))
+    return "\n".join(lines)
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

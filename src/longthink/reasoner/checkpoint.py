@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -36,6 +37,8 @@ class State:
     """Batches of the longest length met since it was reached."""
     accuracy: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))
     """Running accuracy on those batches, by kind of token."""
+    before: list[dict[str, Any]] = field(default_factory=list)
+    """Settings and end state of the runs whose weights this one went on with, oldest first."""
 
 
 def save_checkpoint(out: Path, config: TrainConfig, state: State, tensors: dict[str, Tensor]) -> None:
@@ -51,6 +54,20 @@ def save_checkpoint(out: Path, config: TrainConfig, state: State, tensors: dict[
         target.rename(old)
     fresh.rename(target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def finished(out: Path) -> tuple[TrainConfig, State, dict[str, Tensor]]:
+    """Read the checkpoint of a run that there must be.
+
+    Raises
+    ------
+    ValueError
+        If there is none.
+    """
+    loaded = load_checkpoint(out)
+    if loaded is None:
+        raise ValueError(f"{str(out)!r} holds no checkpoint: allowed is the folder of a training run")
+    return loaded
 
 
 def load_checkpoint(out: Path) -> tuple[TrainConfig, State, dict[str, Tensor]] | None:

@@ -45,7 +45,9 @@ class TrainResult:
     seconds: float
 
 
-def train(config: TrainConfig, *, out: Path | str, report: Report | None = None) -> TrainResult:
+def train(
+    config: TrainConfig, *, out: Path | str, start: Path | str | None = None, report: Report | None = None
+) -> TrainResult:
     """Train the reasoner; the same call resumes an interrupted run.
 
     Parameters
@@ -55,6 +57,8 @@ def train(config: TrainConfig, *, out: Path | str, report: Report | None = None)
     out
         Folder of the run: ``checkpoint/``, ``metrics.jsonl`` and, at the end, the Qwen2 checkpoint ``model/`` and
         (with matplotlib installed) the loss curve ``loss.png``.
+    start
+        Folder of another run, whose weights this one begins with; fresh ones by default.
     report
         Called with each record of ``metrics.jsonl``.
 
@@ -66,10 +70,10 @@ def train(config: TrainConfig, *, out: Path | str, report: Report | None = None)
     Raises
     ------
     ValueError
-        If ``out`` holds a run with other settings.
+        If ``out`` holds a run with other settings, or ``start`` none.
     """
     out = Path(out)
-    run = _Run(config, out)
+    run = _Run(config, out, None if start is None else Path(start))
     _forget_after(out / METRICS, run.state.step)
     with _stop_on_interrupt() as stopped, (out / METRICS).open("a") as log:
         while run.state.tokens < config.tokens and not stopped.is_set():
@@ -99,10 +103,7 @@ def export_run(out: Path | str) -> Path:
         If ``out`` holds no checkpoint.
     """
     out = Path(out)
-    loaded = checkpoint.load_checkpoint(out)
-    if loaded is None:
-        raise ValueError(f"out={str(out)!r} holds no checkpoint: allowed is the folder of a training run")
-    config, state, tensors = loaded
+    config, state, tensors = checkpoint.finished(out)
     weights = materialise({name: value for name, value in tensors.items() if "/" not in name})
     export_model(out / "model", config, weights, training=asdict(state))
     return out / "model"
@@ -130,7 +131,7 @@ class _Run:
     which AdamW works.
     """
 
-    def __init__(self, config: TrainConfig, out: Path) -> None:
+    def __init__(self, config: TrainConfig, out: Path, start: Path | None = None) -> None:
         self.config, self.out = config, out
         shape = model_config(config)
         loaded = checkpoint.load_checkpoint(out)
@@ -142,6 +143,11 @@ class _Run:
         fresh = initial_weights(shape, config.seed)
         tensors = fresh if loaded is None else loaded[2]
         self.state = checkpoint.State(longest=config.first_ops) if loaded is None else loaded[1]
+        if start is not None and loaded is None:
+            earlier, state, weights = checkpoint.finished(start)
+            tensors = {name: weights[name] for name in fresh}
+            done = asdict(state)
+            self.state.before = [*done.pop("before"), {"config": earlier.to_dict(), "run": done}]
         # In one order always: the gradient's norm is a sum, and a resumed run equals an uninterrupted one to the bit.
         self.masters = {name: torch.nn.Parameter(tensors[name]) for name in fresh}
         self.optimizer = _optimizer(config, self.masters)
