@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from longthink.models import Loaded
     from longthink.reasoner import Problem
 
-# The showcase: a chain of thought almost four times as long as the decode budget. With this seed RaaS as published goes
-# wrong and milestone does not; the README says how they do on many problems.
+# The showcase: a chain of thought almost four times as long as the decode budget. With this seed RaaS as published
+# goes wrong and milestone does not; the README says how they do on many problems.
 POLICIES = "dense,raas,milestone,streaming_llm"
 DECODE_BUDGET = 768
 
