@@ -5,10 +5,11 @@ import subprocess
 import sys
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from longthink.cli import main
+from tests.bpe import byte_level_bpe
 from tests.models import build
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
@@ -56,15 +57,7 @@ def chat_model(tmp_path_factory, words):
 def bpe_model(tmp_path_factory):
     """Random Qwen2 with byte-level BPE, whose tokens may be parts of a character."""
     folder = tmp_path_factory.mktemp("bpe")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(["größe 数学 🧠 hello there " * 5], trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>"
-    )
+    fast = byte_level_bpe(["größe 数学 🧠 hello there " * 5], vocab_size=300, special=["<|endoftext|>"])
     fast.save_pretrained(folder)
     build("qwen2", vocab_size=len(fast)).save_pretrained(folder)
     return str(folder)

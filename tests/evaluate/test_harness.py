@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from longthink.errors import BudgetError, UnknownPolicyError, UnsupportedFeatureError
 from longthink.reasoner import make_problems
+from tests.bpe import byte_level_bpe
 from tests.evaluate.data import write_lines
 from tests.models import build
 
@@ -47,14 +47,7 @@ def task_file(folder, name, records, text=TASK):
 def folder(tmp_path_factory):
     """A random Qwen2 on disk with a tokenizer trained on the questions, and tasks of local files."""
     folder = tmp_path_factory.mktemp("harness")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|pad|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(QUESTIONS, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=special[0], pad_token=special[1])
+    fast = byte_level_bpe(QUESTIONS, vocab_size=400, special=["<|endoftext|>", "<|pad|>"])
     fast.save_pretrained(folder / "model")
     build("qwen2", vocab_size=len(fast)).save_pretrained(folder / "model")
     task_file(folder, "sums", [{"question": q, "answer": "x"} for q in QUESTIONS])
