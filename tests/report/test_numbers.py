@@ -12,7 +12,7 @@ from longthink.report.comparison import against_dense, compare_stores
 from longthink.report.figures import Look, budget_figures, sample_figures
 from longthink.report.measured import measurement_figures
 from longthink.report.style import make_styles
-from longthink.report.tables import results_table
+from longthink.report.tables import accuracy_table, results_table
 from longthink.results.statistics import wilson
 from longthink.results.store import ResultStore
 from tests.report.stores import BUDGETS, DECODE_BUDGETS, answers, fill, measure
@@ -221,6 +221,21 @@ def test_tables_as_csv_and_markdown(store, tmp_path):
     assert all(line.count("|") == lines[4].count("|") for line in lines[4:])
 
 
+def test_accuracy_at_a_glance_has_a_line_for_each_policy(store):
+    cells = cells_of(store)
+    table = accuracy_table(cells, look_of(cells))
+    sizes = [f"budget {n}" for n in BUDGETS] + [f"decode budget {n}" for n in DECODE_BUDGETS]
+    assert list(table.columns)[4:] == ["everything kept", *sizes]
+    tasks = {cell.task for cell in cells}
+    assert len(table.rows) == len(tasks) * len({cell.series for cell in cells})
+    found = {(row[1], row[3]): dict(zip(table.columns, row, strict=True)) for row in table.rows}
+    for cell in cells:
+        shown = found[cell.task.name, cell.series.policy][cell.size.label]
+        share, low, high = (100 * part for part in cell.share("correct"))
+        assert shown == f"{share:.1f} ({low:.0f} to {high:.0f}) of {len(cell.by_problem)}"
+    assert sum(value is not None for row in table.rows for value in row[4:]) == len(cells)
+
+
 @pytest.mark.slow
 def test_report_writes_every_file(tmp_path):
     store = ResultStore(tmp_path / "store")
@@ -239,7 +254,7 @@ def test_report_writes_every_file(tmp_path):
     assert names == {f"{name}.{ending}" for name in figures for ending in ("png", "pdf")}
     for path in (tmp_path / "out" / "figures").iterdir():
         assert path.read_bytes().startswith(b"\x89PNG" if path.suffix == ".png" else b"%PDF")
-    tables = ("results", "differences", "measurements")
+    tables = ("accuracy", "results", "differences", "measurements")
     found = {path.name for path in (tmp_path / "out" / "tables").iterdir()}
     assert found == {f"{name}.{ending}" for name in tables for ending in ("csv", "md")}
 

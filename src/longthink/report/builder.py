@@ -26,7 +26,13 @@ from longthink.report.measured import measurement_figures
 from longthink.report.page import Page, items, paragraph
 from longthink.report.plots import save_figures
 from longthink.report.style import make_styles
-from longthink.report.tables import Table, comparison_table, measurements_table, results_table
+from longthink.report.tables import (
+    Table,
+    accuracy_table,
+    comparison_table,
+    measurements_table,
+    results_table,
+)
 from longthink.report.texts import sample_texts
 from longthink.results.store import ResultStore
 
@@ -166,7 +172,7 @@ def _add_tables(page: Page, cells: Sequence[Cell], measurements: Sequence[Row], 
             tables.append(differences)
         else:
             page.add(differences.title, paragraph("The store has no Dense samples to compare with."))
-        tables.append(results_table(cells, look))
+        tables += [accuracy_table(cells, look), results_table(cells, look)]
     if measurements:
         tables.append(measurements_table(measurements))
     for table in tables:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longthink.report.cells import Cell, Row, size_of
+from longthink.report.cells import Cell, Group, Row, Series, Size, Task, size_of
 from longthink.report.comparison import Comparison
 from longthink.report.escape import for_html, for_markdown
 from longthink.report.figures import MIB, Look
 
 _SHOW: dict[str, Callable[[Any], str]] = {
     "text": str,
+    "share": str,
     "count": lambda value: f"{value:,}",
     "percent": lambda value: f"{value:.1%}",
     "points": lambda value: f"{100 * value:+.1f}",
@@ -126,6 +128,27 @@ def results_table(cells: Sequence[Cell], look: Look) -> Table:
         "averaged first. Medians leave out prompts without room."
     )
     return Table(name="results", title="Results", note=note, columns=columns, rows=rows)
+
+
+def accuracy_table(cells: Sequence[Cell], look: Look) -> Table:
+    """Return accuracy with its interval at a glance: a line per policy, a column per size."""
+    sizes = sorted({cell.size for cell in cells})
+    found: dict[tuple[Group, Task, Series], dict[Size, Cell]] = defaultdict(dict)
+    for cell in cells:
+        found[cell.group, cell.task, cell.series][cell.size] = cell
+    rows = []
+    for by_size in found.values():
+        names = _names(next(iter(by_size.values())), look)[: len(_CELL)]
+        shown = [_share_of(by_size[size]) if size in by_size else None for size in sizes]
+        rows.append([*names, *shown])
+    columns = _CELL | {size.label: "share" for size in sizes}
+    note = "Share of problems that are right, its Wilson 95 % interval, and the number of problems."
+    return Table(name="accuracy", title="Accuracy", note=note, columns=columns, rows=rows)
+
+
+def _share_of(cell: Cell) -> str:
+    share, low, high = (100 * part for part in cell.share("correct"))
+    return f"{share:.1f} ({low:.0f} to {high:.0f}) of {len(cell.by_problem)}"
 
 
 def comparison_table(
