@@ -45,12 +45,14 @@ class MilestoneOracle(RowOracle):
         setting: Setting,
         *,
         page_size: int = 16,
-        keep: float = 0.6,
+        keep: float = 0.8,
+        young: int = 32,
         alpha: float = 0.5,
         ridge: float = 0.003,
     ) -> None:
         super().__init__(setting)
-        self.page_size, self.keep, self.alpha, self.ridge = page_size, keep, alpha, ridge
+        self.page_size, self.keep, self.smallest_young = page_size, keep, young
+        self.alpha, self.ridge = alpha, ridge
         self.keepers: list[list[int]] = [[] for _ in range(self.heads.kv)]
         self.young: list[list[list[int]]] = [[] for _ in range(self.heads.kv)]
         self.marked: list[set[int]] = [set() for _ in range(self.heads.kv)]
@@ -64,7 +66,7 @@ class MilestoneOracle(RowOracle):
         prompt_pages = math.ceil(self.prompt / self.page_size)
         pages = self.limit.in_pages(self.prompt, self.page_size) - prompt_pages
         keepers = math.floor(exact_product(self.keep, pages) + exact_product(0.5, 1))
-        keepers = min(max(1, keepers), pages - 1)
+        keepers = min(keepers, max(0, pages - math.ceil(self.smallest_young / self.page_size)))
         return keepers, pages - keepers
 
     def step(self, query: list[Vector], key: list[Vector]) -> None:
@@ -77,7 +79,9 @@ class MilestoneOracle(RowOracle):
             for query_head in self.heads.queries_of(kv_head):
                 shares = softmax(self.logits(query[query_head], kv_head, positions))
                 self.marked[kv_head] |= {
-                    p for p in positions if now - p > self.page_size and self.above(shares[p], self.alpha)
+                    p
+                    for p in positions
+                    if now - p > self.smallest_young // 2 and self.above(shares[p], self.alpha)
                 }
 
     def place(self, kv_head: int, now: int) -> None:

@@ -102,7 +102,8 @@ def milestone_cases(draw: Draw) -> Case:
     page_size = draw(st.sampled_from(PAGE_SIZES))
     options = {
         "page_size": page_size,
-        "keep": draw(st.sampled_from((0.0, 0.3, 0.5, 0.6, 1.0))),
+        "keep": draw(st.sampled_from((0.0, 0.3, 0.5, 0.8, 1.0))),
+        "young": draw(st.sampled_from((1, page_size, 2 * page_size, 32))),
         "alpha": draw(st.sampled_from((0.1, 0.2, 0.5))),
         "ridge": draw(st.sampled_from((0.003, 0.1))),
     }

@@ -15,7 +15,10 @@ RAAS_SWITCHES = [
     )
 ]
 PAGED = [("fifo", {}), ("recency", {}), ("random", {"seed": 7}), ("quest", {})]
-MILESTONE = [("milestone", {"alpha": alpha, "keep": keep}) for alpha, keep in ((0.5, 0.6), (0.2, 0.3))]
+MILESTONE = [
+    ("milestone", {"alpha": alpha, "keep": keep, "young": young})
+    for alpha, keep, young in ((0.5, 0.8, 12), (0.2, 0.3, 2))
+]
 PAGED += [("raas", switches) for switches in RAAS_SWITCHES]
 TOKEN_LEVEL = [("h2o", {"pin_prompt": False}), ("h2o", {"pin_prompt": True}), ("h2o", {"heavy": 0.25})]
 TOKEN_LEVEL += [("streaming_llm", {"sinks": 4, "positions": "logical"})]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from longthink.config import check_range
+from longthink.config import check_int, check_range
 from longthink.kernels import discriminant_scores
 from longthink.policies.base import Moves, PageTable, Policy, Shape, Step
 from longthink.policies.registry import register
@@ -21,15 +21,16 @@ class Milestone(Policy):
     """Keep the prompt, a window of young pages, and keeper pages of the tokens worth coming back to (our own).
 
     When the oldest young page leaves, its tokens and those of the keeper pages compete. A token is marked once a
-    query gave it more than `alpha` of its attention from more than a page away: the model came back to it. The
-    tokens that look most like the marked ones stay, by a linear discriminant on keys and values that is fitted to
+    query gave it more than `alpha` of its attention from afar: the model came back to it. The tokens that look most like the marked ones stay, by a linear discriminant on keys and values that is fitted to
     what is resident at that moment. So a result that nothing has read yet is kept for its kind, which no rule that
     only counts reads can do. Differs from the paper: there is none; `raas` gave the idea of milestones.
 
     Parameters
     ----------
     keep
-        Share of the decode pages that are keeper pages: at least one, but one page stays young.
+        Share of the decode pages that are keeper pages, as far as `young` leaves them.
+    young
+        Fewest tokens of the young pages. Afar is more than half of it: 16 tokens.
     alpha
         Share of a query's attention above which it came back to a token.
     ridge
@@ -41,13 +42,15 @@ class Milestone(Policy):
     keeps: ClassVar[str] = "prompt + recent pages + tokens like those that were read again"
     source: ClassVar[str] = "longthink"
 
-    keep: float = 0.6
+    keep: float = 0.8
+    young: int = 32
     alpha: float = 0.5
     ridge: float = 0.003
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("keep", self.keep, 0.0, 1.0)
+        check_int("young", self.young, 1)
         check_range("alpha", self.alpha, 0.0, 1.0)
         check_range("ridge", self.ridge, 0.0)
 
@@ -81,8 +84,8 @@ class Milestone(Policy):
     @override
     def observe(self, table: PageTable, step: Step) -> None:
         assert step.weights_BKGS is not None
-        more_than_a_page_B = table.now_B - self.page_size
-        far_BKS = table.resident_BKS & (table.position_BKS < more_than_a_page_B[:, None, None])
+        near_B = table.now_B - self.young // 2
+        far_BKS = table.resident_BKS & (table.position_BKS < near_B[:, None, None])
         table.state["marked"] |= (far_BKS & (step.weights_BKGS.amax(2) > self.alpha)).to(torch.int8)
 
     def _keepers(self, table: PageTable) -> tuple[Tensor, Tensor]:
@@ -90,7 +93,8 @@ class Milestone(Policy):
         first_B = (table.prompt_B + self.page_size - 1).div(self.page_size, rounding_mode="floor")
         decode_B = table.cap_B - first_B
         count_B = (decode_B.double() * self.keep + 0.5 + 1e-9).floor().to(decode_B.dtype)
-        return first_B, torch.minimum(count_B.clamp(min=1), decode_B - 1)
+        young = -(-self.young // self.page_size)
+        return first_B, torch.minimum(count_B, (decode_B - young).clamp(min=0))
 
     def _keeper_pages(self, table: PageTable) -> Tensor:
         """The slots behind the prompt's: the first ones that decode tokens fill, and never opened again. B1P."""
