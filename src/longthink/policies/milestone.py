@@ -21,9 +21,10 @@ class Milestone(Policy):
     """Keep the prompt, a window of young pages, and keeper pages of the tokens worth coming back to (our own).
 
     When the oldest young page leaves, its tokens and those of the keeper pages compete. A token is marked once a
-    query gave it more than `alpha` of its attention from afar: the model came back to it. The tokens that look most like the marked ones stay, by a linear discriminant on keys and values that is fitted to
-    what is resident at that moment. So a result that nothing has read yet is kept for its kind, which no rule that
-    only counts reads can do. Differs from the paper: there is none; `raas` gave the idea of milestones.
+    query gave it more than `alpha` of its attention from afar: the model came back to it. The tokens that look most
+    like the marked ones stay, by a linear discriminant on keys and values that is fitted to what is resident at that
+    moment. So a result that nothing has read yet is kept for its kind, which no rule that only counts reads can do.
+    Differs from the paper: there is none; `raas` gave the idea of milestones.
 
     Parameters
     ----------
