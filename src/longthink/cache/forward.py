@@ -72,8 +72,7 @@ def _grow(layer: LayerCache, store: SlotStore, tokens: int, generator: torch.Gen
     new = old + tokens
     # Decoding adds slots when a token finds none; the same steps lead to the same number of slots.
     while store.pages * page_size < new:
-        layer._lengths = [store.pages * page_size] * rows
-        layer._reserve(store)
+        layer._reserve(store.pages * page_size + 1)
     table = store.table
     for tensor in (store.keys_BKSD, store.values_BKSD):
         tensor[:, :, old:new] = made_up(tensor[:, :, :old], tokens, generator)

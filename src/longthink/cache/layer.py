@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from longthink import kernels
+from longthink.cache.step import decode_step, turn_pages
 from longthink.cache.store import SlotStore
 from longthink.config import Budget
 from longthink.errors import BudgetError, CacheStateError, UnsupportedModelError
-from longthink.policies import Policy, Step
+from longthink.policies import Policy
 
 
 class LayerCache:
@@ -51,7 +51,6 @@ class LayerCache:
     def reset(self) -> None:
         """Forget everything and free the slots."""
         self._store: SlotStore | None = None
-        self._sinks_BKND: Tensor | None = None
         # Host copies of lengths and caps: knowing when a page opens must not wait for the device.
         self._lengths: list[int] = []
         self._caps: list[int] = []
@@ -72,7 +71,7 @@ class LayerCache:
     @property
     def metadata_bytes(self) -> int:
         """Bytes allocated for positions, representatives and the policy's state."""
-        return sum(tensor.nbytes for tensor in self._tensors()[2:])
+        return 0 if self._store is None else sum(tensor.nbytes for tensor in self._store.tensors()[2:])
 
     @property
     def dense_kv_bytes(self) -> int:
@@ -108,18 +107,11 @@ class LayerCache:
         position_BKS = self._store.table.position_BKS.expand(-1, self._store.keys_BKSD.shape[1], -1)
         return [[sorted(p for p in head if p >= 0) for head in row] for row in position_BKS.tolist()]
 
-    def _tensors(self) -> list[Tensor]:
-        if self._store is None:
-            return []
-        return self._store.tensors() + ([] if self._sinks_BKND is None else [self._sinks_BKND])
-
     def select_rows(self, rows: Tensor) -> None:
         """Make row i what row ``rows[i]`` was (beam search, batch changes)."""
         if self._store is None:
             return
         self._store.apply(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
-        if self._sinks_BKND is not None:
-            self._sinks_BKND = self._sinks_BKND.index_select(0, rows.to(self._sinks_BKND.device))
         self._lengths, self._caps = ([old[i] for i in rows.tolist()] for old in (self._lengths, self._caps))
         self._store.set_caps(self._caps)
 
@@ -131,8 +123,6 @@ class LayerCache:
             # Any row makes room: all of it is overwritten.
             self.select_rows(torch.tensor([*range(row), 0]))
         self._store.adopt(row, other._store)
-        if self._sinks_BKND is not None and other._sinks_BKND is not None:
-            self._sinks_BKND[row] = other._sinks_BKND[0]
         self._lengths[row], self._caps[row] = other._lengths[0], other._caps[0]
         self._store.set_caps(self._caps)
         self._decoding = True
@@ -300,7 +290,16 @@ class LayerCache:
         self._lengths, self._caps = lengths, caps
         shift = self.policy.key_shift(table)
         if shift is not None:
-            self._sinks_BKND = self._store.keys_BKSD[:, :, : shift[0]].clone()
+            self._store.sinks_BKND = self._store.keys_BKSD[:, :, : shift[0]].clone()
+            self._store.inv_freq_D = self._checked_frequencies().to(key_BKQD.device)
+
+    def _checked_frequencies(self) -> Tensor:
+        if self._inv_freq_D is None:
+            raise UnsupportedModelError(
+                f"policy {self.policy.spec()!r} turns keys inside the cache and needs the model's RoPE frequencies, "
+                "which this model does not offer; use streaming_llm:positions=logical"
+            )
+        return self._inv_freq_D
 
     # One token ----------------------------------------------------------------------------------------------
 
@@ -311,90 +310,55 @@ class LayerCache:
         if active_B is None or bool(active_B.all()):
             return self._decode(query_BHD, key_BKD, value_BKD, scaling)
         assert self._store is not None
-        self._reserve(self._store)
+        self._reserve(max(self._lengths) + 1)
         idle = (~active_B).nonzero().flatten()
-        kept = [tensor[idle] for tensor in self._tensors()]
+        kept = [tensor[idle] for tensor in self._store.tensors()]
         lengths = list(self._lengths)
         out_BHD = self._decode(query_BHD, key_BKD, value_BKD, scaling)
-        for tensor, rows in zip(self._tensors(), kept, strict=True):
+        for tensor, rows in zip(self._store.tensors(), kept, strict=True):
             tensor[idle] = rows
         for row in idle.tolist():
             self._lengths[row] = lengths[row]
         return out_BHD
 
     def _decode(self, query_BHD: Tensor, key_BKD: Tensor, value_BKD: Tensor, scaling: float) -> Tensor:
-        assert self._store is not None
-        store, policy = self._store, self.policy
-        table = store.table
-        table.now_B.add_(1)
-        if any(length % policy.page_size == 0 for length in self._lengths):
-            self._open_pages(store)
-        store.write(key_BKD, value_BKD)
-        self._lengths = [length + 1 for length in self._lengths]
-        self._shift_sinks(store)
+        evicts = self.begin_step()
+        if evicts is not None:
+            self.turn_pages(evicts=evicts)
+        return self.step(query_BHD, key_BKD, value_BKD, scaling)
 
-        query_BKGD = query_BHD.unflatten(1, (key_BKD.shape[1], -1))
-        out_BKGD, weights_BKGS = self._read(store, query_BKGD, scaling)
-        policy.observe(table, Step(query_BKGD, weights_BKGS, scaling))
-        return out_BKGD.flatten(1, 2)
+    def begin_step(self) -> bool | None:
+        """Count a new token for every row, on the host alone: nothing waits for the device.
 
-    def _open_pages(self, store: SlotStore) -> None:
-        """Give each row that begins a page a slot: an empty one, or the one that gives way."""
-        policy, table = self.policy, store.table
-        self._reserve(store)
-        opens_B = table.now_B % policy.page_size == 0
-        page_BKP = table.page_BKP
-        empty_BKP = page_BKP < 0
-        slot_BK = empty_BKP.to(torch.int8).argmax(-1)
-        pages = [length // policy.page_size + 1 for length in self._lengths]
-        if not policy.grows and any(page > cap for page, cap in zip(pages, self._caps, strict=True)):
-            full_BK = (~empty_BKP).sum(-1) >= table.cap_B[:, None]
-            victim_BK = kernels.lowest(policy.priority(table), page_BKP, policy.evictable(table))
-            slot_BK = torch.where(full_BK, victim_BK, slot_BK)
-            moves = policy.moves(table, slot_BK, full_BK & opens_B[:, None])
-            if moves is not None:
-                store.move(moves)
-        store.open(slot_BK, opens_B)
-
-    def _reserve(self, store: SlotStore) -> None:
-        """Add slots where the cache grows and the next token needs one."""
-        needed = max(self._lengths) // self.policy.page_size + 1
-        if self.policy.grows and needed > store.pages:
-            # Growing by a quarter keeps the copying at a constant number of copies per token.
-            store.reserve(needed + store.pages // 4)
-
-    def _read(self, store: SlotStore, query_BKGD: Tensor, scaling: float) -> tuple[Tensor, Tensor | None]:
-        """Attention over what is resident, or over the pages that the policy selects."""
-        policy, table = self.policy, store.table
-        selected_BKR = policy.select(table, query_BKGD)
-        if selected_BKR is not None:
-            keys, values, resident = store.read(selected_BKR)
-        else:
-            keys, values, resident = store.keys_BKSD, store.values_BKSD, table.resident_BKS
-            if policy.grows:
-                used = max(self._lengths)
-                keys, values, resident = keys[:, :, :used], values[:, :, :used], resident[:, :, :used]
-        resident = resident.expand(-1, keys.shape[1], -1)
-        out_BKGD, weights = kernels.decode_attention(
-            query_BKGD, keys, values, resident, scaling, with_weights=policy.uses_weights
+        Returns
+        -------
+        bool or None
+            None if no row opens a page; else whether one of them may have to evict another.
+        """
+        page_size, lengths = self.policy.page_size, self._lengths
+        self._lengths = [length + 1 for length in lengths]
+        if all(length % page_size for length in lengths):
+            return None
+        self._reserve(max(self._lengths))
+        pages = (length // page_size + 1 for length in lengths)
+        return not self.policy.grows and any(
+            page > cap for page, cap in zip(pages, self._caps, strict=True)
         )
-        if weights is not None and selected_BKR is None:
-            weights = pad(weights, (0, store.keys_BKSD.shape[2] - weights.shape[-1]))
-        return out_BKGD, weights
 
-    def _shift_sinks(self, store: SlotStore) -> None:
-        """Turn the first keys to their place inside the cache, where the policy counts places that way."""
-        shift = self.policy.key_shift(store.table)
-        if shift is None or self._sinks_BKND is None:
-            return
-        if self._inv_freq_D is None:
-            raise UnsupportedModelError(
-                f"policy {self.policy.spec()!r} turns keys inside the cache and needs the model's RoPE frequencies, "
-                "which this model does not offer; use streaming_llm:positions=logical"
-            )
-        count, shift_B = shift
-        if min(self._lengths) <= count:
-            young = (store.table.now_B < count)[:, None, None, None]
-            self._sinks_BKND = torch.where(young, store.keys_BKSD[:, :, :count], self._sinks_BKND)
-        turned = kernels.rotate_keys(self._sinks_BKND, shift_B, self._inv_freq_D.to(shift_B.device))
-        store.keys_BKSD[:, :, :count] = turned
+    def turn_pages(self, *, evicts: bool) -> None:
+        """Open pages where the step that has begun needs them: tensors alone, for a compiler."""
+        assert self._store is not None
+        turn_pages(self.policy, self._store, evicts=evicts)
+
+    def step(self, query_BHD: Tensor, key_BKD: Tensor, value_BKD: Tensor, scaling: float) -> Tensor:
+        """Take in the token of the step that has begun, and return its attention output: tensors alone."""
+        assert self._store is not None
+        return decode_step(self.policy, self._store, (query_BHD, key_BKD, value_BKD), scaling)
+
+    def _reserve(self, tokens: int) -> None:
+        """Have slots for so many tokens, where the cache grows."""
+        assert self._store is not None
+        needed = -(-tokens // self.policy.page_size)
+        if self.policy.grows and needed > self._store.pages:
+            # A quarter more keeps the copying at a constant number of copies per token.
+            self._store.reserve(needed + self._store.pages // 4)

@@ -50,6 +50,9 @@ class SlotStore:
             kmax_BKPD=representatives.clone(),
             state=policy.init_state(Shape(rows, tables, pages, policy.page_size), device),
         )
+        self.sinks_BKND: Tensor | None = None
+        """The first keys as they came, where the policy turns them (`Policy.key_shift`)."""
+        self.inv_freq_D: Tensor | None = None
 
     @property
     def keys_BKSD(self) -> Tensor:
@@ -82,6 +85,8 @@ class SlotStore:
         for field in ("position_BKS", "now_B", "prompt_B", "cap_B", "kmin_BKPD", "kmax_BKPD"):
             setattr(table, field, change(getattr(table, field)))
         table.state = {name: change(tensor) for name, tensor in table.state.items()}
+        if self.sinks_BKND is not None:
+            self.sinks_BKND = change(self.sinks_BKND)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor of the store, keys and values first."""
@@ -121,8 +126,10 @@ class SlotStore:
             return
 
         def shorten(tensor: Tensor) -> Tensor:
+            if tensor.ndim <= 2 or tensor is self.sinks_BKND:
+                return tensor
             # A copy, because a view would keep the memory.
-            return tensor[:, :, : tensor.shape[2] // old_pages * pages].clone() if tensor.ndim > 2 else tensor
+            return tensor[:, :, : tensor.shape[2] // old_pages * pages].clone()
 
         self.apply(shorten)
 
@@ -200,17 +207,18 @@ class SlotStore:
 
     # One token ----------------------------------------------------------------------------------------------
 
+    # Whole index tensors instead of scatter and gather: a compiler writes those in place, without copying the slots.
+
     def move(self, moves: Moves) -> None:
         """Carry tokens to other slots, with position and token state; then empty the slots they came from."""
         table = self.table
         tokens = table.position_BKS.shape[-1]
         per_token = [name for name, tensor in table.state.items() if tensor.shape[2] == tokens]
         for tensor in (self.keys_BKSD, self.values_BKSD, *(table.state[name] for name in per_token)):
-            source, target = (_fit(index, tensor) for index in moves)
-            tensor.scatter_(2, target, tensor.gather(2, source))
-        moved = table.position_BKS.gather(2, moves.source_BKM)
-        table.position_BKS.scatter_(2, moves.source_BKM, -1)
-        table.position_BKS.scatter_(2, moves.target_BKM, moved)
+            tensor[_at(moves.target_BKM, tensor)] = tensor[_at(moves.source_BKM, tensor)]
+        moved = table.position_BKS[_at(moves.source_BKM, table.position_BKS)]
+        table.position_BKS[_at(moves.source_BKM, table.position_BKS)] = -1
+        table.position_BKS[_at(moves.target_BKM, table.position_BKS)] = moved
 
     def open(self, slot_BK: Tensor, opens_B: Tensor) -> None:
         """Empty the named slots, where the row opens a page, and make them the tail."""
@@ -222,30 +230,29 @@ class SlotStore:
         # Old numbers go as well: a NaN left behind would reach the output through its zero weight.
         zeroed = (self.keys_BKSD, self.values_BKSD, *table.state.values())
         for tensor, empty in ((table.position_BKS, -1), *((tensor, 0) for tensor in zeroed)):
-            index = _fit(tokens_BKT if tensor.shape[2] != self.pages else slot_BK[..., None], tensor)
+            place = _at(tokens_BKT if tensor.shape[2] != self.pages else slot_BK[..., None], tensor)
             opens = opens_B.view(-1, *[1] * (tensor.ndim - 1))
-            tensor.scatter_(2, index, torch.where(opens, empty, tensor.gather(2, index)))
+            tensor[place] = torch.where(opens, empty, tensor[place])
 
     def write(self, key_BKD: Tensor, value_BKD: Tensor) -> None:
         """Write the token of position `now_B` into the tail."""
         table = self.table
         offset_B = table.now_B % table.page_size
         token_BK1 = (self.tail_BK * table.page_size + offset_B[:, None])[..., None]
-        index = _fit(token_BK1, self.keys_BKSD)
-        self.keys_BKSD.scatter_(2, index, key_BKD[:, :, None])
-        self.values_BKSD.scatter_(2, index, value_BKD[:, :, None])
+        place = _at(token_BK1, self.keys_BKSD)
+        self.keys_BKSD[place] = key_BKD[:, :, None].to(self.keys_BKSD.dtype)
+        self.values_BKSD[place] = value_BKD[:, :, None].to(self.values_BKSD.dtype)
         position = table.now_B.to(torch.int32)[:, None, None].expand_as(token_BK1)
-        table.position_BKS.scatter_(2, token_BK1, position)
+        table.position_BKS[_at(token_BK1, table.position_BKS)] = position
         if table.kmin_BKPD.shape[2]:
-            index = _fit(self.tail_BK[..., None], table.kmin_BKPD)
+            page = _at(self.tail_BK[..., None], table.kmin_BKPD)
             first = (offset_B == 0)[:, None, None, None]
             for representative, extreme in (
                 (table.kmin_BKPD, torch.minimum),
                 (table.kmax_BKPD, torch.maximum),
             ):
-                key = key_BKD[:, :, None]
-                widened = torch.where(first, key, extreme(representative.gather(2, index), key))
-                representative.scatter_(2, index, widened)
+                key = key_BKD[:, :, None].to(representative.dtype)
+                representative[page] = torch.where(first, key, extreme(representative[page], key))
 
     def read(self, slot_BKR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Keys, values and residency of the named pages; a negative slot reads as empty."""
@@ -253,12 +260,12 @@ class SlotStore:
         within = torch.arange(page_size, device=slot_BKR.device)
         token_BKS = (slot_BKR.clamp(min=0)[..., None] * page_size + within).flatten(2)
         wanted = (slot_BKR >= 0).repeat_interleave(page_size, -1)
-        resident = (table.position_BKS.gather(2, token_BKS) >= 0) & wanted
-        index = _fit(token_BKS, self.keys_BKSD)
-        return self.keys_BKSD.gather(2, index), self.values_BKSD.gather(2, index), resident
+        resident = (table.position_BKS[_at(token_BKS, table.position_BKS)] >= 0) & wanted
+        place = _at(token_BKS, self.keys_BKSD)
+        return self.keys_BKSD[place], self.values_BKSD[place], resident
 
 
-def _fit(index_BKM: Tensor, tensor: Tensor) -> Tensor:
-    """Index of dimension 2, expanded to the KV heads and trailing dimensions of the tensor."""
-    trailing = tensor.shape[3:]
-    return index_BKM.view(*index_BKM.shape, *[1] * len(trailing)).expand(-1, tensor.shape[1], -1, *trailing)
+def _at(index_BKM: Tensor, tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, heads and entries of dimension 2 that the index names, for all KV heads of the tensor."""
+    rows, heads = (torch.arange(size, device=index_BKM.device) for size in tensor.shape[:2])
+    return rows[:, None, None], heads[:, None], index_BKM

@@ -1,0 +1,96 @@
+"""The decode step of one layer: tensors in, tensors out, the same shapes each time.
+
+What is here reads no Python number that changes from step to step, and waits for no value of the device, so a
+compiler makes one program of it; without a compiler it is the eager step. `LayerCache` counts tokens beside it.
+
+Shape suffixes: B batch rows, H query heads, K KV heads, G query heads per KV head, S token slots, D head dim.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from longthink import kernels
+from longthink.cache.store import SlotStore
+from longthink.policies import Policy, Step
+
+
+def turn_pages(policy: Policy, store: SlotStore, *, evicts: bool) -> None:
+    """Give each row that begins a page with its next token a slot: an empty one, or the one that gives way.
+
+    Parameters
+    ----------
+    evicts
+        False if it is known that every row that opens a page has an empty slot.
+    """
+    # The clock moves on in `decode_step`, but the page is opened for the token to come.
+    table = dataclasses.replace(store.table, now_B=store.table.now_B + 1)
+    opens_B = table.now_B % policy.page_size == 0
+    page_BKP = table.page_BKP
+    empty_BKP = page_BKP < 0
+    slot_BK = empty_BKP.to(torch.int8).argmax(-1)
+    if evicts:
+        full_BK = (~empty_BKP).sum(-1) >= table.cap_B[:, None]
+        victim_BK = kernels.lowest(policy.priority(table), page_BKP, policy.evictable(table))
+        slot_BK = torch.where(full_BK, victim_BK, slot_BK)
+        moves = policy.moves(table, slot_BK, full_BK & opens_B[:, None])
+        if moves is not None:
+            store.move(moves)
+    store.open(slot_BK, opens_B)
+
+
+def decode_step(
+    policy: Policy, store: SlotStore, new: tuple[Tensor, Tensor, Tensor], scaling: float
+) -> Tensor:
+    """Write a token, read what is resident, and let the policy learn.
+
+    Parameters
+    ----------
+    new
+        The token's query (BHD), key and value (BKD).
+
+    Returns
+    -------
+    Tensor
+        Attention output, shape BHD.
+    """
+    query_BHD, key_BKD, value_BKD = new
+    table = store.table
+    table.now_B.add_(1)
+    store.write(key_BKD, value_BKD)
+    _shift_sinks(policy, store)
+    query_BKGD = query_BHD.unflatten(1, (key_BKD.shape[1], -1))
+    out_BKGD, weights_BKGS = _read(policy, store, query_BKGD, scaling)
+    policy.observe(table, Step(query_BKGD, weights_BKGS, scaling))
+    return out_BKGD.flatten(1, 2)
+
+
+def _read(
+    policy: Policy, store: SlotStore, query_BKGD: Tensor, scaling: float
+) -> tuple[Tensor, Tensor | None]:
+    """Attention over what is resident, or over the pages that the policy selects."""
+    table = store.table
+    selected_BKR = policy.select(table, query_BKGD)
+    if selected_BKR is not None:
+        keys, values, resident = store.read(selected_BKR)
+    else:
+        keys, values, resident = store.keys_BKSD, store.values_BKSD, table.resident_BKS
+    resident = resident.expand(-1, keys.shape[1], -1)
+    return kernels.decode_attention(
+        query_BKGD, keys, values, resident, scaling, with_weights=policy.uses_weights
+    )
+
+
+def _shift_sinks(policy: Policy, store: SlotStore) -> None:
+    """Turn the first keys to their place inside the cache, where the policy counts places that way."""
+    shift = policy.key_shift(store.table)
+    if shift is None:
+        return
+    assert store.sinks_BKND is not None and store.inv_freq_D is not None
+    count, shift_B = shift
+    young_B111 = (store.table.now_B < count)[:, None, None, None]
+    store.sinks_BKND.copy_(torch.where(young_B111, store.keys_BKSD[:, :, :count], store.sinks_BKND))
+    store.keys_BKSD[:, :, :count] = kernels.rotate_keys(store.sinks_BKND, shift_B, store.inv_freq_D)
