@@ -64,6 +64,12 @@ class LayerCache:
         return torch.tensor(self._lengths, dtype=torch.int64)
 
     @property
+    def next_position_B(self) -> Tensor:
+        """Logical position of each row's next token, on the device of the cache."""
+        assert self._store is not None
+        return self._store.table.now_B + 1
+
+    @property
     def kv_bytes(self) -> int:
         """Bytes allocated for keys and values."""
         return 0 if self._store is None else self._store.keys_BKSD.nbytes + self._store.values_BKSD.nbytes
@@ -336,14 +342,23 @@ class LayerCache:
             None if no row opens a page; else whether one of them may have to evict another.
         """
         page_size, lengths = self.policy.page_size, self._lengths
+        self._decoding = True
         self._lengths = [length + 1 for length in lengths]
         if all(length % page_size for length in lengths):
             return None
         self._reserve(max(self._lengths))
         pages = (length // page_size + 1 for length in lengths)
-        return not self.policy.grows and any(
-            page > cap for page, cap in zip(pages, self._caps, strict=True)
-        )
+        return not self.policy.grows and any(page > cap for page, cap in zip(pages, self._caps, strict=True))
+
+    def prepare_compile(self) -> None:
+        """Tell the compiler which sizes differ between caches of the same policy and budget, and what stays in place."""
+        assert self._store is not None
+        for tensor in self._store.tensors():
+            if tensor.device.type == "cuda":
+                torch._dynamo.mark_static_address(tensor)
+            varies = self.policy.grows or self.budget is None or self.budget.decode_budget is not None
+            if varies and tensor.ndim > 2 and tensor is not self._store.sinks_BKND:
+                torch._dynamo.maybe_mark_dynamic(tensor, 2)
 
     def turn_pages(self, *, evicts: bool) -> None:
         """Open pages where the step that has begun needs them: tensors alone, for a compiler."""

@@ -185,6 +185,36 @@ class PagedCache(Cache):
             "model and prompt lookup, or use transformers' own cache"
         )
 
+    # The step of `DecodeStep`, which does not come through `update` --------------------------------------------
+
+    @property
+    def rows(self) -> int:
+        """Rows that it holds, 0 before the prompt."""
+        return len(self.layers[0].slots.length_B)
+
+    def begin_step(self, rows: int) -> bool:
+        """Count one more token of every row, and return whether one of them opens a page.
+
+        Raises
+        ------
+        CacheStateError
+            If it holds no prompt or another number of rows, is closed, or a step was interrupted.
+        """
+        self._check_state(rows)
+        if rows != self.rows:
+            raise CacheStateError(f"the cache holds {self.rows} rows and was given {rows}")
+        opens = False
+        for layer in self.layers:
+            layer.pending = True
+            opens |= layer.slots.begin_step() is not None
+        return opens
+
+    def end_step(self) -> None:
+        """Say that the step that has begun is complete."""
+        for layer in self.layers:
+            layer.pending = False
+            layer.columns += 1
+
     # Continuous batching ------------------------------------------------------------------------------------
 
     def adopt(self, row: int, other: PagedCache) -> None:

@@ -11,6 +11,8 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from longthink.config import DEFAULT_POLICY
 from longthink.errors import NonFiniteError, UnsupportedFeatureError
 from longthink.hf.cache import PagedCache, make_cache
+from longthink.hf.loop import NEEDS_LIBRARY, StepLoop
+from longthink.hf.step import Compile, check_compile, compiles
 from longthink.policies import Policy, make_policy
 
 # Options of `model.generate` that a bounded cache cannot serve, and the values that leave them off.
@@ -47,6 +49,7 @@ def generate(
     policy: str | Policy = DEFAULT_POLICY,
     budget: int | None = None,
     decode_budget: int | None = None,
+    compile: Compile = "auto",
     **generate_kwargs: Any,
 ) -> Any:
     """Like ``model.generate(input_ids, ...)``, with a KV cache that stays within a budget.
@@ -62,6 +65,10 @@ def generate(
     budget, decode_budget
         Tokens to keep in each layer and row: prompt included, or on top of the prompt. Exactly one of the two,
         and none for ``dense``.
+    compile
+        Whether the decode step is compiled into one program. That takes about a minute, once for each model, policy,
+        budget and number of rows, and makes each token cheaper. ``auto`` compiles from `longthink.hf.PAYS_FROM` new
+        tokens on, or where the program is there already, and goes on eagerly where compiling fails.
     **generate_kwargs
         Anything that ``model.generate`` takes: ``max_new_tokens``, ``do_sample``, ``streamer``, ... With
         ``past_key_values=`` the cache of an earlier call goes on (a second turn); then no budget is given.
@@ -76,10 +83,13 @@ def generate(
     BudgetError
         If the prompt does not fit, or the budget does not suit the policy.
     UnsupportedModelError, UnsupportedFeatureError
-        If the model, or a way of decoding, would be served wrongly.
+        If the model, or a way of decoding, would be served wrongly; or with ``compile=True`` cannot be compiled.
     NonFiniteError
         If the model produces NaN.
+    ValueError
+        If an argument is out of range.
     """
+    check_compile(compile)
     _check_options(model, generate_kwargs)
     cache = generate_kwargs.pop("past_key_values", None)
     if cache is None:
@@ -87,6 +97,8 @@ def generate(
     else:
         _check_live_cache(cache, policy, budget, decode_budget)
     guards = LogitsProcessorList([_NonFiniteGuard(), *generate_kwargs.pop("logits_processor", [])])
+    if _compiles(model, cache, len(input_ids), compile, generate_kwargs):
+        generate_kwargs["custom_generate"] = StepLoop(compile, generate_kwargs.get("streamer"))
     with cache:
         return model.generate(
             input_ids,
@@ -95,6 +107,27 @@ def generate(
             logits_processor=guards,
             **generate_kwargs,
         )
+
+
+def _compiles(
+    model: PreTrainedModel, cache: PagedCache, rows: int, compile: Compile, options: dict[str, Any]
+) -> bool:
+    """Whether our own loop decodes, with a compiled step."""
+
+    def option(name: str) -> Any:
+        config = options.get("generation_config") or model.generation_config
+        return options.get(name, getattr(config, name, None))
+
+    needs_library = [name for name in NEEDS_LIBRARY if option(name) not in (None, False, 1)]
+    if needs_library and compile is True:
+        raise UnsupportedFeatureError(
+            f"compile=True cannot be used with {needs_library[0]}={option(needs_library[0])!r}: give compile='auto'"
+        )
+    if needs_library:
+        return False
+    rows *= option("num_return_sequences") or 1
+    tokens = option("max_new_tokens") or option("max_length")
+    return compiles(model, cache, compile, rows=rows, tokens=tokens)
 
 
 def _check_options(model: PreTrainedModel, options: dict[str, Any]) -> None:

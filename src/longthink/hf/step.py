@@ -1,0 +1,219 @@
+"""`DecodeStep`: one more token for every row of a `PagedCache`, by a compiled program or eagerly.
+
+The same two functions run in both cases: `_turn` opens pages, in the steps that need one, and `_forward` is the model
+with the tensor part of the cache in it. What counts tokens stays on the host, outside of both.
+
+Shape suffixes: B batch rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import shutil
+import types
+import weakref
+from collections.abc import Callable, Hashable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
+from transformers import PreTrainedModel
+
+from longthink.cache import LayerCache
+from longthink.config import check_choice
+from longthink.errors import UnsupportedFeatureError
+from longthink.hf.attention import mark
+from longthink.hf.cache import PagedCache
+
+Compile = Literal["auto"] | bool
+
+PAYS_FROM = 4096
+"""New tokens from which compiling pays for itself; `docs/compile.md` has the measurement."""
+
+_log = logging.getLogger(__name__)
+
+
+class _StepLayer:
+    """A layer whose step has begun: what the attention function finds on the keys."""
+
+    def __init__(self, slots: LayerCache) -> None:
+        self.slots = slots
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scaling: float | None
+    ) -> Tensor:
+        """Attention output of one new token, B x H x 1 x D; all rows take part."""
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return self.slots.step(query[:, :, 0], key[:, :, 0], value[:, :, 0], scaling)[:, :, None]
+
+
+class _StepCache:
+    """What the model sees of a cache while it decodes: nothing that changes from step to step but tensors."""
+
+    is_compileable = True
+
+    def __init__(self, cache: PagedCache) -> None:
+        self.layers = [_StepLayer(layer.slots) for layer in cache.layers]
+
+    def update(
+        self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        return mark(key, self.layers[layer_idx]), value
+
+    # Masks and positions of the library are made for a text of one token; the real positions are given.
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return query_length, 0
+
+
+def _forward(model: PreTrainedModel, cache: _StepCache, token_B1: Tensor) -> Tensor:
+    """Logits after one more token of every row, B x V."""
+    position_B1 = cache.layers[0].slots.next_position_B[:, None]
+    out = model(input_ids=token_B1, position_ids=position_B1, past_key_values=cache, use_cache=True)
+    return out.logits[:, -1]
+
+
+def _turn(cache: _StepCache) -> None:
+    """Open the pages of the step that has begun, in all layers."""
+    for layer in cache.layers:
+        layer.slots.turn_pages(evicts=not layer.slots.policy.grows)
+
+
+class _Programs:
+    """The two functions compiled, for one model and one shape of its cache."""
+
+    def __init__(self, device: torch.device) -> None:
+        mode = "reduce-overhead" if device.type == "cuda" else None
+        self.by_function = {
+            function: torch.compile(_own_copy(function), fullgraph=True, mode=mode)
+            for function in (_forward, _turn)
+        }
+
+
+def _own_copy(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with a code object of its own: the compiler counts and keeps its programs by code object."""
+    return types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+
+
+_programs: weakref.WeakKeyDictionary[PreTrainedModel, dict[Hashable, _Programs]] = weakref.WeakKeyDictionary()
+
+
+def _key(cache: PagedCache, rows: int) -> Hashable:
+    """What a program is made for: policy and budget say all shapes, as what depends on a prompt is dynamic."""
+    return type(cache.policy), cache.policy.spec(), cache.budget, rows
+
+
+def check_compile(compile: Compile) -> None:
+    """Raise `ValueError` unless it is ``auto``, True or False."""
+    if not isinstance(compile, bool):
+        check_choice("compile", compile, ("auto", True, False))
+
+
+def compiles(
+    model: PreTrainedModel, cache: PagedCache, compile: Compile, *, rows: int, tokens: int | None
+) -> bool:
+    """Whether decoding shall be compiled: as asked for, or, with ``auto``, where it pays.
+
+    Parameters
+    ----------
+    rows, tokens
+        Rows and new tokens that are asked for; None where nobody knows how many.
+
+    """
+    if isinstance(compile, bool):
+        return compile
+    if _key(cache, rows) in _programs.get(model, {}):
+        return True
+    return tokens is not None and tokens >= PAYS_FROM and _has_compiler(model.device)
+
+
+def _has_compiler(device: torch.device) -> bool:
+    if device.type == "cpu":
+        return any(shutil.which(name) for name in ("g++", "clang++", "cl"))
+    return importlib.util.find_spec("triton") is not None
+
+
+class DecodeStep:
+    """One more token for every row of a cache that holds the prompts; call it with the tokens, B x 1.
+
+    Parameters
+    ----------
+    model, cache
+        The model, and its open cache, in which every row has a prompt.
+    compile
+        True: compiled, or an error. False: eager. ``auto``: compiled if a program of this shape is there already, or
+        `tokens` are so many that compiling pays, and eager where the compiler fails.
+    tokens
+        Tokens that will be decoded, for ``auto``; None if nobody knows.
+
+    Raises
+    ------
+    ValueError
+        If `compile` is none of these.
+    UnsupportedFeatureError
+        When called: if `compile` is True and the policy or the model cannot be compiled.
+    CacheStateError
+        When called: if the cache is closed or a step was interrupted.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: PagedCache,
+        *,
+        compile: Compile = "auto",
+        tokens: int | None = None,
+    ) -> None:
+        check_compile(compile)
+        self._model = model
+        self._cache = cache
+        self._asked = compile
+        self._view = _StepCache(cache)
+        rows = cache.rows
+        self.compiled = compiles(model, cache, compile, rows=rows, tokens=tokens)
+        """Whether steps are compiled."""
+        self._programs: _Programs | None = None
+        if self.compiled:
+            of_model, key = _programs.setdefault(model, {}), _key(cache, rows)
+            if key not in of_model:
+                _log.warning(
+                    "compiling the decode step of policy %r: its first tokens take about a minute longer, "
+                    "later calls of this shape do not (compile=False decodes at once)",
+                    cache.policy.spec(),
+                )
+                of_model[key] = _Programs(model.device)
+            self._programs = of_model[key]
+            for layer in cache.layers:
+                layer.slots.prepare_compile()
+
+    @torch.no_grad()
+    def __call__(self, token_B1: Tensor) -> Tensor:
+        """Logits after these tokens, B x V."""
+        if self._cache.begin_step(len(token_B1)):
+            self._run(_turn, self._view)
+        logits_BV: Tensor = self._run(_forward, self._model, self._view, token_B1)
+        self._cache.end_step()
+        return logits_BV
+
+    def _run(self, function: Callable[..., Any], *args: Any) -> Any:
+        if self._programs is None:
+            return function(*args)
+        try:
+            return self._programs.by_function[function](*args)
+        except TorchDynamoException as error:
+            # The compiler has failed before anything ran: the same step can go on without it.
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            what = f"the decode step of policy {self._cache.policy.spec()!r} cannot be compiled ({reason})"
+            if self._asked is True:
+                raise UnsupportedFeatureError(f"{what}: give compile=False or 'auto'") from error
+            _log.warning("%s: it runs without", what)
+        self._programs, self.compiled = None, False
+        return function(*args)
