@@ -351,7 +351,7 @@ class LayerCache:
         return not self.policy.grows and any(page > cap for page, cap in zip(pages, self._caps, strict=True))
 
     def prepare_compile(self) -> None:
-        """Tell the compiler which sizes differ between caches of the same policy and budget, and what stays in place."""
+        """Tell the compiler which sizes differ between caches of the same policy and budget, and what stays put."""
         assert self._store is not None
         for tensor in self._store.tensors():
             if tensor.device.type == "cuda":

@@ -13,6 +13,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 _MASK64 = (1 << 64) - 1
 _QUERIES_AT_ONCE = 256
+_COMPARED_AT_ONCE = 128
+"""Page slots up to which comparing each with each is faster than sorting."""
 
 
 def block_attention(
@@ -149,12 +151,26 @@ def top_fraction(score_BKP: Tensor, page_BKP: Tensor, fraction: float) -> Tensor
     resident_BKP = page_BKP >= 0
     # The small offset undoes what binary fractions add: 0.3 * 170 pages must count 51, not 52.
     count_BK1 = (resident_BKP.sum(-1, keepdim=True).double() * fraction - 1e-9).ceil()
-    return _order(score_BKP, page_BKP).argsort(-1) < count_BK1
+    return _rank(score_BKP, page_BKP) < count_BK1
 
 
 def top_pages(score_BKP: Tensor, page_BKP: Tensor, count: int) -> Tensor:
     """Slots of the `count` best resident pages, best first; ties go to the lower page. Shape BKR."""
     return _order(score_BKP, page_BKP)[..., :count]
+
+
+def _rank(score_BKP: Tensor, page_BKP: Tensor) -> Tensor:
+    """Place of each slot in `_order`."""
+    if score_BKP.shape[-1] > _COMPARED_AT_ONCE:
+        return _order(score_BKP, page_BKP).argsort(-1)
+    # A compiler makes one loop of all comparisons, and none of a sort. NaN counts as more than infinity.
+    broken_BKP, empty_BKP = score_BKP.isnan(), page_BKP < 0
+    score = score_BKP.masked_fill(broken_BKP, torch.inf).masked_fill(empty_BKP, -torch.inf)
+    far = torch.iinfo(page_BKP.dtype).max
+    page = torch.where(broken_BKP, page_BKP - far // 2, page_BKP).masked_fill(empty_BKP, far)
+    mine_BKP1, other_BK1P = (score[..., None], page[..., None]), (score[..., None, :], page[..., None, :])
+    tied_BKPP = (other_BK1P[0] == mine_BKP1[0]) & (other_BK1P[1] < mine_BKP1[1])
+    return ((other_BK1P[0] > mine_BKP1[0]) | tied_BKPP).sum(-1, dtype=torch.int32)
 
 
 def _order(score_BKP: Tensor, page_BKP: Tensor) -> Tensor:
