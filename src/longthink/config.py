@@ -9,6 +9,9 @@ from typing import Any
 DEFAULT_POLICY = "milestone"
 """The policy where nobody names one; `benchmarks/2026-11-21-reasoner.md` says why."""
 
+KV_DTYPES = ("bfloat16", "float16", "float32")
+"""Formats that keys and values may be kept in, if not in the model's own."""
+
 
 def check_range(field: str, value: float, low: float, high: float | None = None) -> None:
     """Raise `ValueError` unless ``low <= value <= high``; the message names field, value and range."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def blocks_in_all(plan: Plan) -> int:
     """Number of blocks that `measure_jct` decodes."""
-    systems = len(plan.policies) + len(plan.baselines)
+    systems = len(plan.policies) * (1 + plan.compile) + len(plan.baselines)
     return (len(plan.lengths) + 1) * systems * (plan.repeats + 1)
 
 

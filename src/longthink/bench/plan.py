@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from longthink.bench.models import RANDOM
-from longthink.config import Budget, check_choice, check_int
+from longthink.config import KV_DTYPES, Budget, check_choice, check_int
 from longthink.results.environment import hardware, versions
 from longthink.results.records import Measurement
 
@@ -49,6 +49,10 @@ class Plan:
         Timed blocks of each system at each length.
     threads
         CPU threads of torch.
+    compile
+        Whether policies are measured with a compiled step as well.
+    kv_dtype
+        Format that policies keep keys and values in; None for the model's own.
     fast_forward
         Whether caches are filled with made-up contents between the lengths.
 
@@ -69,6 +73,8 @@ class Plan:
     rows: int = 1
     repeats: int = 5
     threads: int = 1
+    compile: bool = False
+    kv_dtype: str | None = None
     fast_forward: bool
 
     def __post_init__(self) -> None:
@@ -76,6 +82,8 @@ class Plan:
         check_int("rows", self.rows, 1)
         check_int("repeats", self.repeats, 1)
         check_int("threads", self.threads, 1)
+        if self.kv_dtype is not None:
+            check_choice("kv_dtype", self.kv_dtype, KV_DTYPES)
         for name in self.baselines:
             check_choice("baselines", name, BASELINES)
         if not self.policies and not self.baselines:

@@ -23,7 +23,7 @@ from longthink.bench.plan import Plan
 from longthink.cache.forward import fast_forward, made_up
 from longthink.config import Budget
 from longthink.errors import UnsupportedFeatureError
-from longthink.hf import PagedCache
+from longthink.hf import DecodeStep, PagedCache
 from longthink.hf.support import check_model
 from longthink.policies import Policy, make_policy
 
@@ -113,19 +113,37 @@ class System(ABC):
 
 
 class PagedSystem(System):
-    """A policy of longthink."""
+    """A policy of longthink.
+
+    Parameters
+    ----------
+    kv_dtype
+        See `longthink.make_cache`.
+    compiled
+        Whether the decode step is compiled, as `longthink.generate` compiles it. Compiling is not counted.
+    """
 
     def __init__(
-        self, model: PreTrainedModel, prompt_BN: Tensor, policy: Policy, budget: Budget | None
+        self,
+        model: PreTrainedModel,
+        prompt_BN: Tensor,
+        policy: Policy,
+        budget: Budget | None,
+        kv_dtype: str | None = None,
+        *,
+        compiled: bool = False,
     ) -> None:
         super().__init__(model, prompt_BN)
-        self.name = policy.spec()
+        self.name = " ".join([policy.spec(), *filter(None, [kv_dtype, compiled and "compiled"])])
         self.policy = policy
         self.budget = budget if policy.needs_budget else None
+        self.kv_dtype = kv_dtype
+        self.compiled = compiled
+        self._step: DecodeStep | None = None
 
     @override
     def _new_cache(self, length: int) -> PagedCache:
-        return PagedCache(self.model, self.policy, self.budget, len(self.prompt_BN))
+        return PagedCache(self.model, self.policy, self.budget, len(self.prompt_BN), self.kv_dtype)
 
     @override
     def _begin(self, length: int) -> None:
@@ -139,6 +157,14 @@ class PagedSystem(System):
         # Open only while it decodes: the model must be as it was for the caches of transformers.
         with self.cache:
             super().decode(steps)
+
+    @override
+    def _forward(self, ids_BN: Tensor) -> Tensor:
+        if not self.compiled:
+            return super()._forward(ids_BN)
+        if self._step is None:
+            self._step = DecodeStep(self.model, self.cache, compile=True)
+        return self._step(ids_BN)[:, None]
 
     @override
     def _fill(self, tokens: int, seed: torch.Generator) -> None:
@@ -274,8 +300,14 @@ def make_systems(model: PreTrainedModel, plan: Plan, *, room: int, whole: int | 
         else:
             kind = StaticSystem if name == "static" else CompiledSystem
             made.append(kind(model, prompt_BN, room=room, whole=whole))
-    policies = [make_policy(spec) for spec in plan.policies]
-    return made + [PagedSystem(model, prompt_BN, policy, plan.budget) for policy in policies]
+    for spec in plan.policies:
+        for compiled in (False, True) if plan.compile else (False,):
+            made.append(
+                PagedSystem(
+                    model, prompt_BN, make_policy(spec), plan.budget, plan.kv_dtype, compiled=compiled
+                )
+            )
+    return made
 
 
 def clock(device: torch.device) -> Callable[[], float]:

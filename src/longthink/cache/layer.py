@@ -31,6 +31,8 @@ class LayerCache:
         How much to keep; may be None only where the policy needs none (`dense`).
     inv_freq_D
         RoPE frequencies of the keys, for policies that number tokens inside the cache.
+    kv_dtype
+        Format that keys and values are kept in; None for that of the model.
 
     Raises
     ------
@@ -39,12 +41,18 @@ class LayerCache:
     """
 
     def __init__(
-        self, policy: Policy, budget: Budget | None = None, *, inv_freq_D: Tensor | None = None
+        self,
+        policy: Policy,
+        budget: Budget | None = None,
+        *,
+        inv_freq_D: Tensor | None = None,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         if budget is None and policy.needs_budget:
             raise BudgetError(f"policy {policy.name!r} needs a budget: give budget=... or decode_budget=...")
         self.policy = policy
         self.budget = budget
+        self.kv_dtype = kv_dtype
         self._inv_freq_D = inv_freq_D
         self.reset()
 
@@ -278,7 +286,7 @@ class LayerCache:
             max(-(-length // self.policy.page_size) for length in lengths) if self.policy.grows else max(caps)
         )
         if self._store is None:
-            self._store = SlotStore(self.policy, key_BKQD, caps, pages)
+            self._store = SlotStore(self.policy, key_BKQD, caps, pages, self.kv_dtype)
         old_slots = self._store.table.position_BKS.shape[-1] if self._lengths else 0
         self._store.reserve(pages)
         self._store.set_caps(caps)

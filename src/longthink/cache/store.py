@@ -28,9 +28,19 @@ class SlotStore:
         Page slots that each row may fill or read.
     pages
         Page slots to allocate.
+    dtype
+        Format of keys and values; None for that of the keys.
     """
 
-    def __init__(self, policy: Policy, key_BKQD: Tensor, cap_B: list[int], pages: int) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        key_BKQD: Tensor,
+        cap_B: list[int],
+        pages: int,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        key_BKQD = key_BKQD[:, :, :0].to(dtype or key_BKQD.dtype)
         rows, kv_heads, _, head_dim = key_BKQD.shape
         tables, tokens, device = policy.tables(kv_heads), pages * policy.page_size, key_BKQD.device
         self.tail_BK = torch.zeros(rows, tables, dtype=torch.int64, device=device)

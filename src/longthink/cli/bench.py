@@ -71,6 +71,9 @@ class BenchOptions(BudgetOptions, ModelOptions):
     fast_forward: bool = True
     """Fill the caches with made-up contents up to each length instead of decoding."""
 
+    kv_dtype: str | None = None
+    """Format that policies keep keys and values in: bfloat16, float16 or float32; the model's own unless given."""
+
     prompt: int = 128
     """Tokens of each prompt; they are random."""
 
@@ -100,6 +103,7 @@ class BenchOptions(BudgetOptions, ModelOptions):
             prompt=self.prompt,
             rows=self.rows,
             threads=self.threads,
+            kv_dtype=self.kv_dtype,
             fast_forward=self.fast_forward,
             **more,
         )
@@ -112,6 +116,9 @@ class JctOptions(BenchOptions):
 
     repeats: int = 5
     """Timed blocks of 32 steps of each cache at each length."""
+
+    compile: Switch = False
+    """Measure each policy with a compiled decode step as well."""
 
 
 @Parameter(name="*")
@@ -140,7 +147,7 @@ def jct(*, options: JctOptions = _JCT) -> int:
     All caches are measured in turns in one process: CPU time on a CPU, wall-clock time elsewhere. Compiling is not
     counted. The budget is 1024 unless one is given.
     """
-    plan = options.plan(repeats=options.repeats)
+    plan = options.plan(repeats=options.repeats, compile=options.compile)
     store = _store(options)
     with progress(f"loading {plan.model}"):
         from longthink.bench.models import bench_model

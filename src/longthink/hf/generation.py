@@ -49,6 +49,7 @@ def generate(
     policy: str | Policy = DEFAULT_POLICY,
     budget: int | None = None,
     decode_budget: int | None = None,
+    kv_dtype: str | None = None,
     compile: Compile = "auto",
     **generate_kwargs: Any,
 ) -> Any:
@@ -65,6 +66,8 @@ def generate(
     budget, decode_budget
         Tokens to keep in each layer and row: prompt included, or on top of the prompt. Exactly one of the two,
         and none for ``dense``.
+    kv_dtype
+        Format that keys and values are kept in; see `make_cache`.
     compile
         Whether the decode step is compiled into one program. That takes about a minute, once for each model, policy,
         budget and number of rows, and makes each token cheaper. ``auto`` compiles from `longthink.hf.PAYS_FROM` new
@@ -93,9 +96,11 @@ def generate(
     _check_options(model, generate_kwargs)
     cache = generate_kwargs.pop("past_key_values", None)
     if cache is None:
-        cache = make_cache(model, policy=policy, budget=budget, decode_budget=decode_budget)
+        cache = make_cache(
+            model, policy=policy, budget=budget, decode_budget=decode_budget, kv_dtype=kv_dtype
+        )
     else:
-        _check_live_cache(cache, policy, budget, decode_budget)
+        _check_live_cache(cache, policy, budget, decode_budget, kv_dtype)
     guards = LogitsProcessorList([_NonFiniteGuard(), *generate_kwargs.pop("logits_processor", [])])
     if _compiles(model, cache, len(input_ids), compile, generate_kwargs):
         generate_kwargs["custom_generate"] = StepLoop(compile, generate_kwargs.get("streamer"))
@@ -141,7 +146,11 @@ def _check_options(model: PreTrainedModel, options: dict[str, Any]) -> None:
 
 
 def _check_live_cache(
-    cache: Any, policy: str | Policy, budget: int | None, decode_budget: int | None
+    cache: Any,
+    policy: str | Policy,
+    budget: int | None,
+    decode_budget: int | None,
+    kv_dtype: str | None,
 ) -> None:
     if not isinstance(cache, PagedCache):
         raise UnsupportedFeatureError(
@@ -150,6 +159,8 @@ def _check_live_cache(
         )
     if budget is not None or decode_budget is not None:
         raise ValueError("past_key_values has its own budget: give neither budget nor decode_budget with it")
+    if kv_dtype not in (None, cache.kv_dtype):
+        raise ValueError(f"past_key_values has kv_dtype={cache.kv_dtype!r}, not {kv_dtype!r}")
     if policy != DEFAULT_POLICY and make_policy(policy) != cache.policy:
         raise ValueError(
             f"past_key_values has policy {cache.policy.spec()!r}, not {make_policy(policy).spec()!r}"

@@ -108,7 +108,7 @@ _programs: weakref.WeakKeyDictionary[PreTrainedModel, dict[Hashable, _Programs]]
 
 def _key(cache: PagedCache, rows: int) -> Hashable:
     """What a program is made for: policy and budget say all shapes, as what depends on a prompt is dynamic."""
-    return type(cache.policy), cache.policy.spec(), cache.budget, rows
+    return type(cache.policy), cache.policy.spec(), cache.budget, cache.kv_dtype, rows
 
 
 def check_compile(compile: Compile) -> None:

@@ -89,6 +89,8 @@ def decode_attention(
 
     Parameters
     ----------
+    keys_BKSD, values_BKSD
+        May be of a narrower format than the query.
     resident_BKS
         True where a token slot holds a token.
     with_weights
@@ -103,13 +105,14 @@ def decode_attention(
     if not with_weights:
         # The group's heads stand where SDPA expects query tokens: they share the keys of their KV head.
         mask = mask_BKGS.expand(-1, query_BKGD.shape[1], query_BKGD.shape[2], -1)
-        return scaled_dot_product_attention(
-            query_BKGD, keys_BKSD, values_BKSD, attn_mask=mask, scale=scaling
-        ), None
-    wide = _wide(query_BKGD.dtype)
-    logits_BKGS = (query_BKGD @ keys_BKSD.transpose(-1, -2)).to(wide) * scaling
+        out_BKGD = scaled_dot_product_attention(
+            query_BKGD.to(keys_BKSD.dtype), keys_BKSD, values_BKSD, attn_mask=mask, scale=scaling
+        )
+        return out_BKGD.to(query_BKGD.dtype), None
+    dtype = query_BKGD.dtype
+    logits_BKGS = (query_BKGD @ keys_BKSD.to(dtype).transpose(-1, -2)).to(_wide(dtype)) * scaling
     weights_BKGS = masked_softmax(logits_BKGS, mask_BKGS)
-    return weights_BKGS.to(values_BKSD.dtype) @ values_BKSD, weights_BKGS
+    return weights_BKGS.to(dtype) @ values_BKSD.to(dtype), weights_BKGS
 
 
 def masked_softmax(logits: Tensor, mask: Tensor) -> Tensor:
