@@ -134,7 +134,7 @@ class PagedSystem(System):
         compiled: bool = False,
     ) -> None:
         super().__init__(model, prompt_BN)
-        self.name = " ".join([policy.spec(), *filter(None, [kv_dtype, compiled and "compiled"])])
+        self.name = " ".join(filter(None, [policy.spec(), kv_dtype, "compiled" if compiled else None]))
         self.policy = policy
         self.budget = budget if policy.needs_budget else None
         self.kv_dtype = kv_dtype

@@ -69,7 +69,7 @@ class _Run:
     loaded: Loaded
     inputs: dict[str, Tensor]
     policy: Policy
-    budget: dict[str, int]
+    budget: dict[str, Any]
     options: GenerateOptions
     problem: Problem | None
 
@@ -135,7 +135,7 @@ def _problem_name(options: ProblemOptions) -> str:
     return f"profile {options.profile}, size {options.size}, seed {options.seed}"
 
 
-def _budget(options: GenerateOptions, policy: Policy) -> dict[str, int]:
+def _budget(options: GenerateOptions, policy: Policy) -> dict[str, Any]:
     """Return the budget arguments of ``make_cache``, choosing one where none is given."""
     chosen = options.given_budget
     if chosen:

@@ -85,7 +85,7 @@ def run_policy(
     runner: Runner,
     loaded: Loaded,
     inputs: dict[str, Any],
-    budget: dict[str, int],
+    budget: dict[str, Any],
     *,
     limit: int,
     on_change: Callable[[], None],

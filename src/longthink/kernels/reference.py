@@ -102,7 +102,9 @@ def decode_attention(
         Output BKGD, and weights BKGS (float32 or wider) or None.
     """
     mask_BKGS = resident_BKS[:, :, None]
-    if not with_weights:
+    # On a CPU, one query over narrow keys is faster when each key is widened as it is read, which a compiler fuses.
+    widens = keys_BKSD.dtype != query_BKGD.dtype and keys_BKSD.device.type == "cpu"
+    if not with_weights and not widens:
         # The group's heads stand where SDPA expects query tokens: they share the keys of their KV head.
         mask = mask_BKGS.expand(-1, query_BKGD.shape[1], query_BKGD.shape[2], -1)
         out_BKGD = scaled_dot_product_attention(
@@ -112,7 +114,8 @@ def decode_attention(
     dtype = query_BKGD.dtype
     logits_BKGS = (query_BKGD @ keys_BKSD.to(dtype).transpose(-1, -2)).to(_wide(dtype)) * scaling
     weights_BKGS = masked_softmax(logits_BKGS, mask_BKGS)
-    return weights_BKGS.to(dtype) @ values_BKSD.to(dtype), weights_BKGS
+    out_BKGD = weights_BKGS.to(dtype) @ values_BKSD.to(dtype)
+    return out_BKGD, weights_BKGS if with_weights else None
 
 
 def masked_softmax(logits: Tensor, mask: Tensor) -> Tensor:
