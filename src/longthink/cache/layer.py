@@ -63,6 +63,7 @@ class LayerCache:
         self._lengths: list[int] = []
         self._caps: list[int] = []
         self._decoding = False
+        self._prepared = False
 
     # What it holds ------------------------------------------------------------------------------------------
 
@@ -361,6 +362,7 @@ class LayerCache:
     def prepare_compile(self) -> None:
         """Tell the compiler which sizes differ between caches of the same policy and budget, and what stays put."""
         assert self._store is not None
+        self._prepared = True
         for tensor in self._store.tensors():
             if tensor.device.type == "cuda":
                 torch._dynamo.mark_static_address(tensor)
@@ -385,3 +387,5 @@ class LayerCache:
         if self.policy.grows and needed > self._store.pages:
             # A quarter more keeps the copying at a constant number of copies per token.
             self._store.reserve(needed + self._store.pages // 4)
+            if self._prepared:
+                self.prepare_compile()

@@ -8,8 +8,6 @@ Shape suffixes: B batch rows, H query heads, K KV heads, G query heads per KV he
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
@@ -26,8 +24,9 @@ def turn_pages(policy: Policy, store: SlotStore, *, evicts: bool) -> None:
     evicts
         False if it is known that every row that opens a page has an empty slot.
     """
-    # The clock moves on in `decode_step`, but the page is opened for the token to come.
-    table = dataclasses.replace(store.table, now_B=store.table.now_B + 1)
+    table = store.table
+    # Policies see the token to come as the present one; the clock itself moves on in `decode_step`.
+    table.now_B.add_(1)
     opens_B = table.now_B % policy.page_size == 0
     page_BKP = table.page_BKP
     empty_BKP = page_BKP < 0
@@ -40,6 +39,7 @@ def turn_pages(policy: Policy, store: SlotStore, *, evicts: bool) -> None:
         if moves is not None:
             store.move(moves)
     store.open(slot_BK, opens_B)
+    table.now_B.sub_(1)
 
 
 def decode_step(

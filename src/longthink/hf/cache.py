@@ -240,7 +240,7 @@ class PagedCache(Cache):
             If the other cache has another policy, budget or format, or not exactly one row.
         """
         if (other.policy, other.budget, other.kv_dtype) != (self.policy, self.budget, self.kv_dtype):
-            raise CacheStateError("adopt needs a cache of the same policy, budget and kv_dtype")
+            raise CacheStateError("adopt needs a cache of the same policy and budget, in the same format")
         for layer, theirs in zip(self.layers, other.layers, strict=True):
             layer.slots.adopt(row, theirs.slots)
 

@@ -153,7 +153,9 @@ def decode_stream(
         If an argument is out of range.
     """
     check_int("rows", rows, 1)
-    given: dict[str, Any] = {} if budget is None else {"budget": budget.budget, "decode_budget": budget.decode_budget}
+    given: dict[str, Any] = (
+        {} if budget is None else {"budget": budget.budget, "decode_budget": budget.decode_budget}
+    )
     # Made once to be refused early; it also keeps the model attending through longthink until the end.
     first = make_cache(model, policy=policy, **given)
     return _Stream(model, first, iter(prompts), rows, sampling).run()

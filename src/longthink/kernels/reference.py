@@ -169,8 +169,8 @@ def _rank(score_BKP: Tensor, page_BKP: Tensor) -> Tensor:
     """Place of each slot in `_order`."""
     if score_BKP.shape[-1] > _COMPARED_AT_ONCE:
         return _order(score_BKP, page_BKP).argsort(-1)
-    # A compiler makes one loop of all comparisons, and none of a sort. NaN counts as more than infinity.
-    broken_BKP, empty_BKP = score_BKP.isnan(), page_BKP < 0
+    # A compiler makes one loop of all comparisons, and none of a sort or of `isnan`. NaN is more than infinity.
+    broken_BKP, empty_BKP = score_BKP != score_BKP, page_BKP < 0
     score = score_BKP.masked_fill(broken_BKP, torch.inf).masked_fill(empty_BKP, -torch.inf)
     far = torch.iinfo(page_BKP.dtype).max
     page = torch.where(broken_BKP, page_BKP - far // 2, page_BKP).masked_fill(empty_BKP, far)

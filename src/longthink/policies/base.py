@@ -65,7 +65,8 @@ class PageTable:
     def page_BKP(self) -> Tensor:
         """Logical page in each slot (position // page_size), int32, -1 where the slot is empty."""
         position_BKP = self.position_BKS.unflatten(-1, (-1, self.page_size)).amax(-1)
-        return position_BKP.div(self.page_size, rounding_mode="floor")
+        # Page sizes are powers of two: a shift is exact, and much cheaper than a division.
+        return position_BKP >> (self.page_size.bit_length() - 1)
 
     @property
     def resident_BKS(self) -> Tensor:

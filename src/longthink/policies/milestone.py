@@ -77,8 +77,8 @@ class Milestone(Policy):
 
         going_BKT = slot_BK[..., None] * T + torch.arange(T, device=slot_BK.device)
         promoted_BKT = kept_BKS.gather(-1, going_BKT) & full_BK[..., None]
-        demoted_BKS = (keeper_BKS & ~kept_BKS).to(torch.int8)
-        room_BKT = demoted_BKS.argsort(dim=-1, descending=True, stable=True)[..., :T]
+        slot_S = torch.arange(kept_BKS.shape[-1], device=slot_BK.device)
+        room_BKT = _smallest(slot_S, keeper_BKS & ~kept_BKS, T).clamp(max=len(slot_S) - 1)
         place_BKT = room_BKT.gather(-1, (promoted_BKT.cumsum(-1) - 1).clamp(min=0))
         return Moves(going_BKT, torch.where(promoted_BKT, place_BKT, going_BKT))
 
@@ -106,13 +106,18 @@ class Milestone(Policy):
 
     def _best(self, table: PageTable, candidate_BKS: Tensor) -> Tensor:
         """Mark the best candidates, as many as the keeper pages hold; ties go to the higher position."""
-        score_BKS = self._scores(table).masked_fill(~candidate_BKS, -torch.inf)
-        late_first = table.position_BKS.argsort(dim=-1, descending=True)
-        order = late_first.gather(
-            -1, score_BKS.gather(-1, late_first).argsort(dim=-1, descending=True, stable=True)
-        )
-        room_B = self._keepers(table)[1] * self.page_size
-        return candidate_BKS & (order.argsort(-1) < room_B[:, None, None])
+        score_BKS, T = self._scores(table), self.page_size
+        room_B = self._keepers(table)[1] * T
+        # The keeper pages and one more compete: never more than a page of tokens has to go.
+        surplus_BK1 = candidate_BKS.sum(-1, keepdim=True) - room_B[:, None, None]
+        last_BK1 = _smallest(score_BKS, candidate_BKS, T).gather(-1, (surplus_BK1 - 1).clamp(0, T - 1))
+        worse_BKS = candidate_BKS & (score_BKS < last_BK1)
+        tied_BKS = candidate_BKS & (score_BKS == last_BK1)
+        left_BK1 = surplus_BK1 - worse_BKS.sum(-1, keepdim=True)
+        oldest_BKT = _smallest(table.position_BKS, tied_BKS, T)
+        oldest_BK1 = oldest_BKT.gather(-1, (left_BK1 - 1).clamp(0, T - 1))
+        goes_BKS = worse_BKS | (tied_BKS & (table.position_BKS <= oldest_BK1))
+        return candidate_BKS & ~(goes_BKS & (surplus_BK1 > 0))
 
     def _scores(self, table: PageTable) -> Tensor:
         """How much each token looks like those that the model came back to, by its key and by its value."""
@@ -122,3 +127,9 @@ class Milestone(Policy):
             for features_BKSD in (table.keys_BKSD, table.values_BKSD)
         )
         return by_key_BKS + by_value_BKS
+
+
+def _smallest(value_BKS: Tensor, of_BKS: Tensor, count: int) -> Tensor:
+    """The smallest of some values, in rising order and then as large as can be, shape BKT."""
+    most = torch.inf if value_BKS.is_floating_point() else torch.iinfo(value_BKS.dtype).max
+    return torch.where(of_BKS, value_BKS, most).topk(count, largest=False).values
