@@ -1,5 +1,7 @@
 """All systems do the same work on the same model, decoded or fast-forwarded."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch._dynamo.exc import TorchDynamoException
@@ -118,6 +120,31 @@ def test_a_model_that_cannot_be_compiled_is_a_clear_error(loaded, plan, monkeypa
         UnsupportedFeatureError, match=r"cannot be compiled here \(no compiler\): leave 'compiled'"
     ):
         system.go_to(5, fast=False)
+
+
+def test_compiled_steps_and_narrow_caches_stand_beside_the_eager_ones(loaded, plan):
+    made = systems(loaded, plan, policies=("raas", "dense"), baselines=(), compile=True)
+    assert list(made) == ["raas", "raas compiled", "dense", "dense compiled"]
+    (narrow,) = make_systems(
+        loaded.model, plan(policies=("raas",), baselines=(), kv_dtype="bfloat16"), room=8
+    )
+    for system in (made["raas"], narrow):
+        system.go_to(100, fast=True)
+    assert narrow.name == "raas bfloat16"
+    assert narrow.kv_bytes * 2 == made["raas"].kv_bytes
+    with pytest.raises(ValueError, match="kv_dtype='int4' is not one of"):
+        plan(kv_dtype="int4")
+
+
+@pytest.mark.slow
+def test_a_compiled_step_writes_the_same_text(loaded, plan, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    made = systems(loaded, plan, policies=("raas",), baselines=(), compile=True, rows=2)
+    for system in made.values():
+        system.go_to(110, fast=False)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2
+    assert next_tokens(made["raas compiled"], 9) == next_tokens(made["raas"], 9)
+    torch.compiler.reset()
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -55,6 +55,12 @@ class GenerateOptions(ProblemOptions, SamplingOptions, BudgetOptions, ModelOptio
     policy: str = DEFAULT_POLICY
     """What the cache keeps, options after colons, such as raas:r=0.25; see "longthink policies"."""
 
+    kv_dtype: str | None = None
+    """Format to keep keys and values in: bfloat16, float16 or float32; the model's own unless given."""
+
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the decode step, which takes about a minute; auto: where so many tokens may come that it pays."""
+
     json: Switch = False
     """Print one JSON document instead of the text."""
 
@@ -94,7 +100,7 @@ def generate(prompt: str | None = None, /, *, options: GenerateOptions = _DEFAUL
     run = _prepare(text, options)
     from longthink import make_cache
 
-    with make_cache(run.loaded.model, policy=run.policy, **run.budget) as cache:
+    with make_cache(run.loaded.model, policy=run.policy, kv_dtype=options.kv_dtype, **run.budget) as cache:
         if run.problem is not None:
             note(f"no prompt given: here is a problem ({_problem_name(options)})")
             if not options.json:
@@ -185,6 +191,7 @@ def _decode(run: _Run, cache: PagedCache) -> Decoded:
             on_step=task.advance_to,
             interrupted=interrupted,
             max_new_tokens=limit,
+            compile={"auto": "auto", "on": True, "off": False}[options.compile],
             **options.generate_kwargs(),
         )
 
