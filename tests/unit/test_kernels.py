@@ -173,3 +173,16 @@ def test_rotated_keys_give_the_dot_products_of_the_new_distance():
 
 def test_masked_softmax_of_nothing_is_zero():
     assert masked_softmax(torch.randn(3), torch.zeros(3, dtype=torch.bool)).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pages_are_ranked_the_same_by_comparing_and_by_sorting(dtype, monkeypatch):
+    worth = torch.tensor([-math.inf, -1.0, -0.0, 0.0, 0.5, math.inf, math.nan], dtype=dtype)
+    score = worth[torch.randint(len(worth), (20, 3, 24))]
+    page = torch.stack([torch.randperm(24, dtype=torch.int32) for _ in range(60)]).view(20, 3, 24)
+    page = torch.where(torch.rand(20, 3, 24) < 0.3, -1, page)
+    compared = [kernels.top_fraction(score, page, fraction) for fraction in (0.0, 0.3, 0.5, 1.0)]
+    monkeypatch.setattr(kernels.reference, "_COMPARED_AT_ONCE", 0)
+    ranked = [kernels.top_fraction(score, page, fraction) for fraction in (0.0, 0.3, 0.5, 1.0)]
+    assert all(torch.equal(one, other) for one, other in zip(compared, ranked, strict=True))
+    assert not compared[0].any() and torch.equal(compared[3], page >= 0)
