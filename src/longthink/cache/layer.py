@@ -79,6 +79,12 @@ class LayerCache:
         return self._store.table.now_B + 1
 
     @property
+    def shape_BKSD(self) -> torch.Size:
+        """Shape of the slots of keys and of values."""
+        assert self._store is not None
+        return self._store.keys_BKSD.shape
+
+    @property
     def kv_bytes(self) -> int:
         """Bytes allocated for keys and values."""
         return 0 if self._store is None else self._store.keys_BKSD.nbytes + self._store.values_BKSD.nbytes
@@ -385,7 +391,7 @@ class LayerCache:
         assert self._store is not None
         needed = -(-tokens // self.policy.page_size)
         if self.policy.grows and needed > self._store.pages:
-            # A quarter more keeps the copying at a constant number of copies per token.
-            self._store.reserve(needed + self._store.pages // 4)
+            # A quarter more, and at most 1024 tokens, of which each step reads all: the copy in between is not felt.
+            self._store.reserve(needed + min(self._store.pages // 4, 1024 // self.policy.page_size))
             if self._prepared:
                 self.prepare_compile()

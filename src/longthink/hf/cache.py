@@ -204,6 +204,11 @@ class PagedCache(Cache):
         """Rows that it holds, 0 before the prompt."""
         return len(self.layers[0].slots.length_B)
 
+    @property
+    def slot_shapes(self) -> tuple[torch.Size, ...]:
+        """Shape of each layer's keys, in slots."""
+        return tuple(layer.slots.shape_BKSD for layer in self.layers)
+
     def begin_step(self, rows: int) -> bool:
         """Count one more token of every row, and return whether one of them opens a page.
 
