@@ -29,8 +29,8 @@ from longthink.hf.cache import PagedCache
 
 Compile = Literal["auto"] | bool
 
-PAYS_FROM = 4096
-"""New tokens from which compiling pays for itself; `docs/compile.md` has the measurement."""
+PAYS_FROM = 8192
+"""New tokens from which compiling pays for itself; `benchmarks/2026-11-21-step.md` has the measurement."""
 
 _log = logging.getLogger(__name__)
 
