@@ -21,7 +21,7 @@ from longthink.cli.options import (
 from longthink.cli.progress import progress
 from longthink.cli.prompts import check_words, encode_prompt, read_prompt
 from longthink.cli.terminal import note, shares_place, size_text, write_json, write_text
-from longthink.config import DEFAULT_POLICY
+from longthink.config import DEFAULT_POLICY, check_int
 from longthink.models import REASONER
 from longthink.results.environment import versions
 
@@ -54,6 +54,9 @@ class GenerateOptions(ProblemOptions, SamplingOptions, BudgetOptions, ModelOptio
 
     policy: str = DEFAULT_POLICY
     """What the cache keeps, options after colons, such as raas:r=0.25; see "longthink policies"."""
+
+    prefill_chunk_size: int | None = None
+    """Read the prompt in pieces of this many tokens: for prompts that memory cannot take at once."""
 
     json: Switch = False
     """Print one JSON document instead of the text."""
@@ -116,6 +119,8 @@ def generate(prompt: str | None = None, /, *, options: GenerateOptions = _DEFAUL
 def _prepare(text: str | None, options: GenerateOptions) -> _Run:
     from longthink.policies import make_policy
 
+    if options.prefill_chunk_size is not None:
+        check_int("prefill_chunk_size", options.prefill_chunk_size, 1)
     policy = make_policy(options.policy)
     budget = _budget(options, policy)
     loaded = load_model(options)
@@ -185,6 +190,7 @@ def _decode(run: _Run, cache: PagedCache) -> Decoded:
             on_step=task.advance_to,
             interrupted=interrupted,
             max_new_tokens=limit,
+            prefill_chunk_size=options.prefill_chunk_size,
             **options.generate_kwargs(),
         )
 
