@@ -76,6 +76,8 @@ class PromptPieces:
         start, self.seen = self.seen, self.seen + real_BQ.shape[1]
         if self.seen > self.columns:
             raise CacheStateError(f"a prompt of {self.columns} columns was announced, and {self.seen} came")
+        if self.complete and start == 0:
+            return key_BKQD, value_BKQD, real_BQ
         if self._keys_BKND is None or self._values_BKND is None or self._real_BN is None:
             rows, heads, _, head_dim = key_BKQD.shape
             self._keys_BKND = key_BKQD.new_empty(rows, heads, self.columns, head_dim)

@@ -1,8 +1,9 @@
-"""Hugging Face transformers: the cache, the attention function, `generate` and `decode_stream`."""
+"""Hugging Face transformers: the cache, the attention function, `generate` and `Engine`."""
 
 from longthink.hf.cache import PagedCache, make_cache
+from longthink.hf.engine import Engine, Handle
 from longthink.hf.generation import generate
+from longthink.hf.request import Finished, Request
 from longthink.hf.sampling import Sampling
-from longthink.hf.stream import Finished, Request, decode_stream
 
-__all__ = ["Finished", "PagedCache", "Request", "Sampling", "decode_stream", "generate", "make_cache"]
+__all__ = ["Engine", "Finished", "Handle", "PagedCache", "Request", "Sampling", "generate", "make_cache"]

@@ -215,6 +215,13 @@ class PagedCache(Cache):
 
     # Continuous batching ------------------------------------------------------------------------------------
 
+    def fresh(self) -> PagedCache:
+        """Make an empty cache of the same model, policy and budget."""
+        model = self._model()
+        if model is None:
+            raise CacheStateError("the model of this cache is gone")
+        return PagedCache(model, self.policy, self.budget)
+
     def adopt(self, row: int, other: PagedCache) -> None:
         """Make a row what the only row of another cache is; the number of rows as `row` adds one.
 
