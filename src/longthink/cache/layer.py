@@ -69,8 +69,8 @@ class LayerCache:
     @property
     def kv_bytes(self) -> int:
         """Bytes allocated for keys and values."""
-        coming = self._pieces.nbytes if self._pieces else 0
-        return coming + sum(tensor.nbytes for tensor in self._tensors()[:2])
+        held = [] if self._store is None else [self._store.keys_BKSD.nbytes, self._store.values_BKSD.nbytes]
+        return sum(held) + (self._pieces.nbytes if self._pieces else 0)
 
     @property
     def metadata_bytes(self) -> int:
