@@ -200,6 +200,7 @@ def test_a_static_batch_has_one_shape_and_the_same_tokens(policy):
         held = running._batcher._seats._cache
         (last,) = running.map([Request(key="0", tokens=ids(7), max_new_tokens=LIMIT)])
         assert running._batcher._seats._cache is held
+    assert running._batcher._seats._cache is None
     hook.remove()
     assert last.tokens == alone(7, policy)
     for i, limit in enumerate(limits):
