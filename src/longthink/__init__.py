@@ -14,13 +14,14 @@ if TYPE_CHECKING:
     from longthink.errors import (
         BudgetError,
         CacheStateError,
+        EngineError,
         LongthinkError,
         NonFiniteError,
         UnknownPolicyError,
         UnsupportedFeatureError,
         UnsupportedModelError,
     )
-    from longthink.hf import PagedCache, generate, make_cache
+    from longthink.hf import Engine, PagedCache, Sampling, generate, make_cache
     from longthink.policies import (
         H2O,
         Dense,
@@ -41,13 +42,14 @@ _MODULES = {
     "longthink.errors": (
         "BudgetError",
         "CacheStateError",
+        "EngineError",
         "LongthinkError",
         "NonFiniteError",
         "UnknownPolicyError",
         "UnsupportedFeatureError",
         "UnsupportedModelError",
     ),
-    "longthink.hf": ("PagedCache", "generate", "make_cache"),
+    "longthink.hf": ("Engine", "PagedCache", "Sampling", "generate", "make_cache"),
     "longthink.policies": (
         "Dense",
         "Fifo",
@@ -70,6 +72,8 @@ __all__ = [
     "BudgetError",
     "CacheStateError",
     "Dense",
+    "Engine",
+    "EngineError",
     "Fifo",
     "LongthinkError",
     "NonFiniteError",
@@ -79,6 +83,7 @@ __all__ = [
     "RaaS",
     "Random",
     "Recency",
+    "Sampling",
     "StreamingLLM",
     "UnknownPolicyError",
     "UnsupportedFeatureError",

@@ -34,6 +34,10 @@ class NonFiniteError(LongthinkError, ArithmeticError):
     """The model produced NaN: its weights or inputs are damaged."""
 
 
+class EngineError(LongthinkError, RuntimeError):
+    """The engine is closed, or decoding failed while it had this request; the cause is chained."""
+
+
 class DataError(LongthinkError, ValueError):
     """A problem set cannot be used; the message names file and line, and what was expected."""
 

@@ -31,6 +31,7 @@ CASES = {
     "top p when greedy": ("generate hello --top-p 0.9", "give a temperature above 0"),
     "top p out of range": ("generate hello --temperature 1 --top-p 2", "top_p=2"),
     "no tokens wanted": ("generate hello --max-new-tokens 0", "max_new_tokens=0"),
+    "prompt in pieces of nothing": ("generate hello --prefill-chunk-size 0", "prefill_chunk_size=0"),
     "unknown profile": ("generate --profile x", "chain"),
     "unknown dtype": ("generate hello --dtype int4", "bfloat16"),
     "no such device": (

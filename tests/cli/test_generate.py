@@ -38,6 +38,21 @@ def test_streams_the_text_and_ends_with_the_figures(call, plain_model):
     assert not last.endswith(" 0 evictions")
 
 
+def test_a_prompt_read_in_pieces_gives_the_same_text(call, plain_model):
+    call_ = (
+        "generate",
+        "hello there, " * 9,
+        "--model",
+        plain_model,
+        "--max-new-tokens",
+        20,
+        "--decode-budget",
+        16,
+    )
+    whole = call(*call_)[1]
+    assert call(*call_, "--prefill-chunk-size", 7)[1] == whole
+
+
 @pytest.mark.slow
 def test_text_is_that_of_the_library_when_nothing_is_evicted(call, plain_model):
     expected = reference(plain_model, "hello there", 40)

@@ -40,10 +40,11 @@ def test_command_of_the_table_runs_and_names_the_policies_of_its_rows(tmp_path):
 
 
 @pytest.mark.slow
-def test_python_of_the_readme_runs(tmp_path):
-    whole = [
-        code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "load_reasoner" in code
-    ]
+@pytest.mark.parametrize("page", ["README.md", "docs/engine.md"])
+def test_python_of_the_page_runs(page, tmp_path):
+    text = (Path(__file__).parents[2] / page).read_text()
+    whole = [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "load_reasoner" in code]
+    assert whole
     script = tmp_path / "readme.py"
     script.write_text("\n".join(whole))
     done = run(str(script))

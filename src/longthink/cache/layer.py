@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from longthink import kernels
+from longthink.cache.prompt import PromptPieces, causal_mask, page_caps
 from longthink.cache.step import decode_step, turn_pages
 from longthink.cache.store import SlotStore
 from longthink.config import Budget
-from longthink.errors import BudgetError, CacheStateError, UnsupportedModelError
+from longthink.errors import BudgetError, CacheStateError, UnsupportedFeatureError, UnsupportedModelError
 from longthink.policies import Policy
 
 
@@ -59,6 +60,7 @@ class LayerCache:
     def reset(self) -> None:
         """Forget everything and free the slots."""
         self._store: SlotStore | None = None
+        self._pieces: PromptPieces | None = None
         # Host copies of lengths and caps: knowing when a page opens must not wait for the device.
         self._lengths: list[int] = []
         self._caps: list[int] = []
@@ -87,7 +89,8 @@ class LayerCache:
     @property
     def kv_bytes(self) -> int:
         """Bytes allocated for keys and values."""
-        return 0 if self._store is None else self._store.keys_BKSD.nbytes + self._store.values_BKSD.nbytes
+        held = [] if self._store is None else [self._store.keys_BKSD.nbytes, self._store.values_BKSD.nbytes]
+        return sum(held) + (self._pieces.nbytes if self._pieces else 0)
 
     @property
     def metadata_bytes(self) -> int:
@@ -159,6 +162,24 @@ class LayerCache:
 
     # Attention ----------------------------------------------------------------------------------------------
 
+    @property
+    def awaits_prompt(self) -> bool:
+        """Whether columns of an announced prompt are still to come."""
+        return self._pieces is not None
+
+    def expect_prompt(self, columns: int) -> None:
+        """Announce a prompt that comes in pieces; behind a text that has decoded, pieces need no announcement.
+
+        Raises
+        ------
+        UnsupportedFeatureError
+            If tokens would be taken as more of a prompt that is there already.
+        """
+        if self._store is None:
+            self._pieces = PromptPieces(columns)
+        elif self.policy.needs_budget and self._takes_as_prompt(columns):
+            raise UnsupportedFeatureError("more prompt behind a prompt: read it without prefill_chunk_size")
+
     def attend(
         self,
         query_BHQD: Tensor,
@@ -228,56 +249,35 @@ class LayerCache:
         scaling: float,
     ) -> Tensor:
         rows, _, columns, _ = query_BHQD.shape
-        real_BQ = query_BHQD.new_ones(rows, columns, dtype=torch.bool) if valid_BQ is None else valid_BQ
+        read_BQ = query_BHQD.new_ones(rows, columns, dtype=torch.bool) if valid_BQ is None else valid_BQ
+        pieces, real_BQ = self._pieces, read_BQ
+        if pieces is not None:
+            # All columns so far take the place of a whole prompt; only the new ones ask.
+            key_BKQD, value_BKQD, real_BQ = pieces.add(key_BKQD, value_BKQD, read_BQ)
         old_B = torch.tensor(self._lengths or [0] * rows, device=real_BQ.device)
         position_BQ = torch.where(real_BQ, old_B[:, None] + real_BQ.cumsum(1) - 1, -1)
         lengths = (old_B + real_BQ.sum(1)).tolist()
-        caps = self._checked_caps(lengths)
+        caps = page_caps(self.policy, self.budget, lengths)
 
-        first = self._store is None
-        mask_B1QN = None if first and valid_BQ is None else self._block_mask(real_BQ)
-        keys_BKND = key_BKQD if first else self._with_resident(0, key_BKQD)
-        values_BKND = value_BKQD if first else self._with_resident(1, value_BKQD)
+        keys_BKND, values_BKND, readable_BN = key_BKQD, value_BKQD, real_BQ
+        if self._store is not None:
+            # Blocks follow each other only where nothing is evicted, so all heads hold the same tokens.
+            keys_BKND = torch.cat([self._store.keys_BKSD, key_BKQD], 2)
+            values_BKND = torch.cat([self._store.values_BKSD, value_BKQD], 2)
+            readable_BN = torch.cat([self._store.table.resident_BKS[:, 0], real_BQ], 1)
+        plain = valid_BQ is None and readable_BN.shape[1] == columns
+        mask_B1QN = None if plain else causal_mask(readable_BN, columns)
         out_BHQD = kernels.block_attention(query_BHQD, keys_BKND, values_BKND, mask_B1QN, scaling)
         mass_BKN = None
         if self.policy.uses_prefill_mass:
-            mask = self._block_mask(real_BQ) if mask_B1QN is None else mask_B1QN
-            mass_BKN = kernels.column_mass(query_BHQD, keys_BKND, mask, real_BQ, scaling)
+            mask = causal_mask(readable_BN, columns) if mask_B1QN is None else mask_B1QN
+            mass_BKN = kernels.column_mass(query_BHQD, keys_BKND, mask, read_BQ, scaling)
+            mass_BKN = pieces.add_mass(mass_BKN) if pieces else mass_BKN
 
-        self._admit(key_BKQD, value_BKQD, position_BQ, lengths, caps, mass_BKN)
+        if pieces is None or pieces.complete:
+            self._pieces = None
+            self._admit(key_BKQD, value_BKQD, position_BQ, lengths, caps, mass_BKN)
         return out_BHQD
-
-    def _checked_caps(self, lengths: list[int]) -> list[int]:
-        """Page slots of each row, if its prompt fits."""
-        policy, page_size = self.policy, self.policy.page_size
-        if self.budget is None or not policy.needs_budget:
-            return [-(-length // page_size) for length in lengths]
-        caps = [self.budget.pages(length, page_size) for length in lengths]
-        for length, cap in zip(lengths, caps, strict=True):
-            required = policy.required_pages(length)
-            if cap < required:
-                raise BudgetError(
-                    f"{self.budget} holds {cap} pages of {page_size} tokens, but policy {policy.name!r} needs "
-                    f"{required} for a prompt of {length} tokens. Give budget >= {required * page_size}, or "
-                    f"decode_budget=... (tokens on top of the prompt), or a policy that evicts prompt tokens"
-                )
-        return caps
-
-    def _block_mask(self, real_BQ: Tensor) -> Tensor:
-        """What the queries of a block may read: resident tokens, then the block up to themselves. B1QN."""
-        columns = real_BQ.shape[1]
-        causal_QQ = torch.ones(columns, columns, dtype=torch.bool, device=real_BQ.device).tril()
-        mask = causal_QQ & real_BQ[:, None, None]
-        if self._store is None:
-            return mask
-        # Blocks follow each other only where nothing is evicted, so all heads hold the same tokens.
-        resident_B1QS = self._store.table.resident_BKS[:, :1, None].expand(-1, -1, columns, -1)
-        return torch.cat([resident_B1QS, mask], -1)
-
-    def _with_resident(self, which: int, new_BKQD: Tensor) -> Tensor:
-        assert self._store is not None
-        old_BKSD = (self._store.keys_BKSD, self._store.values_BKSD)[which]
-        return torch.cat([old_BKSD, new_BKQD], 2)
 
     def _admit(
         self,

@@ -21,7 +21,7 @@ from longthink.cli.options import (
 from longthink.cli.progress import progress
 from longthink.cli.prompts import check_words, encode_prompt, read_prompt
 from longthink.cli.terminal import note, shares_place, size_text, write_json, write_text
-from longthink.config import DEFAULT_POLICY
+from longthink.config import DEFAULT_POLICY, check_int
 from longthink.models import REASONER
 from longthink.results.environment import versions
 
@@ -60,6 +60,8 @@ class GenerateOptions(ProblemOptions, SamplingOptions, BudgetOptions, ModelOptio
 
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the decode step, which takes about a minute; auto: where so many tokens may come that it pays."""
+    prefill_chunk_size: int | None = None
+    """Read the prompt in pieces of this many tokens: for prompts that memory cannot take at once."""
 
     json: Switch = False
     """Print one JSON document instead of the text."""
@@ -122,6 +124,8 @@ def generate(prompt: str | None = None, /, *, options: GenerateOptions = _DEFAUL
 def _prepare(text: str | None, options: GenerateOptions) -> _Run:
     from longthink.policies import make_policy
 
+    if options.prefill_chunk_size is not None:
+        check_int("prefill_chunk_size", options.prefill_chunk_size, 1)
     policy = make_policy(options.policy)
     budget = _budget(options, policy)
     loaded = load_model(options)
@@ -192,6 +196,7 @@ def _decode(run: _Run, cache: PagedCache) -> Decoded:
             interrupted=interrupted,
             max_new_tokens=limit,
             compile={"auto": "auto", "on": True, "off": False}[options.compile],
+            prefill_chunk_size=options.prefill_chunk_size,
             **options.generate_kwargs(),
         )
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
 from longthink.evaluate.grading import Grader
 from longthink.evaluate.plan import Identity, Lane, Plan, Unit
 from longthink.evaluate.tasks import Task
-from longthink.hf import Finished, Request, Sampling, decode_stream
+from longthink.hf import Engine, Finished, Request, Sampling
 from longthink.models import load_model
 from longthink.results.environment import hardware, versions
 from longthink.results.records import Sample, Setup, to_row
@@ -34,6 +35,7 @@ class Solver:
         )
         dtype = str(self.loaded.model.dtype).removeprefix("torch.")
         self.identity = Identity(revision=self.loaded.revision, dtype=dtype)
+        self._sampling = Sampling(temperature=plan.temperature, top_p=plan.top_p, top_k=plan.top_k)
         self._grader = Grader()
         self._versions = json.dumps(versions())
         self._hardware = json.dumps(hardware())
@@ -58,16 +60,10 @@ class Solver:
                 else:
                     yield request
 
-        sampling = Sampling(temperature=plan.temperature, top_p=plan.top_p, top_k=plan.top_k)
-        for done in decode_stream(
-            self.loaded.model,
-            requests(),
-            policy=lane.policy,
-            budget=lane.kept,
-            rows=plan.rows_or_default,
-            sampling=sampling,
-        ):
-            yield done.request.tag, self._sample(done)
+        kept = {} if lane.kept is None else asdict(lane.kept)
+        with Engine(self.loaded.model, policy=lane.policy, seats=plan.rows_or_default, **kept) as engine:
+            for done in engine.map(requests()):
+                yield done.request.tag, self._sample(done)
         for unit in beyond:
             tokens = tuple(self._prompt_ids(unit))
             request = Request(key=unit.key, tokens=tokens, max_new_tokens=1, tag=unit)
@@ -86,7 +82,9 @@ class Solver:
             limit = min(limit, self.loaded.context - len(tokens))
         if limit < 1:
             return None
-        return Request(key=unit.key, tokens=tuple(tokens), max_new_tokens=limit, tag=unit)
+        return Request(
+            key=unit.key, tokens=tuple(tokens), max_new_tokens=limit, sampling=self._sampling, tag=unit
+        )
 
     def _sample(self, done: Finished) -> Sample:
         unit: Unit = done.request.tag

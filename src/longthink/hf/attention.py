@@ -7,6 +7,7 @@ nested calls cannot mix up their caches.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from typing import Any, Protocol
 
@@ -95,21 +96,27 @@ class _Installed:
 _installed: weakref.WeakKeyDictionary[PreTrainedModel, _Installed] = weakref.WeakKeyDictionary()
 
 
+# Reentrant: a cache that the garbage collector closes may do so in the middle of an `install` of the same thread.
+_lock = threading.RLock()
+
+
 def install(model: PreTrainedModel) -> None:
     """Let the model attend over paged caches, until `uninstall` was called as often as `install`."""
-    if model not in _installed:
-        _installed[model] = _Installed(model.config._attn_implementation)
-        model.set_attn_implementation(IMPLEMENTATION)
-    _installed[model].users += 1
+    with _lock:
+        if model not in _installed:
+            _installed[model] = _Installed(model.config._attn_implementation)
+            model.set_attn_implementation(IMPLEMENTATION)
+        _installed[model].users += 1
 
 
 def uninstall(model_ref: weakref.ref[PreTrainedModel]) -> None:
     """Take one `install` back; the last one gives the model the attention implementation that it had."""
     model = model_ref()
-    if model is None or model not in _installed:
-        return
-    installed = _installed[model]
-    installed.users -= 1
-    if installed.users == 0:
-        del _installed[model]
-        model.set_attn_implementation(installed.previous)
+    with _lock:
+        if model is None or model not in _installed:
+            return
+        installed = _installed[model]
+        installed.users -= 1
+        if installed.users == 0:
+            del _installed[model]
+            model.set_attn_implementation(installed.previous)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
@@ -159,6 +161,32 @@ class PagedCache(Cache):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    @contextmanager
+    def expect_prompt(self, columns: int) -> Iterator[None]:
+        """Take the next columns as one prompt, in however many calls of the model they come.
+
+        What follows is as if they had come in one call. Until the last column is there, keys and values of all of
+        them are held, in all layers. If the ``with`` block is left before, the cache is reset.
+
+        Parameters
+        ----------
+        columns
+            Columns of the prompt, padding included.
+
+        Raises
+        ------
+        UnsupportedFeatureError
+            If the cache has read a prompt and decoded nothing since. On one that has decoded, this changes nothing.
+        """
+        check_int("columns", columns, 1)
+        for layer in self.layers:
+            layer.slots.expect_prompt(columns)
+        try:
+            yield
+        finally:
+            if any(layer.slots.awaits_prompt for layer in self.layers):
+                self.reset()
+
     # The library's interface --------------------------------------------------------------------------------
 
     def update(
@@ -233,6 +261,13 @@ class PagedCache(Cache):
             layer.columns += 1
 
     # Continuous batching ------------------------------------------------------------------------------------
+
+    def fresh(self) -> PagedCache:
+        """Make an empty cache of the same model, policy and budget."""
+        model = self._model()
+        if model is None:
+            raise CacheStateError("the model of this cache is gone")
+        return PagedCache(model, self.policy, self.budget)
 
     def adopt(self, row: int, other: PagedCache) -> None:
         """Make a row what the only row of another cache is; the number of rows as `row` adds one.

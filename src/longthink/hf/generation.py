@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from longthink.config import DEFAULT_POLICY
+from longthink.config import DEFAULT_POLICY, check_int
 from longthink.errors import NonFiniteError, UnsupportedFeatureError
 from longthink.hf.cache import PagedCache, make_cache
 from longthink.hf.loop import NEEDS_LIBRARY, StepLoop
@@ -25,7 +26,6 @@ _REFUSED = {
     "custom_generate": "custom decoding loops are not supported",
     "cache_implementation": "longthink is the cache",
     "output_attentions": "attention weights of evicted tokens do not exist; see cache.resident_positions",
-    "prefill_chunk_size": "chunked prefill through generate is not supported",
 }
 
 
@@ -51,6 +51,7 @@ def generate(
     decode_budget: int | None = None,
     kv_dtype: str | None = None,
     compile: Compile = "auto",
+    prefill_chunk_size: int | None = None,
     **generate_kwargs: Any,
 ) -> Any:
     """Like ``model.generate(input_ids, ...)``, with a KV cache that stays within a budget.
@@ -72,6 +73,9 @@ def generate(
         Whether the decode step is compiled into one program. That takes about a minute, once for each model, policy,
         budget and number of rows, and makes each token cheaper. ``auto`` compiles from `longthink.hf.PAYS_FROM` new
         tokens on, or where the program is there already, and goes on eagerly where compiling fails.
+    prefill_chunk_size
+        Columns of the prompt to read at once; None reads it in one go. The tokens are the same but for rounding, and
+        the memory beside the cache follows the piece, not the prompt.
     **generate_kwargs
         Anything that ``model.generate`` takes: ``max_new_tokens``, ``do_sample``, ``streamer``, ... With
         ``past_key_values=`` the cache of an earlier call goes on (a second turn); then no budget is given.
@@ -94,6 +98,7 @@ def generate(
     """
     check_compile(compile)
     _check_options(model, generate_kwargs)
+    pieces = _piece_size(model, input_ids, prefill_chunk_size, generate_kwargs)
     cache = generate_kwargs.pop("past_key_values", None)
     if cache is None:
         cache = make_cache(
@@ -104,12 +109,13 @@ def generate(
     guards = LogitsProcessorList([_NonFiniteGuard(), *generate_kwargs.pop("logits_processor", [])])
     if _compiles(model, cache, len(input_ids), compile, generate_kwargs):
         generate_kwargs["custom_generate"] = StepLoop(compile, generate_kwargs.get("streamer"))
-    with cache:
+    with cache, nullcontext() if pieces is None else cache.expect_prompt(input_ids.shape[1]):
         return model.generate(
             input_ids,
             attention_mask=attention_mask,
             past_key_values=cache,
             logits_processor=guards,
+            prefill_chunk_size=pieces,
             **generate_kwargs,
         )
 
@@ -143,6 +149,19 @@ def _check_options(model: PreTrainedModel, options: dict[str, Any]) -> None:
             raise UnsupportedFeatureError(f"{option}={value!r} cannot be used with a bounded cache: {reason}")
     if options.get("use_cache", getattr(config, "use_cache", True)) is False:
         raise UnsupportedFeatureError("use_cache=False cannot be used with longthink: it is a cache")
+
+
+def _piece_size(
+    model: PreTrainedModel, input_ids: Any, given: int | None, options: dict[str, Any]
+) -> int | None:
+    config = options.get("generation_config") or getattr(model, "generation_config", None)
+    size = getattr(config, "prefill_chunk_size", None) if given is None else given
+    if size is None:
+        return None
+    check_int("prefill_chunk_size", size, 1)
+    if not isinstance(input_ids, Tensor) or "inputs_embeds" in options:
+        raise UnsupportedFeatureError(f"prefill_chunk_size={size} needs the prompt as input_ids")
+    return size
 
 
 def _check_live_cache(

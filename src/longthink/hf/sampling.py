@@ -71,6 +71,19 @@ class Sampling:
         return weights_BV, order_BV
 
 
+def choose_each(
+    logits_BV: Tensor, samplings: Sequence[Sampling], generators: Sequence[torch.Generator]
+) -> list[int]:
+    """Token of each row, where every row has its own way of choosing."""
+    chosen = [0] * len(samplings)
+    for sampling in dict.fromkeys(samplings):
+        rows = [row for row, its in enumerate(samplings) if its == sampling]
+        tokens = sampling.choose(logits_BV[rows], [generators[row] for row in rows])
+        for row, token in zip(rows, tokens, strict=True):
+            chosen[row] = token
+    return chosen
+
+
 def generator_for(key: str) -> torch.Generator:
     """Random generator that depends on nothing but the key, on any machine and in any process."""
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1

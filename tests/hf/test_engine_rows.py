@@ -1,4 +1,4 @@
-"""`decode_stream`: rows side by side, each as if it were alone."""
+"""`Engine.map`: rows side by side, each as if it were alone."""
 
 import gc
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import longthink
-from longthink.hf import Request, Sampling, decode_stream
+from longthink.hf import Engine, Request, Sampling
 from longthink.policies import make_policy
 from tests.hf.test_conformance import VARIANTS
 from tests.models import build, prompt
@@ -16,9 +16,15 @@ LIMITS = (70, 30, 90, 12, 60, 1, 45, 100, 8, 55)
 POLICIES = longthink.available_policies()
 
 
-def requests(lengths=LENGTHS, limits=LIMITS):
+def requests(lengths=LENGTHS, limits=LIMITS, **more):
     return [
-        Request(key=f"p{i}", tokens=tuple(prompt((n,), seed=i)[0][0].tolist()), max_new_tokens=limit, tag=i)
+        Request(
+            key=f"p{i}",
+            tokens=tuple(prompt((n,), seed=i)[0][0].tolist()),
+            max_new_tokens=limit,
+            tag=i,
+            **more,
+        )
         for i, (n, limit) in enumerate(zip(lengths, limits, strict=True))
     ]
 
@@ -27,8 +33,14 @@ def budget_of(policy, **given):
     return longthink.Budget(**given) if make_policy(policy).needs_budget else None
 
 
+def finished(model, asked, policy, budget, **options):
+    kept = {} if budget is None else {"budget": budget.budget, "decode_budget": budget.decode_budget}
+    with Engine(model, policy=policy, **kept, **options) as engine:
+        yield from engine.map(asked)
+
+
 def stream(model, asked, policy, budget, **options):
-    return {f.request.tag: f for f in decode_stream(model, asked, policy=policy, budget=budget, **options)}
+    return {f.request.tag: f for f in finished(model, asked, policy, budget, **options)}
 
 
 def alone(model, request, policy, budget, **options):
@@ -42,9 +54,9 @@ def alone(model, request, policy, budget, **options):
     return tuple(out.sequences[0, ids.shape[1] :].tolist()), out.past_key_values
 
 
-def assert_as_alone(model, policy, budget, rows=4):
+def assert_as_alone(model, policy, budget, seats=4, **options):
     asked = requests()
-    done = stream(model, asked, policy, budget, rows=rows)
+    done = stream(model, asked, policy, budget, seats=seats, **options)
     assert sorted(done) == list(range(len(asked)))
     evicted = 0
     for request in asked:
@@ -53,7 +65,7 @@ def assert_as_alone(model, policy, budget, rows=4):
         assert got.tokens == tokens
         assert got.finish == "length"
         assert (got.evicted, got.dense_kv_bytes) == (cache.num_evicted, cache.dense_kv_bytes)
-        assert 1 <= got.rows <= rows
+        assert 1 <= got.rows <= seats
         evicted += got.evicted
     return evicted
 
@@ -75,16 +87,16 @@ def test_variants_too(policy):
 @pytest.mark.parametrize("policy", ["streaming_llm", "h2o", "raas:pin_prompt=false", "quest"])
 def test_prompts_longer_than_the_budget(policy):
     """Policies that trim the prompt start rows that are full at once, beside rows that are not."""
-    assert_as_alone(build("qwen2"), policy, budget_of(policy, budget=32), rows=3)
+    assert_as_alone(build("qwen2"), policy, budget_of(policy, budget=32), seats=3)
 
 
 def test_end_tokens_end_rows_and_first_tokens_may_end_them():
     model = build("qwen2")
     asked = requests()
-    free = stream(model, asked, "dense", None, rows=4)
+    free = stream(model, asked, "dense", None, seats=4)
     ends = {free[0].tokens[20], free[7].tokens[0]}
     model.generation_config.eos_token_id = sorted(ends)
-    done = stream(model, asked, "dense", None, rows=4)
+    done = stream(model, asked, "dense", None, seats=4)
     for request in asked:
         tokens = free[request.tag].tokens
         first = next((i for i, token in enumerate(tokens) if token in ends), None)
@@ -96,7 +108,7 @@ def test_end_tokens_end_rows_and_first_tokens_may_end_them():
 def test_a_prompt_without_room_is_reported_and_the_others_go_on():
     model = build("qwen2")
     asked = requests()
-    done = stream(model, asked, "raas", longthink.Budget(budget=64), rows=3)
+    done = stream(model, asked, "raas", longthink.Budget(budget=64), seats=3)
     assert len(done) == len(asked)
     for request in asked:
         got = done[request.tag]
@@ -113,11 +125,11 @@ def test_slots_stay_within_the_budget_and_memory_follows_the_rows():
     config = model.config
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
     asked = requests((200, *[10] * 8), (4, *[60] * 8))
-    done = stream(model, asked, "fifo", longthink.Budget(decode_budget=16), rows=2)
+    done = stream(model, asked, "fifo", longthink.Budget(decode_budget=16), seats=2)
     # The long row has 13 pages and one more; as long as it is there its neighbour's row is as wide.
     assert done[0].kv_bytes_peak == done[1].kv_bytes_peak == 14 * 16 * per_token
     assert [done[i].kv_bytes_peak for i in range(2, 9)] == [2 * 16 * per_token] * 7
-    dense = stream(model, asked, "dense", None, rows=2)
+    dense = stream(model, asked, "dense", None, seats=2)
     assert all(dense[i].kv_bytes_peak < 128 * per_token for i in range(3, 9))
 
 
@@ -127,9 +139,7 @@ def test_model_and_memory_are_given_back_when_the_stream_is_dropped():
         return {id(o) for o in gc.get_objects() if type(o) is longthink.PagedCache}
 
     model, before = build("qwen2"), caches()
-    running = decode_stream(
-        model, requests(), policy="raas", budget=longthink.Budget(decode_budget=32), rows=4
-    )
+    running = finished(model, requests(), "raas", longthink.Budget(decode_budget=32), seats=4)
     next(running)
     assert caches() - before
     assert model.config._attn_implementation == "longthink"
@@ -140,30 +150,30 @@ def test_model_and_memory_are_given_back_when_the_stream_is_dropped():
 
 def test_samples_depend_on_nothing_but_their_key():
     model = build("qwen2")
-    asked = requests()
     sampling = Sampling(temperature=0.9, top_p=0.95, top_k=40)
+    asked = requests(sampling=sampling)
     budget = longthink.Budget(decode_budget=32)
-    together = stream(model, asked, "random", budget, rows=4, sampling=sampling)
-    backwards = stream(model, asked[::-1], "random", budget, rows=3, sampling=sampling)
+    together = stream(model, asked, "random", budget, seats=4)
+    backwards = stream(model, asked[::-1], "random", budget, seats=3)
     for request in asked:
-        (single,) = decode_stream(model, [request], policy="random", budget=budget, sampling=sampling)
+        (single,) = finished(model, [request], "random", budget)
         assert single.tokens == together[request.tag].tokens == backwards[request.tag].tokens
-    other = Request(key="other", tokens=asked[2].tokens, max_new_tokens=90)
-    (single,) = decode_stream(model, [other], policy="random", budget=budget, sampling=sampling)
+    other = Request(key="other", tokens=asked[2].tokens, max_new_tokens=90, sampling=sampling)
+    (single,) = finished(model, [other], "random", budget)
     assert single.tokens != together[2].tokens
 
 
 def test_nan_ends_its_row_alone():
     model = build("qwen2")
     asked = requests()
-    fine = stream(model, asked, "raas", longthink.Budget(decode_budget=32), rows=4)
+    fine = stream(model, asked, "raas", longthink.Budget(decode_budget=32), seats=4)
     poison = torch.full((1, model.config.hidden_size), torch.nan)
     weights = model.model.embed_tokens.weight
     bad = fine[2].tokens[30]
     with torch.no_grad():
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
         weights[bad] = poison
-    done = stream(model, asked, "raas", longthink.Budget(decode_budget=32), rows=4)
+    done = stream(model, asked, "raas", longthink.Budget(decode_budget=32), seats=4)
     for request in asked:
         got, was = done[request.tag], fine[request.tag]
         if bad in request.tokens:
@@ -178,10 +188,10 @@ def test_nan_ends_its_row_alone():
 
 
 def test_times_are_told():
-    (done,) = decode_stream(build("qwen2"), requests()[:1], policy="dense")
+    (done,) = finished(build("qwen2"), requests()[:1], "dense", None)
     assert 0 < done.ms_per_token_early < 1000 and 0 < done.ms_per_token_late < 1000
     assert done.seconds >= (done.ms_per_token_early + done.ms_per_token_late) * 17 / 1000
-    (short,) = decode_stream(build("qwen2"), requests((9,), (7,)), policy="dense")
+    (short,) = finished(build("qwen2"), requests((9,), (7,)), "dense", None)
     assert short.ms_per_token_early is None and short.ms_per_token_late is None
 
 
@@ -193,7 +203,7 @@ def test_prompts_are_taken_one_by_one_as_there_is_room():
             taken.append(request.tag)
             yield request
 
-    running = decode_stream(build("qwen2"), prompts(), policy="dense", rows=4)
+    running = finished(build("qwen2"), prompts(), "dense", None, seats=4)
     next(running)
     assert len(taken) == 4
 
@@ -201,15 +211,17 @@ def test_prompts_are_taken_one_by_one_as_there_is_room():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(rows=0), "rows=0"),
+        (dict(seats=0), "seats=0"),
+        (dict(prefill_chunk_size=0), "prefill_chunk_size=0"),
+        (dict(static_shape="yes"), "static_shape="),
         (dict(policy="raas"), "needs a budget"),
-        (dict(policy="dense", budget=longthink.Budget(budget=64)), "keeps everything"),
+        (dict(policy="dense", budget=64), "keeps everything"),
         (dict(policy="nonsense"), "unknown policy"),
     ],
 )
 def test_refuses_at_once(options, message):
     with pytest.raises(ValueError, match=message):
-        decode_stream(build("qwen2"), requests(), **{"policy": "dense"} | options)
+        Engine(build("qwen2"), **{"policy": "dense"} | options)
 
 
 def test_refuses_requests_without_sense():

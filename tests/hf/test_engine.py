@@ -1,0 +1,387 @@
+"""`Engine` under many threads, cancellation, faults and closing: every handle ends, with the tokens it gets alone."""
+
+import gc
+import random
+import threading
+import time
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+import longthink
+from longthink.hf import Request
+from longthink.hf.batcher import Batcher, Job
+from longthink.hf.seats import Seats
+from tests.hf.test_memory import live_bytes
+from tests.models import build, prompt
+
+POLICIES = longthink.available_policies()
+LIMIT = 24
+PATIENCE = 120
+
+
+@cache
+def small():
+    return build("qwen2", num_hidden_layers=1)
+
+
+@cache
+def ids(number):
+    return tuple(prompt((1 + 7 * number % 23,), seed=number)[0][0].tolist())
+
+
+@cache
+def alone(number, policy="raas"):
+    """Tokens of a prompt by `longthink.generate`."""
+    kept = {"decode_budget": 16} if longthink.make_policy(policy).needs_budget else {}
+    out = longthink.generate(
+        small(), torch.tensor([ids(number)]), policy=policy, max_new_tokens=LIMIT, do_sample=False, **kept
+    )
+    return tuple(out[0, len(ids(number)) :].tolist())
+
+
+def engine(policy="raas", **options):
+    kept = {"decode_budget": 16} if longthink.make_policy(policy).needs_budget else {}
+    return longthink.Engine(small(), **dict(policy=policy, seats=3) | kept | options)
+
+
+def failing(at, error, *, columns=None):
+    """Hook on the model that raises in its n-th call (with so many columns)."""
+    calls = []
+
+    def hook(module, args, kwargs):
+        if columns is None or args[0].shape[1] == columns:
+            calls.append(1)
+            if len(calls) == at:
+                raise error
+
+    return small().register_forward_pre_hook(hook, with_kwargs=True)
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_behind():
+    yield
+    gc.collect()
+    assert small().config._attn_implementation == "sdpa"
+    assert not [t for t in threading.enumerate() if t.name == "longthink-engine"]
+
+
+def test_tokens_come_one_by_one_and_the_result_says_what_became_of_them():
+    with engine() as running:
+        handle = running.submit(ids(1), max_new_tokens=LIMIT, tag="mine")
+        assert tuple(handle) == tuple(handle) == alone(1)
+        done = handle.result()
+        assert (done.tokens, done.finish, done.request.tag) == (alone(1), "length", "mine")
+        assert handle.done
+        handle.cancel()
+        assert handle.result() is done
+        again = running.submit(torch.tensor([ids(1)]), max_new_tokens=5)
+        assert again.result(PATIENCE).tokens == alone(1)[:5]
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_many_threads_submit_stream_and_cancel(seed):
+    wrong, cancelled = [], []
+
+    def caller(number):
+        rng = random.Random(100 * seed + number)
+        for _ in range(5):
+            which, limit = rng.randrange(6), rng.randint(1, LIMIT)
+            handle = running.submit(ids(which), max_new_tokens=limit)
+            stop = rng.choice([None, None, 0, rng.randint(1, LIMIT)])
+            if stop == 0:
+                handle.cancel()
+            seen = []
+            for token in handle:
+                seen.append(token)
+                if len(seen) == stop:
+                    handle.cancel()
+            done = handle.result(PATIENCE)
+            cancelled.append(done.finish == "cancelled")
+            whole = alone(which)[:limit]
+            if tuple(seen) != done.tokens or done.tokens != whole[: len(seen)]:
+                wrong.append((number, which, seen, whole))
+            if (done.finish == "length" and len(seen) != limit) or (
+                done.finish == "cancelled" and stop is None
+            ):
+                wrong.append((number, done))
+
+    for which in range(6):
+        alone(which)
+    with engine() as running:
+        threads = [threading.Thread(target=caller, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE)
+            assert not thread.is_alive()
+    assert not wrong
+    assert len(cancelled) == 40
+    assert 0 < sum(cancelled) < 30
+
+
+class Schedule(RuleBasedStateMachine):
+    """Any order of submitting, cancelling and turns; tokens are prefixes of what `generate` gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.spare = longthink.make_cache(small(), policy=self.policy, decode_budget=16)
+        self.seats = Seats(small(), self.spare, 3, static_shape=self.static)
+        self.batcher = Batcher(self.seats)
+        self.jobs = []
+
+    @rule(which=st.integers(0, 5), limit=st.integers(1, LIMIT))
+    def submit(self, which, limit):
+        job = Job(Request(key="0", tokens=ids(which), max_new_tokens=limit, tag=which))
+        self.batcher.add(job, in_thread=False)
+        self.jobs.append((job, alone(which, self.policy)[:limit]))
+
+    @rule(data=st.data())
+    def cancel(self, data):
+        if self.jobs:
+            job, _ = data.draw(st.sampled_from(self.jobs))
+            before = job.finished
+            self.batcher.cancel(job)
+            self.batcher.sweep()
+            assert job.finished.finish == "cancelled" if before is None else job.finished is before
+
+    @rule(turns=st.integers(1, 9))
+    def turn(self, turns):
+        for _ in range(turns):
+            self.batcher.turn()
+
+    @invariant()
+    def tokens_are_those_of_generate(self):
+        for job, whole in self.jobs:
+            assert tuple(job.row.tokens) == whole[: len(job.row.tokens)]
+            assert not job.done or job.finished.tokens == tuple(job.row.tokens)
+            assert job.done or len(job.row.tokens) < len(whole)
+        waiting = sum(not job.done for job, _ in self.jobs)
+        assert self.seats.taken <= min(3, waiting)
+        if not self.seats.taken and not self.static:
+            assert self.seats._cache is None
+
+    def teardown(self):
+        while not all(job.done for job, _ in self.jobs):
+            self.batcher.turn()
+        self.tokens_are_those_of_generate()
+        for job, whole in self.jobs:
+            assert job.finished.finish == "cancelled" or job.finished.tokens == whole
+        self.batcher.close()
+        self.spare.close()
+
+
+def schedule(policy, static):
+    machine = type("Schedule", (Schedule,), {"policy": policy, "static": static})
+    case = machine.TestCase
+    case.settings = settings(max_examples=6, stateful_step_count=12, deadline=None)
+    return case
+
+
+TestScheduleShrinking = schedule("raas", False)
+TestScheduleStatic = pytest.mark.slow(schedule("streaming_llm", True))
+
+
+@pytest.mark.parametrize("policy", ["milestone", "streaming_llm", "quest", *map(
+    lambda p: pytest.param(p, marks=pytest.mark.slow), ["dense", "h2o", "raas", "recency"])])  # fmt: skip
+def test_a_static_batch_has_one_shape_and_the_same_tokens(policy):
+    shapes = set()
+    hook = small().register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.add(tuple(args[0].shape)), with_kwargs=True
+    )
+    limits = [LIMIT, 3, 9, 1, 5, 20]
+    with engine(policy, static_shape=True) as running:
+        asked = [Request(key="0", tokens=ids(i), max_new_tokens=n, tag=i) for i, n in enumerate(limits)]
+        done = {finished.request.tag: finished for finished in running.map(asked)}
+        held = running._batcher._seats._cache
+        (last,) = running.map([Request(key="0", tokens=ids(7), max_new_tokens=LIMIT)])
+        assert running._batcher._seats._cache is held
+    assert running._batcher._seats._cache is None
+    hook.remove()
+    assert last.tokens == alone(7, policy)
+    for i, limit in enumerate(limits):
+        assert done[i].tokens == alone(i, policy)[:limit]
+    # Steps have three rows, prompts one; the single token is what an empty seat reads.
+    assert shapes == {(3, 1), (1, 1)} | {(1, len(ids(i))) for i in [*range(6), 7]}
+
+
+def test_an_empty_seat_does_not_grow():
+    with engine("dense", static_shape=True, seats=2) as running:
+        (done,) = running.map([Request(key="0", tokens=ids(3), max_new_tokens=150)])
+        lengths = running._batcher._seats._cache.layers[0].slots.length_B.tolist()
+    assert len(done.tokens) == 150
+    assert lengths[0] == len(ids(3)) + 149
+    assert lengths[1] <= 65
+
+
+def test_prompts_may_be_read_in_pieces():
+    columns = []
+    hook = small().register_forward_pre_hook(
+        lambda module, args, kwargs: columns.append(args[0].shape[1]), with_kwargs=True
+    )
+    with engine(prefill_chunk_size=4) as running:
+        handles = [running.submit(ids(i), max_new_tokens=LIMIT) for i in range(5)]
+        assert [handle.result(PATIENCE).tokens for handle in handles] == [alone(i) for i in range(5)]
+    hook.remove()
+    assert max(columns) == 4
+
+
+def test_each_request_has_its_own_sampling_and_randomness():
+    warm = longthink.Sampling(temperature=1.0, top_k=20)
+    with engine() as running:
+        options = [dict(), dict(sampling=warm, key="a"), dict(sampling=warm, key="b"), dict(sampling=warm)]
+        handles = [running.submit(ids(2), max_new_tokens=LIMIT, **more) for more in options * 2]
+        tokens = [handle.result(PATIENCE).tokens for handle in handles]
+    assert tokens[0] == tokens[4] == alone(2)
+    assert tokens[1] == tokens[5] and tokens[2] == tokens[6]
+    # Without a key it is the number of the request that counts.
+    assert len(set(tokens)) == 5
+
+
+def test_an_error_in_a_step_ends_those_in_it_and_nobody_else():
+    with engine(seats=2) as running:
+        hook = failing(3, ValueError("boom"), columns=1)
+        handles = [running.submit(ids(i), max_new_tokens=LIMIT) for i in (2, 3, 4, 5)]
+        for handle in handles[:2]:
+            seen = []
+            with pytest.raises(longthink.EngineError, match="ValueError: boom") as caught:
+                for token in handle:
+                    seen.append(token)
+            assert isinstance(caught.value.__cause__, ValueError)
+            assert 0 < len(seen) < LIMIT
+            with pytest.raises(longthink.EngineError, match="boom"):
+                handle.result(PATIENCE)
+        assert [tuple(handle) for handle in handles[2:]] == [alone(4), alone(5)]
+        hook.remove()
+
+
+def test_an_error_while_a_prompt_is_read_is_its_own():
+    with engine() as running:
+        hook = failing(1, RuntimeError("no"), columns=len(ids(2)))
+        handles = [running.submit(ids(i), max_new_tokens=LIMIT) for i in (1, 2, 3)]
+        with pytest.raises(longthink.EngineError, match="no"):
+            handles[1].result(PATIENCE)
+        assert [handles[i].result(PATIENCE).tokens for i in (0, 2)] == [alone(1), alone(3)]
+        hook.remove()
+
+
+@pytest.mark.parametrize("error", [ValueError("boom"), KeyboardInterrupt()])
+def test_map_raises_what_the_model_raised_and_the_engine_goes_on(error):
+    asked = [Request(key="0", tokens=ids(i), max_new_tokens=LIMIT) for i in range(5)]
+    with engine() as running:
+        hook = failing(9, error)
+        with pytest.raises(type(error)):
+            list(running.map(asked))
+        hook.remove()
+        assert running._batcher._seats._cache is None
+        assert sorted(done.tokens for done in running.map(asked)) == sorted(alone(i) for i in range(5))
+
+
+def test_map_and_submit_share_the_seats():
+    asked = [Request(key="0", tokens=ids(i), max_new_tokens=LIMIT, tag=i) for i in range(4)]
+    with engine() as running:
+        handles = [running.submit(ids(i), max_new_tokens=LIMIT) for i in range(4)]
+        assert {done.request.tag: done.tokens for done in running.map(asked)} == {
+            i: alone(i) for i in range(4)
+        }
+        assert [handle.result(PATIENCE).tokens for handle in handles] == [alone(i) for i in range(4)]
+
+
+def test_closing_ends_what_is_not_complete_and_nobody_waits_for_ever():
+    running = engine(seats=2)
+    handles = [running.submit(ids(i), max_new_tokens=5000) for i in range(5)]
+    seen = [[] for _ in handles]
+    readers = [threading.Thread(target=seen[i].extend, args=(handle,)) for i, handle in enumerate(handles)]
+    for reader in readers:
+        reader.start()
+    next(iter(handles[0]))
+    closers = [threading.Thread(target=running.close) for _ in range(2)]
+    for thread in (*closers, *readers):
+        if thread in closers:
+            thread.start()
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+    for handle, tokens in zip(handles, seen, strict=True):
+        done = handle.result(0)
+        assert (done.finish, list(done.tokens)) == ("cancelled", tokens)
+    assert 0 < len(seen[0]) < 5000 and not seen[4]
+    with pytest.raises(longthink.EngineError, match="closed"):
+        running.submit(ids(0), max_new_tokens=1)
+    with pytest.raises(longthink.EngineError, match="closed"):
+        next(running.map([Request(key="0", tokens=(5,), max_new_tokens=1)]))
+    running.close()
+
+
+def test_an_engine_that_is_dropped_closes_itself_but_not_while_somebody_holds_a_handle():
+    handle = engine().submit(ids(1), max_new_tokens=LIMIT)
+    gc.collect()
+    assert tuple(handle) == alone(1)
+    endless = engine().submit(ids(1), max_new_tokens=5000)
+    next(iter(endless))
+    del endless, handle
+    gc.collect()
+    deadline = time.monotonic() + PATIENCE
+    while small().config._attn_implementation != "sdpa" and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def test_a_result_that_takes_too_long():
+    with engine() as running:
+        handle = running.submit(ids(1), max_new_tokens=5000)
+        with pytest.raises(TimeoutError, match=r"'0' is not done after 0\.01 s"):
+            handle.result(0.01)
+        assert not handle.done
+
+
+def test_prompts_without_room_and_broken_numbers_are_errors_of_the_stream():
+    with engine(decode_budget=None, budget=32) as running:
+        long, short = running.submit([5] * 40, max_new_tokens=3), running.submit([5] * 3, max_new_tokens=3)
+        with pytest.raises(longthink.BudgetError, match="prompt of 40 tokens"):
+            list(long)
+        assert (long.result().finish, long.result().tokens) == ("no_room", ())
+        assert short.result(PATIENCE).finish == "length"
+    broken = build("qwen2", num_hidden_layers=1)
+    with torch.no_grad():
+        broken.model.norm.weight[0] = float("nan")
+    with longthink.Engine(broken, policy="dense") as running:
+        handle = running.submit(ids(1), max_new_tokens=3)
+        with pytest.raises(longthink.NonFiniteError, match="NaN after"):
+            list(handle)
+        assert handle.result().finish == "nan"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options", "message"),
+    [
+        ([], {}, "no prompt tokens"),
+        ([1, 97], {}, "token=97 is out of range: allowed is 0 to 96"),
+        ([-1], {}, "token=-1"),
+        ([1.5], {}, "token=1.5 must be an integer"),
+        (torch.ones(2, 3, dtype=torch.int64), {}, r"tokens of shape \(2, 3\)"),
+        ([1], dict(max_new_tokens=0), "max_new_tokens=0"),
+    ],
+)
+def test_requests_without_sense_are_refused_at_once(tokens, options, message):
+    with engine() as running, pytest.raises(ValueError, match=message):
+        running.submit(tokens, **dict(max_new_tokens=3) | options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("static", [False, True])
+def test_memory_is_constant_over_two_hundred_requests(static):
+    with engine("milestone", static_shape=static) as running:
+        held = []
+        for _ in range(4):
+            handles = [running.submit(ids(i % 6), max_new_tokens=1 + i % 7) for i in range(50)]
+            assert all(handle.result(PATIENCE).finish == "length" for handle in handles)
+            while running._batcher._seats.taken or (
+                running._batcher._seats._cache is not None and not static
+            ):
+                time.sleep(0.01)
+            del handles
+            held.append((live_bytes(without=torch.empty(0)), threading.active_count()))
+        assert held[1] == held[2] == held[3]
