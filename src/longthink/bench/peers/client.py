@@ -46,7 +46,7 @@ class Worker:
         command = [sys.executable, "-m", module]
         if python is not None:
             command = [str(python), "-c", _START, str(_ROOT), module]
-        self._errors = tempfile.TemporaryFile("w+")
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (close does it)
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -56,32 +56,41 @@ class Worker:
             env=os.environ | QUIET,
         )
 
-    def ask(self, ask: str, **values: Any) -> dict[str, Any]:
-        """Ask, and wait for the answer."""
-        assert self._process.stdin is not None and self._process.stdout is not None
+    def send(self, ask: str, **values: Any) -> None:
+        """Ask, and do not wait for the answer."""
+        assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps({"ask": ask, **values}) + "\n")
             self._process.stdin.flush()
-            line = self._process.stdout.readline()
         except BrokenPipeError:
-            line = ""
+            raise self._ended() from None
+
+    def receive(self) -> dict[str, Any]:
+        """Return the answer to the oldest question."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
         if not line:
-            raise BenchError(
-                f"worker {self._name!r} ended with code {self._process.wait()}: {self._last_words()}"
-            )
+            raise self._ended()
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise BenchError(f"worker {self._name!r}: {answer['error']}")
         return answer
+
+    def ask(self, ask: str, **values: Any) -> dict[str, Any]:
+        """Ask, and wait for the answer."""
+        self.send(ask, **values)
+        return self.receive()
 
     @property
     def alive(self) -> bool:
         """Whether the process runs."""
         return self._process.poll() is None
 
-    def _last_words(self) -> str:
+    def _ended(self) -> BenchError:
+        code = self._process.wait()
         self._errors.seek(0)
-        return self._errors.read().strip().rpartition("\n")[2] or "it wrote no message"
+        last = self._errors.read().strip().rpartition("\n")[2] or "it wrote no message"
+        return BenchError(f"worker {self._name!r} ended with code {code}: {last}")
 
     def close(self) -> None:
         """End the process."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from statistics import quantiles
@@ -28,6 +28,9 @@ from longthink.policies import make_policy
 from longthink.results.environment import hardware, versions
 from longthink.results.records import Measurement
 
+Told = Callable[[str], None]
+"""Called with what goes on."""
+
 _OWN = ("longthink.bench.peers.own", "")
 _FEW = 4
 _LONG_BLOCK_MS = 1500.0
@@ -42,6 +45,8 @@ class Timed:
     ----------
     scene
         Number of the scene; only what was measured in the same one may be compared.
+    batch
+        Whether the scene is about rows side by side.
     model
         Short name of the model.
     ms
@@ -53,6 +58,7 @@ class Timed:
     """
 
     scene: int
+    batch: bool
     model: str
     place: Place
     ms: tuple[float, ...]
@@ -77,9 +83,7 @@ class Found:
     versions: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
-def measure(
-    plan: PeersPlan, found: Found, told: Callable[[str], None] = lambda text: None
-) -> Iterator[Timed]:
+def measure(plan: PeersPlan, found: Found, told: Told = lambda text: None) -> Iterator[Timed]:
     """Measure scene by scene; a system that fails goes into ``found.missing``, and the others go on.
 
     Everything that is measured goes into ``found`` as well. In a scene all systems take turns, a block each, and
@@ -94,7 +98,7 @@ def measure(
     with ExitStack() as stack:
         workers = _Workers(stack, found, told)
         for number, scene in enumerate(scenes(plan)):
-            for one in _measure_scene(plan, scene, number, run, workers, told):
+            for one in _measure_scene(plan, scene, number, run, workers, found, told):
                 found.timed.append(one)
                 yield one
 
@@ -102,94 +106,113 @@ def measure(
 class _Workers:
     """The processes of a run, started when they are first needed."""
 
-    def __init__(self, stack: ExitStack, found: Found, told: Callable[[str], None]) -> None:
+    def __init__(self, stack: ExitStack, found: Found, told: Told) -> None:
         self._stack, self._found, self._told = stack, found, told
         self._all: dict[tuple[str, str], Worker] = {}
+        self._cannot: dict[tuple[str, str], BenchError] = {}
 
     def of(self, system: str) -> Worker:
-        module, environment = WORKERS.get(system, _OWN)
-        if (module, environment) not in self._all:
-            python = None if module == _OWN[0] else interpreter(environment, self._told)
-            self._told(f"starting {environment or 'longthink'}")
-            worker = self._stack.enter_context(Worker(module, python))
-            self._found.versions[environment or "longthink"] = worker.ask("versions")
-            self._all[module, environment] = worker
-        return self._all[module, environment]
-
-    def fail(self, system: str, error: BenchError) -> None:
-        """Note why a system is missing, and let a worker that has died start anew for the next."""
-        self._found.missing.setdefault(system, str(error))
+        """Return the process that measures a system; what cannot be installed is not tried again."""
         kind = WORKERS.get(system, _OWN)
-        if kind in self._all and not self._all[kind].alive:
-            del self._all[kind]
+        if kind in self._cannot:
+            raise self._cannot[kind]
+        try:
+            return self._started(kind)
+        except BenchError as error:
+            self._cannot[kind] = error
+            raise
+
+    def _started(self, kind: tuple[str, str]) -> Worker:
+        module, name = kind
+        if kind not in self._all or not self._all[kind].alive:
+            python = None if module == _OWN[0] else interpreter(name, self._told)
+            self._all[kind] = self._stack.enter_context(Worker(module, python))
+            self._found.versions[name or "longthink"] = self._all[kind].ask("versions")
+        return self._all[kind]
 
 
-def _measure_scene(
-    plan: PeersPlan,
-    scene: Scene,
-    number: int,
-    run: str,
-    workers: _Workers,
-    told: Callable[[str], None],
-) -> Iterator[Timed]:
-    folder = str(model_folder(plan.models[scene.model]))
-    facts: dict[int, dict[str, Any]] = {}
-    for i, place in enumerate(scene.places):
-        told(f"{scene.model}, {place.label}, {place.context} tokens, getting ready")
-        point = Point(
+class _Stage:
+    """The systems of a scene, in their processes. What fails is noted and left out, and the others go on."""
+
+    def __init__(
+        self, plan: PeersPlan, scene: Scene, workers: _Workers, missing: dict[str, str], told: Told
+    ) -> None:
+        self._plan, self._scene, self._told, self._missing = plan, scene, told, missing
+        self._on: dict[int, Worker] = {}
+        self._steps: dict[int, int] = {}
+        folder = str(model_folder(plan.models[scene.model]))
+        for i, place in enumerate(scene.places):
+            with self._leave_out(i, "start"):
+                self._on[i] = workers.of(place.system)
+                self._on[i].send("open", id=i, point=asdict(self._point(place, folder)))
+        # All processes get ready at the same time; nothing is timed yet.
+        for i, worker in list(self._on.items()):
+            with self._leave_out(i, "getting ready"):
+                worker.receive()
+
+    def _point(self, place: Place, folder: str) -> Point:
+        return Point(
             system=place.system,
             way=place.way,
             folder=folder,
             context=place.context,
             rows=place.rows,
-            budget=plan.budget,
-            prompt=plan.prompt,
-            steps=1 + place.steps * (plan.rounds + 1),
+            budget=self._plan.budget,
+            prompt=self._plan.prompt,
+            steps=1 + place.steps * (self._plan.rounds + 1),
         )
+
+    @contextmanager
+    def _leave_out(self, i: int, doing: str) -> Iterator[None]:
+        place = self._scene.places[i]
+        self._told(f"{self._scene.model}, {place.label}, {place.context} tokens: {doing}")
         try:
-            facts[i] = workers.of(place.system).ask("open", id=i, point=asdict(point))
+            yield
         except BenchError as error:
-            workers.fail(place.system, error)
-    times = _take_turns(plan, scene, facts, workers, told)
-    for i, ms in times.items():
+            self._missing.setdefault(place.system, str(error))
+            self._on.pop(i, None)
+
+    def take_turns(self) -> dict[int, list[float]]:
+        """Let the systems decode blocks in turns; the first block of each warms it up and does not count."""
+        times: dict[int, list[float]] = {i: [] for i in self._on}
+        for turn in range(self._plan.rounds + 1):
+            for i, worker in list(self._on.items()):
+                place = self._scene.places[i]
+                theirs = place.system in WORKERS
+                count = self._steps.get(i, _FEW if theirs else place.steps)
+                with self._leave_out(i, f"round {turn}/{self._plan.rounds}"):
+                    ms = worker.ask("decode", id=i, steps=count)["ms"] / count
+                    if turn:
+                        times[i].append(ms)
+                    elif theirs:
+                        self._steps[i] = max(_FEW, min(place.steps, int(_LONG_BLOCK_MS / ms)))
+        return {i: times[i] for i in self._on}
+
+    def close(self) -> dict[int, dict[str, Any]]:
+        """Take the systems down, and return what they say of themselves."""
+        facts = {}
+        for i, worker in list(self._on.items()):
+            with self._leave_out(i, "closing"):
+                facts[i] = worker.ask("close", id=i)
+        return facts
+
+
+def _measure_scene(
+    plan: PeersPlan, scene: Scene, number: int, run: str, workers: _Workers, found: Found, told: Told
+) -> Iterator[Timed]:
+    stage = _Stage(plan, scene, workers, found.missing, told)
+    times = stage.take_turns()
+    for i, facts in stage.close().items():
         place = scene.places[i]
         yield Timed(
             scene=number,
+            batch=scene.batch,
             model=scene.model,
             place=place,
-            ms=tuple(ms),
-            read_bytes=facts[i].get("read_bytes"),
-            row=_row(plan, scene, place, f"{run}-{number}", ms, facts[i]),
+            ms=tuple(times[i]),
+            read_bytes=facts.get("read_bytes"),
+            row=_row(plan, scene, place, run, times[i], facts),
         )
-        workers.of(place.system).ask("close", id=i)
-
-
-def _take_turns(
-    plan: PeersPlan,
-    scene: Scene,
-    facts: dict[int, dict[str, Any]],
-    workers: _Workers,
-    told: Callable[[str], None],
-) -> dict[int, list[float]]:
-    """Let the systems of a scene decode blocks in turns; the first block of each warms it up."""
-    times: dict[int, list[float]] = {i: [] for i in facts}
-    steps: dict[int, int] = {}
-    for turn in range(plan.rounds + 1):
-        for i in list(times):
-            place = scene.places[i]
-            told(f"{scene.model}, {place.label}, {place.context} tokens, round {turn}/{plan.rounds}")
-            count = steps.get(i, _FEW if place.system in WORKERS else place.steps)
-            try:
-                ms = workers.of(place.system).ask("decode", id=i, steps=count)["ms"] / count
-            except BenchError as error:
-                workers.fail(place.system, error)
-                del times[i]
-                continue
-            if turn:
-                times[i].append(ms)
-            elif place.system in WORKERS:
-                steps[i] = max(_FEW, min(place.steps, int(_LONG_BLOCK_MS / ms)))
-    return times
 
 
 def _row(
@@ -197,10 +220,13 @@ def _row(
 ) -> Measurement:
     ours = place.system not in WORKERS and place.system != FLOOR
     unbounded = place.system in KEEP_ALL or (ours and not make_policy(place.system).needs_budget)
+    curve = [f"{place.rows} rows"] if scene.batch else []
+    curve += ["beside"] if place.context != scene.places[0].context else []
     low, middle, high = quantiles(ms, n=4, method="inclusive") if len(ms) > 1 else ms * 3
     return Measurement(
-        run=f"{run}/{place.label}/{place.context}",
-        kind="peers",
+        # One run is one curve: what stands beside the scene's own context, for a ratio, is another.
+        run="/".join([run, scene.model, *curve, place.label]),
+        kind="batch" if scene.batch else "peers",
         system=place.label,
         model=plan.models[scene.model],
         dtype="float32",

@@ -92,7 +92,7 @@ class _Floor:
 class OwnHost:
     """Opens what runs in our own environment; points share the model of their folder."""
 
-    packages = ("longthink", "torch", "transformers")
+    packages: tuple[str, ...] = ("longthink", "torch", "transformers")
 
     def __init__(self) -> None:
         torch.set_num_threads(1)

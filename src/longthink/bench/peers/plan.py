@@ -133,6 +133,8 @@ class Scene:
 
     model: str
     places: tuple[Place, ...]
+    batch: bool = False
+    """Whether it is about rows side by side."""
 
 
 def scenes(plan: PeersPlan) -> list[Scene]:
@@ -147,10 +149,8 @@ def scenes(plan: PeersPlan) -> list[Scene]:
             found.append(Scene(model=model, places=tuple(places)))
     for rows in plan.batches:
         allowed = (*plan.peers, *plan.policies)
-        places = [
-            Place(system=name, context=MIDDLE, rows=rows) for name in plan.batched if name in allowed
-        ]
-        found.append(Scene(model=list(plan.models)[-1], places=tuple(places)))
+        places = [Place(system=name, context=MIDDLE, rows=rows) for name in plan.batched if name in allowed]
+        found.append(Scene(model=list(plan.models)[-1], places=tuple(places), batch=True))
     return found
 
 

@@ -1,8 +1,9 @@
 """How a process that measures is talked to: an object of JSON on a line, and one back.
 
 Runs in the environments of peers too, so it needs the standard library alone. Questions are ``{"ask": "versions"}``,
-``{"ask": "open", "id": 0, "point": {...}}``, ``{"ask": "decode", "id": 0, "steps": 32}`` and ``{"ask": "close", "id":
-0}``; an answer that has ``error`` says what went wrong. Standard input closed means the end.
+``{"ask": "open", "id": 0, "point": {...}}``, ``{"ask": "decode", "id": 0, "steps": 32}`` (answered with milliseconds)
+and ``{"ask": "close", "id": 0}`` (answered with what `Subject.facts` says). An answer that has ``error`` says what
+went wrong. Standard input closed means the end.
 """
 
 from __future__ import annotations
@@ -107,15 +108,14 @@ def _answer(host: Host, subjects: dict[int, Subject], question: dict[str, Any]) 
             return {name: version(name) for name in host.packages}
         case "open":
             started = time.process_time()
-            subject = subjects[question["id"]] = host.open(Point(**question["point"]))
-            return subject.facts() | {"seconds": time.process_time() - started}
+            subjects[question["id"]] = host.open(Point(**question["point"]))
+            return {"seconds": time.process_time() - started}
         case "decode":
             started = time.process_time()
             subjects[question["id"]].decode(question["steps"])
             return {"ms": (time.process_time() - started) * 1000}
         case "close":
-            del subjects[question["id"]]
-            return {}
+            return subjects.pop(question["id"]).facts()
         case other:
             raise ValueError(f"ask={other!r} must be versions, open, decode or close")
 

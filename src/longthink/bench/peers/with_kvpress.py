@@ -56,7 +56,7 @@ class _Pressed:
 class KvpressHost:
     """Opens caches under a `DecodingPress`."""
 
-    packages = ("kvpress", "torch", "transformers")
+    packages: tuple[str, ...] = ("kvpress", "torch", "transformers")
 
     def __init__(self) -> None:
         torch.set_num_threads(1)

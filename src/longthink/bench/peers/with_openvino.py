@@ -102,7 +102,7 @@ def _endless() -> Any:
 class OpenvinoHost:
     """Opens pipelines; each has a model of its own."""
 
-    packages = ("openvino", "openvino-genai", "optimum-intel", "torch", "transformers")
+    packages: tuple[str, ...] = ("openvino", "openvino-genai", "optimum-intel", "torch", "transformers")
 
     def open(self, point: Point) -> _Pipeline:
         """Bring a pipeline to a point."""
