@@ -11,7 +11,8 @@ from longthink.results.records import Measurement
 def timed(system, *ms, context=MIDDLE, scene=0, kv=1000, extra=0, model="S8", **place):
     place = Place(system=system, context=context, **place)
     row = Measurement(
-        run=f"run/{scene}/{place.label}/{context}", kind="batch" if place.rows > 1 else "peers", system=place.label, model=model, dtype="float32",
+        run=f"run/{scene}/{place.label}/{context}", kind="batch" if place.rows > 1 else "peers",
+        system=place.label, model=model, dtype="float32",
         budget=None, decode_budget=None, rows=place.rows, prompt_tokens=0, decode_tokens=context,
         ms_per_token=sorted(ms)[len(ms) // 2], ms_per_token_low=min(ms), ms_per_token_high=max(ms), seconds=None,
         kv_bytes=kv, metadata_bytes=extra, rss_bytes=None, device_bytes=None, fast_forwarded=True, threads=1,

@@ -63,7 +63,7 @@ def test_the_document_has_command_versions_targets_and_figures(call, given, tmp_
         assert (tmp_path / "today" / name).read_bytes()[:4] == b"\x89PNG"
     written = json.loads((tmp_path / "today" / "rows.json").read_text())
     assert written["rows"] == json.loads(out)["rows"]
-    assert [row["rounds_ms"] for row in written["rows"]][0] == [10, 11]
+    assert written["rows"][0]["rounds_ms"] == [10, 11]
     assert written["missing"] == {"kvpress decoding": "no network"}
     stored = ResultStore(tmp_path / "store", create=False).query("SELECT system FROM measurements")
     assert len(stored) == 5
