@@ -22,6 +22,7 @@ from longthink.policies import available_policies, get_policy_class
 ROOT = Path(__file__).parent.parent
 SRC = ROOT / "src" / "longthink"
 DOCS = ROOT / "docs"
+PEERS = SRC / "bench" / "peers"
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 BUILT_IN = ("dense", "streaming_llm", "h2o", "quest", "raas", "recency", "random", "fifo", "milestone")
@@ -172,9 +173,18 @@ def test_what_is_imported_is_declared():
     plain = declared_packages(project["dependencies"])
     extras = {name: declared_packages(lines) for name, lines in project["optional-dependencies"].items()}
     optional = set().union(*(packages for name, packages in extras.items() if name != "dev"))
-    imported = set().union(*(imported_packages(path.read_text()) for path in source_files))
+    # Workers for peers run in environments of their own, and declare what they import there.
+    workers = {path.stem.removeprefix("with_"): path for path in PEERS.glob("with_*.py")}
+    ours = [path for path in source_files if path not in workers.values()]
+    imported = set().union(*(imported_packages(path.read_text()) for path in ours))
     assert imported - plain - optional == set()
     assert plain - imported <= {"safetensors"}  # transformers reads and writes the weights with it
+    assert workers.keys() == {path.stem for path in PEERS.glob("requirements/*.txt")} != set()
+    for name, path in workers.items():
+        lines = (PEERS / "requirements" / f"{name}.txt").read_text().splitlines()
+        assert all("==" in line for line in lines if line[0] != "#")
+        pinned = declared_packages([line for line in lines if line[0] != "#"])
+        assert imported_packages(path.read_text()) - pinned == set(), name
 
 
 def test_import_rule_sees_late_and_dotted_imports():

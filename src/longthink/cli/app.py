@@ -13,6 +13,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from longthink.cli.bench import bench_app, wait_passively
+from longthink.cli.bench_peers import peers
 from longthink.cli.demo import demo
 from longthink.cli.doctor import doctor
 from longthink.cli.errors import guarded
@@ -42,6 +43,7 @@ for _command in (generate, demo, policies, doctor, report):
     app.command(_command)
 app.command(evaluate, name="eval")
 app.command(reasoner_app)
+bench_app.command(peers)
 app.command(bench_app)
 # Its --help is the harness's own.
 app.command(lm_eval, name="lm-eval", help_flags=[], version_flags=[])

@@ -97,9 +97,9 @@ class BenchOptions(BudgetOptions, ModelOptions):
             device=self.device,
             dtype=self.dtype,
             policies=tuple(dict.fromkeys(policy.spec() for policy in policies)),
-            baselines=tuple(dict.fromkeys(_words(self.baselines))),
+            baselines=tuple(dict.fromkeys(words(self.baselines))),
             budget=Budget(**(self.given_budget or {"budget": DEFAULT_BUDGET})),
-            lengths=tuple(_integer("lengths", word) for word in _words(self.lengths)),
+            lengths=tuple(_integer("lengths", word) for word in words(self.lengths)),
             prompt=self.prompt,
             rows=self.rows,
             threads=self.threads,
@@ -148,7 +148,7 @@ def jct(*, options: JctOptions = _JCT) -> int:
     counted. The budget is 1024 unless one is given.
     """
     plan = options.plan(repeats=options.repeats, compile=options.compile)
-    store = _store(options)
+    store = open_store(options.out)
     with progress(f"loading {plan.model}"):
         from longthink.bench.models import bench_model
 
@@ -166,7 +166,7 @@ def memory(*, options: MemoryOptions = _MEMORY) -> int:
     Every cache decodes in a process of its own. The budget is 1024 unless one is given.
     """
     plan = options.plan()
-    store = _store(options)
+    store = open_store(options.out)
     from longthink.bench.memory import measure_memory
 
     total = (len(plan.lengths) + 1) * (len(plan.policies) + len(plan.baselines))
@@ -174,13 +174,13 @@ def memory(*, options: MemoryOptions = _MEMORY) -> int:
     return _run(partial(measure_memory, plan), work, plan, store, options)
 
 
-def _store(options: BenchOptions) -> ResultStore | None:
+def open_store(folder: Path | None) -> ResultStore | None:
     """Return the store to write to; it fails before anything is measured."""
-    if options.out is None:
+    if folder is None:
         return None
     from longthink.results.store import ResultStore
 
-    return ResultStore(options.out)
+    return ResultStore(folder)
 
 
 def _run(
@@ -192,7 +192,9 @@ def _run(
 ) -> int:
     """Measure, keep every row as soon as it is there, and show them, also when interrupted."""
     found: list[Measurement] = []
-    how, code = _conditions(plan), 0
+    how = {"budget": str(plan.budget), "threads": plan.threads, "fast_forwarded": plan.fast_forward}
+    how |= conditions()
+    code = 0
     try:
         with work as task:
             for row in measure(task.advance_to):
@@ -203,7 +205,7 @@ def _run(
         kept = f" and are in {options.out}" if options.out is not None else ""
         note(f"interrupted: {len(found)} rows were measured{kept}")
         code = EXIT_INTERRUPTED
-    how["load_after"] = _load()
+    how["load_after"] = load()
     if options.json:
         from longthink.results.records import to_row
 
@@ -215,25 +217,23 @@ def _run(
     return code
 
 
-def _conditions(plan: Plan) -> dict[str, Any]:
+def conditions() -> dict[str, Any]:
     """Return how and where a run takes place, ready for JSON."""
     return {
-        "budget": str(plan.budget),
-        "threads": plan.threads,
-        "fast_forwarded": plan.fast_forward,
         **{name: os.environ.get(name) for name in PASSIVE},
         "versions": versions(),
         "hardware": hardware(),
-        "load_before": _load(),
+        "load_before": load(),
     }
 
 
-def _load() -> float | None:
+def load() -> float | None:
     """Load average of the last minute: how many others wanted the cores."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
-def _words(text: str) -> list[str]:
+def words(text: str) -> list[str]:
+    """Return the parts of a list with commas."""
     return [word.strip() for word in text.split(",") if word.strip()]
 
 

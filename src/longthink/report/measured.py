@@ -25,6 +25,7 @@ class _Curve:
     value: Callable[[Row], float | None]
     quartiles: tuple[str, str] | None = None
     caption: str = ""
+    x_label: str = "tokens decoded"
 
 
 _CURVES = (
@@ -36,6 +37,14 @@ _CURVES = (
         name="step-time", kind="jct", section="Time", title="Time of one token against decode length",
         y_label="time per token (ms, median)", unit=1, value=lambda row: row["ms_per_token"],
         quartiles=("ms_per_token_low", "ms_per_token_high"), caption="Bars: quartiles.",
+    ),
+    _Curve(
+        name="peers", kind="peers", section="Time", title="Time of one token against context, beside others",
+        y_label="time per token (ms, median)", unit=1,
+        value=lambda row: row["ms_per_token"],
+        quartiles=("ms_per_token_low", "ms_per_token_high"),
+        caption="Bars: quartiles. One thread, CPU time, all systems in turns.",
+        x_label="tokens of context after the prompt",
     ),
     _Curve(
         name="memory", kind="memory", section="Memory", title="Memory of the cache against decode length",
@@ -79,12 +88,48 @@ def measurement_figures(rows: Sequence[Row], styles: dict[str, Style]) -> list[F
                 section=curve.section,
                 title=curve.title,
                 caption=caption.strip(),
-                x_label="tokens decoded",
+                x_label=curve.x_label,
                 y_label=curve.y_label,
                 panels=panels,
             )
         )
-    return figures
+    batches = [row for row in rows if row["kind"] == "batch"]
+    return figures + ([_batch_figure(batches, styles)] if batches else [])
+
+
+def _batch_figure(rows: Sequence[Row], styles: dict[str, Style]) -> Figure:
+    """Return throughput against the memory of keys and values; along a line more rows are decoded side by side."""
+    runs: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        runs[row["system"], row["run"].partition("/")[0]].append(row)
+    lines = []
+    for (system, _), mine in sorted(runs.items()):
+        mine.sort(key=lambda row: row["rows"])
+        speeds = [row["rows"] * 1000 / row["ms_per_token"] for row in mine]
+        lines.append(
+            Line(
+                label=system,
+                style=styles[system],
+                kind="curve",
+                x=[row["kv_bytes"] / MIB for row in mine],
+                y=speeds,
+                hover=[
+                    f"{system}\n{speed:,.3g} tokens/s, {row['rows']} rows\n{row['kv_bytes'] / MIB:,.0f} MiB"
+                    for row, speed in zip(mine, speeds, strict=True)
+                ],
+            )
+        )
+    tokens = sorted({row["prompt_tokens"] + row["decode_tokens"] for row in rows})
+    return Figure(
+        name="peers-batches",
+        section="Time",
+        title="Throughput against memory, rows side by side",
+        caption=f"After {' / '.join(f'{count:,}' for count in tokens)} tokens in each row; along a line the number "
+        f"of rows grows: {', '.join(str(count) for count in sorted({row['rows'] for row in rows}))}.",
+        x_label="keys and values (MiB)",
+        y_label="tokens per second",
+        panels=[Panel(title=f"{rows[0]['model']}; {machine_text(rows[0]['hardware'])}", lines=lines)],
+    )
 
 
 def place(row: Row) -> str:

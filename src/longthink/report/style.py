@@ -21,6 +21,12 @@ _COLOURS = {
     "hf dynamic": "#8577d0",
     "hf static compiled": "#b5495b",
     "milestone": "#7b5ea7",
+    "openvino f32": "#2f4f6f",
+    "openvino f32 eviction": "#1f9e89",
+    "openvino u8": "#6a8caf",
+    "openvino u8 eviction": "#79b473",
+    "kvpress decoding": "#a0522d",
+    "byte floor": "#000000",
 }
 _SPARE = ("#6b8e23", "#b03060", "#4f7f8f")
 

@@ -117,12 +117,13 @@ class Measurement:
     run
         Identifier of the run that this point belongs to; one run is one curve.
     kind
-        ``jct`` (time) or ``memory``.
+        ``jct`` (time), ``memory``, ``peers`` (time beside other libraries) or ``batch`` (the same, of rows side by
+        side).
     system
-        What was measured: a policy's text such as ``raas``, or a dense baseline of transformers, such as
-        ``hf dynamic`` or ``hf static``.
+        What was measured: a policy's text such as ``raas``, a dense baseline of transformers, such as
+        ``hf dynamic`` or ``hf static``, or a peer such as ``openvino f32 eviction``.
     decode_tokens
-        Tokens decoded so far, prompt not counted.
+        Tokens decoded so far, prompt not counted; those of a peer may have been read as a prompt.
     ms_per_token
         Median time of a step around this length (milliseconds, CPU time on CPU, wall-clock time elsewhere).
     ms_per_token_low, ms_per_token_high

@@ -1,0 +1,213 @@
+"""Processes that measure peers: how they are talked to, what happens when they fail, and where they live."""
+
+import sys
+import venv
+from dataclasses import asdict
+
+import pytest
+
+from longthink.bench.models import bench_model
+from longthink.bench.peers import folders, measure
+from longthink.bench.peers.client import Worker
+from longthink.bench.peers.folders import interpreter, model_folder
+from longthink.bench.peers.measure import Found
+from longthink.bench.peers.plan import FLOOR, MIDDLE, WORKERS, PeersPlan, scenes
+from longthink.bench.peers.protocol import Point
+from longthink.bench.plan import BLOCK
+from longthink.errors import BenchError
+from tests.bench.conftest import MODEL
+
+FAKE = "tests.bench.fake_worker"
+
+
+def question(system):
+    point = Point(system=system, folder="", context=1, budget=1, prompt=1, steps=1)
+    return {"id": 0, "point": asdict(point)}
+
+
+@pytest.fixture
+def worker():
+    with Worker(FAKE) as worker:
+        yield worker
+
+
+def test_a_worker_counts_its_own_cpu_time(worker):
+    assert worker.ask("versions") == {"pytest": pytest.__version__}
+    times = {}
+    for name in ("works", "sleeps"):
+        worker.ask("open", **question(name))
+        times[name] = worker.ask("decode", id=0, steps=7)["ms"]
+        assert worker.ask("close", id=0)["kv_bytes"] == 7
+    assert times["works"] >= 50 > 25 > times["sleeps"]
+
+
+def test_what_a_library_prints_is_not_taken_for_an_answer(worker):
+    worker.ask("open", **question("prints"))
+    assert "ms" in worker.ask("decode", id=0, steps=1)
+
+
+def test_an_error_is_told_and_the_worker_goes_on(worker):
+    with pytest.raises(BenchError, match="'fake_worker': ValueError: not this one"):
+        worker.ask("open", **question("refuses"))
+    with pytest.raises(BenchError, match="ask='dance' must be versions, open, decode or close"):
+        worker.ask("dance")
+    assert worker.ask("open", **question("idles")).keys() == {"seconds"}
+
+
+def test_a_worker_that_dies_says_its_last_words(worker):
+    worker.ask("open", **question("dies"))
+    with pytest.raises(BenchError, match="ended with code 3: the last words"):
+        worker.ask("decode", id=0, steps=1)
+    assert not worker.alive
+    with pytest.raises(BenchError, match="ended with code 3"):
+        worker.ask("versions")
+
+
+def test_another_environment_does_not_see_our_packages(tmp_path):
+    venv.create(tmp_path, with_pip=False, symlinks=True)
+    with Worker("longthink.bench.peers.with_kvpress", tmp_path / "bin" / "python") as worker:
+        with pytest.raises(BenchError, match="No module named 'torch'"):
+            worker.ask("versions")
+
+
+# Rounds -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fakes(monkeypatch, tmp_path):
+    monkeypatch.setattr(measure, "_OWN", (FAKE, ""))
+    monkeypatch.setattr(measure, "model_folder", lambda name: tmp_path)
+    for name in ("works", "idles", "dies", "refuses"):
+        monkeypatch.setitem(WORKERS, name, (FAKE, "dies" if name == "dies" else ""))
+    monkeypatch.setattr(measure, "interpreter", lambda name, told: sys.executable)
+
+
+def plan(*peers, **changes):
+    values = {"policies": (), "models": {"S2": MODEL}, "contexts": (MIDDLE,), "batches": (), "rounds": 3}
+    return PeersPlan(peers=peers, **values | changes)
+
+
+def test_systems_take_turns_and_the_first_block_does_not_count(fakes, monkeypatch):
+    asked = []
+    real = Worker.ask
+
+    def recorded(self, ask, **values):
+        asked.append((ask, values.get("id"), values.get("steps")))
+        return real(self, ask, **values)
+
+    monkeypatch.setattr(Worker, "ask", recorded)
+    found = Found()
+    timed = list(measure.measure(plan("works", "idles"), found))
+    decodes = [one for one in asked if one[0] == "decode"]
+    assert [i for _, i, _ in decodes] == [0, 1, 2] * 4
+    # A peer begins with a few steps, and then takes what fits into a block's time; the floor takes whole blocks.
+    assert [steps for _, _, steps in decodes[:3]] == [4, 4, BLOCK]
+    assert {steps for _, i, steps in decodes[3:] if i == 1} == {BLOCK}
+    assert [one.place.system for one in timed] == ["works", "idles", FLOOR]
+    assert found.timed == timed and found.missing == {}
+    for one in timed:
+        low, middle, high = one.row.ms_per_token_low, one.row.ms_per_token, one.row.ms_per_token_high
+        assert len(one.ms) == 3 and sorted(one.ms)[1] == middle
+        assert min(one.ms) <= low <= middle <= high <= max(one.ms)
+        assert (one.row.kind, one.row.model, one.row.decode_tokens) == ("peers", MODEL, MIDDLE - 128)
+    assert len({(one.row.run, one.row.decode_tokens) for one in timed}) == 3
+
+
+def test_what_fails_is_missing_and_the_others_go_on(fakes):
+    found = Found()
+    timed = list(measure.measure(plan("refuses", "works", "dies"), found))
+    assert [one.place.system for one in timed] == ["works", FLOOR]
+    assert "not this one" in found.missing["refuses"]
+    assert "the last words" in found.missing["dies"]
+    assert all(len(one.ms) == 3 for one in timed)
+
+
+def test_an_environment_that_cannot_be_made_is_tried_once(fakes, monkeypatch):
+    tried = []
+
+    def offline(name, told):
+        tried.append(name)
+        raise BenchError("no network")
+
+    monkeypatch.setattr(measure, "interpreter", offline)
+    found = Found()
+    names = ("openvino f32", "openvino u8")
+    timed = list(measure.measure(plan(*names, contexts=(2048, MIDDLE)), found))
+    assert tried == ["openvino"]
+    assert found.missing == dict.fromkeys(names, "no network")
+    assert [one.place.system for one in timed] == [FLOOR, FLOOR]
+
+
+def test_what_is_compared_stands_in_one_scene():
+    made = scenes(plan("hf static", policies=("dense", "raas"), batches=(16,), batched=("hf static", "raas")))
+    assert [(scene.model, scene.batch) for scene in made] == [("S2", False), ("S2", True)]
+    places = [(place.label, place.context, place.rows) for place in made[0].places]
+    assert len(set(places)) == len(places)
+    assert {("raas", 2048, 1), ("raas", 32768, 1), ("raas (generate)", MIDDLE, 1)} < set(places)
+    assert [(place.label, place.rows) for place in made[1].places] == [("hf static", 16), ("raas", 16)]
+
+
+@pytest.mark.parametrize("changes", [{"rounds": 0}, {"budget": 200}, {"contexts": (512,)}, {"peers": ("x",)}])
+def test_a_plan_out_of_range_is_refused(changes):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        PeersPlan(**{"peers": ("hf static",)} | changes)
+
+
+# What is made once ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(folders, "REQUIREMENTS", tmp_path)
+    (tmp_path / "peer.txt").write_text("# a peer\npeer==1.2\n")
+
+
+def test_an_environment_is_made_once_and_anew_for_other_pins(cache, monkeypatch, tmp_path):
+    made = []
+
+    def commands(name, folder, python, pins):
+        made.append(pins.read_text())
+        return [[sys.executable, "-c", "import os, sys; os.makedirs(sys.argv[1])", str(folder)]]
+
+    monkeypatch.setattr(folders, "_commands", commands)
+    assert interpreter("peer") == interpreter("peer")
+    assert len(made) == 1
+    (tmp_path / "peer.txt").write_text("peer==1.3\n")
+    interpreter("peer")
+    assert len(made) == 2
+
+
+def test_without_a_network_the_error_says_what_is_needed(cache, monkeypatch):
+    failing = [[sys.executable, "-c", "import sys; sys.exit('nobody answers')"]]
+    monkeypatch.setattr(folders, "_commands", lambda *arguments: failing)
+    for _ in range(2):
+        with pytest.raises(
+            BenchError, match=r"nobody answers.*package index once, for: peer==1\.2\. Its place is"
+        ):
+            interpreter("peer")
+
+
+@pytest.mark.slow
+def test_a_real_environment_runs(cache, monkeypatch, tmp_path):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("UV_OFFLINE", "1")
+    (tmp_path / "peer.txt").write_text("")
+    with Worker("longthink.bench.peers.with_kvpress", interpreter("peer")) as worker:
+        with pytest.raises(BenchError, match="No module named 'torch'"):
+            worker.ask("versions")
+    (tmp_path / "peer.txt").write_text("no-such-peer==1\n")
+    with pytest.raises(BenchError, match="no-such-peer==1"):
+        interpreter("peer")
+
+
+def test_a_model_is_the_same_for_all_and_made_once(cache, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    folder = model_folder(MODEL)
+    assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
+    theirs = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    ours = bench_model(MODEL, device="cpu").model.state_dict()
+    assert theirs.keys() == ours.keys() and all(theirs[name].equal(ours[name]) for name in ours)
+    monkeypatch.setattr(folders, "bench_model", lambda *arguments, **options: pytest.fail())
+    assert model_folder(MODEL) == folder
