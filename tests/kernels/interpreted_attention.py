@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from longthink.kernels import reference, triton_step
 from longthink.kernels import reference_step as definition
-from longthink.kernels import triton_step
+from longthink.kernels.reference_step import Slots
 from tests.kernels.cases import TOLERANCE, Shape, clean, copied, make_learn, make_pool, make_slots, new_token
 
 SCALING = 0.2
@@ -80,3 +81,99 @@ def test_slots(case):
 def test_pool(case):
     kind, shape = case
     compare(*both(kind, shape, make_pool), shape.dtype)
+
+
+def test_plain_attention():
+    for with_weights, dtype in ((True, FULL), (False, BRAIN)):
+        query, keys, values = (
+            new_token(Shape(4, 80, 2, dtype=dtype))[0],
+            *torch.randn(2, 2, 2, 150, 80, dtype=dtype),
+        )
+        resident = torch.rand(2, 2, 150) < 0.5
+        resident[1, 1] = False
+        slow, slow_weights = reference.decode_attention(
+            query.float(), keys.float(), values.float(), resident, SCALING, with_weights=True
+        )
+        out, weights = triton_step.decode_attention(
+            query, keys, values, resident, SCALING, with_weights=with_weights
+        )
+        assert not out[1, 1].any()  # of nothing
+        limit = {"atol": TOLERANCE[dtype], "rtol": TOLERANCE[dtype]}
+        torch.testing.assert_close(out.float(), slow, **limit)
+        if with_weights:
+            torch.testing.assert_close(weights, slow_weights, **limit)
+
+
+@pytest.mark.parametrize("kind", ["mass", "bound", "weights", "marks"])
+def test_broken_numbers_stay_in_their_row(kind):
+    shape = Shape(groups=2, dim=64, rows=3, heads=1, seed=31)
+
+    def spoil(query, cache):
+        query[1] = float("nan")
+
+    wanted, got = both(kind, shape, make_slots), both(kind, shape, make_slots, spoil)
+    for clean_result, result in zip(wanted[1][:3], got[1][:3], strict=True):
+        if result is not None:
+            assert torch.equal(result[0::2], clean_result[0::2])
+    assert got[1][0][1].isnan().all()
+
+
+def test_a_query_head_with_broken_numbers_leaves_the_others_of_its_group():
+    shape = Shape(groups=3, dim=64, rows=1, heads=1, seed=32)
+
+    def spoil(query, cache):
+        query[0, 0, 1, 5] = float("inf")
+
+    out = both("nothing", shape, make_slots, spoil)[1][0]
+    whole = both("nothing", shape, make_slots)[1][0]
+    assert out[0, 0, 1].isnan().all() and torch.equal(out[0, 0, 0::2], whole[0, 0, 0::2])
+
+
+def test_keys_of_minus_infinity_weigh_nothing():
+    shape = Shape(groups=2, dim=64, rows=1, heads=1, pages=3, seed=33)
+
+    def spoil(query, cache):
+        query.abs_()
+        cache.keys_BKSD[0, 0, (cache.position_BKS[0, 0] >= 0).nonzero()[0]] = -float("inf")
+
+    cache = make_slots(shape, representatives=False)
+    query, key, value = new_token(shape)
+    spoil(query, cache)
+    slow = definition.step_attention(query, key, value, copied(cache)._replace(**zeros(cache)), SCALING)[0]
+    fast = triton_step.step_attention(query, key, value, copied(cache), SCALING)[0]
+    assert slow.isfinite().all()
+    torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-5)
+
+
+def zeros(cache):
+    """Keys and values with zeros for NaN, where nothing is."""
+    return {
+        name: getattr(cache, name).masked_fill(getattr(cache, name).isnan(), 0)
+        for name in ("keys_BKSD", "values_BKSD")
+    }
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.02, 0.5])
+def test_marks_at_any_threshold(alpha):
+    shape = Shape(groups=2, dim=64, rows=2, heads=1, pages=20, seed=34)
+    compare(*both("marks", shape, make_slots, alpha=alpha), FULL)
+
+
+@pytest.mark.parametrize("dim, groups", [(64, 4), (80, 1)])
+def test_selection(dim, groups):
+    shape = Shape(groups=groups, dim=dim, rows=2, heads=1, pages=40, page_size=4, seed=dim)
+    keys, values = torch.randn(2, 2, 1, 160, dim)
+    keys[:, :, 40:60] = keys[:, :, 20:40]  # pages with equal bounds
+    length = torch.tensor([101, 158])
+    position = torch.arange(160, dtype=torch.int32).repeat(2, 1, 1)
+    position[position > length[:, None, None] - 2] = -1
+    paged = keys.masked_fill(position[..., None] < 0, 0).unflatten(2, (40, 4))
+    now = length - 1
+    slots = Slots(keys, values, position, (now // 4)[:, None], now, 4, paged.amin(3), paged.amax(3))
+    for cap in (1, 9, 13, 60):
+        slow, fast = copied(slots), copied(slots)
+        caps = torch.tensor([cap, cap + 3])
+        wanted = definition.select_attention(*new_token(shape), slow, caps, SCALING)
+        got = triton_step.select_attention(*new_token(shape), fast, caps, SCALING)
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+        assert torch.equal(fast.kmin_BKPD, slow.kmin_BKPD)

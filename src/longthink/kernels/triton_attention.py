@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from longthink.kernels.triton_parts import MARGIN_LOG2, dot, least_of_best, rank_key
+from longthink.kernels.triton_parts import MARGIN_LOG2, dot, is_best, least_of_best, rank_key
 
 
 @triton.jit
@@ -136,18 +136,18 @@ def _page_scores(
 
 @triton.jit
 def _chosen(score, position, count, tail_page, pages, T: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Key that the pages to read reach: the tail, and the best of the resident ones."""
+    """What `is_best` needs to know the pages to read: the tail, and the best of the resident ones."""
     page = tl.arange(0, BLOCK_P)
     live = page < pages
     bound = tl.load(score + page, mask=live, other=0.0)
     resident = tl.load(position + page * T, mask=live, other=-1) >= 0
     bound = tl.where(page == tail_page, float("inf"), bound)
-    return least_of_best(tl.where(resident, rank_key(bound, page), -1), count)
+    return least_of_best(tl.where(resident, rank_key(bound), -1), page, count)
 
 
 @triton.jit
 def _attend(
-    query, key, value, keys, values, position, table, score, score_stride, logit, token_new, now, least,
+    query, key, value, keys, values, position, table, score, score_stride, logit, token_new, now, least, last,
     start, end, row, table_row, kv_page, kv_token, tokens, scale, log2_alpha,
     G: tl.constexpr, D: tl.constexpr, T: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr, TABLE: tl.constexpr, APPEND: tl.constexpr, SCORE: tl.constexpr, SELECT: tl.constexpr,
@@ -171,8 +171,8 @@ def _attend(
             resident = (held >= 0) & ~((page == token_new // T) & (token > token_new) & APPEND)
         if SELECT:
             bound = tl.load(score + page, mask=live, other=0.0)
-            bound = tl.where(page == now // T, float("inf"), bound)
-            resident = resident & (rank_key(bound, page) >= least)
+            bound = tl.where(page == token_new // T, float("inf"), bound)
+            resident = resident & is_best(rank_key(bound), page, least, last)
         resident = resident | is_new
         old = (resident & ~is_new)[:, None] & (d < D)[None, :]
         place = _page_place(page, live, row, table, table_row, kv_page, TABLE) + (token % T) * kv_token
@@ -237,13 +237,16 @@ def split_kernel(
             TABLE, BOUND,
         )  # fmt: skip
     if ATTEND:
-        least = tl.zeros((), tl.int64)
+        least, last = tl.zeros((), tl.int64), tl.zeros((), tl.int32)
         if SELECT:
-            least = _chosen(score, position, tl.load(cap + row), token_new // T, tokens // T, T, BLOCK_P)
+            least, last = _chosen(
+                score, position, tl.load(cap + row), token_new // T, tokens // T, T, BLOCK_P
+            )
         out, total = _attend(
             q, k, v, keys + base, values + base, position, table, score, score_stride,
-            logit + begin * G * tokens, token_new, position_new, least, start, end, row, table_row, kv_page,
-            kv_token, tokens, scale, log2_alpha, G, D, T, BLOCK_G, BLOCK_S, BLOCK_D, TABLE, APPEND, SCORE, SELECT,
+            logit + begin * G * tokens, token_new, position_new, least, last, start, end, row, table_row,
+            kv_page, kv_token, tokens, scale, log2_alpha, G, D, T, BLOCK_G, BLOCK_S, BLOCK_D, TABLE, APPEND, SCORE,
+            SELECT,
         )  # fmt: skip
         slot = (begin * tl.num_programs(1) + split) * G + g
         tl.store(share + slot, total, mask=g < G)

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from longthink.kernels.reference_step import Turn, Used
-from longthink.kernels.triton_parts import least_of_best, rank_key
+from longthink.kernels.triton_parts import is_best, least_of_best, rank_key
 
 _FAR = tl.constexpr(0x7FFFFFFF)
 
@@ -39,8 +39,9 @@ def _stamp(
     else:
         resident = tl.sum((page >= 0).to(tl.int32), 0)
         count = tl.ceil(resident.to(tl.float64) * FRACTION - 1e-9).to(tl.int32)
-        key = tl.where(page >= 0, rank_key(worth, page), -1)
-        used = (key >= least_of_best(key, count)) & (count > 0)
+        key = tl.where(page >= 0, rank_key(worth), -1)
+        least, last = least_of_best(key, page, count)
+        used = is_best(key, page, least, last) & (count > 0)
     used = (used | (page == now // T)) & (page >= 0)
     tl.store(stamp + slot, (slot * 0 + now).to(tl.int32), mask=used)
     old = tl.load(stamp + slot, mask=(slot < slots) & ~used, other=0)

@@ -10,7 +10,6 @@ import triton.language as tl
 
 MARGIN_LOG2 = tl.constexpr(1e-3)
 """Slack for rounding where logits that can be no marks are left out; twice that where they are stored."""
-_KEY_BITS = tl.constexpr(63)
 _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
@@ -23,22 +22,35 @@ def dot(a, b):
 
 
 @triton.jit
-def rank_key(score, page):
-    """Return integers whose order is that of `top_pages`: by falling score, NaN first, then by rising page.
-
-    32 bits of score above 31 bits of page; never negative. No two pages have the same.
-    """
+def rank_key(score):
+    """Return integers from 0 to 2**32 - 1 in the order of the scores; NaN is the largest, as torch sorts."""
     score = tl.where(score == 0, 0.0, score)  # the two zeros are a tie
     bits = tl.where(score != score, 0x7FFFFFFF, score.to(tl.int32, bitcast=True)).to(tl.int64)
-    rising = tl.where(bits < 0, -(bits & 0x7FFFFFFF) - 1, bits)
-    return ((rising + 0x80000000) << 31) | (0x7FFFFFFF - page.to(tl.int64))
+    return tl.where(bits < 0, -(bits & 0x7FFFFFFF) - 1, bits) + 0x80000000
 
 
 @triton.jit
-def least_of_best(key, count):
-    """Return the `count`-th largest of the keys, of which negative ones do not count; found bit by bit."""
-    best = (count * 0).to(tl.int64)
-    for step in range(_KEY_BITS):
-        raised = best + ((best * 0 + 1) << (_KEY_BITS - 1 - step))
-        best = tl.where(tl.sum((key >= raised).to(tl.int32), 0) >= count, raised, best)
-    return best
+def least_of_best(key, page, count):
+    """Return the key of the `count`-th best page, and the last page that counts among those of that very key.
+
+    Found bit by bit, which takes no memory and no sort. Ties go to the lower page; negative keys do not count.
+    """
+    least = (count * 0).to(tl.int64)
+    for step in range(32):
+        raised = least + ((least * 0 + 1) << (31 - step))
+        least = tl.where(tl.sum((key >= raised).to(tl.int32), 0) >= count, raised, least)
+    room = count - tl.sum((key > least).to(tl.int32), 0)
+    tied = key == least
+    last = (count * 0 + 0x7FFFFFFF).to(tl.int32)
+    if tl.sum(tied.to(tl.int32), 0) > room:
+        last = last * 0
+        for step in range(31):
+            raised = last + ((last * 0 + 1) << (30 - step))
+            last = tl.where(tl.sum((tied & (page < raised)).to(tl.int32), 0) < room, raised, last)
+    return least, last
+
+
+@triton.jit
+def is_best(key, page, least, last):
+    """Whether pages are among the best that `least_of_best` found."""
+    return (key > least) | ((key == least) & (page <= last))

@@ -1,0 +1,32 @@
+"""Triton's interpreter, several times as fast."""
+
+import os
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter():
+    """Patch the language once for each launch and module, as the interpreter does it for each call of a helper."""
+    if not os.environ.get("TRITON_INTERPRET"):
+        yield
+        return
+    from triton.runtime import interpreter
+
+    function, patched = interpreter.InterpretedFunction, set()
+    run = function.run
+
+    def fresh_run(self, *args, **kwargs):
+        patched.clear()
+        return run(self, *args, **kwargs)
+
+    def quick_call(self, *args, **kwargs):
+        if self.fn.__module__ not in patched:
+            interpreter._patch_lang(self.fn)
+            patched.add(self.fn.__module__)
+        return self.rewrite()(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(function, "run", fresh_run)
+        patch.setattr(function, "__call__", quick_call)
+        yield
