@@ -11,7 +11,7 @@ from tests.kernels.steps import FusedLayer
 
 STEPS = 100
 POLICIES = {
-    "raas:page_size=4": 2,
+    "raas:page_size=4": 1,
     "raas:page_size=4:score=exact:sharing=layer": 2,
     "raas:page_size=4:used=alpha:alpha=0.1:pin_prompt=false": 1,
     "milestone:page_size=4:alpha=0.1": 1,

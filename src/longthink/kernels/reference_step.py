@@ -166,11 +166,12 @@ def select_attention(
 def append(cache: Slots | Pool, key_BKD: Tensor, value_BKD: Tensor) -> None:
     """Write the new token; at offset 0 the page starts anew. Widens the page's representative."""
     rows, heads = key_BKD.shape[:2]
-    row, head = torch.arange(rows)[:, None], torch.arange(heads)
+    row = torch.arange(rows, device=key_BKD.device)[:, None]
+    head = torch.arange(heads, device=key_BKD.device)
     if isinstance(cache, Pool):
         last_B = cache.length_B.long() - 1
         page_size = cache.keys_XTKD.shape[1]
-        block_B1 = cache.block_BP[torch.arange(rows), last_B // page_size].long()[:, None]
+        block_B1 = cache.block_BP[row[:, 0], last_B // page_size].long()[:, None]
         offset_B = last_B % page_size
         cache.keys_XTKD[block_B1, offset_B[:, None], head] = key_BKD
         cache.values_XTKD[block_B1, offset_B[:, None], head] = value_BKD
