@@ -25,6 +25,7 @@ class Shape(NamedTuple):
     dtype: torch.dtype = torch.float32
     shared: bool = False
     seed: int = 0
+    offset: int | None = None
 
 
 def randoms(shape: Shape, *sizes: int) -> torch.Tensor:
@@ -47,7 +48,7 @@ def make_slots(shape: Shape, *, representatives: bool = True) -> Slots:
     now = torch.zeros(shape.rows, dtype=torch.int64)
     for row in range(shape.rows):
         last = draw.randrange(shape.pages + 3)
-        now[row] = last * size + draw.randrange(size)
+        now[row] = last * size + (draw.randrange(size) if shape.offset is None else shape.offset)
         for table in range(tables):
             slots = draw.sample(range(shape.pages), draw.randint(1, min(shape.pages, last + 1)))
             pages = [last, *draw.sample(range(last), len(slots) - 1)]
@@ -59,7 +60,7 @@ def make_slots(shape: Shape, *, representatives: bool = True) -> Slots:
             paged = position[row, table, tail[row, table]]
             paged[offset:] = -1
             if offset == 0:  # another page stands there, and gives way
-                paged[:] = torch.arange(size) if draw.random() < 0.5 else -1
+                paged[:] = torch.arange(size) if draw.random() < 0.8 else -1
     keys, values = randoms(shape, 2, shape.rows, shape.heads, shape.pages, size, shape.dim)
     empty = (position < 0).expand(-1, shape.heads, -1, -1)[..., None]
     keys, values = keys.masked_fill(empty, GARBAGE), values.masked_fill(empty, GARBAGE)
@@ -79,6 +80,8 @@ def make_pool(shape: Shape, *, representatives: bool = True) -> Pool:
     draw = random.Random(shape.seed)
     size, blocks = shape.page_size, shape.rows * shape.pages + 3
     length = torch.tensor([draw.randint(1, shape.pages * size) for _ in range(shape.rows)])
+    if shape.offset is not None:
+        length = (length - 1) // size * size + 1 + shape.offset
     order = draw.sample(range(blocks), shape.rows * shape.pages)
     table = torch.tensor(order, dtype=torch.int32).view(shape.rows, shape.pages)
     keys, values = torch.full((2, blocks, size, shape.heads, shape.dim), GARBAGE, dtype=shape.dtype)

@@ -20,7 +20,7 @@ def turns(draw):
     """Turns of two layers with few distinct scores, stamps and pages, so that ties are common."""
     chance = random.Random(draw(st.integers(0, 2**32)))
     layers, rows, tables, shared = 2, chance.choice((1, 2)), chance.choice((1, 2)), chance.choice((1, 3))
-    size, slots = chance.choice((1, 4, 16)), chance.choice((1, 3, 8, 13))
+    size, slots = chance.choice((1, 4, 16)), chance.choice((1, 3, 8, 13, 13))
     position = torch.full((layers * rows, tables, slots, size), -1, dtype=torch.int32)
     now = torch.tensor([chance.randint(0, (slots + 4) * size) for _ in range(rows)])
     if chance.random() < 0.7:  # the next token opens a page
@@ -38,7 +38,7 @@ def turns(draw):
 
     def numbers(*shape):
         values = torch.tensor(
-            [chance.choice((1.0, 2.0, -1.5, *BAD)) for _ in range(torch.Size(shape).numel())]
+            [chance.choice((1.0, 2.0, 1.0, 2.0, -1.5, *BAD)) for _ in range(torch.Size(shape).numel())]
         )
         return values.view(shape)
 
@@ -47,8 +47,9 @@ def turns(draw):
     )
     stamp = stamp.view(-1, tables, slots)
     score = numbers(layers * rows, tables * shared if tables == 1 else tables, slots)
+    share = chance.choice((0.0, 0.3, 0.5, 0.5, 1.0))
     used = chance.choice(
-        (None, Used(stamp, score, chance.choice((0.0, 0.3, 0.5, 1.0))), Used(stamp, score, None, 0.5))
+        (None, Used(stamp, score, share), Used(stamp, score, share), Used(stamp, score, None, 0.5))
     )
     prompt = some(0, 2 * size)
     turn = Turn(
@@ -82,14 +83,15 @@ def test_bookkeeping(case):
         assert torch.equal(fast_used.stamp_NKP, slow_used.stamp_NKP)
 
 
+@pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("share, pages, best", [(0.3, 170, 51), (0.5, 7, 4), (0.1, 10, 1)])
-def test_a_share_of_the_pages_counts_as_the_decimal_fraction(share, pages, best):
+def test_a_share_of_the_pages_counts_as_the_decimal_fraction(share, pages, best, ties):
     position = torch.arange(pages, dtype=torch.int32)[None, None]
     row = torch.tensor([pages - 1])
     turn = Turn(position, torch.zeros(1, 1, dtype=torch.int64), row, row * 0, row + 5, 1, row * 0)
     stamp = torch.full((1, 1, pages), -1, dtype=torch.int32)
     score = torch.arange(pages, dtype=torch.float32).flip(0)[None, None]
-    triton_book.bookkeep(turn, Used(stamp, score, share))
+    triton_book.bookkeep(turn, Used(stamp, score * (not ties), share))
     assert (stamp[0, 0, :best] == pages - 1).all() and (stamp[0, 0, best:-1] == -1).all()
 
 

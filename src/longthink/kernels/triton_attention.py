@@ -167,7 +167,7 @@ def _attend(
             resident, held = live & (token <= token_new), token
         else:
             held = tl.load(position + token, mask=live, other=-1)
-            # Behind the new token its page holds nothing, whatever is still written there.
+            # Behind the new token its page holds nothing, whether or not another program has written that yet.
             resident = (held >= 0) & ~((page == token_new // T) & (token > token_new) & APPEND)
         if SELECT:
             bound = tl.load(score + page, mask=live, other=0.0)
@@ -226,7 +226,7 @@ def split_kernel(
         place = _page_place(token_new // T, True, row, table, table_row, kv_page, TABLE)
         place += base + (token_new % T) * kv_token
         _append(
-            keys, values, place, k, v, position, token_new, position_new, own * heads == head * tables,
+            keys, values, place, k, v, position, token_new, position_new, (head + 1) * tables % heads == 0,
             T, D, BLOCK_D, TABLE,
         )  # fmt: skip
     if BOUND > 0:

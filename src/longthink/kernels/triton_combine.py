@@ -30,12 +30,12 @@ def _pages_total(score, pages, has, G: tl.constexpr, BLOCK_G: tl.constexpr, BLOC
 
 @triton.jit
 def _token_states(
-    state, position, now, tail, logit, score, total, count, first, step, alpha, log2_alpha, pages,
+    state, now, tail, logit, score, total, count, first, step, alpha, log2_alpha, pages,
     G: tl.constexpr, T: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, LEARN: tl.constexpr,
 ):  # fmt: skip
     """Marks (LEARN 4) or accumulated attention (5) of the tokens; the page of a new token starts from 0.
 
-    Logits were stored, and marks can be, only where a page's largest logit is large enough.
+    For marks, logits stand only in pages whose largest is large enough, and are -inf at tokens that are not far.
     """
     g = tl.arange(0, BLOCK_G)
     for start in range(first, count, step):
@@ -47,10 +47,8 @@ def _token_states(
         if LEARN == 4:
             top = tl.load(score + g[:, None] * pages + page[None, :], mask=read, other=float("-inf"))
             read = read & (top > total[:, None] + log2_alpha - MARGIN_LOG2)
-            held = tl.load(position + token, mask=tl.max(read.to(tl.int32), 0) > 0, other=-1)
-            far = (held >= 0) & (held < now - T) & ~opened
             weight = tl.exp2(tl.load(where, mask=read, other=float("-inf")) - total[:, None])
-            marked = far & (tl.max(weight, 0) > alpha)
+            marked = tl.max(weight, 0) > alpha
             tl.store(state + token, marked.to(tl.int8), mask=marked | opened)
         else:
             weight = tl.exp2(tl.load(where, mask=read, other=float("-inf")) - total[:, None])
@@ -60,8 +58,8 @@ def _token_states(
 
 @triton.jit
 def combine_kernel(
-    partial, share, out, logit, score, result, state, position, now, tail, length, splits, tokens, pages, heads,
-    position_row, position_head, alpha, log2_alpha,
+    partial, share, out, logit, score, result, state, now, tail, length, splits, tokens, pages, heads,
+    alpha, log2_alpha,
     G: tl.constexpr, D: tl.constexpr, T: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, TABLE: tl.constexpr,
     LEARN: tl.constexpr,
@@ -104,9 +102,7 @@ def combine_kernel(
             found = tl.load(where, mask=mine & (token < has)[None, :], other=float("-inf"))
             tl.store(where, tl.exp2(found - total[:, None]), mask=mine)
     if LEARN >= 4:
-        row, head = (begin // heads).to(tl.int64), begin % heads
         _token_states(
-            state + begin * tokens, position + row * position_row + head * position_head,
-            tl.load(now + row).to(tl.int32), tl.load(tail + begin).to(tl.int32), logit, score, total, tokens, first,
+            state + begin * tokens, tl.load(now + begin // heads).to(tl.int32), tl.load(tail + begin).to(tl.int32), logit, score, total, tokens, first,
             step, alpha, log2_alpha, pages, G, T, BLOCK_G, BLOCK_N, LEARN,
         )  # fmt: skip

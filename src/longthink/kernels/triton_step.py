@@ -177,19 +177,17 @@ def _combine(
     rows, heads, groups, dim = work.query.shape
     out = torch.empty_like(work.query)
     pages, kind = work.tokens // work.page_size, _COMBINE.get(learn.kind, 0)
-    state = position = now = tail = work.query
-    position_row = position_head = 0
+    state = now = tail = work.query
     if kind >= 4:
         assert isinstance(cache, Slots) and learn.state_BKS is not None and learn.state_BKS.is_contiguous()
         assert cache.tail_BK.shape[1] == heads
-        state, position, now, tail = learn.state_BKS, cache.position_BKS, cache.now_B, cache.tail_BK
-        position_row, position_head, _ = position.stride()
+        state, now, tail = learn.state_BKS, cache.now_B, cache.tail_BK
     # Slices of the output are programs of their own: one program a head would leave most of the GPU idle.
     slice_of = 32
     combine_kernel[(rows * heads, triton.cdiv(dim, slice_of))](
-        partial, share, out, logit, score, result, state, position, now, tail,
+        partial, share, out, logit, score, result, state, now, tail,
         cache.length_B if isinstance(cache, Pool) else work.query, work.splits, work.tokens, pages, heads,
-        position_row, position_head, learn.alpha, _log2(learn.alpha),
+        learn.alpha, _log2(learn.alpha),
         G=groups, D=dim, T=work.page_size, BLOCK_G=triton.next_power_of_2(groups),
         BLOCK_C=triton.next_power_of_2(work.splits), BLOCK_D=slice_of,
         BLOCK_P=triton.next_power_of_2(pages) if kind == 2 else 1, BLOCK_N=128,
