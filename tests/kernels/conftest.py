@@ -1,8 +1,9 @@
-"""Triton's interpreter, several times as fast."""
+"""Triton's interpreter, several times as fast, and with NaN in memory that nothing has written."""
 
 import os
 
 import pytest
+import torch
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -12,6 +13,8 @@ def quick_interpreter():
         yield
         return
     from triton.runtime import interpreter
+
+    from longthink.kernels import triton_step
 
     function, patched = interpreter.InterpretedFunction, set()
     run = function.run
@@ -29,4 +32,10 @@ def quick_interpreter():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(function, "run", fresh_run)
         patch.setattr(function, "__call__", quick_call)
+        # What no program wrote is nothing that may be read.
+        patch.setattr(
+            triton_step,
+            "_floats",
+            lambda like, shape: torch.full(shape, float("nan"), dtype=torch.float32, device=like.device),
+        )
         yield

@@ -103,6 +103,7 @@ def combine_kernel(
             tl.store(where, tl.exp2(found - total[:, None]), mask=mine)
     if LEARN >= 4:
         _token_states(
-            state + begin * tokens, tl.load(now + begin // heads).to(tl.int32), tl.load(tail + begin).to(tl.int32), logit, score, total, tokens, first,
-            step, alpha, log2_alpha, pages, G, T, BLOCK_G, BLOCK_N, LEARN,
+            state + begin * tokens, tl.load(now + begin // heads).to(tl.int32),
+            tl.load(tail + begin).to(tl.int32), logit, score, total, tokens, first, step, alpha, log2_alpha, pages,
+            G, T, BLOCK_G, BLOCK_N, LEARN,
         )  # fmt: skip
