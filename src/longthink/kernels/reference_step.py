@@ -30,7 +30,7 @@ LEARN = ("nothing", "bound", "bound_share", "mass", "weights", "marks", "heavy")
 class Slots(NamedTuple):
     """Page slots of one layer, and where the new token goes: `tail_BK` is its page slot, `now_B` its position.
 
-    `kmin_BKPD` and `kmax_BKPD` are the pages' representatives; None where nobody wants them.
+    `kmin_BKPD` and `kmax_BKPD` are the pages' representatives: given exactly where bounds are wanted, else None.
     """
 
     keys_BKSD: Tensor
