@@ -174,6 +174,42 @@ def memory(*, options: MemoryOptions = _MEMORY) -> int:
     return _run(partial(measure_memory, plan), work, plan, store, options)
 
 
+@bench_app.command
+def kernels(
+    *,
+    rows: str = "1,16,64,256",
+    lengths: str = "4096,16384,32768,131072",
+    budgets: str = "1024,2048,4096",
+    json: Switch = False,
+) -> int:
+    """Measure one layer's decode attention on a GPU: our kernels within budgets, dense ones at lengths.
+
+    Parameters
+    ----------
+    rows
+        Rows decoded side by side, separated by commas.
+    lengths
+        Tokens that the dense kernels read, separated by commas.
+    budgets
+        Tokens that ours read, multiples of 16, separated by commas.
+    json
+        Print one JSON document instead of the table.
+    """
+    from longthink.bench.kernels import measure_kernels
+
+    options = {"rows": rows, "lengths": lengths, "budgets": budgets}
+    found = measure_kernels(
+        **{name: tuple(_integer(name, word) for word in _words(text)) for name, text in options.items()}
+    )
+    if json:
+        write_json({"hardware": hardware(), "versions": versions(), "rows": [row._asdict() for row in found]})
+    else:
+        from longthink.cli.bench_tables import print_kernels
+
+        print_kernels(found)
+    return 0
+
+
 def open_store(folder: Path | None) -> ResultStore | None:
     """Return the store to write to; it fails before anything is measured."""
     if folder is None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from longthink.cli.terminal import out_console, size_text, visible
 
 if TYPE_CHECKING:
+    from longthink.bench.kernels import KernelTime
     from longthink.results.records import Measurement
 
 HF = "hf "
@@ -28,6 +29,17 @@ def print_tables(rows: Sequence[Measurement], conditions: dict[str, Any]) -> Non
     console = out_console()
     for line in (*_comparison(rows), *_how(rows[0], conditions)):
         console.print(visible(line), markup=False)
+
+
+def print_kernels(rows: Iterable[KernelTime]) -> None:
+    """Print the time of every kernel at every shape as soon as it is measured."""
+    console = out_console()
+    console.print(f"{'model':<14}{'system':<20}{'rows':>5}{'tokens':>8}{'ms':>10}{'GB/s':>8}  of a copy")
+    for row in rows:
+        text = (
+            f"{row.model:<14}{row.system:<20}{row.rows:>5}{row.tokens:>8}{row.ms:>10.4f}{row.gb_per_s:>8.0f}"
+        )
+        console.print(visible(f"{text}{row.of_copy:>10.0%}"), markup=False)
 
 
 def _milliseconds(row: Measurement) -> str:

@@ -1,13 +1,22 @@
 """The numerical work, behind one set of names.
 
-`reference` is the definition, in plain torch, and runs on every device.
+`reference` and `reference_step` are the definition, in plain torch, and run on every device. Tensors on a GPU go to
+Triton kernels of the same names, where there are some and Triton is installed: docs/kernels.md.
 """
 
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from longthink.kernels import reference, reference_step
 from longthink.kernels.reference import (
     block_attention,
     bound_scores,
     column_mass,
-    decode_attention,
     discriminant_scores,
     hash_priority,
     lowest,
@@ -16,17 +25,100 @@ from longthink.kernels.reference import (
     top_fraction,
     top_pages,
 )
+from longthink.kernels.reference_step import Learn, Pool, Slots, Turn, Used
 
 __all__ = [
+    "Learn",
+    "Pool",
+    "Slots",
+    "Turn",
+    "Used",
     "block_attention",
+    "bookkeep",
     "bound_scores",
     "column_mass",
     "decode_attention",
     "discriminant_scores",
     "hash_priority",
     "lowest",
+    "move_tokens",
     "page_mass",
     "rotate_keys",
+    "select_attention",
+    "step_attention",
     "top_fraction",
     "top_pages",
 ]
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def _goes_to_triton(tensor: Tensor) -> bool:
+    return tensor.is_cuda and tensor.dtype != torch.float64 and _has_triton()
+
+
+def decode_attention(
+    query_BKGD: Tensor,
+    keys_BKSD: Tensor,
+    values_BKSD: Tensor,
+    resident_BKS: Tensor,
+    scaling: float,
+    *,
+    with_weights: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of one new token per row: see `reference.decode_attention`."""
+    attend = reference.decode_attention
+    if _goes_to_triton(query_BKGD):
+        from longthink.kernels.triton_step import decode_attention as attend
+    return attend(query_BKGD, keys_BKSD, values_BKSD, resident_BKS, scaling, with_weights=with_weights)
+
+
+def step_attention(
+    query_BKGD: Tensor,
+    key_BKD: Tensor,
+    value_BKD: Tensor,
+    cache: Slots | Pool,
+    scaling: float,
+    learn: Learn | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Write the new token, read what is resident, and learn: see `reference_step.step_attention`."""
+    attend = reference_step.step_attention
+    if _goes_to_triton(query_BKGD):
+        from longthink.kernels.triton_step import step_attention as attend
+    return attend(query_BKGD, key_BKD, value_BKD, cache, scaling, learn)
+
+
+def select_attention(
+    query_BKGD: Tensor, key_BKD: Tensor, value_BKD: Tensor, slots: Slots, cap_B: Tensor, scaling: float
+) -> Tensor:
+    """Write the new token, and read the best pages: see `reference_step.select_attention`."""
+    attend = reference_step.select_attention
+    if _goes_to_triton(query_BKGD):
+        from longthink.kernels.triton_step import select_attention as attend
+    return attend(query_BKGD, key_BKD, value_BKD, slots, cap_B, scaling)
+
+
+def bookkeep(turn: Turn, used: Used | None = None) -> Tensor:
+    """Stamp pages and name the slot of the next one, for all layers: see `reference_step.bookkeep`."""
+    work = reference_step.bookkeep
+    if _goes_to_triton(turn.position_NKS):
+        from longthink.kernels.triton_book import bookkeep as work
+    return work(turn, used)
+
+
+def move_tokens(
+    keys_BKSD: Tensor,
+    values_BKSD: Tensor,
+    position_BKS: Tensor,
+    state_BKS: Tensor | None,
+    source_BKM: Tensor,
+    target_BKM: Tensor,
+) -> None:
+    """Carry tokens to other slots: see `reference_step.move_tokens`."""
+    work = reference_step.move_tokens
+    if _goes_to_triton(keys_BKSD):
+        from longthink.kernels.triton_book import move_tokens as work
+    work(keys_BKSD, values_BKSD, position_BKS, state_BKS, source_BKM, target_BKM)

@@ -1,0 +1,185 @@
+"""Time of one layer's decode attention on a GPU: the kernels on a bounded cache, beside dense ones on the whole text.
+
+Shape suffixes: B rows, H query heads, K KV heads, G query heads per KV head, N tokens, S token slots, P pages,
+T tokens in a page, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from longthink.config import check_int
+from longthink.errors import BenchError
+from longthink.kernels import Learn, Slots, step_attention
+
+PAGE = 16
+HEADS = {"Qwen2.5-7B": (28, 4, 128), "Qwen2.5-1.5B": (12, 2, 128)}
+"""Query heads, KV heads and head dim of the models whose shapes are measured."""
+ROWS = (1, 16, 64, 256)
+LENGTHS = (4096, 16384, 32768, 131072)
+BUDGETS = (1024, 2048, 4096)
+LEARN = ("nothing", "bound", "mass", "marks")
+"""What the policies ask of a step: the windows; raas; raas with exact scores; milestone."""
+
+Clock = Callable[[Callable[[], Any]], float]
+"""Milliseconds that a call takes."""
+
+
+class Case(NamedTuple):
+    """One layer's decode step over this many tokens."""
+
+    heads: int
+    kv_heads: int
+    dim: int
+    rows: int
+    tokens: int
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of keys and values in 16 bits."""
+        return 4 * self.rows * self.kv_heads * self.tokens * self.dim
+
+
+class KernelTime(NamedTuple):
+    """Time of one call. `gb_per_s` counts keys and values only; `of_copy` is its share of the copy bandwidth."""
+
+    model: str
+    system: str
+    rows: int
+    tokens: int
+    ms: float
+    gb_per_s: float
+    of_copy: float
+
+
+def measure_kernels(
+    rows: tuple[int, ...], lengths: tuple[int, ...], budgets: tuple[int, ...]
+) -> Iterator[KernelTime]:
+    """Measure every system at every shape that fits in the memory of the GPU.
+
+    Raises
+    ------
+    ValueError
+        If a number is out of range.
+    BenchError
+        If there is no GPU or no Triton.
+    """
+    for field, values in (("rows", rows), ("lengths", lengths), ("budgets", budgets)):
+        for value in values:
+            check_int(field, value, 1 if field == "rows" else PAGE)
+            if field == "budgets" and value % PAGE:
+                raise ValueError(f"budgets={value} must be a multiple of the page size, {PAGE}")
+    if not torch.cuda.is_available() or find_spec("triton") is None:
+        raise BenchError("the kernels can be measured only on a CUDA GPU with Triton, and there is none here")
+    do_bench = import_module("triton.testing").do_bench
+    return times(
+        rows, lengths, budgets, torch.device("cuda"), lambda call: do_bench(call, return_mode="median")
+    )
+
+
+def times(
+    rows: tuple[int, ...],
+    lengths: tuple[int, ...],
+    budgets: tuple[int, ...],
+    device: torch.device,
+    clock: Clock,
+) -> Iterator[KernelTime]:
+    """Measure on a device with a clock."""
+    copy = copy_bandwidth(device, clock)
+    for model, heads in HEADS.items():
+        for count in rows:
+            cases = [Case(*heads, count, budget) for budget in budgets]
+            for system, case, call in (
+                *((f"longthink {learn}", case, ours(learn)) for case in cases for learn in LEARN),
+                *((name, Case(*heads, count, n), peer) for n in lengths for name, peer in peers().items()),
+            ):
+                if device.type == "cuda" and case.kv_bytes > 0.8 * torch.cuda.mem_get_info(device)[0]:
+                    continue
+                ms = clock(call(case, device))
+                speed = case.kv_bytes / ms / 1e6
+                yield KernelTime(model, system, case.rows, case.tokens, ms, speed, speed / copy)
+
+
+def copy_bandwidth(device: torch.device, clock: Clock) -> float:
+    """GB/s read and written by a copy that no cache of a GPU holds."""
+    source = torch.empty(1 << 29 if device.type == "cuda" else 1 << 10, dtype=torch.bfloat16, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / clock(lambda: target.copy_(source)) / 1e6
+
+
+def ours(learn: str) -> Callable[[Case, torch.device], Callable[[], Any]]:
+    """Return what makes a step of a full cache with what this kind of policy asks for."""
+
+    def make(case: Case, device: torch.device) -> Callable[[], Any]:
+        query_BHD, keys, values = _tensors(case, device)
+        query_BKGD = query_BHD.unflatten(1, (case.kv_heads, -1))
+        shape = (case.rows, case.kv_heads, case.tokens)
+        position = torch.arange(case.tokens, dtype=torch.int32, device=device).expand(shape).contiguous()
+        now = torch.full((case.rows,), case.tokens - 1, device=device)
+        tail = torch.full(shape[:2], case.tokens // PAGE - 1, device=device)
+        state = torch.zeros(shape, dtype=torch.int8, device=device) if learn == "marks" else None
+        representatives: tuple[Tensor, ...] = ()
+        if learn == "bound":
+            paged = keys.unflatten(2, (-1, PAGE))
+            representatives = (paged.amin(3), paged.amax(3))
+        slots = Slots(keys, values, position, tail, now, PAGE, *representatives)
+        key, value = keys[:, :, -1].clone(), values[:, :, -1].clone()
+        scaling, wanted = case.dim**-0.5, Learn(learn, state, 0.5)
+        return lambda: step_attention(query_BKGD, key, value, slots, scaling, wanted)
+
+    return make
+
+
+def peers() -> dict[str, Callable[[Case, torch.device], Callable[[], Any]]]:
+    """Dense decode attention of others that is there."""
+    found = {"sdpa": _sdpa, "flex": _flex}
+    return found | ({"flashinfer": _flashinfer} if find_spec("flashinfer") is not None else {})
+
+
+def _sdpa(case: Case, device: torch.device) -> Callable[[], Any]:
+    query, keys, values = _tensors(case, device)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return lambda: attend(query[:, :, None], keys, values, enable_gqa=True)
+
+
+def _flex(case: Case, device: torch.device) -> Callable[[], Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    query, keys, values = _tensors(case, device)
+    # Its compiler for CPUs is not what is measured.
+    attend = torch.compile(flex_attention, dynamic=False) if device.type == "cuda" else flex_attention
+    return lambda: attend(query[:, :, None], keys, values, enable_gqa=True)
+
+
+def _flashinfer(case: Case, device: torch.device) -> Callable[[], Any]:
+    flashinfer = import_module("flashinfer")
+    query, keys, values = _tensors(case, device)
+    pages = case.tokens // PAGE
+    paged = torch.stack(
+        [x.transpose(1, 2).reshape(-1, PAGE, case.kv_heads, case.dim) for x in (keys, values)], 1
+    )
+    del keys, values
+    workspace = torch.empty(128 << 20, dtype=torch.uint8, device=device)
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
+    first = torch.arange(case.rows + 1, dtype=torch.int32, device=device) * pages
+    blocks = torch.arange(case.rows * pages, dtype=torch.int32, device=device)
+    last = torch.full((case.rows,), PAGE, dtype=torch.int32, device=device)
+    shape = (case.heads, case.kv_heads, case.dim, PAGE)
+    wrapper.plan(first, blocks, last, *shape, q_data_type=query.dtype, kv_data_type=query.dtype)
+    return lambda: wrapper.run(query, paged)
+
+
+def _tensors(case: Case, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries BHD, keys and values BKND."""
+
+    def made_up(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.bfloat16, device=device)
+
+    held = (case.rows, case.kv_heads, case.tokens, case.dim)
+    return made_up(case.rows, case.heads, case.dim), made_up(*held), made_up(*held)

@@ -1,0 +1,56 @@
+"""Pieces that several Triton kernels share: places of pages, and choosing the best pages.
+
+Shape suffixes: P page slots.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+MARGIN_LOG2 = tl.constexpr(1e-3)
+"""Slack for rounding where logits that can be no marks are left out; twice that where they are stored."""
+_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def dot(a, b):
+    """Product of two tiles, summed in float32. Triton's interpreter cannot multiply bfloat16 as it is."""
+    if _INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def rank_key(score):
+    """Return integers from 0 to 2**32 - 1 in the order of the scores; NaN is the largest, as torch sorts."""
+    score = tl.where(score == 0, 0.0, score)  # the two zeros are a tie
+    bits = tl.where(score != score, 0x7FFFFFFF, score.to(tl.int32, bitcast=True)).to(tl.int64)
+    return tl.where(bits < 0, -(bits & 0x7FFFFFFF) - 1, bits) + 0x80000000
+
+
+@triton.jit
+def least_of_best(key, page, count):
+    """Return the key of the `count`-th best page, and the last page that counts among those of that very key.
+
+    Found bit by bit, which takes no memory and no sort. Ties go to the lower page; negative keys do not count.
+    """
+    least = (count * 0).to(tl.int64)
+    for step in range(32):
+        raised = least + ((least * 0 + 1) << (31 - step))
+        least = tl.where(tl.sum((key >= raised).to(tl.int32), 0) >= count, raised, least)
+    room = count - tl.sum((key > least).to(tl.int32), 0)
+    tied = key == least
+    last = (count * 0 + 0x7FFFFFFF).to(tl.int32)
+    if tl.sum(tied.to(tl.int32), 0) > room:
+        last = last * 0
+        for step in range(31):
+            raised = last + ((last * 0 + 1) << (30 - step))
+            last = tl.where(tl.sum((tied & (page < raised)).to(tl.int32), 0) < room, raised, last)
+    return least, last
+
+
+@triton.jit
+def is_best(key, page, least, last):
+    """Whether pages are among the best that `least_of_best` found."""
+    return (key > least) | ((key == least) & (page <= last))

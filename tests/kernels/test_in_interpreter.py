@@ -1,0 +1,27 @@
+"""The Triton kernels against their definition, in Triton's interpreter: the tests are in ``interpreted_*.py``.
+
+Triton decides when it is imported whether it interprets, for the whole process; so each file has its own process.
+By hand: ``TRITON_INTERPRET=1 pytest tests/kernels/interpreted_attention.py``.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+FILES = sorted(Path(__file__).parent.glob("interpreted_*.py"))
+
+
+def test_there_are_tests():
+    assert len(FILES) >= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_kernels(path):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", str(path)]
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
