@@ -199,7 +199,7 @@ def kernels(
 
     options = {"rows": rows, "lengths": lengths, "budgets": budgets}
     found = measure_kernels(
-        **{name: tuple(_integer(name, word) for word in _words(text)) for name, text in options.items()}
+        **{name: tuple(_integer(name, word) for word in words(text)) for name, text in options.items()}
     )
     if json:
         write_json({"hardware": hardware(), "versions": versions(), "rows": [row._asdict() for row in found]})
