@@ -23,6 +23,8 @@ from longthink.cli.options import Switch
 from longthink.cli.policies import policies
 from longthink.cli.reasoner import reasoner_app
 from longthink.cli.report import report
+from longthink.cli.trace import trace
+from longthink.cli.whatif import what_if
 
 
 def _version() -> str:
@@ -38,8 +40,9 @@ app = App(
     help_format="markdown",
     suppress_keyboard_interrupt=False,
 )
-for _command in (generate, demo, policies, doctor, report):
+for _command in (generate, demo, policies, doctor, report, trace):
     app.command(_command)
+app.command(what_if, name="what-if")
 app.command(evaluate, name="eval")
 app.command(reasoner_app)
 app.command(bench_app)
