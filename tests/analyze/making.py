@@ -33,7 +33,7 @@ def recorded(folder, architecture="qwen2", prompt=9, new=32, problems=1, seed=0,
 
 def written(path, attention_LHTN, prompt, *, kv_heads=None, page_size=1, texts=None, image=()) -> Trace:
     """A trace of given attention: row t is the token at ``prompt + t``, columns are pages."""
-    layers, heads, steps, pages = attention_LHTN.shape
+    layers, heads, steps, _ = attention_LHTN.shape
     with TraceWriter(path, vectors=False) as writer:
         for layer in range(layers):
             none = {"counts": np.zeros(kv_heads or heads, np.int32), "pages": np.zeros(0, np.int32)}

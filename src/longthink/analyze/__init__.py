@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from longthink.analyze.advice import Advice, advise
     from longthink.analyze.lives import Lives, MapClass, PageClass, Rules, map_classes, read_lives
     from longthink.analyze.recorder import Prompt, record
     from longthink.analyze.shares import Share, share_table, telling_texts
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from longthink.analyze.whatif import Outcome, what_if
 
 _MODULES = {
+    "advice": ("Advice", "advise"),
     "lives": ("Lives", "MapClass", "PageClass", "Rules", "map_classes", "read_lives"),
     "recorder": ("Prompt", "record"),
     "shares": ("Share", "share_table", "telling_texts"),
@@ -22,6 +24,7 @@ _MODULES = {
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
+    "Advice",
     "Header",
     "Lives",
     "MapClass",
@@ -32,6 +35,7 @@ __all__ = [
     "Share",
     "Trace",
     "TraceStore",
+    "advise",
     "is_trace_store",
     "map_classes",
     "read_lives",

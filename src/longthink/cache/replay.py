@@ -53,7 +53,8 @@ class ReplayedLayers(LayerCache):
         lengths = [prompt] * len(self._budget_B)
         position_BN = torch.arange(prompt).expand(len(lengths), -1)
         keys, values, mass = (self._for_rows(tensor) for tensor in (keys_LKND, values_LKND, mass_LKN))
-        self._admit(keys, values, position_BN, lengths, self._checked_caps(lengths), mass)
+        seen = mass if self.policy.uses_prefill_mass else None
+        self._admit(keys, values, position_BN, lengths, self._checked_caps(lengths), seen)
 
     def step(
         self, attention_LKGN: Tensor, query_LHD: Tensor, key_LKD: Tensor, value_LKD: Tensor, scaling: float

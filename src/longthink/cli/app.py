@@ -12,6 +12,7 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
+from longthink.cli.advise import advise
 from longthink.cli.bench import bench_app, wait_passively
 from longthink.cli.demo import demo
 from longthink.cli.doctor import doctor
@@ -40,7 +41,7 @@ app = App(
     help_format="markdown",
     suppress_keyboard_interrupt=False,
 )
-for _command in (generate, demo, policies, doctor, report, trace):
+for _command in (generate, demo, policies, doctor, report, trace, advise):
     app.command(_command)
 app.command(what_if, name="what-if")
 app.command(evaluate, name="eval")

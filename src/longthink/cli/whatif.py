@@ -82,17 +82,21 @@ def what_if(traces: Path, /, *, options: WhatIfOptions = _DEFAULTS) -> int:
     """Replay policies over recorded traces: what would they have kept of what the model read?
 
     Recall is the share of the dense attention that falls on kept tokens; look-ups are the steps in which a head reads
-    something far away for certain; a regret is a token that was evicted and used afterwards.
+    something far away for certain; a regret is a token that was evicted and used afterwards. The results are also
+    kept beside the traces, for "longthink report".
 
     Parameters
     ----------
     traces
         Folder that "longthink trace" wrote.
     """
+    from longthink.analyze import TraceStore
+    from longthink.analyze.replays import save_replays
     from longthink.analyze.summary import means
 
     policies, budgets = policy_list(options.policies), options.sizes
     found = replay(traces, policies, budgets, options.rules, clairvoyant=not options.no_clairvoyant)
+    save_replays(TraceStore(traces.expanduser()), found, options.rules)
     rows = means(found)
     if options.json:
         write_json({"rules": asdict(options.rules), "rows": [asdict(row) for row in rows]})

@@ -21,6 +21,8 @@ _COLOURS = {
     "hf dynamic": "#8577d0",
     "hf static compiled": "#b5495b",
     "milestone": "#7b5ea7",
+    "belady": "#b5495b",
+    "optimum": "#111111",
 }
 _SPARE = ("#6b8e23", "#b03060", "#4f7f8f")
 
