@@ -38,11 +38,11 @@ _CLASSES = {
 }
 
 
-def build_vision(name, seed=0):
+def build_vision(name, seed=0, **more):
     """Random model whose weights are large enough for attention, and the image, to matter."""
     torch.manual_seed(seed)
     config, cls = _CLASSES[name]
-    model = cls(config(text_config=_TEXT, vision_config=_EYES[name], **_IDS)).eval()
+    model = cls(config(text_config=_TEXT | more, vision_config=_EYES[name], **_IDS)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:

@@ -39,8 +39,8 @@ def written(path, attention_LHTN, prompt, *, kv_heads=None, page_size=1, texts=N
             none = {"counts": np.zeros(kv_heads or heads, np.int32), "pages": np.zeros(0, np.int32)}
             rest = np.zeros(kv_heads or heads, np.float16)
             writer.add(PROMPT, layer, **none, mass=np.zeros(0, np.float16), rest=rest)
+        writer.flush()
         for t in range(steps):
-            writer.flush()
             for layer in range(layers):
                 mass_HN = attention_LHTN[layer, :, t].astype(np.float16)
                 writer.add(

@@ -82,7 +82,7 @@ def wanted_steps(draw, kind, page, birth):
     return [birth + RULES.gap + 1 + draw(st.integers(0, 9))]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(maps())
 def test_pages_have_the_class_that_they_were_given(tmp_path_factory, made):
     attention, truth = made
