@@ -14,7 +14,7 @@ from tests.vision import build_vision
 @pytest.fixture(scope="module")
 def problems(tmp_path_factory):
     """Two problems in a file."""
-    lines = [{"problem": f"hello there {i}", "answer": str(i)} for i in range(2)]
+    lines = [{"question": f"hello there {i}", "answer": str(i)} for i in range(2)]
     return write_lines(tmp_path_factory.mktemp("data") / "mine.jsonl", *lines)
 
 
@@ -51,8 +51,8 @@ def test_the_chain_on_models_from_disk(call, tmp_path, model_folder, problems):
         assert name in out
 
     code, out, err = call(
-        "advise", *words, "--with-vectors", "--out", traces, "--decode-budgets", "8,32,64", "--policies", "recency,h2o",
-        "--json", "--measure", "recall", "--loss", "0.3", "--gpu-memory", "1",
+        "advise", *words, "--with-vectors", "--out", traces, "--decode-budgets", "8,32,64", "--policies",
+        "recency,h2o", "--json", "--measure", "recall", "--loss", "0.3", "--gpu-memory", "1",
     )  # fmt: skip
     assert code == 0, err
     found = json.loads(out)

@@ -180,9 +180,7 @@ def _cells(row: Mean) -> list[str]:
     def share(value: float | None) -> str:
         return "-" if value is None else f"{value:.1%}"
 
-    def number(value: float | None) -> str:
-        return "-" if value is None else f"{value:.0f}"
-
     values: list[Any] = [budget_text(row.budget, row.decode_budget), str(row.problems)]
     values += [share(value) for value in (row.recall, row.worst, row.lookups)]
-    return [*values, number(row.evictions), number(row.regrets), str(row.no_room)]
+    regrets = "-" if row.regrets is None else f"{row.regrets:.1f}"
+    return [*values, "-" if row.evictions is None else f"{row.evictions:.0f}", regrets, str(row.no_room)]
