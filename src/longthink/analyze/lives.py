@@ -61,21 +61,25 @@ class Rules:
         Steps after which a use is a return.
     sink
         Share of the steps in which a sink is used.
+    far
+        Share of a map's reading that must go to milestones and phoenixes, or the map is sink-like.
     majority
-        Share of a head's attention that decides the class of its map.
+        Share of that which decides between the two.
     """
 
     use: float = 0.5
     local: int = 32
     gap: int = 128
     sink: float = 0.5
-    majority: float = 0.5
+    far: float = 0.1
+    majority: float = 0.67
 
     def __post_init__(self) -> None:
         check_range("use", self.use, 0.0, 1.0)
         check_int("local", self.local, 0)
         check_int("gap", self.gap, 1)
         check_range("sink", self.sink, 0.0, 1.0)
+        check_range("far", self.far, 0.0, 1.0)
         check_range("majority", self.majority, 0.0, 1.0)
 
 
@@ -187,12 +191,21 @@ def read_lives(trace: Trace, rules: Rules | None = None) -> Lives:
 
 
 def map_classes(lives: Lives) -> NDArray[np.int64]:
-    """`MapClass` of each map, M: the class that takes more than `Rules.majority` of `read_shares`, else mixed."""
-    shares = read_shares(lives)
-    found = np.full(len(shares), MapClass.MIXED, dtype=np.int64)
-    for which in (MapClass.SINK_LIKE, MapClass.MILESTONE, MapClass.PHOENIX):
-        found[shares[:, which] > lives.rules.majority] = which
-    return found
+    """`MapClass` of each map, M, from `read_shares`.
+
+    Sink-like: at most `Rules.far` of what it reads is milestones and phoenixes. Else milestone or phoenix, where one
+    of them has more than `Rules.majority` of the two together. Mixed: both, or a map in which nothing is ever used.
+    """
+    near, milestones, phoenixes = read_shares(lives).T
+    far = milestones + phoenixes
+    conditions = [
+        near + far == 0,
+        far <= lives.rules.far,
+        milestones > lives.rules.majority * far,
+        phoenixes > lives.rules.majority * far,
+    ]
+    order = [MapClass.MIXED, MapClass.SINK_LIKE, MapClass.MILESTONE, MapClass.PHOENIX]
+    return np.select(conditions, order, MapClass.MIXED)
 
 
 def read_shares(lives: Lives) -> NDArray[np.float64]:

@@ -7,26 +7,26 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 
-import numpy as np
-
 from longthink.analyze.lives import Rules
 from longthink.analyze.store import TraceStore
 from longthink.analyze.whatif import Outcome
 
+_NUMBERS = ("budget", "decode_budget", "evictions", "regrets", "page_size", "tables")
 FOLDER, FILE = "what-if", "replays.parquet"
-NEVER = -1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Replay:
-    """An `Outcome` as it is stored: evictions are told for all tables of a token together.
+    """An `Outcome` as it is stored.
 
     Attributes
     ----------
     curve, maps
         Recall of each step, and of each map.
-    first_gone, last_gone
-        Step in which the first table, and the last, sent each page of the trace away; -1 where one still holds it.
+    tables
+        Page tables, over all layers.
+    gone
+        Step in which each table, one after the other, sent each page of the trace away; -1 for never.
     """
 
     task: str
@@ -43,8 +43,8 @@ class Replay:
     note: str
     curve: tuple[float, ...]
     maps: tuple[float, ...]
-    first_gone: tuple[int, ...]
-    last_gone: tuple[int, ...]
+    tables: int
+    gone: tuple[int, ...]
 
     @property
     def key(self) -> tuple[str, str, str, int | None, int | None]:
@@ -54,17 +54,13 @@ class Replay:
     @classmethod
     def of(cls, outcome: Outcome) -> Replay:
         """Put an outcome into the form that is stored."""
-        gone = outcome.gone_LKN.reshape(-1, outcome.gone_LKN.shape[-1]).astype(np.int64)
-        tables = len(gone)
-        held = (gone < 0).sum(0)
-        late = np.where(gone < 0, np.iinfo(np.int64).max, gone)
         known = {f.name: getattr(outcome, f.name) for f in fields(cls) if hasattr(outcome, f.name)}
         return cls(
             **known,
             curve=tuple(outcome.curve_T.tolist()),
             maps=tuple(outcome.maps_M.tolist()),
-            first_gone=tuple(np.where(held < tables, late.min(0), NEVER).tolist()) if tables else (),
-            last_gone=tuple(np.where(held > 0, NEVER, gone.max(0)).tolist()) if tables else (),
+            tables=outcome.gone_LKN.shape[0] * outcome.gone_LKN.shape[1],
+            gone=tuple(outcome.gone_LKN.ravel().tolist()),
         )
 
 
@@ -79,13 +75,10 @@ def save_replays(store: TraceStore, outcomes: Sequence[Outcome], rules: Rules) -
     schema = pa.schema(
         [
             *((name, pa.string()) for name in ("task", "problem", "policy", "note")),
-            *(
-                (name, pa.int64())
-                for name in ("budget", "decode_budget", "evictions", "regrets", "page_size")
-            ),
+            *((name, pa.int64()) for name in _NUMBERS),
             *((name, pa.float64()) for name in ("recall", "worst", "lookups")),
             *((name, pa.list_(pa.float32())) for name in ("curve", "maps")),
-            *((name, pa.list_(pa.int32())) for name in ("first_gone", "last_gone")),
+            ("gone", pa.list_(pa.int32())),
         ],
         metadata={"rules": json.dumps(asdict(rules))},
     )
@@ -106,6 +99,6 @@ def load_replays(store: TraceStore) -> tuple[list[Replay], Rules]:
         return [], Rules()
     table = parquet.read_table(path)
     rules = Rules(**json.loads(table.schema.metadata[b"rules"]))
-    lists = ("curve", "maps", "first_gone", "last_gone")
+    lists = ("curve", "maps", "gone")
     rows = [row | {name: tuple(row[name]) for name in lists} for row in table.to_pylist()]
     return [Replay(**row) for row in rows], rules

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from longthink.analyze.lives import Lives, MapClass, PageClass, map_classes
-from longthink.results.statistics import wilson
+from longthink.results.statistics import paired_bootstrap
+
+_DRAWS = 1000
+"""Resamples of an interval: there are many intervals."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +28,7 @@ class Share:
     name
         The class, in small letters.
     share, low, high
-        Mean over problems, and Wilson's interval, which counts problems.
+        Mean over problems, and the ends of a bootstrap interval over them; None with a single problem.
     problems
         How many.
     """
@@ -34,8 +37,8 @@ class Share:
     part: str
     name: str
     share: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     problems: int
 
 
@@ -45,19 +48,16 @@ def share_table(all_lives: Iterable[Lives]) -> list[Share]:
     for lives in all_lives:
         for key, share in _of_problem(lives).items():
             found[key].append(share)
-    return [
-        Share(
-            scope=scope,
-            part=part,
-            name=name,
-            share=float(np.mean(shares)),
-            low=low,
-            high=high,
-            problems=len(shares),
-        )
-        for (scope, part, name), shares in found.items()
-        for low, high in [wilson(float(np.sum(shares)), len(shares))]
-    ]
+    return [_share(*key, shares) for key, shares in found.items()]
+
+
+def _share(scope: str, part: str, name: str, shares: list[float]) -> Share:
+    low = high = None
+    if len(shares) > 1:
+        spread = paired_bootstrap([0.0] * len(shares), shares, draws=_DRAWS)
+        low, high = spread.low, spread.high
+    mean = float(np.mean(shares))
+    return Share(scope=scope, part=part, name=name, share=mean, low=low, high=high, problems=len(shares))
 
 
 def _of_problem(lives: Lives) -> dict[tuple[str, str, str], float]:

@@ -38,15 +38,20 @@ class RuleOptions:
     sink: float = 0.5
     """Share of the steps in which a sink is used."""
 
-    majority: float = 0.5
-    """Share of what a head reads that decides its class."""
+    far: float = 0.1
+    """Share of its reading that a head must give to milestones and phoenixes, or it is sink-like."""
+
+    majority: float = 0.67
+    """Share of that which decides whether a head is one of milestones or of phoenixes."""
 
     @property
     def rules(self) -> Rules:
         """The rules they make."""
         from longthink.analyze import Rules
 
-        return Rules(use=self.use, local=self.local, gap=self.gap, sink=self.sink, majority=self.majority)
+        return Rules(
+            use=self.use, local=self.local, gap=self.gap, sink=self.sink, far=self.far, majority=self.majority
+        )
 
 
 @Parameter(name="*")

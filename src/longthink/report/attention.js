@@ -34,12 +34,30 @@
       kinds[page] = Math.max(kinds[page], uses.kind[i]);
     }
     for (const one of raw.replays) {
-      one.first = unpack(one.first, Int32Array);
-      one.last = unpack(one.last, Int32Array);
+      one.gone = unpack(one.gone, Uint32Array);
+      // When the first and the last table let a page go; 0 for never.
+      one.first = new Uint32Array(pages);
+      one.last = new Uint32Array(pages);
+      for (let p = 0; p < pages; p++) {
+        let first = Infinity, last = 0, held = false;
+        for (let t = 0; t < one.tables; t++) {
+          const gone = one.gone[t * pages + p] || 0;
+          if (gone) { first = Math.min(first, gone); last = Math.max(last, gone); } else held = true;
+        }
+        one.first[p] = first === Infinity ? 0 : first;
+        one.last[p] = held ? 0 : last;
+      }
     }
     return Object.assign(raw, { ready: true, uses, begin, order, kinds, image: new Set(raw.image) });
   };
   const birth = (page) => Math.max(page * trace.size, trace.prompt);
+  // Tables follow each other as the maps that read through them do.
+  const goneFrom = (page, index) => {
+    if (!replay) return 0;
+    const table = Math.floor((index * replay.tables) / trace.maps.length);
+    return replay.gone[table * trace.texts.length + page] || 0;
+  };
+  const gone = (page) => (!replay ? [0, 0] : onlyMap < 0 ? [replay.first[page], replay.last[page]] : Array(2).fill(goneFrom(page, onlyMap)));
   const usesOf = function* (page) {
     for (let k = trace.begin[page]; k < trace.begin[page + 1]; k++) {
       const i = trace.order[k];
@@ -87,18 +105,23 @@
     const { pen, width, height } = fit(map), at = scales(width, height), tall = Math.max(at.high, 1);
     const first = Math.max(0, Math.floor(view.y0)), last = Math.min(trace.texts.length - 1, Math.ceil(view.y1));
     for (let page = first; page <= last; page++) {
-      const gone = replay && replay.last.length ? replay.last[page] : -1, from = at.x(birth(page));
+      const from = at.x(birth(page));
       pen.fillStyle = page * trace.size < trace.prompt ? colours.prompt : colours.held;
-      pen.fillRect(from, at.y(page), at.x(gone < 0 ? view.x1 : gone) - from, tall);
+      // Held by some table, then by all.
+      for (const [end, alpha] of [[gone(page)[1], 0.45], [gone(page)[0], 1]]) {
+        pen.globalAlpha = alpha;
+        pen.fillRect(from, at.y(page), at.x(end ? Math.min(end, view.x1) : view.x1) - from, tall);
+      }
     }
+    pen.globalAlpha = 1;
     // Near uses first, so that what is read from far stands on top.
     const { step, page, kind } = trace.uses, dot = Math.max(1.6, Math.min(5, at.wide, at.high));
     const layers = [[], [], [], [], [], []];
     for (let i = 0; i < step.length; i++) {
       const x = step[i], y = page[i];
       if (x < view.x0 || x > view.x1 || y < view.y0 || y > view.y1 || (onlyMap >= 0 && trace.uses.map[i] !== onlyMap)) continue;
-      const gone = replay && replay.last.length ? replay.last[y] : -1;
-      layers[gone >= 0 && x >= gone ? 5 : kind[i]].push(at.x(x), at.y(y));
+      const end = goneFrom(y, trace.uses.map[i]);
+      layers[end && x >= end ? 5 : kind[i]].push(at.x(x), at.y(y));
     }
     for (const [kindIndex, name] of [...KINDS, "lost"].entries()) {
       pen.fillStyle = colours[name];
@@ -142,7 +165,7 @@
     const { pen, width, height } = fit(over);
     if (shown < 0) return;
     const at = scales(width, height), y = at.y(shown) + Math.max(at.high, 1) / 2;
-    const gone = replay && replay.last.length ? replay.last[shown] : -1;
+    const ends = gone(shown).filter(Boolean);
     pen.strokeStyle = colours.focus;
     pen.lineWidth = 1;
     pen.beginPath();
@@ -150,17 +173,15 @@
     pen.lineTo(Math.min(width, at.x(trace.end)), y);
     pen.stroke();
     for (const i of usesOf(shown)) {
-      const step = trace.uses.step[i];
-      pen.fillStyle = gone >= 0 && step >= gone ? colours.lost : colours[KINDS[trace.uses.kind[i]]];
+      const step = trace.uses.step[i], end = goneFrom(shown, trace.uses.map[i]);
+      pen.fillStyle = end && step >= end ? colours.lost : colours[KINDS[trace.uses.kind[i]]];
       pen.beginPath();
       pen.arc(at.x(step), y, 4, 0, 7);
       pen.fill();
       pen.stroke();
     }
-    if (gone >= 0) {
-      pen.fillStyle = colours.lost;
-      pen.fillRect(at.x(gone) - 1, y - 7, 2, 14);
-    }
+    pen.fillStyle = colours.lost;
+    for (const end of ends) pen.fillRect(at.x(end) - 1, y - 7, 2, 14);
   };
   const draw = () => { drawMap(); drawCurve(); drawOver(); };
 
@@ -196,7 +217,7 @@
       drawOver();
       return;
     }
-    const { uses } = trace, found = [...usesOf(page)], gone = replay && replay.last.length ? replay.last[page] : -1;
+    const { uses } = trace, found = [...usesOf(page)], [first, last] = gone(page);
     const heads = new Set(found.map((i) => uses.map[i]));
     mark(spans[page], "now");
     for (const i of found) {
@@ -213,7 +234,10 @@
     const part = trace.image.has(page) ? "image" : page * trace.size < trace.prompt ? "prompt" : "generated";
     const kind = found.length ? KINDS[Math.max(...found.map((i) => uses.kind[i]))] : "lazy";
     const story = [part, kind, `${found.length} uses by ${heads.size} heads`];
-    if (replay) story.push(gone < 0 ? "held to the end" : `evicted in step ${gone}`);
+    if (replay) {
+      story.push(!first ? "held to the end" : last === first ? `evicted in step ${first}`
+        : `evicted by some heads from step ${first}${last ? `, by all in step ${last}` : ""}`);
+    }
     const table = make("table"), rows = make("tbody");
     rows.append(rowOf("th", ["step", "after", "written there", "by", "attention"]));
     for (const i of found.slice(0, 60)) {
@@ -230,6 +254,16 @@
     row.append(...cells.map((cell) => make(name, String(cell))));
     return row;
   };
+  // A cell shows what its head reads, as stripes.
+  const stripes = (shares) => {
+    let from = 0;
+    const parts = ["sink-like", "milestone", "phoenix"].map((name, i) => {
+      const part = `var(--${name}) ${from}% ${from + 100 * shares[i]}%`;
+      from += 100 * shares[i];
+      return part;
+    });
+    return `linear-gradient(90deg, ${parts.join(", ")}, var(--mixed) ${from}% 100%)`;
+  };
   const layGrid = () => {
     const grid = $("grid");
     grid.style.gridTemplateColumns = `auto repeat(${trace.heads}, minmax(14px, 1fr))`;
@@ -239,7 +273,7 @@
       const shares = ["sink-like", "milestone", "phoenix"].map((name, i) => `${name} ${percent(one.shares[i])}`).join(", ");
       grid.append(make("button", undefined, { type: "button", "data-map": index, "aria-pressed": index === onlyMap,
         title: `${headName(index)}: ${one.kind} (${shares})`, "aria-label": `${headName(index)}: ${one.kind}`,
-        style: `background: var(--${one.kind})` }));
+        style: `background: ${stripes(one.shares)}` }));
     });
   };
 
@@ -337,7 +371,7 @@
   }));
   legend("kinds", [["milestone", "milestone"], ["phoenix", "phoenix"], ["sink", "sink"], ["local", `local (within ${rules.local} tokens)`],
     ["lost", "used after eviction"], ["held", "held"], ["prompt", "held, prompt"]]);
-  legend("map-kinds", [["milestone", "milestone"], ["phoenix", "phoenix"], ["sink-like", "sink-like, local"], ["mixed", "mixed"]]);
+  legend("map-kinds", [["milestone", "milestone"], ["phoenix", "phoenix"], ["sink-like", "sink-like, local"], ["mixed", "nothing for certain"]]);
   options($("pick-trace"), traces.map((one, i) => [i, one.name]), 0);
   colours = Object.fromEntries([...KINDS, "lost", "held", "prompt", "focus", "card", "quiet", "grid"].map((name) => [name, colour(name)]));
   pickTrace(0);

@@ -124,7 +124,8 @@ def _definitions(rules: Rules) -> str:
         f"A page is used when a head gives it more than {rules.use:g} of its attention; near means at most "
         f"{rules.local} tokens behind. Sink: used in at least {rules.sink:g} of all steps. Local: only while near. "
         f"Phoenix: used after more than {rules.gap} steps without use. Milestone: used beyond its neighbourhood, "
-        "without such a rest. Lazy: never used. Shares are means over problems, with Wilson's 95 % interval."
+        f"without such a rest. Lazy: never used. A head is sink-like when at most {rules.far:g} of what it reads is "
+        "milestones and phoenixes. Shares are means over problems, with a 95 % bootstrap interval."
     )
 
 

@@ -60,12 +60,15 @@ def _save(canvas: Any, path: Path) -> None:
 def _draw_lives(axes: Any, trace: Trace, lives: Lives, replay: Replay | None) -> None:
     header, uses = trace.header, read_uses(trace, lives)
     pages = np.arange(header.pages)
-    gone = (
-        np.array(replay.last_gone) if replay is not None and replay.last_gone else np.full(header.pages, -1)
-    )
-    until = np.where(gone < 0, header.steps.stop, gone)
-    axes.fill_betweenx(pages, lives.birth_P, until, color="#eef0f3", step="mid", linewidth=0, label="held")
-    lost = (gone >= 0)[uses["page"]] & (uses["step"] >= gone[uses["page"]])
+    gone = np.full((1, header.pages), -1)
+    if replay is not None and replay.gone:
+        gone = np.array(replay.gone).reshape(replay.tables, -1)
+    ends = np.sort(np.where(gone < 0, header.steps.stop, gone), axis=0)
+    # Held by some table, and by all.
+    for end, alpha in ((ends[-1], 0.45), (ends[0], 1.0)):
+        axes.fill_betweenx(pages, lives.birth_P, end, color="#e6e9ed", alpha=alpha, step="mid", linewidth=0)
+    table = uses["map"] * len(gone) // (header.layers * header.heads)
+    lost = (gone[table, uses["page"]] >= 0) & (uses["step"] >= gone[table, uses["page"]])
     look = {"s": 3, "linewidths": 0, "rasterized": True}
     for kind in (PageClass.SINK, PageClass.LOCAL, PageClass.PHOENIX, PageClass.MILESTONE):
         mine = (uses["kind"] == kind) & ~lost
@@ -85,6 +88,7 @@ def _draw_lives(axes: Any, trace: Trace, lives: Lives, replay: Replay | None) ->
     under = f"under {replay_label(replay)}" if replay is not None else "everything kept"
     axes.set_title(for_matplotlib(f"{header.task} {header.problem}, {under}"), fontsize="small")
     axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize="x-small")
     axes.legend(loc="lower left", fontsize="x-small", markerscale=3, frameon=False)
 
 

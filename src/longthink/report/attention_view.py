@@ -17,6 +17,8 @@ from longthink.report.escape import visible
 
 MAX_USES = 300_000
 """Uses shown of one trace; of more, the strongest."""
+MAX_GONE = 400_000
+"""Evictions of one replay shown table by table; of more, only when the last table let a page go."""
 CURVE_POINTS = 400
 CLASS_NAMES = [one.name.lower() for one in PageClass]
 MAP_NAMES = [one.name.lower().replace("_", "-") for one in MapClass]
@@ -76,6 +78,9 @@ def replay_label(one: Replay) -> str:
 
 def _replay(one: Replay) -> dict[str, Any]:
     curve = np.array(one.curve, dtype=np.float64)
+    gone = np.array(one.gone, dtype=np.int64).reshape(max(1, one.tables), -1)
+    if gone.size > MAX_GONE:  # one table for all: a page is gone when the last table has sent it away
+        gone = np.where((gone < 0).any(0), -1, gone.max(0))[None]
     parts = np.array_split(curve, min(CURVE_POINTS, max(1, len(curve))))
     return {
         "label": visible(replay_label(one)),
@@ -84,8 +89,8 @@ def _replay(one: Replay) -> dict[str, Any]:
         "evictions": one.evictions,
         "regrets": one.regrets,
         "curve": [round(float(part.mean()), 4) for part in parts if len(part)],
-        "first": _packed(np.array(one.first_gone), np.int32),
-        "last": _packed(np.array(one.last_gone), np.int32),
+        "tables": len(gone),
+        "gone": _packed(np.where(gone < 0, 0, gone), np.uint32),
     }
 
 
