@@ -32,7 +32,7 @@ def test_what_the_solution_needs_is_found(all_lives):
     for prompt, decode in both:
         assert prompt.recall >= 0.95 and prompt.precision >= 0.8
         assert decode.recall >= 0.9
-        assert prompt.ends >= 0.9 * prompt.both and decode.ends >= 0.9 * decode.both
+        assert decode.ends >= 0.9 * decode.both, "the last use is the last read"
     assert sum(decode.needed for _, decode in both) >= 4
 
 
@@ -42,7 +42,7 @@ def test_one_head_alone_finds_the_results(all_lives):
     for lives in all_lives:
         heads = [agreement(lives, head)[1] for head in range(16)]
         best = max(heads, key=lambda one: one.both)
-        assert best.recall >= 0.9 and best.precision >= 0.7
+        assert best.recall >= 0.9 and best.precision >= 0.9
 
 
 def test_another_text_is_no_truth(tmp_path):

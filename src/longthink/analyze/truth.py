@@ -85,7 +85,7 @@ def _agreement(lives: Lives, part: str, needed: list[NeededToken], map_index: in
         both=len(found & ends.keys()),
         ends=sum(int(last_P[position]) == ends[position] for position in found & ends.keys()),
         kinds={
-            one.name.lower(): sum(kind_P[position] == one for position in found)
+            one.name.lower(): sum(int(kind_P[position] == one) for position in found)
             for one in (PageClass.MILESTONE, PageClass.PHOENIX)
         },
     )
