@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from longthink.analyze import Rules, TraceStore, what_if
-from longthink.analyze.replays import load_replays, save_replays
+from longthink.analyze.replays import FILE, FOLDER, load_replays, save_replays
 from longthink.config import Budget
+from longthink.errors import TraceError
 from longthink.policies import make_policy
 from longthink.report import build_attention
 from tests.analyze.making import written
@@ -86,6 +87,10 @@ def test_stored_replays_come_back(tmp_path):
     assert found[1].note and found[0].curve == pytest.approx(first[0].curve_T.tolist())
     save_replays(store, first[:1], Rules(use=0.2))
     assert len(load_replays(store)[0]) == 1, "what was counted by other rules cannot stand beside"
+    path = store.folder / FOLDER / FILE
+    path.write_bytes(path.read_bytes()[:90])
+    with pytest.raises(TraceError, match=FILE):
+        load_replays(store)
 
 
 @pytest.fixture(scope="module")

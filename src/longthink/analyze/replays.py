@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from longthink.analyze.lives import Rules
 from longthink.analyze.store import TraceStore
 from longthink.analyze.whatif import Outcome
+from longthink.errors import TraceError
 
 _NUMBERS = ("budget", "decode_budget", "evictions", "regrets", "page_size", "tables")
 FOLDER, FILE = "what-if", "replays.parquet"
@@ -91,14 +92,24 @@ def save_replays(store: TraceStore, outcomes: Sequence[Outcome], rules: Rules) -
 
 
 def load_replays(store: TraceStore) -> tuple[list[Replay], Rules]:
-    """Return all stored replays and the rules they were made by; none and the default rules where there are none."""
+    """Return all stored replays and the rules they were made by; none and the default rules where there are none.
+
+    Raises
+    ------
+    TraceError
+        If their file is damaged.
+    """
+    import pyarrow as pa
     from pyarrow import parquet
 
     path = store.folder / FOLDER / FILE
     if not path.exists():
         return [], Rules()
-    table = parquet.read_table(path)
-    rules = Rules(**json.loads(table.schema.metadata[b"rules"]))
     lists = ("curve", "maps", "gone")
-    rows = [row | {name: tuple(row[name]) for name in lists} for row in table.to_pylist()]
-    return [Replay(**row) for row in rows], rules
+    try:
+        table = parquet.read_table(path)
+        rules = Rules(**json.loads((table.schema.metadata or {})[b"rules"]))
+        rows = [row | {name: tuple(row[name]) for name in lists} for row in table.to_pylist()]
+        return [Replay(**row) for row in rows], rules
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        raise TraceError(f"{path} is damaged; delete it and replay again: {error}") from error
