@@ -69,15 +69,22 @@ def _draw_lives(axes: Any, trace: Trace, lives: Lives, replay: Replay | None) ->
         axes.fill_betweenx(pages, lives.birth_P, end, color="#e6e9ed", alpha=alpha, step="mid", linewidth=0)
     table = uses["map"] * len(gone) // (header.layers * header.heads)
     lost = (gone[table, uses["page"]] >= 0) & (uses["step"] >= gone[table, uses["page"]])
-    look = {"s": 3, "linewidths": 0, "rasterized": True}
+    look: dict[str, Any] = {"linewidths": 0, "rasterized": True}
     for kind in (PageClass.SINK, PageClass.LOCAL, PageClass.PHOENIX, PageClass.MILESTONE):
         mine = (uses["kind"] == kind) & ~lost
         if mine.any():
             axes.scatter(
-                uses["step"][mine], uses["page"][mine], color=_COLOURS[kind], label=kind.name.lower(), **look
+                uses["step"][mine],
+                uses["page"][mine],
+                color=_COLOURS[kind],
+                label=kind.name.lower(),
+                s=2 if kind < PageClass.PHOENIX else 6,
+                **look,
             )
     if lost.any():
-        axes.scatter(uses["step"][lost], uses["page"][lost], color=_LOST, label="used after eviction", **look)
+        axes.scatter(
+            uses["step"][lost], uses["page"][lost], color=_LOST, label="used after eviction", s=6, **look
+        )
     axes.set_xlim(header.prompt_tokens, header.steps.stop)
     axes.set_ylim(header.pages, 0)
     axes.axhline(header.prompt_tokens / header.page_size, color="#5d6369", linewidth=0.6)
