@@ -20,7 +20,10 @@ def test_classes_are_split_by_modality(tmp_path, name):
     assert dense(trace).sum(2) == pytest.approx(1, abs=5e-3)
     lives = read_lives(trace, Rules(use=0.05, local=4, gap=8))
     found = {(one.part, one.name): one.share for one in share_table([lives]) if one.scope == "model"}
-    for part, pages in (("image", images), ("text", [p for p in range(26) if p not in images])):
+    for part, pages in (
+        ("image", images),
+        ("text", [p for p in range(trace.header.prompt_tokens) if p not in images]),
+    ):
         classes = lives.classes_MP[:, pages]
         assert found[part, "lazy"] == pytest.approx((classes == 0).mean())
     assert len(trace.header.texts) == trace.header.prompt_tokens + 24

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cyclopts import Parameter
 
+from longthink.cli.analyze_options import RuleOptions, TraceOptions
 from longthink.cli.eval import budget_text
 from longthink.cli.models import load_model
 from longthink.cli.options import Switch, policy_list
 from longthink.cli.terminal import note, one_line, out_console, size_text, visible, write_json, write_text
-from longthink.cli.trace import TraceOptions, record_traces
-from longthink.cli.whatif import RuleOptions, budget_list, replay
+from longthink.cli.trace import record_traces
+from longthink.cli.whatif import budget_list, replay
 
 if TYPE_CHECKING:
     from longthink.analyze.advice import Advice, Shape

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cyclopts import Parameter
 
+from longthink.cli.analyze_options import RuleOptions
 from longthink.cli.eval import budget_text
 from longthink.cli.options import Switch, policy_list
 from longthink.cli.progress import progress
@@ -19,39 +20,6 @@ if TYPE_CHECKING:
     from longthink.analyze.summary import Mean
     from longthink.config import Budget
     from longthink.policies import Policy
-
-
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class RuleOptions:
-    """The numbers in the definitions of use, page and map."""
-
-    use: float = 0.5
-    """Share of a head's attention above which it uses a page."""
-
-    local: int = 32
-    """Tokens that count as near."""
-
-    gap: int = 128
-    """Steps without a use after which the next use is a return."""
-
-    sink: float = 0.5
-    """Share of the steps in which a sink is used."""
-
-    far: float = 0.1
-    """Share of its reading that a head must give to milestones and phoenixes, or it is sink-like."""
-
-    majority: float = 0.67
-    """Share of that which decides whether a head is one of milestones or of phoenixes."""
-
-    @property
-    def rules(self) -> Rules:
-        """The rules they make."""
-        from longthink.analyze import Rules
-
-        return Rules(
-            use=self.use, local=self.local, gap=self.gap, sink=self.sink, far=self.far, majority=self.majority
-        )
 
 
 @Parameter(name="*")
