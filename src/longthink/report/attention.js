@@ -104,7 +104,9 @@
   const drawMap = () => {
     const { pen, width, height } = fit(map), at = scales(width, height), tall = Math.max(at.high, 1);
     const first = Math.max(0, Math.floor(view.y0)), last = Math.min(trace.texts.length - 1, Math.ceil(view.y1));
-    for (let page = first; page <= last; page++) {
+    // Two rows for a pixel are enough, where there are more.
+    const stride = Math.max(1, Math.floor(0.5 / at.high));
+    for (let page = first; page <= last; page += stride) {
       const from = at.x(birth(page));
       pen.fillStyle = page * trace.size < trace.prompt ? colours.prompt : colours.held;
       // Held by some table, then by all.
