@@ -14,6 +14,7 @@
     return new Kind(bytes.buffer);
   };
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+  const counted = (count, name) => `${count} ${name}${count === 1 ? "" : "s"}`;
   const percent = (share) => `${(100 * share).toFixed(1)} %`;
   const [map, over, curve] = ["map", "over", "curve"].map($);
 
@@ -161,7 +162,7 @@
     if (replay) line(replay.curve, colours.milestone, []);
     $("curve-note").textContent = replay
       ? `Recall over time${best && best !== replay ? "; dashed: the clairvoyant optimum at the same budget" : ""}.`
-      : "No policy was replayed on this trace: longthink what-if does that.";
+      : trace.replays.length ? "Choose a policy to see its recall over time." : "No policy was replayed on this trace: longthink what-if does that.";
   };
   const drawOver = () => {
     const { pen, width, height } = fit(over);
@@ -235,7 +236,7 @@
     title.append(make("code", trace.texts[page]), ` position ${page * trace.size}`);
     const part = trace.image.has(page) ? "image" : page * trace.size < trace.prompt ? "prompt" : "generated";
     const kind = found.length ? KINDS[Math.max(...found.map((i) => uses.kind[i]))] : "lazy";
-    const story = [part, kind, `${found.length} uses by ${heads.size} heads`];
+    const story = [part, kind, `${counted(found.length, "use")} by ${counted(heads.size, "head")}`];
     if (replay) {
       story.push(!first ? "held to the end" : last === first ? `evicted in step ${first}`
         : `evicted by some heads from step ${first}${last ? `, by all in step ${last}` : ""}`);
