@@ -54,6 +54,10 @@ class ResultStoreError(LongthinkError, ValueError):
     """A result store, a file in it or a record for it is not what it must be."""
 
 
+class TraceError(LongthinkError, ValueError):
+    """Recorded traces cannot be used: damaged, of other settings, or without what a replay needs."""
+
+
 class BenchError(LongthinkError, RuntimeError):
     """A process that measures something has failed."""
 

@@ -46,7 +46,7 @@ class Loaded:
     @property
     def context(self) -> int | None:
         """Longest text the model was made for, in tokens, if its configuration says so."""
-        return getattr(self.model.config, "max_position_embeddings", None)
+        return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
     def describe(self) -> dict[str, Any]:
         """Return what a record of a run needs to know about the model."""
@@ -139,17 +139,30 @@ def _from_pretrained(name: str, dtype: str, revision: str | None) -> tuple[Any, 
         )
     if local and not (folder / "config.json").is_file():
         raise ValueError(f"model folder {name!r} has no config.json")
-    from transformers import AutoModelForCausalLM
-
     source = str(folder) if local else name
     try:
         tokenizer = _tokenizer(source, revision)
-        model = AutoModelForCausalLM.from_pretrained(
+        model = _model_class(source, revision).from_pretrained(
             source, dtype=dtype, revision=revision, use_safetensors=True, trust_remote_code=False
         )
     except OSError as error:
         raise OSError(f"model {name!r}: {_why_not(error)}") from error
     return model, tokenizer
+
+
+def _model_class(source: str, revision: str | None) -> Any:
+    """Return the automatic class for a language model, or for one that sees as well."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+
+    kind = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False).model_type
+    sees = (
+        kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    )
+    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
 
 
 def _tokenizer(source: str, revision: str | None) -> Any:

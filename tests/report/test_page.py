@@ -1,19 +1,13 @@
 """The page in a real browser: drawn, silent, alone, and harmless whatever a model wrote."""
 
-import shutil
-
 import pytest
 
 from longthink.report import build
 from longthink.results.store import ResultStore
+from tests.report.browser import BROWSER, open_page, started
 from tests.report.stores import fill, measure
 from tests.results.making import make_measurement, make_sample
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
 EVIL = (
     "<script>window.pwned=1</script>",
     "<img src=x onerror=window.pwned=2>",
@@ -42,45 +36,22 @@ def no_figure_files():
 
 @pytest.fixture(scope="module")
 def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=BROWSER, headless=True, args=FLAGS)
-        yield started
-        started.close()
+    with started() as chromium:
+        yield chromium
 
 
 @pytest.fixture
 def visit(browser):
-    """Open a page offline; what goes wrong and what it asks for is kept in ``page.faults`` and ``page.asked``."""
-    contexts = []
+    """Open a page offline; see `open_page`."""
+    pages = []
 
     def go(path, **options):
-        context = browser.new_context(**{"viewport": {"width": 1200, "height": 900}} | options)
-        contexts.append(context)
-        context.set_default_timeout(120_000)  # for machines that do other things at the same time
-        page = context.new_page()
-        page.faults, page.asked = [], []
-        page.on("console", lambda message: page.faults.append(f"console {message.type}: {message.text}"))
-        page.on("pageerror", lambda error: page.faults.append(f"error: {error}"))
-        page.on("dialog", lambda dialog: (page.faults.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-        address = path.as_uri()
-
-        def answer(route):
-            if route.request.url == address:
-                route.continue_()
-            else:
-                page.asked.append(route.request.url)
-                route.abort()
-
-        context.route("**/*", answer)
-        page.goto(address)
-        page.wait_for_selector("html[data-drawn]")
-        return page
+        pages.append(open_page(browser, path, **options))
+        return pages[-1]
 
     yield go
-    for context in contexts:
-        context.close()
+    for page in pages:
+        page.context.close()
 
 
 @pytest.fixture(scope="module")

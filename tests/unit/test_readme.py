@@ -12,20 +12,37 @@ README = (Path(__file__).parents[2] / "README.md").read_text()
 COMMANDS = re.findall(r"^    \.venv/bin/longthink ([^#\n]+?) *(?:#.*)?$", README, re.MULTILINE)
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300)
+CHAIN = ("trace", "what-if", "advise", "report")
+"""Commands that follow each other, in one folder."""
+
+
+def run(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=600, **options
+    )
 
 
 def test_the_first_commands_are_there():
-    assert [command.split()[0] for command in COMMANDS] == ["generate", "policies", "doctor", "eval"]
+    assert [command.split()[0] for command in COMMANDS] == ["generate", "policies", "doctor", "eval", *CHAIN]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith("eval")])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith(("eval", *CHAIN))])
 def test_first_commands_succeed(command):
     done = run("-m", "longthink.cli", *shlex.split(command))
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+@pytest.mark.slow
+def test_the_chain_of_the_analysis_succeeds(tmp_path):
+    """As it stands in the README, on one problem of the four."""
+    for command in COMMANDS[-len(CHAIN) :]:
+        words = [word.replace("reasoner/s", "reasoner/s/chain") for word in shlex.split(command)]
+        done = run("-m", "longthink.cli", *words, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip()
+    assert (tmp_path / "traces" / "report" / "attention.html").stat().st_size > 100_000
 
 
 @pytest.mark.slow

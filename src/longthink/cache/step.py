@@ -8,6 +8,8 @@ Shape suffixes: B batch rows, H query heads, K KV heads, G query heads per KV he
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -42,33 +44,7 @@ def turn_pages(policy: Policy, store: SlotStore, *, evicts: bool) -> None:
     table.now_B.sub_(1)
 
 
-def decode_step(
-    policy: Policy, store: SlotStore, new: tuple[Tensor, Tensor, Tensor], scaling: float
-) -> Tensor:
-    """Write a token, read what is resident, and let the policy learn.
-
-    Parameters
-    ----------
-    new
-        The token's query (BHD), key and value (BKD).
-
-    Returns
-    -------
-    Tensor
-        Attention output, shape BHD.
-    """
-    query_BHD, key_BKD, value_BKD = new
-    table = store.table
-    table.now_B.add_(1)
-    store.write(key_BKD, value_BKD)
-    _shift_sinks(policy, store)
-    query_BKGD = query_BHD.unflatten(1, (key_BKD.shape[1], -1))
-    out_BKGD, weights_BKGS = _read(policy, store, query_BKGD, scaling)
-    policy.observe(table, Step(query_BKGD, weights_BKGS, scaling))
-    return out_BKGD.flatten(1, 2)
-
-
-def _read(
+def read_slots(
     policy: Policy, store: SlotStore, query_BKGD: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over what is resident, or over the pages that the policy selects."""
@@ -82,6 +58,41 @@ def _read(
     return kernels.decode_attention(
         query_BKGD, keys, values, resident, scaling, with_weights=policy.uses_weights
     )
+
+
+Read = Callable[[Policy, SlotStore, Tensor, float], tuple[Tensor, Tensor | None]]
+
+
+def decode_step(
+    policy: Policy,
+    store: SlotStore,
+    new: tuple[Tensor, Tensor, Tensor],
+    scaling: float,
+    read: Read = read_slots,
+) -> Tensor:
+    """Write a token, read what is resident, and let the policy learn.
+
+    Parameters
+    ----------
+    new
+        The token's query (BHD), key and value (BKD).
+    read
+        Gives the attention output (BKGD), and its weights, of what is in the slots.
+
+    Returns
+    -------
+    Tensor
+        Attention output, shape BHD.
+    """
+    query_BHD, key_BKD, value_BKD = new
+    table = store.table
+    table.now_B.add_(1)
+    store.write(key_BKD, value_BKD)
+    _shift_sinks(policy, store)
+    query_BKGD = query_BHD.unflatten(1, (key_BKD.shape[1], -1))
+    out_BKGD, weights_BKGS = read(policy, store, query_BKGD, scaling)
+    policy.observe(table, Step(query_BKGD, weights_BKGS, scaling))
+    return out_BKGD.flatten(1, 2)
 
 
 def _shift_sinks(policy: Policy, store: SlotStore) -> None:

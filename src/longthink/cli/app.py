@@ -12,6 +12,7 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
+from longthink.cli.advise import advise
 from longthink.cli.bench import bench_app, wait_passively
 from longthink.cli.bench_peers import peers
 from longthink.cli.demo import demo
@@ -24,6 +25,8 @@ from longthink.cli.options import Switch
 from longthink.cli.policies import policies
 from longthink.cli.reasoner import reasoner_app
 from longthink.cli.report import report
+from longthink.cli.trace import trace
+from longthink.cli.whatif import what_if
 
 
 def _version() -> str:
@@ -39,8 +42,9 @@ app = App(
     help_format="markdown",
     suppress_keyboard_interrupt=False,
 )
-for _command in (generate, demo, policies, doctor, report):
+for _command in (generate, demo, policies, doctor, report, trace, advise):
     app.command(_command)
+app.command(what_if, name="what-if")
 app.command(evaluate, name="eval")
 app.command(reasoner_app)
 bench_app.command(peers)

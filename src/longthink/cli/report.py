@@ -1,4 +1,4 @@
-"""``longthink report``: a page, figures and tables from a result store."""
+"""``longthink report``: a page, figures and tables from a result store or from attention traces."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ def report(
 ) -> int:
     """Turn a result store into one HTML page that works offline, figures (PNG, PDF) and tables (CSV, Markdown).
 
-    Prints where the page is.
+    A folder of "longthink trace" becomes an attention page. Prints where the page is.
 
     Parameters
     ----------
     store
-        Folder that eval or bench wrote results to.
+        Folder that eval or bench wrote results to, or trace traces.
     out
         Folder for the report [default: "report" in the store].
     against
@@ -27,12 +27,19 @@ def report(
     title
         Heading of the page [default: the store's name].
     """
-    from longthink.report import build
+    from longthink.analyze import is_trace_store
+    from longthink.report import build, build_attention
 
     words = ["longthink", "report", str(store)]
     for name, value in (("--out", out), ("--against", against), ("--title", title)):
         words += [name, str(value)] if value is not None else []
+    command = shlex.join(words)
+    if is_trace_store(store) and against is not None:
+        raise ValueError(f"--against {str(against)!r} compares result stores, and {store} holds traces")
     with progress(f"reporting on {store}"):
-        page = build(store, out or store / "report", against=against, title=title, command=shlex.join(words))
+        if is_trace_store(store):
+            page = build_attention(store, out or store / "report", title=title, command=command)
+        else:
+            page = build(store, out or store / "report", against=against, title=title, command=command)
     write_text(f"{visible(str(page))}\n")
     return 0

@@ -63,9 +63,11 @@ def _unsupported(model: PreTrainedModel) -> str | None:
 
 def rope_frequencies(model: PreTrainedModel) -> Tensor | None:
     """Rotation per position of each frequency pair, or None where keys cannot be turned afterwards."""
+    config = model.config.get_text_config(decoder=True)
+    if "mrope_section" in (getattr(config, "rope_parameters", None) or {}):
+        return None  # image tokens count positions in three directions: a place in the cache is no position
     for module in model.modules():
         if hasattr(module, "inv_freq"):
-            config = model.config.get_text_config(decoder=True)
             head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
             turns = getattr(module, "rope_type", "default") in _TURNING_ROPE
             return None if turns or 2 * len(module.inv_freq) != head_dim else module.inv_freq

@@ -160,6 +160,14 @@ class Policy(ABC):
         """Whether `observe` needs the exact attention weights."""
         return False
 
+    @property
+    def uses_vectors(self) -> bool:
+        """Whether what is kept or read depends on queries, keys or values, beyond the attention weights.
+
+        A recorded trace holds them only if it was asked to, and such a policy cannot be replayed on one without.
+        """
+        return self.uses_representatives
+
     def tables(self, kv_heads: int) -> int:
         """Page tables a layer has: one per KV head, or 1 for the whole layer."""
         return kv_heads

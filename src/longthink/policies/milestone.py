@@ -60,6 +60,11 @@ class Milestone(Policy):
     def uses_weights(self) -> bool:
         return True
 
+    @property
+    @override
+    def uses_vectors(self) -> bool:
+        return True
+
     @override
     def init_state(self, shape: Shape, device: torch.device) -> dict[str, Tensor]:
         return {"marked": torch.zeros(shape.B, shape.K, shape.P * shape.T, dtype=torch.int8, device=device)}

@@ -29,11 +29,21 @@ _SHAPES = {
 
 @dataclass(kw_only=True)
 class Page:
-    """Collects sections in order, and figures by section, and writes them out as one HTML file."""
+    """Collects sections in order, and figures by section, and writes them out as one HTML file.
+
+    Attributes
+    ----------
+    data
+        JSON documents for scripts, by the id of the element that holds them.
+    parts
+        Names of further scripts and style sheets of this package that the page needs.
+    """
 
     title: str
     summary: str
     sections: dict[str, list[str]] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    parts: tuple[str, ...] = ()
     _panels: dict[str, Any] = field(default_factory=dict)
 
     def add(self, section: str, content: str) -> None:
@@ -70,18 +80,20 @@ class Page:
         from plotly.offline import get_plotlyjs
 
         folder = files("longthink.report")
-        scripts = [get_plotlyjs(), (folder / "page.js").read_text(encoding="utf-8")]
-        # Should anything foreign ever get past the escapes, the browser still runs these two scripts and no other.
+        names = ("page", *self.parts)
+        scripts = [get_plotlyjs(), *((folder / f"{name}.js").read_text(encoding="utf-8") for name in names)]
+        style = "".join((folder / f"{name}.css").read_text(encoding="utf-8") for name in names)
+        # Should anything foreign ever get past the escapes, the browser still runs these scripts and no other.
         policy = (
             "default-src 'none'; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; "
             f"form-action 'none'; script-src {' '.join(map(_hash_source, scripts))}"
         )
-        names = {section: f"section-{i}" for i, section in enumerate(self.sections)}
+        places = {section: f"section-{i}" for i, section in enumerate(self.sections)}
         links = "".join(
-            f'<li><a href="#{name}">{for_html(section)}</a></li>' for section, name in names.items()
+            f'<li><a href="#{name}">{for_html(section)}</a></li>' for section, name in places.items()
         )
         body = "".join(
-            f'<section id="{names[section]}"><h2>{for_html(section)}</h2>{"".join(parts)}</section>'
+            f'<section id="{places[section]}"><h2>{for_html(section)}</h2>{"".join(parts)}</section>'
             for section, parts in self.sections.items()
         )
         return "\n".join(
@@ -92,10 +104,13 @@ class Page:
                 '<meta name="viewport" content="width=device-width, initial-scale=1">',
                 '<meta name="referrer" content="no-referrer"><link rel="icon" href="data:,">',
                 f"<title>{for_html(self.title)}</title>",
-                f"<style>{(folder / 'page.css').read_text(encoding='utf-8')}</style></head><body>",
+                f"<style>{style}</style></head><body>",
                 f'<header><h1>{for_html(self.title)}</h1><p class="quiet">{for_html(self.summary)}</p></header>',
                 f"<nav><ul>{links}</ul></nav><main>{body}</main>",
-                f'<script type="application/json" id="panels">{for_script(self._panels)}</script>',
+                *(
+                    f'<script type="application/json" id="{name}">{for_script(document)}</script>'
+                    for name, document in ({"panels": self._panels} | self.data).items()
+                ),
                 *(f"<script>{script}</script>" for script in scripts),
                 "</body></html>\n",
             )

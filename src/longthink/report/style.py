@@ -27,6 +27,8 @@ _COLOURS = {
     "openvino u8 eviction": "#79b473",
     "kvpress decoding": "#a0522d",
     "byte floor": "#000000",
+    "belady": "#b5495b",
+    "optimum": "#111111",
 }
 _SPARE = ("#6b8e23", "#b03060", "#4f7f8f")
 

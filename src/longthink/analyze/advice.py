@@ -1,0 +1,117 @@
+"""Advice: the smallest budget, and the policy, that keep what a model reads within a stated loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from longthink.analyze.summary import Mean
+from longthink.analyze.whatif import BELADY, OPTIMUM
+from longthink.config import Budget, check_choice, check_range
+from longthink.policies import Policy, make_policy
+
+MEASURES = ("lookups", "recall")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What the memory of a model and its requests depends on.
+
+    Attributes
+    ----------
+    layers, kv_heads, head_dim, bytes_per_number
+        Of the KV cache.
+    weights
+        Bytes of the model's weights.
+    prompt, tokens
+        Mean tokens of a prompt, and of the longest text with its prompt.
+    """
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    bytes_per_number: int
+    weights: int
+    prompt: int
+    tokens: int
+
+    def kv_bytes(self, tokens: int) -> int:
+        """Keys and values of so many tokens in every layer."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * self.bytes_per_number * tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advice:
+    """A policy and a budget, and what they cost.
+
+    Attributes
+    ----------
+    row
+        What was kept.
+    kept
+        The measure that was asked for.
+    kv_bytes, dense_kv_bytes
+        Keys and values of one request, bounded and dense at the longest text.
+    requests, dense_requests
+        Requests that fit side by side, bounded and dense.
+    """
+
+    row: Mean
+    kept: float
+    kv_bytes: int
+    dense_kv_bytes: int
+    requests: int
+    dense_requests: int
+
+
+def advise(
+    rows: Sequence[Mean], shape: Shape, *, loss: float = 0.02, measure: str = "lookups", memory: int
+) -> list[Advice]:
+    """Return what is within the loss, the least memory first; ties go to the policy that keeps more.
+
+    Policies that grow with the text, and those that know the future, are no advice and left out; so is a budget that
+    has no room for some of the prompts.
+
+    Parameters
+    ----------
+    rows
+        Means of replays.
+    loss
+        Share that may be lost of what Dense reads.
+    measure
+        ``lookups`` or ``recall``.
+    memory
+        Bytes of the GPU, of which the weights are taken off.
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of range.
+    """
+    check_range("loss", loss, 0.0, 1.0)
+    check_choice("measure", measure, MEASURES)
+    check_range("memory", memory, 0)
+    dense = shape.kv_bytes(shape.tokens)
+    room = max(0, memory - shape.weights)
+    found = []
+    for row in rows:
+        kept = getattr(row, measure)
+        if row.policy in (BELADY, OPTIMUM) or kept is None or row.no_room or kept < 1 - loss:
+            continue
+        policy = make_policy(row.policy)
+        if policy.grows:
+            continue
+        kv_bytes = min(dense, shape.kv_bytes(_tokens(policy, row, shape)))
+        found.append(
+            Advice(
+                row=row, kept=kept, kv_bytes=kv_bytes, dense_kv_bytes=dense,
+                requests=room // kv_bytes, dense_requests=room // dense,
+            )
+        )  # fmt: skip
+    return sorted(found, key=lambda one: (one.kv_bytes, -one.kept))
+
+
+def _tokens(policy: Policy, row: Mean, shape: Shape) -> int:
+    """Tokens that one layer has slots for."""
+    budget = Budget(budget=row.budget, decode_budget=row.decode_budget)
+    return budget.pages(shape.prompt, policy.page_size) * policy.page_size

@@ -1,0 +1,200 @@
+"""``longthink advise``: which policy, and how small a budget, from a few traces."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from cyclopts import Parameter
+
+from longthink.cli.analyze_options import RuleOptions, TraceOptions
+from longthink.cli.eval import budget_text
+from longthink.cli.models import load_model
+from longthink.cli.options import Switch, policy_list
+from longthink.cli.terminal import note, one_line, out_console, size_text, visible, write_json, write_text
+from longthink.cli.trace import record_traces
+from longthink.cli.whatif import budget_list, replay
+
+if TYPE_CHECKING:
+    from longthink.analyze.advice import Advice, Shape
+    from longthink.analyze.store import Header
+    from longthink.models import Loaded
+
+POLICIES = "recency,h2o:pin_prompt=True,raas:score=exact"
+"""What is compared when nothing is said; with vectors also `WITH_VECTORS`."""
+WITH_VECTORS = "milestone,raas"
+_STEPS = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
+"""Budgets that are tried when none is given: shares of the longest chain of thought, in whole pages of 16."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class AdviseOptions(RuleOptions, TraceOptions):
+    """Options of ``longthink advise``."""
+
+    policies: str | None = None
+    """Policies to compare [default: recency, h2o, raas by weights; with --with-vectors also milestone and raas]."""
+
+    decode_budgets: str | None = None
+    """Tokens on top of the prompt to try, separated by commas [default: shares of the longest chain of thought]."""
+
+    loss: float = 0.02
+    """Share of what Dense reads that may be lost."""
+
+    measure: Literal["lookups", "recall"] = "lookups"
+    """What must be kept: the attention of look-ups (steps that read something far away), or all attention."""
+
+    gpu_memory: float = 24.0
+    """Memory for weights and caches, in GiB."""
+
+    accuracy: Switch = False
+    """Also decode the same problems with the best budget of each policy, and with Dense, and grade the answers."""
+
+    json: Switch = False
+    """Print one JSON document instead of the table."""
+
+
+_DEFAULTS = AdviseOptions()
+
+
+def advise(*, options: AdviseOptions = _DEFAULTS) -> int:
+    """Say which policy and how small a budget keep what a model reads, and what memory that saves.
+
+    Records a few problems (those that --out holds already are not recorded again), replays policies at rising
+    budgets, and lists what stays within the loss, the smallest first.
+    """
+    from longthink.analyze.advice import advise as rank
+    from longthink.analyze.summary import means
+
+    loaded = load_model(options)
+    store = record_traces(options, loaded)
+    headers = [trace.header for trace in store.traces()]
+    names = options.policies or ",".join([POLICIES, *([WITH_VECTORS] if options.with_vectors else [])])
+    budgets = budget_list(None, options.decode_budgets or _budgets(headers))
+    rows = means(replay(options.out, policy_list(names), budgets, options.rules, clairvoyant=False))
+    shape = _shape(loaded, headers)
+    found = rank(
+        rows, shape, loss=options.loss, measure=options.measure, memory=int(options.gpu_memory * 2**30)
+    )
+    best = _best_of_each(found)
+    graded = _accuracy(best, options) if options.accuracy and best else {}
+    if options.json:
+        advice = [asdict(one) | {"accuracy": graded.get(_key(one))} for one in found]
+        write_json(
+            {"shape": asdict(shape), "advice": advice, "dense_accuracy": graded.get("dense"),
+             "rows": [asdict(row) for row in rows]}
+        )  # fmt: skip
+        return 0
+    _print(best, graded, options)
+    return 0
+
+
+def _budgets(headers: Sequence[Header]) -> str:
+    longest = max(len(header.steps) for header in headers)
+    return ",".join(dict.fromkeys(str(max(32, -(-int(longest * share) // 16) * 16)) for share in _STEPS))
+
+
+def _shape(loaded: Loaded, headers: Sequence[Header]) -> Shape:
+    from longthink.analyze.advice import Shape
+
+    first = headers[0]
+    return Shape(
+        layers=first.layers,
+        kv_heads=first.kv_heads,
+        head_dim=first.head_dim,
+        bytes_per_number=loaded.model.dtype.itemsize,
+        weights=sum(p.nbytes for p in loaded.model.parameters()),
+        prompt=round(sum(header.prompt_tokens for header in headers) / len(headers)),
+        tokens=max(len(header.token_ids) for header in headers),
+    )
+
+
+def _best_of_each(found: Sequence[Advice]) -> list[Advice]:
+    """The smallest budget of each policy; they come in order."""
+    best: dict[str, Advice] = {}
+    for one in found:
+        best.setdefault(one.row.policy, one)
+    return list(best.values())
+
+
+def _key(one: Advice) -> str:
+    return f"{one.row.policy} {one.row.decode_budget}"
+
+
+def _accuracy(best: Sequence[Advice], options: AdviseOptions) -> dict[str, dict[str, Any]]:
+    """Right answers of Dense and of each advice on the problems that were recorded."""
+    from longthink.evaluate.plan import Plan
+    from longthink.evaluate.summary import summarize
+    from longthink.evaluate.sweep import Sweep, run_sweep
+    from longthink.results.statistics import wilson
+    from longthink.results.store import ResultStore
+
+    out = options.out.expanduser()
+    store = ResultStore(out.with_name(f"{out.name}-answers"))
+    common: dict[str, Any] = {
+        "model": options.model, "device": options.device, "dtype": options.dtype, "count": options.count,
+        "tasks": tuple(name.strip() for name in options.tasks.split(",")), "seed": options.seed,
+        "data": tuple(map(str, options.data or ())), "max_new_tokens": options.max_new_tokens,
+    }  # fmt: skip
+    plans = {"dense": Plan(**common)}
+    for one in best:
+        assert one.row.decode_budget is not None
+        budgets = (one.row.decode_budget,)
+        plans[_key(one)] = Plan(**common, policies=(one.row.policy,), decode_budgets=budgets)
+    found = {}
+    for key, plan in plans.items():
+        note(f"decoding with {key}")
+        sweep = Sweep(plan, plan.load_tasks(), store)
+        run_sweep(sweep)
+        rows = summarize(store, sweep.configs)
+        problems = sum(row.problems for row in rows)
+        right = sum(row.accuracy * row.problems for row in rows)
+        low, high = wilson(right, problems)
+        found[key] = {"right": right, "problems": problems, "low": low, "high": high}
+    return found
+
+
+def _print(best: Sequence[Advice], graded: dict[str, dict[str, Any]], options: AdviseOptions) -> None:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    if not best:
+        write_text(
+            f"No policy keeps {1 - options.loss:.1%} of {options.measure} at any of the budgets: raise --loss, or "
+            "name larger --decode-budgets\n"
+        )
+        return
+    first = best[0]
+    headings = ["look-ups", "recall", "KV/request", "dense", "requests", "dense"]
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("policy", min_width=14, overflow="fold")
+    for heading in ("budget", *headings, *(["right"] if graded else [])):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for one in best:
+        row = one.row
+        right = _right(graded.get(_key(one)))
+        table.add_row(
+            Text(visible(row.policy)), budget_text(row.budget, row.decode_budget), f"{row.lookups:.1%}",
+            f"{row.recall:.1%}", size_text(one.kv_bytes), size_text(one.dense_kv_bytes), f"{one.requests:,}",
+            f"{one.dense_requests:,}", *([right] if graded else []),
+        )  # fmt: skip
+    write_text(
+        one_line(
+            f"Smallest: {first.row.policy} with --decode-budget {first.row.decode_budget} keeps {first.kept:.1%} of "
+            f"what Dense reads ({options.measure}) in {size_text(first.kv_bytes)} a request instead of "
+            f"{size_text(first.dense_kv_bytes)}: {first.requests:,} requests in {options.gpu_memory:g} GiB beside "
+            f"the weights instead of {first.dense_requests:,}."
+        )
+        + "\n"
+    )
+    out_console().print(table)
+    if graded:
+        write_text(f"Dense: {_right(graded['dense'])} right.\n")
+
+
+def _right(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    return f"{found['right']:g}/{found['problems']} ({100 * found['low']:.0f}-{found['high']:.0%})"

@@ -1,0 +1,114 @@
+"""Options of the commands that analyse attention, each declared once.
+
+Annotations are real objects here, not strings: see `longthink.cli.options`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from longthink.cli.options import ModelOptions, Switch
+from longthink.cli.terminal import note
+
+if TYPE_CHECKING:
+    from longthink.analyze import Prompt, Rules
+    from longthink.models import Loaded
+
+DEFAULT_OUT = "traces"
+"""Folder of the traces unless one is given."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ProblemSetOptions(ModelOptions):
+    """Which problems a model is to solve."""
+
+    tasks: str = "reasoner"
+    """Problem sets, separated by commas: gsm8k, math500, aime24, aime25, aime, reasoner/SIZE/PROFILE, or the name of
+    a file given with --data."""
+
+    data: list[Path] | None = None
+    """Problem file (.jsonl, .parquet), a task named by its stem; may be given several times."""
+
+    count: Annotated[int, Parameter(name=("--count", "-n"))] = 2
+    """Problems of each task."""
+
+    seed: int = 0
+    """First seed of built-in problems."""
+
+    max_new_tokens: int | None = None
+    """Tokens of a chain of thought at most [default: each task's own limit]."""
+
+    def prompts(self, loaded: "Loaded") -> "Iterator[Prompt]":
+        """Yield the problems as prompts for the model."""
+        import torch
+
+        from longthink.analyze import Prompt
+        from longthink.evaluate.tasks import load_tasks
+
+        names = [name.strip() for name in self.tasks.split(",") if name.strip()]
+        for task in load_tasks(names, data=self.data or (), count=self.count, seed=self.seed):
+            for item in task.items:
+                ids = task.prompt_ids(item, loaded.tokenizer)
+                limit = self.max_new_tokens or task.max_new_tokens
+                if loaded.context is not None:
+                    limit = min(limit, loaded.context - len(ids))
+                if limit < 1:
+                    note(f"left out: {task.name} {item.id} has no room in the model's context")
+                    continue
+                inputs = {"input_ids": torch.tensor([ids])}
+                yield Prompt(task=task.name, problem=item.id, inputs=inputs, max_new_tokens=limit)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class TraceOptions(ProblemSetOptions):
+    """Options of ``longthink trace``."""
+
+    page_size: int = 1
+    """Tokens in a page of the trace, 1 to 32."""
+
+    top: int = 64
+    """Pages stored of each head and step, those with the most attention; 0 stores all."""
+
+    with_vectors: Switch = False
+    """Store queries, keys and values too, which some policies look at (small models)."""
+
+    out: Path = Path(DEFAULT_OUT)
+    """Folder of the traces. What is in it already is not recorded again."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class RuleOptions:
+    """The numbers in the definitions of use, page and map."""
+
+    use: float = 0.5
+    """Share of a head's attention above which it uses a page."""
+
+    local: int = 32
+    """Tokens that count as near."""
+
+    gap: int = 128
+    """Steps without a use after which the next use is a return."""
+
+    sink: float = 0.5
+    """Share of the steps in which a sink is used."""
+
+    far: float = 0.1
+    """Share of its reading that a head must give to milestones and phoenixes, or it is sink-like."""
+
+    majority: float = 0.67
+    """Share of that which decides whether a head is one of milestones or of phoenixes."""
+
+    @property
+    def rules(self) -> "Rules":
+        """The rules they make."""
+        from longthink.analyze import Rules
+
+        return Rules(
+            use=self.use, local=self.local, gap=self.gap, sink=self.sink, far=self.far, majority=self.majority
+        )

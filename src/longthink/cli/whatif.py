@@ -1,0 +1,159 @@
+"""``longthink what-if``: policies on recorded traces, without decoding again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cyclopts import Parameter
+
+from longthink.cli.analyze_options import RuleOptions
+from longthink.cli.eval import budget_text
+from longthink.cli.options import Switch, policy_list
+from longthink.cli.progress import progress
+from longthink.cli.terminal import out_console, visible, write_json
+
+if TYPE_CHECKING:
+    from longthink.analyze import Outcome, Rules, Trace
+    from longthink.analyze.summary import Mean
+    from longthink.config import Budget
+    from longthink.policies import Policy
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class WhatIfOptions(RuleOptions):
+    """Options of ``longthink what-if``."""
+
+    policies: str = "recency,h2o:pin_prompt=True,raas:score=exact,random"
+    """Policies, separated by commas; options after colons. Those that look at keys need a trace --with-vectors."""
+
+    budgets: str | None = None
+    """Tokens kept per layer, prompt included, separated by commas."""
+
+    decode_budgets: str | None = None
+    """Tokens kept per layer on top of the prompt, separated by commas."""
+
+    no_clairvoyant: Switch = False
+    """Leave out Belady's rule and the optimum."""
+
+    json: Switch = False
+    """Print one JSON document instead of the table."""
+
+    @property
+    def sizes(self) -> list[Budget]:
+        """The budgets given."""
+        return budget_list(self.budgets, self.decode_budgets)
+
+
+_DEFAULTS = WhatIfOptions()
+
+
+def what_if(traces: Path, /, *, options: WhatIfOptions = _DEFAULTS) -> int:
+    """Replay policies over recorded traces: what would they have kept of what the model read?
+
+    Recall is the share of the dense attention that falls on kept tokens; look-ups are the steps in which a head reads
+    something far away for certain; a regret is a token that was evicted and used afterwards. The results are also
+    kept beside the traces, for "longthink report".
+
+    Parameters
+    ----------
+    traces
+        Folder that "longthink trace" wrote.
+    """
+    from longthink.analyze import TraceStore
+    from longthink.analyze.replays import save_replays
+    from longthink.analyze.summary import means
+
+    policies, budgets = policy_list(options.policies), options.sizes
+    found = replay(traces, policies, budgets, options.rules, clairvoyant=not options.no_clairvoyant)
+    save_replays(TraceStore(traces.expanduser()), found, options.rules)
+    rows = means(found)
+    if options.json:
+        write_json({"rules": asdict(options.rules), "rows": [asdict(row) for row in rows]})
+    else:
+        print_means(rows)
+    return 0
+
+
+def budget_list(budgets: str | None, decode_budgets: str | None) -> list[Budget]:
+    """Return the budgets of two lists of numbers.
+
+    Raises
+    ------
+    ValueError
+        If there is none, or one is no number.
+    """
+    from longthink.config import Budget
+
+    def numbers(name: str, text: str | None) -> list[int]:
+        try:
+            return [int(part) for part in (text or "").split(",") if part.strip()]
+        except ValueError:
+            raise ValueError(f"{name}={text!r} must be numbers separated by commas") from None
+
+    found = [Budget(budget=number) for number in numbers("budgets", budgets)]
+    found += [Budget(decode_budget=number) for number in numbers("decode_budgets", decode_budgets)]
+    if not found:
+        raise ValueError("no budget is given: name at least one with --budgets or --decode-budgets")
+    return found
+
+
+def replay(
+    folder: Path,
+    policies: Sequence[Policy],
+    budgets: Sequence[Budget],
+    rules: Rules,
+    *,
+    clairvoyant: bool = True,
+) -> list[Outcome]:
+    """Replay policies at budgets over all traces of a folder, with progress."""
+    from longthink.analyze import TraceStore
+    from longthink.analyze import what_if as run
+    from longthink.analyze.whatif import check_replayable
+
+    traces = TraceStore(folder.expanduser()).traces()
+    for policy in policies:
+        check_replayable(policy, traces[0])
+    steps = sum(len(one.header.steps) for one in traces)
+    found, before = [], 0
+    with progress("replaying", total=steps, unit="steps") as task:
+        for one in traces:
+
+            def on_step(count: int, one: Trace = one, before: int = before) -> None:
+                task.advance_to(before + count, f"{one.header.task} {one.header.problem}")
+
+            found += run(one, policies, budgets, rules=rules, clairvoyant=clairvoyant, on_step=on_step)
+            before += len(one.header.steps)
+    return found
+
+
+def print_means(rows: Sequence[Mean]) -> None:
+    """Print a table of means over problems."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    caption = (
+        "means over problems; recall: dense attention kept; worst: of the head that keeps least; look-ups: in steps "
+        "that read something far away; regret: evicted tokens that were used later"
+    )
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
+    table.add_column("policy", min_width=14, overflow="fold")
+    for heading in ("budget", "n", "recall", "worst", "look-ups", "evicted", "regret", "no room"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(Text(visible(row.policy)), *_cells(row))
+    out_console().print(table)
+
+
+def _cells(row: Mean) -> list[str]:
+    def share(value: float | None) -> str:
+        return "-" if value is None else f"{value:.1%}"
+
+    values: list[Any] = [budget_text(row.budget, row.decode_budget), str(row.problems)]
+    values += [share(value) for value in (row.recall, row.worst, row.lookups)]
+    regrets = "-" if row.regrets is None else f"{row.regrets:.1f}"
+    return [*values, "-" if row.evictions is None else f"{row.evictions:.0f}", regrets, str(row.no_room)]

@@ -1,0 +1,56 @@
+"""Advice from numbers that are easy to check."""
+
+import pytest
+
+from longthink.analyze.advice import Shape, advise
+from longthink.analyze.summary import Mean, means
+from longthink.analyze.whatif import Outcome, _nothing
+
+SHAPE = Shape(layers=2, kv_heads=2, head_dim=8, bytes_per_number=2, weights=1000, prompt=20, tokens=120)
+PER_TOKEN = 2 * 2 * 2 * 8 * 2
+
+
+def row(policy, budget, lookups, *, recall=0.9, no_room=0):
+    return Mean(policy=policy, budget=None, decode_budget=budget, problems=2, no_room=no_room, recall=recall,
+                worst=0.5, lookups=lookups, evictions=1.0, regrets=1.0)  # fmt: skip
+
+
+def test_the_least_memory_within_the_loss_comes_first():
+    rows = [
+        row("recency", 64, 0.99), row("recency", 32, 0.98), row("recency", 16, 0.97), row("raas", 20, 0.99),
+        row("fifo", 32, 0.995), row("quest", 16, 1.0), row("belady", 8, 1.0), row("optimum", 8, None),
+        row("random", 16, 1.0, no_room=1),
+    ]  # fmt: skip
+    found = advise(rows, SHAPE, loss=0.02, memory=1000 + PER_TOKEN * 240)
+    # raas: the prompt takes 2 pages of 16 and 20 tokens take 2, so 64; recency: 20 + 32.
+    assert [(one.row.policy, one.row.decode_budget) for one in found] == [
+        ("recency", 32), ("fifo", 32), ("raas", 20), ("recency", 64)
+    ]  # fmt: skip
+    assert [one.kv_bytes // PER_TOKEN for one in found] == [52, 64, 64, 84]
+    assert [one.requests for one in found] == [4, 3, 3, 2] and found[0].dense_requests == 2
+    assert found[0].dense_kv_bytes == 120 * PER_TOKEN
+
+
+def test_memory_never_exceeds_dense_and_no_room_is_none():
+    (one,) = advise([row("recency", 500, 1.0)], SHAPE, memory=10)
+    assert one.kv_bytes == one.dense_kv_bytes and (one.requests, one.dense_requests) == (0, 0)
+    assert advise([row("recency", 64, 0.5)], SHAPE, memory=10) == []
+    assert advise([row("recency", 64, 0.5, recall=0.99)], SHAPE, memory=10, measure="recall") != []
+
+
+@pytest.mark.parametrize("name, value", [("loss", 1.5), ("measure", "luck"), ("memory", -1)])
+def test_bad_input_is_named(name, value):
+    with pytest.raises(ValueError, match=name):
+        advise([], SHAPE, **{"memory": 10} | {name: value})
+
+
+def test_means_leave_out_what_had_no_room():
+    def outcome(problem, recall, note=""):
+        return Outcome(task="t", problem=problem, policy="recency", budget=64, decode_budget=None, recall=recall,
+                       worst=recall / 2, lookups=1.0, evictions=4, regrets=2, note=note, **_nothing())  # fmt: skip
+
+    (found,) = means([outcome("a", 0.8), outcome("b", 0.6), outcome("c", float("nan"), "no room")])
+    assert (found.problems, found.no_room) == (2, 1)
+    assert found.recall == pytest.approx(0.7) and found.worst == pytest.approx(0.35)
+    (none,) = means([outcome("c", float("nan"), "no room")])
+    assert (none.problems, none.recall, none.regrets) == (0, None, None)

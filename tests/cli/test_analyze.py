@@ -1,0 +1,109 @@
+"""The chain trace, what-if, advise, report from the command line."""
+
+import json
+import shutil
+
+import pytest
+
+from longthink.analyze import TraceStore
+from tests.evaluate.data import write_lines
+from tests.models import build
+from tests.vision import build_vision
+
+
+@pytest.fixture(scope="module")
+def problems(tmp_path_factory):
+    """Two problems in a file."""
+    lines = [{"question": f"hello there {i}", "answer": str(i)} for i in range(2)]
+    return write_lines(tmp_path_factory.mktemp("data") / "mine.jsonl", *lines)
+
+
+@pytest.fixture(scope="module", params=["qwen2", "mistral", "qwen2_vl"])
+def model_folder(request, bpe_model, tmp_path_factory):
+    """A small random model on disk, with a tokenizer that reads anything."""
+    folder = tmp_path_factory.mktemp(request.param)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(f"{bpe_model}/{name}", folder / name)
+    words = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    make = build_vision if request.param.endswith("vl") else build
+    make(request.param, vocab_size=max(100, len(words) + 4)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_the_chain_on_models_from_disk(call, tmp_path, model_folder, problems):
+    traces = tmp_path / "traces"
+    words = ("--model", model_folder, "--data", problems, "--tasks", "mine", "--max-new-tokens", 40)
+    code, out, err = call("trace", *words, "--with-vectors", "--out", traces)
+    assert code == 0, err
+    assert out.count("mine") == 2 and "2 traces in" in out
+    headers = [trace.header for trace in TraceStore(traces).traces()]
+    assert [header.problem for header in headers] != [] and all(
+        len(h.token_ids) > h.prompt_tokens for h in headers
+    )
+
+    policies = "recency,milestone:page_size=4,raas:page_size=4:score=exact"
+    code, out, err = call(
+        "what-if", traces, "--policies", policies, "--decode-budgets", "8,16", "--use", "0.2"
+    )
+    assert code == 0, err
+    for name in ("recency", "milestone", "raas", "belady", "optimum"):
+        assert name in out
+
+    code, out, err = call(
+        "advise", *words, "--with-vectors", "--out", traces, "--decode-budgets", "8,32,64", "--policies",
+        "recency,h2o", "--json", "--measure", "recall", "--loss", "0.3", "--gpu-memory", "1",
+    )  # fmt: skip
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["advice"] and found["advice"][0]["requests"] >= found["advice"][0]["dense_requests"] > 0
+
+    code, out, err = call("report", traces, "--out", tmp_path / "report")
+    assert code == 0, err
+    assert out.strip() == str(tmp_path / "report" / "attention.html")
+    assert (tmp_path / "report" / "figures" / "recall-decode-budget.pdf").exists()
+
+
+@pytest.mark.slow
+def test_the_chain_on_the_built_in_model(call, tmp_path):
+    traces = tmp_path / "traces"
+    code, _, err = call(
+        "trace", "--tasks", "reasoner/s/chain", "-n", 1, "--max-new-tokens", 60, "--out", traces
+    )
+    assert code == 0, err
+    code, out, err = call("what-if", traces, "--budgets", "96", "--policies", "recency", "--json")
+    assert code == 0, err
+    rows = json.loads(out)["rows"]
+    assert [row["policy"] for row in rows] == ["recency", "belady", "optimum"]
+    assert 0 < rows[0]["recall"] <= rows[2]["recall"] <= 1 + 1e-6
+    code, out, err = call(
+        "advise", "--tasks", "reasoner/s/chain", "-n", 1, "--max-new-tokens", 60, "--out", traces, "--accuracy",
+        "--policies", "recency", "--decode-budgets", "16,64",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "Smallest: recency with --decode-budget 64" in out and "Dense: 0/1" in out
+
+
+@pytest.mark.parametrize(
+    "words, named",
+    [
+        (("what-if", "gone"), "no budget is given"),
+        (("what-if", "gone", "--budgets", "64"), "gone holds no traces"),
+        (("what-if", "gone", "--budgets", "6x"), "budgets='6x' must be numbers"),
+        (("trace", "--tasks", "reasoner/s", "--page-size", "64"), "page_size=64"),
+        (("trace", "--tasks", "nothing"), "task='nothing' is unknown"),
+        (("advise", "--tasks", "nothing"), "task='nothing' is unknown"),
+    ],
+)
+def test_bad_input_is_named(call, tmp_path, monkeypatch, words, named):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call(*words)
+    assert code not in (0, None) and out == ""
+    assert named in err
+
+
+def test_traces_are_not_compared(call, tmp_path):
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "longthink-trace").write_text("{}")
+    code, _, err = call("report", tmp_path / "t", "--against", tmp_path)
+    assert code != 0 and "--against" in err
