@@ -14,7 +14,7 @@ POLICIES = {
     "raas:page_size=4": 1,
     "raas:page_size=4:score=exact:sharing=layer": 2,
     "raas:page_size=4:used=alpha:alpha=0.1:pin_prompt=false": 1,
-    "milestone:page_size=4:alpha=0.1": 1,
+    "milestone:page_size=4:alpha=0.1:young=8": 1,
     "quest:page_size=4": 1,
     "recency:page_size=4": 1,
     "h2o": 1,

@@ -33,7 +33,7 @@ class FusedLayer:
             kinds = {"exact": "mass", "bound": "bound_share" if self.options["used"] == "alpha" else "bound"}
             return Learn(kinds[self.options["score"]])
         if self.policy.name == "milestone":
-            return Learn("marks", state["marked"], self.options["alpha"])
+            return Learn("marks", state["marked"], self.options["alpha"], self.policy.young // 2)
         return Learn("heavy", state["mass"]) if self.policy.name == "h2o" else Learn()
 
     def step(self, query_BKGD, key_BKD, value_BKD, scaling):

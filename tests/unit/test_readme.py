@@ -57,8 +57,10 @@ def test_command_of_the_table_runs_and_names_the_policies_of_its_rows(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["README.md", "docs/engine.md"])
-def test_python_of_the_page_runs(page, tmp_path):
+@pytest.mark.parametrize(
+    ("page", "printed"), [("README.md", " True\n"), ("docs/engine.md", "\n1 cancelled 0 0\n")]
+)
+def test_python_of_the_page_runs(page, printed, tmp_path):
     text = (Path(__file__).parents[2] / page).read_text()
     whole = [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "load_reasoner" in code]
     assert whole
@@ -66,4 +68,4 @@ def test_python_of_the_page_runs(page, tmp_path):
     script.write_text("\n".join(whole))
     done = run(str(script))
     assert done.returncode == 0, done.stderr
-    assert " True\n" in done.stdout, "the example's answer should be right"
+    assert printed in done.stdout

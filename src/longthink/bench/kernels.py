@@ -130,7 +130,7 @@ def ours(learn: str) -> Callable[[Case, torch.device], Callable[[], Any]]:
             representatives = (paged.amin(3), paged.amax(3))
         slots = Slots(keys, values, position, tail, now, PAGE, *representatives)
         key, value = keys[:, :, -1].clone(), values[:, :, -1].clone()
-        scaling, wanted = case.dim**-0.5, Learn(learn, state, 0.5)
+        scaling, wanted = case.dim**-0.5, Learn(learn, state, 0.5, PAGE)
         return lambda: step_attention(query_BKGD, key, value, slots, scaling, wanted)
 
     return make

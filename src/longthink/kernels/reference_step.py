@@ -67,13 +67,14 @@ class Learn(NamedTuple):
         BKP; ``bound_share``: its softmax over the pages, BKP; ``mass``: each page's share of the attention, the
         maximum over the group, BKP; ``weights``: the softmax weights, BKGS. The other two change `state_BKS` in
         place and return nothing:
-        ``marks``: 1 where a token more than a page away got more than `alpha` of a query's attention (int8);
+        ``marks``: 1 where a token more than `near` tokens away got more than `alpha` of a query's attention (int8);
         ``heavy``: plus the attention summed over the group (float32). Both start a new page from 0.
     """
 
     kind: str = "nothing"
     state_BKS: Tensor | None = None
     alpha: float = 0.0
+    near: int = 0
 
 
 class Turn(NamedTuple):
@@ -231,7 +232,7 @@ def _learn(
         if learn.kind == "heavy":
             state += weights.sum(2)
         else:
-            far_BKS = resident & (cache.position_BKS < (cache.now_B - page_size)[:, None, None])
+            far_BKS = resident & (cache.position_BKS < (cache.now_B - learn.near)[:, None, None])
             state |= (far_BKS & (weights.amax(2) > learn.alpha)).to(state.dtype)
     return None
 

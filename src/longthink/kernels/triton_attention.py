@@ -148,7 +148,7 @@ def _chosen(score, position, count, tail_page, pages, T: tl.constexpr, BLOCK_P: 
 @triton.jit
 def _attend(
     query, key, value, keys, values, position, table, score, score_stride, logit, token_new, now, least, last,
-    start, end, row, table_row, kv_page, kv_token, tokens, scale, log2_alpha,
+    start, end, row, table_row, kv_page, kv_token, tokens, scale, log2_alpha, near,
     G: tl.constexpr, D: tl.constexpr, T: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr, TABLE: tl.constexpr, APPEND: tl.constexpr, SCORE: tl.constexpr, SELECT: tl.constexpr,
 ):  # fmt: skip
@@ -188,7 +188,7 @@ def _attend(
         out = out * shrink[:, None] + dot(weight.to(v.dtype), v)
         top = higher
         if SCORE > 0:
-            far = resident & (held < now - T)
+            far = resident & (held < now - near)
             _page_scores(
                 logits, top + tl.log2(total), far, token, start, end, score, score_stride, logit, tokens,
                 log2_alpha, G, T, BLOCK_G, BLOCK_S, SCORE,
@@ -199,7 +199,7 @@ def _attend(
 @triton.jit
 def split_kernel(
     query, key, value, keys, values, position, tail, now, table, length, kmin, kmax, cap,
-    score, logit, partial, share, scale, log2_alpha,
+    score, logit, partial, share, scale, log2_alpha, near,
     kv_row, kv_head, kv_page, kv_token, position_row, position_table, low_row, low_head, low_page, table_row,
     score_row, score_stride, tokens, split_tokens, heads, tables,
     G: tl.constexpr, D: tl.constexpr, T: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -245,8 +245,8 @@ def split_kernel(
         out, total = _attend(
             q, k, v, keys + base, values + base, position, table, score, score_stride,
             logit + begin * G * tokens, token_new, position_new, least, last, start, end, row, table_row,
-            kv_page, kv_token, tokens, scale, log2_alpha, G, D, T, BLOCK_G, BLOCK_S, BLOCK_D, TABLE, APPEND, SCORE,
-            SELECT,
+            kv_page, kv_token, tokens, scale, log2_alpha, near, G, D, T, BLOCK_G, BLOCK_S, BLOCK_D, TABLE, APPEND,
+            SCORE, SELECT,
         )  # fmt: skip
         slot = (begin * tl.num_programs(1) + split) * G + g
         tl.store(share + slot, total, mask=g < G)

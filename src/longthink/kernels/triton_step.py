@@ -57,7 +57,7 @@ def step_attention(
     score = _floats(query_BKGD, shape) if kind in ("mass", "marks", *_BOUND) else query_BKGD
     logit = _floats(query_BKGD, (rows, heads, groups, work.tokens)) if _SCORE.get(kind, 0) > 1 else query_BKGD
     partial, share = _split(
-        work, cache, score, logit, scaling, learn.alpha, APPEND=True, BOUND=_BOUND.get(kind, 0),
+        work, cache, score, logit, scaling, learn.alpha, learn.near, APPEND=True, BOUND=_BOUND.get(kind, 0),
         SCORE=_SCORE.get(kind, 0), SELECT=False, ATTEND=True,
     )  # fmt: skip
     result = _floats(query_BKGD, (rows, heads, pages)) if kind in ("mass", "bound_share") else score
@@ -131,6 +131,7 @@ def _split(
     logit: Tensor,
     scaling: float,
     alpha: float,
+    near: int = 0,
     cap: Tensor | None = None,
     **flags: Any,
 ) -> tuple[Tensor, Tensor]:
@@ -154,8 +155,8 @@ def _split(
         held = (keys, values, none, none, none, cache.block_BP, cache.length_B, low, high)
     split_kernel[(rows * heads, work.splits)](
         work.query, work.key, work.value, *held, none if cap is None else cap, score, logit, partial, share,
-        scaling * LOG2E, _log2(alpha), *strides, score.stride(1) if score is not none else 0, pages, work.tokens,
-        work.split_tokens, heads, cache.tail_BK.shape[1] if isinstance(cache, Slots) else 1,
+        scaling * LOG2E, _log2(alpha), near, *strides, score.stride(1) if score is not none else 0, pages,
+        work.tokens, work.split_tokens, heads, cache.tail_BK.shape[1] if isinstance(cache, Slots) else 1,
         G=groups, D=dim, T=work.page_size, BLOCK_G=max(16, triton.next_power_of_2(groups)), BLOCK_S=work.block,
         BLOCK_D=max(16, triton.next_power_of_2(dim)),
         BLOCK_P=triton.next_power_of_2(pages) if flags["SELECT"] else 1,
