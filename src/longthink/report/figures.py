@@ -14,7 +14,9 @@ MIB = 2**20
 CLOUD_POINTS = 100
 """Samples drawn of each policy in one panel; more would only hide each other."""
 _DODGE = 0.05
-"""Octaves between the points of two policies at the same budget, so that intervals do not hide each other."""
+"""Octaves between the points of two policies at the same budget, so that intervals do not hide each other..."""
+_SPREAD = 0.15
+"""... and between the first and the last, so that all stay at their budget."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,13 +149,14 @@ def task_title(task: Task, tasks: Iterable[Task] = ()) -> str:
 def _budget_panel(task: Task, cells: list[Cell], look: Look, metric: Metric) -> Panel:
     problems = len(set().union(*(cell.by_problem for cell in cells)))
     series = sorted({cell.series for cell in cells if cell.size.kind}, key=look.labels.__getitem__)
+    dodge = min(_DODGE, _SPREAD / max(1, len(series) - 1))
     lines = []
     for cell in cells:
         if not cell.size.kind:
             lines.append(_budget_line([cell], 0.0, look, metric))
     for i, one in enumerate(series):
         mine = [cell for cell in cells if cell.series == one and cell.size.kind]
-        lines.append(_budget_line(mine, _DODGE * (i - (len(series) - 1) / 2), look, metric))
+        lines.append(_budget_line(mine, dodge * (i - (len(series) - 1) / 2), look, metric))
     ticks = sorted({cell.size.tokens for cell in cells if cell.size.kind})
     limits = "/".join(map(str, task.limits))
     title = f"{task_title(task)}: {problems} problems, at most {limits} tokens"
