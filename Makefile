@@ -25,7 +25,7 @@ ready:
 demo: ready ## Solve a long problem with three caches side by side
 	@$(BIN)/longthink demo
 
-test: ready ## Run all tests (under 12 minutes on 2 cores)
+test: ready ## Run all tests (about 15 minutes on 2 cores)
 	$(TEST_ENV) $(PYTEST) $(PYTEST_ARGS)
 
 test-fast: ready ## Run the quick tests (under 90 seconds)
