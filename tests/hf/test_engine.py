@@ -375,7 +375,7 @@ def test_requests_without_sense_are_refused_at_once(tokens, options, message):
 @pytest.mark.parametrize("static", [False, True])
 def test_memory_is_constant_over_two_hundred_requests(static):
     with engine("milestone", static_shape=static) as running:
-        held = []
+        held, threads = [], []
         for _ in range(4):
             handles = [running.submit(ids(i % 6), max_new_tokens=1 + i % 7) for i in range(50)]
             assert all(handle.result(PATIENCE).finish == "length" for handle in handles)
@@ -384,5 +384,9 @@ def test_memory_is_constant_over_two_hundred_requests(static):
             ):
                 time.sleep(0.01)
             del handles
-            held.append((live_bytes(without=torch.empty(0)), threading.active_count()))
-        assert held[1] == held[2] == held[3]
+            # The engine's thread may still hold the numbers of its last step.
+            held.append(min(live_bytes(without=torch.empty(0)) for _ in range(5)))
+            threads.append(threading.active_count())
+        # A hundred requests later there is at most what two rows hold more.
+        assert held[3] - held[1] < 16 * 1024
+        assert threads[1] == threads[3]

@@ -122,4 +122,4 @@ def make_learn(kind: str, cache, shape: Shape, alpha: float = 0.05) -> Learn:
         size = (shape.rows, shape.heads, shape.pages * shape.page_size)
         old = torch.rand(size, generator=torch.Generator().manual_seed(shape.seed))
         state = (old < 0.2).to(torch.int8) if kind == "marks" else old
-    return Learn(kind, state, alpha, shape.page_size)
+    return Learn(kind, state, alpha, shape.page_size // 2 + shape.seed % 20)

@@ -5,7 +5,7 @@ import torch
 
 from longthink.kernels import reference, triton_step
 from longthink.kernels import reference_step as definition
-from longthink.kernels.reference_step import Slots
+from longthink.kernels.reference_step import Learn, Slots
 from tests.kernels.cases import TOLERANCE, Shape, clean, copied, make_learn, make_pool, make_slots, new_token
 
 SCALING = 0.2
@@ -155,6 +155,21 @@ def zeros(cache):
         name: getattr(cache, name).masked_fill(getattr(cache, name).isnan(), 0)
         for name in ("keys_BKSD", "values_BKSD")
     }
+
+
+@pytest.mark.parametrize("make", [make_slots, make_pool])
+def test_a_cache_narrower_than_the_model(make):
+    shape = Shape(groups=2, dim=64, rows=2, heads=1, dtype=BRAIN, seed=35)
+    new = [x.float() + 1e-4 for x in new_token(shape)]
+    cache = make(shape)
+    slow_cache, fast_cache = clean(copied(cache)), copied(cache)
+    slow, score = definition.step_attention(*new, slow_cache, SCALING, Learn("bound"))
+    fast, fast_score = triton_step.step_attention(*new, fast_cache, SCALING, Learn("bound"))
+    assert fast.dtype == slow.dtype == torch.float32
+    torch.testing.assert_close(fast, slow, atol=1.6e-2, rtol=1.6e-2)
+    torch.testing.assert_close(fast_score, score, atol=0.1, rtol=1.6e-2)
+    for wanted, got in zip(slow_cache, clean(fast_cache), strict=True):
+        assert not isinstance(wanted, torch.Tensor) or torch.equal(got, wanted)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.02, 0.5])

@@ -67,7 +67,7 @@ class Learn(NamedTuple):
         BKP; ``bound_share``: its softmax over the pages, BKP; ``mass``: each page's share of the attention, the
         maximum over the group, BKP; ``weights``: the softmax weights, BKGS. The other two change `state_BKS` in
         place and return nothing:
-        ``marks``: 1 where a token more than `near` tokens away got more than `alpha` of a query's attention (int8);
+        ``marks``: 1 where a token more than `near` tokens back got more than `alpha` of a query's attention (int8);
         ``heavy``: plus the attention summed over the group (float32). Both start a new page from 0.
     """
 
@@ -165,8 +165,13 @@ def select_attention(
 
 
 def append(cache: Slots | Pool, key_BKD: Tensor, value_BKD: Tensor) -> None:
-    """Write the new token; at offset 0 the page starts anew. Widens the page's representative."""
+    """Write the new token; at offset 0 the page starts anew. Widens the page's representative.
+
+    The cache may be of a narrower format than the token.
+    """
     rows, heads = key_BKD.shape[:2]
+    dtype = (cache.keys_XTKD if isinstance(cache, Pool) else cache.keys_BKSD).dtype
+    key_BKD, value_BKD = key_BKD.to(dtype), value_BKD.to(dtype)
     row = torch.arange(rows, device=key_BKD.device)[:, None]
     head = torch.arange(heads, device=key_BKD.device)
     if isinstance(cache, Pool):

@@ -188,7 +188,8 @@ def _attend(
         out = out * shrink[:, None] + dot(weight.to(v.dtype), v)
         top = higher
         if SCORE > 0:
-            far = resident & (held < now - near)
+            # What stands at the place of the new token may still be the position of another.
+            far = resident & ~is_new & (held < now - near)
             _page_scores(
                 logits, top + tl.log2(total), far, token, start, end, score, score_stride, logit, tokens,
                 log2_alpha, G, T, BLOCK_G, BLOCK_S, SCORE,

@@ -57,11 +57,12 @@ def step_attention(
     score = _floats(query_BKGD, shape) if kind in ("mass", "marks", *_BOUND) else query_BKGD
     logit = _floats(query_BKGD, (rows, heads, groups, work.tokens)) if _SCORE.get(kind, 0) > 1 else query_BKGD
     partial, share = _split(
-        work, cache, score, logit, scaling, learn.alpha, learn.near, APPEND=True, BOUND=_BOUND.get(kind, 0),
+        work, cache, score, logit, scaling, learn, APPEND=True, BOUND=_BOUND.get(kind, 0),
         SCORE=_SCORE.get(kind, 0), SELECT=False, ATTEND=True,
     )  # fmt: skip
     result = _floats(query_BKGD, (rows, heads, pages)) if kind in ("mass", "bound_share") else score
     out = _combine(work, cache, partial, share, logit, score, result, learn)
+    out = out.to(query_BKGD.dtype)
     returned = {"bound": score, "bound_share": result, "mass": result, "weights": logit}
     return out, returned.get(kind)
 
@@ -74,12 +75,32 @@ def select_attention(
     score = _floats(query_BKGD, (*query_BKGD.shape[:2], work.tokens // work.page_size))
     options: dict[str, Any] = {"SCORE": 0, "cap": cap_B}
     _split(
-        work, slots, score, score, scaling, 0.0, APPEND=True, BOUND=1, SELECT=False, ATTEND=False, **options
+        work,
+        slots,
+        score,
+        score,
+        scaling,
+        Learn(),
+        APPEND=True,
+        BOUND=1,
+        SELECT=False,
+        ATTEND=False,
+        **options,
     )
     partial, share = _split(
-        work, slots, score, score, scaling, 0.0, APPEND=False, BOUND=0, SELECT=True, ATTEND=True, **options
+        work,
+        slots,
+        score,
+        score,
+        scaling,
+        Learn(),
+        APPEND=False,
+        BOUND=0,
+        SELECT=True,
+        ATTEND=True,
+        **options,
     )
-    return _combine(work, slots, partial, share, score, score, score, Learn())
+    return _combine(work, slots, partial, share, score, score, score, Learn()).to(query_BKGD.dtype)
 
 
 def decode_attention(
@@ -98,12 +119,12 @@ def decode_attention(
     work = _work(query_BKGD, query_BKGD[:, :, 0], query_BKGD[:, :, 0], slots)
     logit = _floats(query_BKGD, (rows, heads, groups, work.tokens)) if with_weights else query_BKGD
     partial, share = _split(
-        work, slots, query_BKGD, logit, scaling, 0.0, APPEND=False, BOUND=0, SCORE=2 * with_weights, SELECT=False,
+        work, slots, query_BKGD, logit, scaling, Learn(), APPEND=False, BOUND=0, SCORE=2 * with_weights, SELECT=False,
         ATTEND=True,
     )  # fmt: skip
     learn = Learn("weights" if with_weights else "nothing")
     out = _combine(work, slots, partial, share, logit, query_BKGD, query_BKGD, learn)
-    return out, logit if with_weights else None
+    return out.to(query_BKGD.dtype), logit if with_weights else None
 
 
 def _work(query: Tensor, key: Tensor, value: Tensor, cache: Slots | Pool) -> _Work:
@@ -119,7 +140,8 @@ def _work(query: Tensor, key: Tensor, value: Tensor, cache: Slots | Pool) -> _Wo
     blocks = triton.cdiv(tokens, block)
     wanted = triton.cdiv(_processors(query.device) * PROGRAMS_PER_PROCESSOR, query.shape[0] * query.shape[1])
     per_split = triton.cdiv(blocks, min(blocks, wanted))
-    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    # Where the cache is narrower than the model, the query is narrowed: a tensor core takes one format.
+    query, key, value = (x.to(keys.dtype).contiguous() for x in (query, key, value))
     splits = triton.cdiv(blocks, per_split)
     return _Work(query, key, value, tokens, page_size, per_split * block, splits, block)
 
@@ -130,8 +152,7 @@ def _split(
     score: Tensor,
     logit: Tensor,
     scaling: float,
-    alpha: float,
-    near: int = 0,
+    learn: Learn,
     cap: Tensor | None = None,
     **flags: Any,
 ) -> tuple[Tensor, Tensor]:
@@ -155,8 +176,9 @@ def _split(
         held = (keys, values, none, none, none, cache.block_BP, cache.length_B, low, high)
     split_kernel[(rows * heads, work.splits)](
         work.query, work.key, work.value, *held, none if cap is None else cap, score, logit, partial, share,
-        scaling * LOG2E, _log2(alpha), near, *strides, score.stride(1) if score is not none else 0, pages,
-        work.tokens, work.split_tokens, heads, cache.tail_BK.shape[1] if isinstance(cache, Slots) else 1,
+        scaling * LOG2E, _log2(learn.alpha), learn.near, *strides,
+        score.stride(1) if score is not none else 0, pages, work.tokens, work.split_tokens, heads,
+        cache.tail_BK.shape[1] if isinstance(cache, Slots) else 1,
         G=groups, D=dim, T=work.page_size, BLOCK_G=max(16, triton.next_power_of_2(groups)), BLOCK_S=work.block,
         BLOCK_D=max(16, triton.next_power_of_2(dim)),
         BLOCK_P=triton.next_power_of_2(pages) if flags["SELECT"] else 1,

@@ -56,6 +56,7 @@ class GenerateSystem(PagedSystem):
             past_key_values=self.cache,
             max_new_tokens=steps,
             do_sample=False,
+            compile=self.compiled,
         )
         self._token_B1 = out_BN[:, -1:]
         self.decoded += steps
@@ -121,10 +122,12 @@ def _system(model: PreTrainedModel, point: Point) -> System:
         prompt=point.prompt,
         rows=point.rows,
         fast_forward=True,
+        compile=not baseline,
     )
-    (system,) = make_systems(model, plan, room=point.steps)
+    # Of ours the compiled one, which comes last.
+    *_, system = make_systems(model, plan, room=point.steps)
     if point.way == "generate":
-        return GenerateSystem(model, system.prompt_BN, make_policy(point.system), plan.budget)
+        return GenerateSystem(model, system.prompt_BN, make_policy(point.system), plan.budget, compiled=True)
     return system
 
 
