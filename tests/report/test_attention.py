@@ -15,7 +15,7 @@ from longthink.errors import TraceError
 from longthink.policies import make_policy
 from longthink.report import build_attention
 from tests.analyze.making import written
-from tests.report.browser import BROWSER, open_page, started
+from tests.report.browser import BROWSER
 
 EVIL = ("<script>window.pwned=1</script>", "<img src=x onerror=window.pwned=2>", "</script>", "\"'>&amp;")
 TOKENS, PROMPT = 4000, 200
@@ -92,25 +92,6 @@ def test_stored_replays_come_back(tmp_path):
     path.write_bytes(path.read_bytes()[:90])
     with pytest.raises(TraceError, match=FILE):
         load_replays(store)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with started() as chromium:
-        yield chromium
-
-
-@pytest.fixture
-def visit(browser):
-    pages = []
-
-    def go(path, **options):
-        pages.append(open_page(browser, path, **options))
-        return pages[-1]
-
-    yield go
-    for page in pages:
-        page.context.close()
 
 
 def shot(page, name):

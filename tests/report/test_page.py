@@ -4,7 +4,7 @@ import pytest
 
 from longthink.report import build
 from longthink.results.store import ResultStore
-from tests.report.browser import BROWSER, open_page, started
+from tests.report.browser import BROWSER
 from tests.report.stores import fill, measure
 from tests.results.making import make_measurement, make_sample
 
@@ -32,26 +32,6 @@ def no_figure_files():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("longthink.report.builder.save_figures", lambda figures, folder: None)
         yield
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with started() as chromium:
-        yield chromium
-
-
-@pytest.fixture
-def visit(browser):
-    """Open a page offline; see `open_page`."""
-    pages = []
-
-    def go(path, **options):
-        pages.append(open_page(browser, path, **options))
-        return pages[-1]
-
-    yield go
-    for page in pages:
-        page.context.close()
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -93,9 +92,7 @@ def build_attention(
     save_attention_figures([(traces[i], all_lives[i]) for i in shown], replays, out / "figures")
     for one in tables:
         one.save(out / "tables")
-    temporary = out / f".{ATTENTION_PAGE}.tmp"
-    temporary.write_text(page.html(), encoding="utf-8")
-    os.replace(temporary, out / ATTENTION_PAGE)
+    page.save(out / ATTENTION_PAGE)
     return out / ATTENTION_PAGE
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -101,9 +100,7 @@ def build(
     save_figures(figures, out / "figures")
     for table in tables:
         table.save(out / "tables")
-    temporary = out / f".{PAGE}.tmp"
-    temporary.write_text(page.html(), encoding="utf-8")
-    os.replace(temporary, out / PAGE)
+    page.save(out / PAGE)
     return out / PAGE
 
 

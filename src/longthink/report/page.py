@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from longthink.report.escape import for_html, for_script
@@ -74,6 +76,12 @@ class Page:
             f'<p class="quiet">{for_html(figure.caption)}</p><ul class="legend">{legend}</ul>'
             f'<div class="panels">{"".join(panels)}</div></figure>',
         )
+
+    def save(self, path: Path) -> None:
+        """Write the file in one go: whoever reads it meanwhile sees the old one."""
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(self.html(), encoding="utf-8")
+        os.replace(temporary, path)
 
     def html(self) -> str:
         """Return the file's text."""
