@@ -263,11 +263,11 @@ class PagedCache(Cache):
     # Continuous batching ------------------------------------------------------------------------------------
 
     def fresh(self) -> PagedCache:
-        """Make an empty cache of the same model, policy and budget."""
+        """Make an empty cache of the same model, policy, budget and format."""
         model = self._model()
         if model is None:
             raise CacheStateError("the model of this cache is gone")
-        return PagedCache(model, self.policy, self.budget)
+        return PagedCache(model, self.policy, self.budget, kv_dtype=self.kv_dtype)
 
     def adopt(self, row: int, other: PagedCache) -> None:
         """Make a row what the only row of another cache is; the number of rows as `row` adds one.
@@ -363,7 +363,7 @@ def make_cache(
         Rows that the cache is meant for; None takes any number.
     kv_dtype
         Format that keys and values are kept in: ``bfloat16``, ``float16`` or ``float32``; None for the model's own.
-        Half the bytes for a float32 model, and most of attention's time.
+        Half the bytes for a float32 model; what it saves in time depends on the processor.
 
     Raises
     ------
