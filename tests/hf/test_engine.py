@@ -192,7 +192,7 @@ TestScheduleStatic = pytest.mark.slow(schedule("streaming_llm", True))
 def test_a_static_batch_has_one_shape_and_the_same_tokens(policy):
     shapes = set()
     hook = small().register_forward_pre_hook(
-        lambda module, args, kwargs: shapes.add(tuple(args[0].shape)), with_kwargs=True
+        lambda module, args, kwargs: shapes.update(tuple(ids.shape) for ids in args), with_kwargs=True
     )
     limits = [LIMIT, 3, 9, 1, 5, 20]
     with engine(policy, static_shape=True) as running:
@@ -222,7 +222,7 @@ def test_an_empty_seat_does_not_grow():
 def test_prompts_may_be_read_in_pieces():
     columns = []
     hook = small().register_forward_pre_hook(
-        lambda module, args, kwargs: columns.append(args[0].shape[1]), with_kwargs=True
+        lambda module, args, kwargs: columns.extend(ids.shape[1] for ids in args), with_kwargs=True
     )
     with engine(prefill_chunk_size=4) as running:
         handles = [running.submit(ids(i), max_new_tokens=LIMIT) for i in range(5)]
