@@ -4,6 +4,7 @@ Shape suffixes: B rows, K KV heads, G query heads per KV head, P page slots, T t
 D head dim, X blocks.
 """
 
+import itertools
 import random
 from typing import NamedTuple
 
@@ -76,25 +77,29 @@ def make_slots(shape: Shape, *, representatives: bool = True) -> Slots:
 
 
 def make_pool(shape: Shape, *, representatives: bool = True) -> Pool:
-    """Blocks of all rows mixed up in a larger pool; blocks of nobody, and what is not yet written, hold NaN."""
+    """Blocks of all rows mixed up in a larger pool; blocks of nobody, and what is not yet written, hold NaN.
+
+    Where each head has a table, a block may hold pages of several rows.
+    """
     draw = random.Random(shape.seed)
-    size, blocks = shape.page_size, shape.rows * shape.pages + 3
+    size, blocks, tables = shape.page_size, shape.rows * shape.pages + 3, 1 if shape.shared else shape.heads
     length = torch.tensor([draw.randint(1, shape.pages * size) for _ in range(shape.rows)])
     if shape.offset is not None:
         length = (length - 1) // size * size + 1 + shape.offset
-    order = draw.sample(range(blocks), shape.rows * shape.pages)
-    table = torch.tensor(order, dtype=torch.int32).view(shape.rows, shape.pages)
+    orders = [draw.sample(range(blocks), shape.rows * shape.pages) for _ in range(tables)]
+    table = torch.tensor(orders, dtype=torch.int32).view(tables, shape.rows, shape.pages).transpose(0, 1)
     keys, values = torch.full((2, blocks, size, shape.heads, shape.dim), GARBAGE, dtype=shape.dtype)
     low, high = torch.zeros(2, blocks, shape.heads, shape.dim, dtype=shape.dtype)
     old = randoms(shape, 2, shape.rows, shape.pages, size, shape.heads, shape.dim)
-    for row in range(shape.rows):
-        used = int(length[row]) - 1
+    for row, head in itertools.product(range(shape.rows), range(shape.heads)):
+        used, own = int(length[row]) - 1, table[row, head * tables // shape.heads]
         for page in range(-(-used // size)):
             here = min(size, used - page * size)
-            block = int(table[row, page])
-            keys[block, :here], values[block, :here] = old[0, row, page, :here], old[1, row, page, :here]
-            low[block], high[block] = keys[block, :here].amin(0), keys[block, :here].amax(0)
-        table[row, -(-int(length[row]) // size) :] = -1
+            at = (int(own[page]), slice(here), head)
+            keys[at], values[at] = old[0, row, page, :here, head], old[1, row, page, :here, head]
+            low[at[0], head], high[at[0], head] = keys[at].amin(0), keys[at].amax(0)
+    for row in range(shape.rows):
+        table[row, :, -(-int(length[row]) // size) :] = -1
     return Pool(keys, values, table, length, *((low, high) if representatives else ()))
 
 

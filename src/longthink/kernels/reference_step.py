@@ -44,14 +44,15 @@ class Slots(NamedTuple):
 
 
 class Pool(NamedTuple):
-    """Physical blocks shared by all requests, and the blocks of each row: page p of row b is ``block_BP[b, p]``.
+    """Physical blocks shared by all requests, and the blocks of each row: page p of row b is ``block_BKP[b, k, p]``.
 
-    `length_B` counts a row's tokens, the new one included: it is the last one, and only the last page is partial.
+    K is 1 where a table serves all KV heads. `length_B` counts a row's tokens, the new one included: it is the last
+    one, and only the last page is partial.
     """
 
     keys_XTKD: Tensor
     values_XTKD: Tensor
-    block_BP: Tensor
+    block_BKP: Tensor
     length_B: Tensor
     kmin_XKD: Tensor | None = None
     kmax_XKD: Tensor | None = None
@@ -138,8 +139,8 @@ def step_attention(
     learn = Learn() if learn is None else learn
     append(cache, key_BKD, value_BKD)
     keys, values, resident = _read(cache, query_BKGD.shape[1])
-    out, weights = decode_attention(query_BKGD, keys, values, resident, scaling, with_weights=True)
-    assert weights is not None
+    with_weights = learn.kind in ("mass", "weights", "marks", "heavy")
+    out, weights = decode_attention(query_BKGD, keys, values, resident, scaling, with_weights=with_weights)
     return out, _learn(query_BKGD, weights, resident, cache, scaling, learn)
 
 
@@ -177,11 +178,11 @@ def append(cache: Slots | Pool, key_BKD: Tensor, value_BKD: Tensor) -> None:
     if isinstance(cache, Pool):
         last_B = cache.length_B.long() - 1
         page_size = cache.keys_XTKD.shape[1]
-        block_B1 = cache.block_BP[row[:, 0], last_B // page_size].long()[:, None]
+        block_BK = cache.block_BKP[row[:, 0], :, last_B // page_size].long()
         offset_B = last_B % page_size
-        cache.keys_XTKD[block_B1, offset_B[:, None], head] = key_BKD
-        cache.values_XTKD[block_B1, offset_B[:, None], head] = value_BKD
-        at: tuple[Tensor, ...] = (block_B1, head)
+        cache.keys_XTKD[block_BK, offset_B[:, None], head] = key_BKD
+        cache.values_XTKD[block_BK, offset_B[:, None], head] = value_BKD
+        at: tuple[Tensor, ...] = (block_BK, head)
         low, high = cache.kmin_XKD, cache.kmax_XKD
     else:
         page_size, offset_B = cache.page_size, cache.now_B % cache.page_size
@@ -205,9 +206,9 @@ def append(cache: Slots | Pool, key_BKD: Tensor, value_BKD: Tensor) -> None:
 def _read(cache: Slots | Pool, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     if isinstance(cache, Slots):
         return cache.keys_BKSD, cache.values_BKSD, (cache.position_BKS >= 0).expand(-1, heads, -1)
-    block_BP = cache.block_BP.clamp(min=0).long()
+    block_BKP, head_K1 = cache.block_BKP.clamp(min=0).long(), torch.arange(heads, device=cache.block_BKP.device)[:, None]
     keys, values = (
-        pool[block_BP].flatten(1, 2).transpose(1, 2) for pool in (cache.keys_XTKD, cache.values_XTKD)
+        pool.transpose(1, 2)[block_BKP, head_K1].flatten(2, 3) for pool in (cache.keys_XTKD, cache.values_XTKD)
     )
     token = torch.arange(keys.shape[2], device=keys.device)
     resident_BKS = (token < cache.length_B[:, None])[:, None].expand(-1, heads, -1)
@@ -217,17 +218,22 @@ def _read(cache: Slots | Pool, heads: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _learn(
-    query_BKGD: Tensor, weights: Tensor, resident: Tensor, cache: Slots | Pool, scaling: float, learn: Learn
+    query_BKGD: Tensor,
+    weights: Tensor | None,
+    resident: Tensor,
+    cache: Slots | Pool,
+    scaling: float,
+    learn: Learn,
 ) -> Tensor | None:
     page_size = cache.page_size if isinstance(cache, Slots) else cache.keys_XTKD.shape[1]
-    if learn.kind == "weights":
-        return weights
-    if learn.kind == "mass":
-        return page_mass(weights, page_size).amax(2)
     if learn.kind in ("bound", "bound_share"):
         empty_BK1P = ~resident.unflatten(-1, (-1, page_size)).any(-1)[:, :, None]
         bound_BKGP = bound_scores(query_BKGD, *_representatives(cache)).masked_fill(empty_BK1P, -torch.inf)
         return bound_BKGP.amax(2) if learn.kind == "bound" else (bound_BKGP * scaling).softmax(-1).amax(2)
+    if weights is None or learn.kind == "weights":
+        return weights
+    if learn.kind == "mass":
+        return page_mass(weights, page_size).amax(2)
     if learn.kind in ("marks", "heavy"):
         assert isinstance(cache, Slots) and learn.state_BKS is not None
         state, offset_B = learn.state_BKS, (cache.now_B % page_size)[:, None, None]
@@ -247,8 +253,9 @@ def _representatives(cache: Slots | Pool) -> tuple[Tensor, Tensor]:
         assert cache.kmin_BKPD is not None and cache.kmax_BKPD is not None
         return cache.kmin_BKPD, cache.kmax_BKPD
     assert cache.kmin_XKD is not None and cache.kmax_XKD is not None
-    block_BP = cache.block_BP.clamp(min=0).long()
-    return cache.kmin_XKD[block_BP].transpose(1, 2), cache.kmax_XKD[block_BP].transpose(1, 2)
+    block_BKP = cache.block_BKP.clamp(min=0).long()
+    head_K1 = torch.arange(cache.kmin_XKD.shape[1], device=block_BKP.device)[:, None]
+    return cache.kmin_XKD[block_BKP, head_K1], cache.kmax_XKD[block_BKP, head_K1]
 
 
 def bookkeep(turn: Turn, used: Used | None = None) -> Tensor:

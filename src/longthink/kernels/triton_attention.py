@@ -201,7 +201,7 @@ def _attend(
 def split_kernel(
     query, key, value, keys, values, position, tail, now, table, length, kmin, kmax, cap,
     score, logit, partial, share, scale, log2_alpha, near,
-    kv_row, kv_head, kv_page, kv_token, position_row, position_table, low_row, low_head, low_page, table_row,
+    kv_row, kv_head, kv_page, kv_token, position_row, own_table, low_row, low_head, low_page, table_row,
     score_row, score_stride, tokens, split_tokens, heads, tables,
     G: tl.constexpr, D: tl.constexpr, T: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, TABLE: tl.constexpr, APPEND: tl.constexpr, BOUND: tl.constexpr,
@@ -221,7 +221,9 @@ def split_kernel(
     start = split * split_tokens
     end = tl.minimum(start + split_tokens, tokens)
     score += begin * score_row
-    position += row.to(tl.int64) * position_row + own * position_table
+    position += row.to(tl.int64) * position_row + own * own_table
+    if TABLE:
+        table += own * own_table
     base = row.to(tl.int64) * kv_row + head * kv_head
     if (token_new >= start) & (token_new < end) & APPEND:
         place = _page_place(token_new // T, True, row, table, table_row, kv_page, TABLE)

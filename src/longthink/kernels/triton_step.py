@@ -133,7 +133,7 @@ def _work(query: Tensor, key: Tensor, value: Tensor, cache: Slots | Pool) -> _Wo
         keys, values = cache.keys_BKSD, cache.values_BKSD
     else:
         page_size = cache.keys_XTKD.shape[1]
-        tokens, keys, values = cache.block_BP.shape[1] * page_size, cache.keys_XTKD, cache.values_XTKD
+        tokens, keys, values = cache.block_BKP.shape[2] * page_size, cache.keys_XTKD, cache.values_XTKD
     assert keys.stride() == values.stride() and keys.stride(-1) == 1 and tokens % page_size == 0
     # Two tiles of keys and values in flight fit in shared memory: 64 tokens up to 128 dimensions.
     block = max(page_size, 64 if query.shape[-1] <= 128 else 32)
@@ -172,13 +172,14 @@ def _split(
         low, high = (none if x is None else x for x in (cache.kmin_XKD, cache.kmax_XKD))
         block, token, head, _ = keys.stride()
         low_block, low_head = low.stride()[:2]
-        strides = (0, head, block, token, 0, 0, 0, low_head, low_block, cache.block_BP.stride(0))
-        held = (keys, values, none, none, none, cache.block_BP, cache.length_B, low, high)
+        per_row, per_table, _ = cache.block_BKP.stride()
+        strides = (0, head, block, token, 0, per_table, 0, low_head, low_block, per_row)
+        held = (keys, values, none, none, none, cache.block_BKP, cache.length_B, low, high)
     split_kernel[(rows * heads, work.splits)](
         work.query, work.key, work.value, *held, none if cap is None else cap, score, logit, partial, share,
         scaling * LOG2E, _log2(learn.alpha), learn.near, *strides,
         score.stride(1) if score is not none else 0, pages, work.tokens, work.split_tokens, heads,
-        cache.tail_BK.shape[1] if isinstance(cache, Slots) else 1,
+        cache.tail_BK.shape[1] if isinstance(cache, Slots) else cache.block_BKP.shape[1],
         G=groups, D=dim, T=work.page_size, BLOCK_G=max(16, triton.next_power_of_2(groups)), BLOCK_S=work.block,
         BLOCK_D=max(16, triton.next_power_of_2(dim)),
         BLOCK_P=triton.next_power_of_2(pages) if flags["SELECT"] else 1,

@@ -102,14 +102,13 @@ class PluginOptions:
             sizes = ", ".join(map(str, PAGE_SIZES))
             raise ValueError(f"block_size={block_size} is not one of {sizes}: give --block-size 16")
         policy = make_policy(self.policy)
+        check_policy(policy)
         if "page_size=" in self.policy and policy.page_size != block_size:
             raise ValueError(
                 f"policy {self.policy!r} names page_size={policy.page_size}, but a page is a block of vLLM: "
                 f"give --block-size {policy.page_size}, or no page size"
             )
-        policy = policy.with_options(page_size=block_size)
-        check_policy(policy)
-        return policy
+        return policy.with_options(page_size=block_size)
 
     @property
     def budget(self) -> Budget:
