@@ -38,6 +38,7 @@ POOLS = [
     ("bound", Shape(groups=7, dim=128, rows=1, pages=20, dtype=FULL, seed=22)),
     ("bound_share", Shape(groups=4, dim=96, rows=3, heads=1, dtype=FULL, seed=23)),
     ("bound", Shape(groups=1, dim=64, rows=2, heads=1, pages=3, dtype=FULL, seed=27, offset=0)),
+    ("bound", Shape(groups=2, dim=64, rows=2, pages=5, dtype=FULL, seed=28, shared=True)),
     ("mass", Shape(groups=2, dim=80, rows=1, dtype=BRAIN, seed=24)),
     ("mass", Shape(groups=1, dim=64, rows=3, heads=1, pages=9, dtype=FULL, seed=25)),
     ("weights", Shape(groups=1, dim=256, rows=1, pages=4, dtype=HALF, seed=26)),

@@ -15,11 +15,32 @@ from torch import Tensor
 
 from longthink import kernels
 from longthink.cache.store import SlotStore
-from longthink.policies import Policy, Step
+from longthink.policies import Moves, PageTable, Policy, Step
+
+
+def choose_slots(policy: Policy, table: PageTable, opens_B: Tensor, *, evicts: bool) -> tuple[Tensor, Moves | None]:
+    """Slot for the page of each row's present token: an empty one, or the one that gives way; and what moves out of it.
+
+    Parameters
+    ----------
+    opens_B
+        Rows whose token opens a page. The others are named a slot as well, which means nothing.
+    evicts
+        False if it is known that every row that opens a page has an empty slot.
+    """
+    page_BKP = table.page_BKP
+    empty_BKP = page_BKP < 0
+    slot_BK = empty_BKP.to(torch.int8).argmax(-1)
+    if not evicts:
+        return slot_BK, None
+    full_BK = (~empty_BKP).sum(-1) >= table.cap_B[:, None]
+    victim_BK = kernels.lowest(policy.priority(table), page_BKP, policy.evictable(table))
+    slot_BK = torch.where(full_BK, victim_BK, slot_BK)
+    return slot_BK, policy.moves(table, slot_BK, full_BK & opens_B[:, None])
 
 
 def turn_pages(policy: Policy, store: SlotStore, *, evicts: bool) -> None:
-    """Give each row that begins a page with its next token a slot: an empty one, or the one that gives way.
+    """Give each row that begins a page with its next token a slot, and empty it.
 
     Parameters
     ----------
@@ -30,16 +51,9 @@ def turn_pages(policy: Policy, store: SlotStore, *, evicts: bool) -> None:
     # Policies see the token to come as the present one; the clock itself moves on in `decode_step`.
     table.now_B.add_(1)
     opens_B = table.now_B % policy.page_size == 0
-    page_BKP = table.page_BKP
-    empty_BKP = page_BKP < 0
-    slot_BK = empty_BKP.to(torch.int8).argmax(-1)
-    if evicts:
-        full_BK = (~empty_BKP).sum(-1) >= table.cap_B[:, None]
-        victim_BK = kernels.lowest(policy.priority(table), page_BKP, policy.evictable(table))
-        slot_BK = torch.where(full_BK, victim_BK, slot_BK)
-        moves = policy.moves(table, slot_BK, full_BK & opens_B[:, None])
-        if moves is not None:
-            store.move(moves)
+    slot_BK, moves = choose_slots(policy, table, opens_B, evicts=evicts)
+    if moves is not None:
+        store.move(moves)
     store.open(slot_BK, opens_B)
     table.now_B.sub_(1)
 

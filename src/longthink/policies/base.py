@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -94,11 +95,15 @@ class Step(NamedTuple):
         Exact softmax attention over the token slots; None unless the policy's `uses_weights`.
     scaling
         Factor on q.k before the softmax.
+    agree
+        Gives the largest of each number over all processes that hold some heads of the layer; None where one process
+        holds them all, or each goes its own way.
     """
 
     query_BKGD: Tensor
     weights_BKGS: Tensor | None
     scaling: float
+    agree: Callable[[Tensor], Tensor] | None = None
 
 
 class Moves(NamedTuple):
@@ -167,6 +172,11 @@ class Policy(ABC):
         A recorded trace holds them only if it was asked to, and such a policy cannot be replayed on one without.
         """
         return self.uses_representatives
+
+    @property
+    def shares_prompt(self) -> bool:
+        """Whether rows with the same prompt may share its pages: what is learned of prompt pages never matters."""
+        return not self.init_state(Shape(1, 1, 1, self.page_size), torch.device("meta"))
 
     def tables(self, kv_heads: int) -> int:
         """Page tables a layer has: one per KV head, or 1 for the whole layer."""

@@ -81,6 +81,11 @@ class RaaS(Policy):
     def uses_weights(self) -> bool:
         return self.score == "exact"
 
+    @property
+    @override
+    def shares_prompt(self) -> bool:
+        return self.pin_prompt
+
     @override
     def tables(self, kv_heads: int) -> int:
         return 1 if self.sharing == "layer" else kv_heads
@@ -135,4 +140,7 @@ class RaaS(Policy):
                 empty = (page_BKP < 0)[:, :, None]
                 score_BKGP = (score_BKGP * step.scaling).masked_fill(empty, -torch.inf).softmax(-1)
         score_BKP = score_BKGP.amax(2)
-        return score_BKP.amax(1, keepdim=True) if self.sharing == "layer" else score_BKP
+        if self.sharing == "kv_head":
+            return score_BKP
+        score_B1P = score_BKP.amax(1, keepdim=True)
+        return score_B1P if step.agree is None else step.agree(score_B1P)

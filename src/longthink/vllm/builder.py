@@ -1,0 +1,206 @@
+"""Once a step: which tokens belong to prompts, which are decoded, and where the decoded ones go.
+
+A request that was preempted comes back with its prompt and all it had generated. The prompt is read as prompts are; the
+rest is replayed token by token, through the same step and to the same cache.
+
+Shape suffixes: see `longthink.vllm.pool`; Q tokens of prompts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longthink.vllm import compat
+from longthink.vllm.attend import Attend, CpuAttend, KernelAttend, New, Prompts
+from longthink.vllm.config import PluginOptions
+from longthink.vllm.pool import PagePool, Rows
+from longthink.vllm.spec import BoundedSpec
+from longthink.vllm.step import Begun, DecodeStep
+
+
+class _Tokens(NamedTuple):
+    """A decode step that is to begin: its rows, their tokens among all of the batch, and what happens to pages."""
+
+    rows: Rows
+    tokens: Tensor | None
+    opening: Tensor | None
+    evicting: bool
+
+
+@dataclass
+class StepMetadata:
+    """What the layers find in a step."""
+
+    step: DecodeStep
+    places: dict[str, int]
+    decode: tuple[_Tokens, Begun] | None = None
+    replay: tuple[_Tokens, ...] = ()
+    prompts: tuple[Prompts, Tensor, Any] | None = None
+
+    def run(self, layer_name: str, new: New, out: Tensor) -> None:
+        """Do a layer's work on the batch."""
+        layer, step = self.places[layer_name], self.step
+        if self.prompts is not None:
+            prompts, tokens, plan = self.prompts
+            part = out[tokens]
+            step.attend.prompts(layer, prompts, plan, _take(new, tokens), part)
+            out[tokens] = part
+            step.pool.represent_prompt(layer, prompts.page_block_B, prompts.page_filled_B)
+        for one in self.replay:
+            begun = step.begin(one.rows, opening=one.opening, evicting=one.evicting, layer=layer)
+            self._decode(layer, one, begun, new, out)
+            step.finish(begun)
+        if self.decode is not None:
+            one, begun = self.decode
+            self._decode(layer, one, begun, new, out)
+            if layer == len(self.places) - 1:
+                step.finish(begun)
+
+    def _decode(self, layer: int, one: _Tokens, begun: Begun, new: New, out: Tensor) -> None:
+        if one.tokens is None:
+            count = len(one.rows.now_B)
+            self.step.layer(begun, layer, _take(new, slice(count)), out[:count])
+        else:
+            part = out[one.tokens]
+            self.step.layer(begun, layer, _take(new, one.tokens), part)
+            out[one.tokens] = part
+
+
+def _take(new: New, tokens: Tensor | slice) -> New:
+    query, key, value = new
+    return query[tokens], key[tokens], value[tokens]
+
+
+class BoundedBuilder(compat.AttentionMetadataBuilder):  # type: ignore[misc, unused-ignore]
+    """Prepares each step, and holds what lasts: the pool of pages and the decode step over it."""
+
+    def __init__(self, kv_cache_spec: BoundedSpec, layer_names: list[str], vllm_config: Any, device: torch.device):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._page_size = kv_cache_spec.block_size
+        self._step: DecodeStep | None = None
+        self._layer_names = sorted(layer_names, key=compat.layer_index)
+        self._places = {name: place for place, name in enumerate(self._layer_names)}
+
+    def _make_step(self) -> DecodeStep:
+        config = self.vllm_config
+        options = PluginOptions.from_additional_config(config.additional_config)
+        policy = options.make_policy(self._page_size)
+        caches = compat.kv_caches(config, self._layer_names)
+        impl = config.compilation_config.static_forward_context[self._layer_names[0]].impl
+        on_cpu = self.device.type == "cpu" and not policy.uses_weights
+        by_cpu = on_cpu and compat.cpu_kernel_serves(impl.head_size, self._page_size, caches[0].dtype)
+        pool = PagePool(policy, caches, transposed=by_cpu)
+        attend: Attend = (
+            CpuAttend(pool, impl.scale, impl.num_heads) if by_cpu else KernelAttend(pool, impl.scale)
+        )
+        agree = compat.agree_over_ranks() if options.tp_sync else None
+        policies = [policy.for_layer(compat.layer_index(name)) for name in self._layer_names]
+        most = config.scheduler_config.max_num_seqs
+        return DecodeStep(pool, policies, attend, impl.scale, agree, most, impl.num_heads)
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> StepMetadata:
+        """Sort the tokens of a step, and begin it."""
+        del common_prefix_len, fast_build
+        self._step = self._step or self._make_step()
+        batch = common_attn_metadata
+        prompt = batch.rswa_prefix_lens[: batch.num_reqs]
+        found = StepMetadata(self._step, self._places)
+        if batch.max_query_len == 1:
+            now = batch.seq_lens.long() - 1
+            host = batch.seq_lens_cpu_upper_bound.long() - 1
+            one = self._tokens(batch, slice(None), now, host, prompt, None)
+        else:
+            one = self._sort(found, batch, prompt)
+        if one is not None:
+            begun = self._step.begin(one.rows, opening=one.opening, evicting=one.evicting)
+            found.decode = (one, begun)
+        return found
+
+    def _tokens(
+        self, batch: Any, index: Any, now_B: Tensor, host_B: Tensor, prompt_B: Tensor, tokens: Tensor | None
+    ) -> _Tokens:
+        """One token of each of some requests.
+
+        Parameters
+        ----------
+        index
+            The requests.
+        now_B, host_B
+            Positions of the tokens, on the device and on the host.
+        """
+        page_size, spec = self._page_size, self.kv_cache_spec
+        longest = int(prompt_B.max()) if prompt_B.device.type == "cpu" else spec.max_prompt_tokens
+        pages = min(int(host_B.max()) // page_size + 1, spec.cap(longest))
+        prompt_B = prompt_B.to(now_B.device, torch.int64, non_blocking=True)
+        cap_B = (prompt_B + page_size - 1) // page_size + spec.decode_blocks
+        count_B = torch.minimum(now_B // page_size + 1, cap_B)
+        slot_P = torch.arange(pages, device=now_B.device)
+        block_BP = torch.where(slot_P < count_B[:, None], batch.block_table_tensor[index, :pages].long(), 0)
+        opens_B = host_B % page_size == 0
+        opening = None
+        evicting = int(host_B.max()) // page_size >= spec.cap(0)
+        if bool(opens_B.any()):
+            opening = opens_B.nonzero()[:, 0].to(now_B.device, non_blocking=True)
+        return _Tokens(Rows(block_BP, now_B, prompt_B, cap_B, count_B), tokens, opening, evicting)
+
+    def _sort(self, found: StepMetadata, batch: Any, prompt: Tensor) -> _Tokens | None:
+        """Tokens of prompts, tokens to replay, and tokens to decode."""
+        starts = batch.query_start_loc_cpu.numpy()[: batch.num_reqs + 1].astype(np.int64)
+        lengths = batch.seq_lens_cpu_upper_bound.numpy()[: batch.num_reqs].astype(np.int64)
+        prompts, queries = prompt.cpu().numpy().astype(np.int64), np.diff(starts)
+        begin = lengths - queries
+        of_prompt = np.clip(prompts - begin, 0, queries)
+        later = queries - of_prompt
+        if of_prompt.any():
+            rows = of_prompt.nonzero()[0]
+            found.prompts = self._prompts(batch, rows, starts[rows], begin[rows], of_prompt[rows])
+        decoding = ((of_prompt == 0) & (later == 1)).nonzero()[0]
+        replaying = ((later > 1) | ((of_prompt > 0) & (later > 0))).nonzero()[0]
+        # The longest first, so that those that still have a token are always the first ones.
+        replaying = replaying[np.argsort(-later[replaying], kind="stable")]
+
+        def one(rows: Any, behind: int) -> _Tokens:
+            position = torch.from_numpy(begin[rows] + of_prompt[rows] + behind)
+            tokens = torch.from_numpy(starts[rows] + of_prompt[rows] + behind).to(self.device)
+            index = torch.from_numpy(rows)
+            return self._tokens(batch, index, position.to(self.device), position, prompt[index], tokens)
+
+        most = int(later[replaying].max(initial=0))
+        found.replay = tuple(one(replaying[later[replaying] > behind], behind) for behind in range(most))
+        return one(decoding, 0) if len(decoding) else None
+
+    def _prompts(self, batch: Any, rows: Any, starts: Any, begin: Any, count: Any) -> tuple[Prompts, Tensor, Any]:
+        assert self._step is not None
+        page_size, end = self._page_size, begin + count
+        bounds = np.concatenate([[0], count.cumsum()])
+        row_Q = np.repeat(np.arange(len(rows)), count)
+        within_Q = np.arange(bounds[-1]) - bounds[row_Q]
+        position_Q = begin[row_Q] + within_Q
+        block_BP = batch.block_table_tensor[torch.from_numpy(rows), : -(-int(end.max()) // page_size)].long()
+        # The pages that are written to, of all rows, and how far they are filled then.
+        first, pages = begin // page_size, -(-end // page_size) - begin // page_size
+        row_X = np.repeat(np.arange(len(rows)), pages)
+        page_X = first[row_X] + np.arange(len(row_X)) - np.repeat(pages.cumsum() - pages, pages)
+        filled_X = np.minimum(end[row_X] - page_X * page_size, page_size)
+        row_Q, row_X, page_X, filled_X, position_Q, tokens = (
+            torch.from_numpy(array).to(self.device)
+            for array in (row_Q, row_X, page_X, filled_X, position_Q, starts[row_Q] + within_Q)
+        )
+        page_block = block_BP[row_X, page_X]
+        self._step.pool.begin_prompt(page_block, page_X, filled_X)
+        prompts = Prompts(
+            bounds.tolist(),
+            end.tolist(),
+            block_BP,
+            torch.from_numpy(bounds).to(self.device),
+            torch.from_numpy(end).to(self.device),
+            block_BP[row_Q, position_Q // page_size] * page_size + position_Q % page_size,
+            page_block,
+            filled_X,
+        )
+        return prompts, tokens, self._step.attend.plan_prompts(prompts)

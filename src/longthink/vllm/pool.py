@@ -1,0 +1,280 @@
+"""The blocks of all layers with what is known of them: keys and values, and in the padding behind them their state.
+
+A block is a page of every layer, and in each layer memory of its own. What longthink has to remember of a page stands
+behind its keys and values: the representatives, the logical position of each token, and the policy's own tensors. So
+state belongs to a block, not to a request: it needs no growing, is there again when a prompt's blocks are found in the
+prefix cache, and is part of the size that vLLM plans with.
+
+Shape suffixes: L layers, X blocks, B rows, N rows of all layers (layer after layer), K KV heads (1 where a table serves
+a layer), P pages of a row, T tokens in a page, S = P x T, D head dim, M tokens moved.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longthink.errors import UnsupportedFeatureError
+from longthink.policies import Moves, PageTable, Policy, Shape
+
+_ALIGNED = 8
+"""Bytes that every piece of state, and every block, begins at a multiple of."""
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Where one tensor of a page's state stands, and its shape."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+
+def _pieces(policy: Policy, kv_heads: int, head_dim: int, dtype: torch.dtype, start: int) -> list[_Piece]:
+    """State of a page, from byte `start` on; the last piece has no bytes and says where it ends."""
+    tables = policy.tables(kv_heads)
+    wanted: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
+    if policy.uses_representatives:
+        wanted += [(name, dtype, (kv_heads, head_dim)) for name in ("kmin", "kmax")]
+    wanted.append(("position", torch.int32, (tables, policy.page_size)))
+    state = policy.init_state(Shape(1, tables, 1, policy.page_size), torch.device("meta"))
+    wanted += [(f"state.{name}", tensor.dtype, tuple(tensor.shape[1:])) for name, tensor in state.items()]
+    wanted.append(("end", torch.int8, (0,)))
+    pieces, offset = [], start
+    for name, kind, shape in wanted:
+        offset = -(-offset // _ALIGNED) * _ALIGNED
+        pieces.append(_Piece(name, kind, shape, offset))
+        offset += torch.Size(shape).numel() * kind.itemsize
+    return pieces
+
+
+def page_bytes(policy: Policy, kv_heads: int, head_dim: int, dtype: torch.dtype, kv_bytes: int) -> int:
+    """Bytes of a page with its state, where keys and values take `kv_bytes`."""
+    return _pieces(policy, kv_heads, head_dim, dtype, kv_bytes)[-1].offset
+
+
+class Rows(NamedTuple):
+    """Requests that take part in a step, with what their block tables mean.
+
+    Attributes
+    ----------
+    block_BP
+        Block of each page slot, int64; 0, which is nobody's, behind the last slot in use.
+    now_B
+        Position of the token to come.
+    prompt_B, cap_B
+        Tokens of the prompt, and page slots that may be filled.
+    count_B
+        Page slots in use when the token has been written.
+    """
+
+    block_BP: Tensor
+    now_B: Tensor
+    prompt_B: Tensor
+    cap_B: Tensor
+    count_B: Tensor
+
+    def take(self, index: Tensor) -> Rows:
+        """Some of the rows."""
+        return Rows(*(tensor[index] for tensor in self))
+
+
+class PagePool:
+    """Views of vLLM's KV cache of some layers.
+
+    Parameters
+    ----------
+    caches
+        What vLLM gives each layer: X x K x T x 2D, keys and values of a token side by side, as it thinks.
+    transposed
+        Keys of a block stand as D x T, as vLLM's kernel for CPUs wants them, not as T x D.
+
+    Raises
+    ------
+    UnsupportedFeatureError
+        If the layers are not evenly spaced in one piece of memory.
+    """
+
+    def __init__(self, policy: Policy, caches: list[Tensor], *, transposed: bool) -> None:
+        first = caches[0]
+        blocks, heads, tokens, double = first.shape
+        dim, size = double // 2, first.element_size()
+        start = first.data_ptr() - first.untyped_storage().data_ptr()
+        apart = caches[1].data_ptr() - first.data_ptr() if len(caches) > 1 else 0
+        for index, cache in enumerate(caches):
+            even = cache.data_ptr() - first.data_ptr() == index * apart and cache.shape == first.shape
+            shares = cache.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+            if not (even and shares and cache.stride() == first.stride()):
+                raise UnsupportedFeatureError("the layers' KV caches are not evenly spaced in one piece of memory")
+        self.policy, self.page_size, self.heads, self.dim = policy, tokens, heads, dim
+        self.tables = policy.tables(heads)
+        self._first, self._start, self._apart = first, start, apart
+        self._block = first.stride(0) * size
+        self._size = (len(caches), blocks)
+        self.transposed = transposed
+        inner = (heads, dim, tokens) if transposed else (heads, tokens, dim)
+        strides = (first.stride(1), tokens if transposed else dim, 1)
+        keys, values = (
+            self._view(first.dtype, shape, (half * tokens * dim) * size, part)
+            for half, shape, part in ((0, inner, strides), (1, (heads, tokens, dim), (first.stride(1), dim, 1)))
+        )
+        self.keys_LXKTD = keys.transpose(-1, -2) if transposed else keys
+        self.values_LXKTD = values
+        state = {}
+        for piece in _pieces(policy, heads, dim, first.dtype, heads * first.stride(1) * size):
+            if piece.name != "end":
+                state[piece.name] = self._view(piece.dtype, piece.shape, piece.offset)
+        self.kmin_LXKD, self.kmax_LXKD = state.pop("kmin", None), state.pop("kmax", None)
+        self.position_LXKT = state.pop("position")
+        self.state = {name.removeprefix("state."): tensor for name, tensor in state.items()}
+
+    @property
+    def layers(self) -> int:
+        """Layers that the pool serves."""
+        return self._size[0]
+
+    def _view(
+        self, dtype: torch.dtype, shape: tuple[int, ...], offset: int, strides: tuple[int, ...] | None = None
+    ) -> Tensor:
+        """Tensor L x X x shape of what stands `offset` bytes behind the begin of each page."""
+        item, storage = dtype.itemsize, self._first.untyped_storage()
+        flat = torch.empty(0, dtype=dtype, device=self._first.device)
+        flat.set_(storage, 0, (storage.nbytes() // item,), (1,))  # type: ignore[call-overload]
+        if strides is None:
+            strides = tuple(torch.Size(shape[at + 1 :]).numel() for at in range(len(shape)))
+        outer = (self._apart // item, self._block // item)
+        return flat.as_strided((*self._size, *shape), (*outer, *strides), (self._start + offset) // item)
+
+    # Whole tables ------------------------------------------------------------------------------------------------
+
+    def table(self, layers: Tensor, rows: Rows, filled_B: Tensor, *, vectors: bool = False) -> PageTable:
+        """What the policy may see of some layers, gathered: N rows.
+
+        Parameters
+        ----------
+        filled_B
+            Page slots that hold something.
+        vectors
+            With all keys and values.
+        """
+        at = (layers[:, None, None], rows.block_BP[None])
+        pages = rows.block_BP.shape[1]
+        position_NKS = _by_table(self.position_LXKT[at])
+        slot_S = torch.arange(pages * self.page_size, device=filled_B.device)
+        held_B1S = (slot_S < filled_B[:, None] * self.page_size)[:, None]
+        position_NKS = torch.where(held_B1S.repeat(len(layers), 1, 1), position_NKS, -1)
+        kmin, kmax = (
+            self._nothing(len(position_NKS)) if part is None else part[at].permute(0, 1, 3, 2, 4).flatten(0, 1)
+            for part in (self.kmin_LXKD, self.kmax_LXKD)
+        )
+        keys, values = (
+            _by_table(part[at]) if vectors else self._nothing(len(position_NKS))
+            for part in (self.keys_LXKTD, self.values_LXKTD)
+        )
+        now_N, prompt_N, cap_N = (x.repeat(len(layers)) for x in (rows.now_B, rows.prompt_B, rows.cap_B))
+        state = {name: _by_table(tensor[at]) for name, tensor in self.state.items()}
+        return PageTable(
+            self.page_size, position_NKS, keys, values, now_N, prompt_N, cap_N, pages, kmin, kmax, state
+        )
+
+    def _nothing(self, rows: int) -> Tensor:
+        return self._first.new_empty(rows, self.heads, 0, self.dim)
+
+    def store_state(self, layers: Tensor, rows: Rows, table: PageTable, active_B: Tensor) -> None:
+        """Take over the state of a table where rows are active."""
+        # Nobody's block takes what must not be stored.
+        block_BP = torch.where(active_B[:, None], rows.block_BP, 0)
+        for name, tensor in self.state.items():
+            each = tensor.shape[3]
+            new = table.state[name].unflatten(0, (len(layers), -1)).unflatten(3, (-1, each))
+            tensor[layers[:, None, None], block_BP[None]] = new.transpose(2, 3)
+
+    # Pages -------------------------------------------------------------------------------------------------------
+
+    def tail(self, layers: Tensor, rows: Rows) -> Tensor:
+        """Page slot that each table writes its token to, L x B x K: the one whose first token is the page's first."""
+        first_LBPK = self.position_LXKT[..., 0][layers[:, None, None], rows.block_BP[None]]
+        used_BP1 = (torch.arange(rows.block_BP.shape[1], device=rows.now_B.device) < rows.count_B[:, None])[..., None]
+        begin_B11 = (rows.now_B - rows.now_B % self.page_size)[:, None, None]
+        return ((first_LBPK == begin_B11) & used_BP1).to(torch.int8).argmax(2)
+
+    def open(self, layers: Tensor, block_LBK: Tensor, now_B: Tensor) -> None:
+        """Empty pages for the tokens at `now_B`, the first ones of their pages."""
+        layer, table = layers[:, None, None], torch.arange(self.tables, device=now_B.device)
+        self.position_LXKT[layer, block_LBK, table] = -1
+        self.position_LXKT[layer, block_LBK, table, 0] = now_B.to(torch.int32)[None, :, None]
+        for tensor in self.state.values():
+            tensor[layer, block_LBK, table] = 0
+        # Old numbers go as well: a NaN left behind would reach the output through its zero weight.
+        head = torch.arange(self.heads, device=now_B.device)
+        for tensor in (self.keys_LXKTD, self.values_LXKTD):
+            tensor[layer, block_LBK.expand(-1, -1, self.heads), head] = 0
+
+    def move(self, layers: Tensor, rows: Rows, moves: Moves) -> None:
+        """Carry tokens to other slots, with position and state; then empty the slots they came from."""
+        shape = (len(layers), -1, *moves.source_BKM.shape[1:])
+        source, target = (index.view(shape) for index in moves)
+        row = torch.arange(len(rows.now_B), device=source.device)[:, None, None]
+
+        def place(index: Tensor, tables: int) -> tuple[Tensor, ...]:
+            index = index.expand(-1, -1, tables, -1)
+            table = torch.arange(tables, device=index.device)[:, None]
+            block = rows.block_BP[row, index // self.page_size]
+            return layers.view(-1, 1, 1, 1), block, table, index % self.page_size
+
+        per_token = [tensor for tensor in self.state.values() if tensor.shape[3] == self.page_size]
+        for tensor in (self.keys_LXKTD, self.values_LXKTD, *per_token):
+            tables = tensor.shape[2]
+            tensor[place(target, tables)] = tensor[place(source, tables)]
+        moved = self.position_LXKT[place(source, self.tables)]
+        self.position_LXKT[place(source, self.tables)] = -1
+        self.position_LXKT[place(target, self.tables)] = moved
+
+    def write_positions(self, layers: Tensor, block_LBK: Tensor, now_B: Tensor) -> None:
+        """Note where the tokens at `now_B` stand."""
+        table = torch.arange(self.tables, device=now_B.device)
+        at = (layers[:, None, None], block_LBK, table, (now_B % self.page_size)[None, :, None])
+        self.position_LXKT[at] = now_B.to(torch.int32)[None, :, None]
+
+    def widen(self, layers: Tensor, block_LBK: Tensor, now_B: Tensor, key_LBKD: Tensor) -> None:
+        """Widen the representatives of the pages of new tokens; a page's first token starts them anew."""
+        if self.kmin_LXKD is None or self.kmax_LXKD is None:
+            return
+        at = (
+            layers[:, None, None],
+            block_LBK.expand(-1, -1, self.heads),
+            torch.arange(self.heads, device=now_B.device),
+        )
+        first = (now_B % self.page_size == 0)[None, :, None, None]
+        for part, extreme in ((self.kmin_LXKD, torch.minimum), (self.kmax_LXKD, torch.maximum)):
+            part[at] = torch.where(first, key_LBKD, extreme(part[at], key_LBKD))
+
+    # The prompt --------------------------------------------------------------------------------------------------
+
+    def begin_prompt(self, block_B: Tensor, page_B: Tensor, filled_B: Tensor) -> None:
+        """Note the positions of pages of prompts, filled up to some token, in all layers; their state starts anew."""
+        within = torch.arange(self.page_size, device=block_B.device)
+        position_BT = page_B[:, None] * self.page_size + within
+        position_BT = torch.where(within < filled_B[:, None], position_BT, -1).to(torch.int32)
+        self.position_LXKT[:, block_B] = position_BT[None, :, None]
+        for tensor in self.state.values():
+            tensor[:, block_B] = 0
+
+    def represent_prompt(self, layer: int, block_B: Tensor, filled_B: Tensor) -> None:
+        """Take the representatives of pages of prompts from their keys."""
+        if self.kmin_LXKD is None or self.kmax_LXKD is None:
+            return
+        keys_BKTD = self.keys_LXKTD[layer, block_B]
+        within = torch.arange(self.page_size, device=block_B.device)
+        empty = (within >= filled_B[:, None])[:, None, :, None]
+        self.kmin_LXKD[layer, block_B] = keys_BKTD.masked_fill(empty, torch.inf).amin(2)
+        self.kmax_LXKD[layer, block_B] = keys_BKTD.masked_fill(empty, -torch.inf).amax(2)
+
+
+def _by_table(gathered: Tensor) -> Tensor:
+    """L x B x P x K x n x ... as N x K x (P n) x ...: a policy's tensor."""
+    return gathered.transpose(2, 3).flatten(0, 1).flatten(2, 3)

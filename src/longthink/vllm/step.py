@@ -1,0 +1,158 @@
+"""One decode step over the blocks of a pool: pages turn before the layers run, policies learn when they have run.
+
+All layers share these two halves, so that a step costs few calls however many layers there are; between them a layer
+writes its tokens and reads its pages. Nothing here reads a value of the device.
+
+Shape suffixes: see `longthink.vllm.pool`; H query heads, G query heads of a KV head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from longthink.cache.step import choose_slots
+from longthink.policies import Policy, Step
+from longthink.vllm.attend import Attend, New
+from longthink.vllm.pool import PagePool, Rows
+
+
+class Begun(NamedTuple):
+    """A step that has begun.
+
+    Attributes
+    ----------
+    span
+        The layers that it is for: all of them, or one.
+    rows
+        The requests that take part, one token each.
+    active_B
+        False for a token of a prompt that comes alone: it is read and written like others, and teaches nothing.
+    block_LBK
+        Block that each token goes to.
+    plan
+        What the attention needs to know.
+    """
+
+    span: slice
+    rows: Rows
+    active_B: Tensor
+    block_LBK: Tensor
+    plan: Any
+
+
+class DecodeStep:
+    """The decode step of some layers.
+
+    Parameters
+    ----------
+    policies
+        The policy of each layer.
+    attend
+        How a layer writes and reads.
+    scaling
+        Factor on q.k.
+    agree
+        See `longthink.policies.Step`.
+    max_rows
+        Most requests in a step.
+    heads
+        Query heads.
+    """
+
+    def __init__(
+        self,
+        pool: PagePool,
+        policies: list[Policy],
+        attend: Attend,
+        scaling: float,
+        agree: Callable[[Tensor], Tensor] | None,
+        max_rows: int,
+        heads: int,
+    ) -> None:
+        self.pool, self.attend = pool, attend
+        self._policies, self._scaling, self._agree = policies, scaling, agree
+        device, policy = pool.position_LXKT.device, pool.policy
+        self._layers = torch.arange(pool.layers, device=device)
+        self._moves = type(policy).moves is not Policy.moves
+        # Weights are too many to keep: who learns from them does so layer by layer, the others when all have run.
+        learns = type(policy).observe is not Policy.observe
+        self._learns_early, self._learns_late = learns and policy.uses_weights, learns and not policy.uses_weights
+        dtype, kept = pool.keys_LXKTD.dtype, (pool.layers, max_rows if self._learns_late else 0)
+        self._query_LBHD = torch.zeros(*kept, heads, pool.dim, dtype=dtype, device=device)
+        self._key_LBKD = torch.zeros(*kept, pool.heads, pool.dim, dtype=dtype, device=device)
+
+    def begin(self, rows: Rows, *, opening: Tensor | None, evicting: bool, layer: int | None = None) -> Begun:
+        """Give each token a place, in all layers or in one.
+
+        Parameters
+        ----------
+        opening
+            Indices of the rows whose token opens a page; None if there is none.
+        evicting
+            Whether one of them may have no empty slot.
+        """
+        span = slice(0, self.pool.layers) if layer is None else slice(layer, layer + 1)
+        if opening is not None:
+            self._turn(span, rows.take(opening), evicting=evicting)
+        layers = self._layers[span]
+        tail_LBK = self.pool.tail(layers, rows)
+        block_LBK = _blocks(rows, tail_LBK)
+        self.pool.write_positions(layers, block_LBK, rows.now_B)
+        return Begun(
+            span, rows, rows.now_B >= rows.prompt_B, block_LBK, self.attend.plan(rows, tail_LBK, block_LBK)
+        )
+
+    def _turn(self, span: slice, rows: Rows, *, evicting: bool) -> None:
+        pool = self.pool
+        opens_B = torch.ones_like(rows.now_B, dtype=torch.bool)
+        filled_B = torch.minimum(rows.now_B // pool.page_size, rows.cap_B)
+        if not evicting:
+            # Slots fill in order while there are empty ones.
+            slot_LBK = filled_B[None, :, None].expand(span.stop - span.start, -1, pool.tables)
+            pool.open(self._layers[span], _blocks(rows, slot_LBK), rows.now_B)
+            return
+        # Only layers of one rule can be worked on in one go; and all vectors of all layers would be too much.
+        alike = not self._moves and all(policy == self._policies[0] for policy in self._policies)
+        for part in [span] if alike else [slice(i, i + 1) for i in range(span.start, span.stop)]:
+            layers = self._layers[part]
+            table = pool.table(layers, rows, filled_B, vectors=self._moves)
+            policy = self._policies[part.start]
+            slot_NK, moves = choose_slots(policy, table, opens_B.repeat(len(layers)), evicts=True)
+            if moves is not None:
+                pool.move(layers, rows, moves)
+            pool.open(layers, _blocks(rows, slot_NK.unflatten(0, (len(layers), -1))), rows.now_B)
+
+    def layer(self, begun: Begun, layer: int, new: New, out_BHD: Tensor) -> None:
+        """Write the tokens of a layer and read its pages."""
+        weights_BKGS = self.attend.decode(layer, layer - begun.span.start, begun.plan, new, out_BHD)
+        if self._learns_late:
+            for kept, tensor in ((self._query_LBHD, new[0]), (self._key_LBKD, new[1])):
+                kept[layer, : len(tensor)].copy_(tensor)
+        elif self._learns_early:
+            self._observe(begun, slice(layer, layer + 1), new[0][None], weights_BKGS)
+
+    def finish(self, begun: Begun) -> None:
+        """Learn from the layers of the step, when all have run."""
+        if not self._learns_late:
+            return
+        rows, span = begun.rows, begun.span
+        count = len(rows.now_B)
+        self.pool.widen(self._layers[span], begun.block_LBK, rows.now_B, self._key_LBKD[span, :count])
+        self._observe(begun, span, self._query_LBHD[span, :count], None)
+
+    def _observe(self, begun: Begun, span: slice, query_LBHD: Tensor, weights_BKGS: Tensor | None) -> None:
+        layers, rows = self._layers[span], begun.rows
+        table = self.pool.table(layers, rows, rows.count_B)
+        query_NKGD = query_LBHD.flatten(0, 1).unflatten(1, (self.pool.heads, -1))
+        step = Step(query_NKGD, weights_BKGS, self._scaling, self._agree)
+        self._policies[span.start].observe(table, step)
+        self.pool.store_state(layers, rows, table, begun.active_B)
+
+
+def _blocks(rows: Rows, slot_LBK: Tensor) -> Tensor:
+    """Block that each slot stands for."""
+    return rows.block_BP[torch.arange(len(rows.now_B), device=slot_LBK.device)[:, None], slot_LBK]
