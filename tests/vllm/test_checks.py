@@ -43,6 +43,7 @@ CONNECTOR = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8"),
         ({"kv_sharing_fast_prefill": True}, "KV sharing"),
         ({"enable_prompt_embeds": True}, "prompts given as embeddings"),
+        ({"attention_backend": None}, "vLLM's own choice: set --attention-backend CUSTOM"),
         ({"runner": "pooling", "convert": "embed"}, "models that do not generate"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -168,11 +168,8 @@ def _model(config: VllmConfig) -> str | None:
 
 
 def _backend(config: VllmConfig) -> str | None:
-    from vllm.platforms import current_platform
-
-    # On a CPU vLLM has one backend and does not ask; the plugin stands in for that one.
     backend = config.attention_config.backend
-    if current_platform.is_cpu() or (backend is not None and backend.name == "CUSTOM"):
+    if backend is not None and backend.name == "CUSTOM":
         return None
     chosen = "vLLM's own choice" if backend is None else backend.name
     return f"the attention backend {chosen}: set --attention-backend CUSTOM"

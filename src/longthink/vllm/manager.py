@@ -1,0 +1,74 @@
+"""How many blocks a request gets: the scheduler's side of the bound.
+
+How many blocks a request holds follows from the lengths of its prompt and text alone; which page gives way is decided
+by the worker, who overwrites one of the request's own blocks. So nothing has to be told back to the scheduler.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+from longthink.vllm.compat import FullAttentionManager
+
+_REMEMBERED = 1 << 16
+"""Requests whose prompt length is kept: far more than wait or run at any time."""
+
+
+class BoundedManager(FullAttentionManager):  # type: ignore[misc, unused-ignore]
+    """Clips what a request gets to its cap, and offers only whole prompt blocks to the prefix cache."""
+
+    _prompt_of_hashes: OrderedDict[int, int] = OrderedDict()  # noqa: RUF012  vLLM looks up hits by class
+
+    def __init__(self, kv_cache_spec: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, *args, **kwargs)
+        # Survives preemption, which frees the blocks.
+        self._prompts: OrderedDict[str, int] = OrderedDict()
+
+    def _clip(self, request_id: str, num_tokens: int) -> int:
+        prompt = self._prompts.get(request_id)
+        if prompt is None:
+            return num_tokens
+        most = self.kv_cache_spec.cap(prompt) * self.block_size
+        return most if self.kv_cache_spec.reserve else min(num_tokens, most)
+
+    def remove_skipped_blocks(
+        self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
+    ) -> None:
+        """Learn how long the prompt is: vLLM calls this before each allocation. Nothing is removed."""
+        del processed_computed_tokens
+        if num_prompt_tokens is not None:
+            _remember(self._prompts, request_id, num_prompt_tokens)
+
+    def get_num_blocks_to_allocate(
+        self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
+    ) -> int:
+        """Blocks that the request still needs to hold so many tokens, within its cap."""
+        # The first question about a request comes before its prompt length: then all it has is a prompt.
+        self._prompts.setdefault(request_id, num_tokens)
+        return super().get_num_blocks_to_allocate(request_id, self._clip(request_id, num_tokens), *args, **kwargs)
+
+    def allocate_new_blocks(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> list[Any]:
+        """Give the request blocks for so many tokens, within its cap."""
+        return super().allocate_new_blocks(request_id, self._clip(request_id, num_tokens), *args, **kwargs)
+
+    def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        """Offer whole blocks of the prompt to the prefix cache; decode blocks change in place."""
+        _remember(self._prompt_of_hashes, id(request.block_hashes), request.num_prompt_tokens)
+        super().cache_blocks(request, min(num_tokens, request.num_prompt_tokens), *args, **kwargs)
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls, block_hashes: Sequence[Any], max_length: int, *args: Any, **kwargs: Any
+    ) -> tuple[Any, int]:
+        """Cached blocks of a prompt: what a preempted request had generated must be replayed, never looked up."""
+        prompt = cls._prompt_of_hashes.get(id(block_hashes), max_length)
+        return super().find_longest_cache_hit(block_hashes, min(max_length, prompt), *args, **kwargs)
+
+
+def _remember(table: OrderedDict[Any, int], key: Any, value: int) -> None:
+    table[key] = value
+    table.move_to_end(key)
+    if len(table) > _REMEMBERED:
+        table.popitem(last=False)
