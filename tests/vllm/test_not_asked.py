@@ -47,6 +47,8 @@ def test_no_object_of_longthink_lives_unless_it_is_asked_for(qwen2):
     ours, tokens = live(qwen2)
     assert ours == []
     options = {"policy": "raas", "decode_budget": 256}
-    asked, bounded = live(qwen2, block_size=16, attention_backend="CUSTOM", additional_config={"longthink": options})
+    asked, bounded = live(
+        qwen2, block_size=16, attention_backend="CUSTOM", additional_config={"longthink": options}
+    )
     assert asked != []
     assert bounded == tokens  # within the budget

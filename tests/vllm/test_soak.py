@@ -105,8 +105,8 @@ def test_soak(qwen2, tmp_path):
 
         grown = []
         for half in (range(REQUESTS // 2), range(REQUESTS // 2, REQUESTS)):
-            with ThreadPoolExecutor(CALLERS) as pool:
-                kinds = list(pool.map(one, half))
+            with ThreadPoolExecutor(CALLERS) as callers:
+                kinds = list(callers.map(one, half))
             assert set(kinds) == set(KINDS)
             idle = wait_until_idle(server)
             assert idle["vllm:kv_cache_usage_perc"] == 0

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-vllm = pytest.importorskip("vllm")
+pytest.importorskip("vllm")
 
 import longthink.vllm
+import vllm
 from longthink.vllm.versions import installed, supported_range
 
 FOLDER = Path(longthink.vllm.__file__).parent
@@ -48,9 +49,9 @@ def subclasses():
 def overrides():
     for cls, base in subclasses():
         for name, member in vars(cls).items():
-            if callable(member) or isinstance(member, classmethod | staticmethod | property):
-                if not name.startswith("_"):
-                    yield cls, base, name
+            is_member = callable(member) or isinstance(member, classmethod | staticmethod | property)
+            if is_member and not name.startswith("_"):
+                yield cls, base, name
 
 
 OWN = set()

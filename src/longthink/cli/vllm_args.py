@@ -18,7 +18,9 @@ def vllm_args(
     tp_sync: Switch = False,
     json: Switch = False,
 ) -> int:
-    """Print what to add to `vllm serve MODEL` for a bounded cache; it may also stand there as $(longthink vllm-args ...).
+    """Print what to add to `vllm serve MODEL` for a bounded cache.
+
+    `vllm serve MODEL $(longthink vllm-args ...)` works as well.
 
     Parameters
     ----------
@@ -49,9 +51,7 @@ def vllm_args(
     options.make_policy(block_size)
     if json:
         additional = options.to_additional_config()
-        write_json(
-            {"block_size": block_size, "attention_backend": "CUSTOM", "additional_config": additional}
-        )
+        write_json({"block_size": block_size, "attention_backend": "CUSTOM", "additional_config": additional})
     else:
         words = ["--block-size", str(block_size), "--attention-backend", "CUSTOM"]
         for name, value in options.to_additional_config()[KEY].items():

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from longthink.vllm.config import KEY, PluginOptions
-
 from longthink.errors import UnsupportedFeatureError, UnsupportedModelError
+from longthink.vllm.config import KEY, PluginOptions
 from longthink.vllm.versions import installed, supported_range
 
 if TYPE_CHECKING:
