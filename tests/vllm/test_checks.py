@@ -19,9 +19,8 @@ OPTIONS = {"longthink": {"policy": "raas", "decode_budget": 256, "max_prompt_tok
 
 def configure(model, **options):
     """VllmConfig as the server would make it of these options; nothing is started."""
-    fixed = dict(
-        dtype="float32", block_size=16, enforce_eager=True, max_model_len=2048, skip_tokenizer_init=True
-    )
+    fixed = dict(dtype="float32", enforce_eager=True, max_model_len=2048, skip_tokenizer_init=True)
+    fixed |= dict(block_size=16, attention_backend="CUSTOM", additional_config=OPTIONS)
     return EngineArgs(model=str(model), **fixed | options).create_engine_config()
 
 

@@ -54,12 +54,12 @@ def overrides():
                 yield cls, base, name
 
 
-OWN = set()
-"""Public members of those classes that are ours, and override nothing."""
+OWN = {"BoundedSpec.cap"}
+"""Public members of those classes that override nothing."""
 
 
 @pytest.mark.parametrize(
-    ("cls", "base", "name"), overrides(), ids=lambda part: getattr(part, "__name__", part)
+    ("cls", "base", "name"), list(overrides()), ids=lambda part: getattr(part, "__name__", part)
 )
 def test_what_is_overridden_is_there(cls, base, name):
     if f"{cls.__name__}.{name}" not in OWN:
@@ -67,7 +67,7 @@ def test_what_is_overridden_is_there(cls, base, name):
 
 
 @pytest.mark.parametrize(
-    ("cls", "base", "name"), overrides(), ids=lambda part: getattr(part, "__name__", part)
+    ("cls", "base", "name"), list(overrides()), ids=lambda part: getattr(part, "__name__", part)
 )
 def test_overriding_method_takes_what_vllm_gives(cls, base, name):
     """Every parameter of vLLM's method finds a place in ours."""

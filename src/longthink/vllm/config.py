@@ -107,9 +107,8 @@ class PluginOptions:
                 f"policy {self.policy!r} names page_size={policy.page_size}, but a page is a block of vLLM: "
                 f"give --block-size {policy.page_size}, or no page size"
             )
-        policy = policy.with_options(page_size=block_size)
         check_policy(policy)
-        return policy
+        return policy.with_options(page_size=block_size)
 
     @property
     def budget(self) -> Budget:
