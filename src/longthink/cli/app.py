@@ -26,6 +26,7 @@ from longthink.cli.policies import policies
 from longthink.cli.reasoner import reasoner_app
 from longthink.cli.report import report
 from longthink.cli.trace import trace
+from longthink.cli.vllm_args import vllm_args
 from longthink.cli.whatif import what_if
 
 
@@ -45,6 +46,7 @@ app = App(
 for _command in (generate, demo, policies, doctor, report, trace, advise):
     app.command(_command)
 app.command(what_if, name="what-if")
+app.command(vllm_args, name="vllm-args")
 app.command(evaluate, name="eval")
 app.command(reasoner_app)
 bench_app.command(peers)

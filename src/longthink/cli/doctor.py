@@ -28,7 +28,7 @@ class _Requirement:
 
 
 def doctor(*, json: Switch = False) -> int:
-    """Check versions, devices and kernels; the exit code is 1 if something required is missing or out of range.
+    """Check versions, devices, kernels and vLLM; the exit code is 1 if something required is missing or out of range.
 
     Parameters
     ----------
@@ -43,6 +43,7 @@ def doctor(*, json: Switch = False) -> int:
         "platform": platform.platform(),
         "requirements": [asdict(requirement) for requirement in requirements],
         "kernels": _kernels(),
+        "vllm": _vllm(),
         **_torch_facts(),
     }
     if json:
@@ -100,6 +101,21 @@ def _kernels() -> dict[str, Any]:
     }
 
 
+def _vllm() -> dict[str, Any] | None:
+    """Return what is known of the installed vLLM and of the plugin in it, or None where there is none."""
+    from longthink.vllm.versions import installed, plugin_problem, supported_range
+
+    vllm = installed()
+    if vllm is None:
+        return None
+    problem = plugin_problem()
+    if not vllm.in_range:
+        problem = (
+            f"out of range, supported is {supported_range()}: vLLM runs, and refuses longthink's options"
+        )
+    return {**asdict(vllm), "supported": str(supported_range()), "problem": problem}
+
+
 def _torch_facts() -> dict[str, Any]:
     """Return devices, the number formats that work on them, and threads."""
     import torch
@@ -143,4 +159,12 @@ def _print_report(report: dict[str, Any]) -> None:
     console.print(f"threads  {threads['torch']} of {threads['cores']} cores")
     triton = "installed" if kernels["triton"] else "not installed"
     console.print(f"kernels  {', '.join(kernels['modules'])} (Triton {triton})")
+    console.print(_vllm_line(report["vllm"]), markup=False)
     console.print("all good" if report["ok"] else "something required is missing or out of range")
+
+
+def _vllm_line(vllm: dict[str, Any] | None) -> str:
+    if vllm is None:
+        return "vLLM     not installed"
+    name = f"vLLM     {vllm['distribution']} {vllm['version']}, for {vllm['build'].upper()}s"
+    return f"{name}: {vllm['problem'] or 'the plugin is there (longthink vllm-args starts it)'}"

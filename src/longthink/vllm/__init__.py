@@ -6,6 +6,8 @@ that serves only who asks for it: ``--attention-backend CUSTOM --additional-conf
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from longthink.vllm.config import PluginOptions
 
 __all__ = ["PluginOptions", "register"]
@@ -13,7 +15,22 @@ __all__ = ["PluginOptions", "register"]
 
 def register() -> None:
     """Make the backend and its kind of KV cache known to vLLM."""
+    from longthink.vllm.versions import installed
+
+    vllm = installed()
+    if vllm is None or not vllm.in_range:
+        # Who asks for longthink is told so; nobody else must notice, whatever has moved in that vLLM.
+        with suppress(ImportError, AttributeError):
+            _register_renderers()
+        return
     from longthink.vllm import compat, spec
 
     spec.register()
     compat.register_backend(f"{__name__}.choice.Backend", f"{__name__}.choice.CpuBackend")
+    _register_renderers()
+
+
+def _register_renderers() -> None:
+    from longthink.vllm.prompts import register_renderers
+
+    register_renderers()

@@ -1,0 +1,180 @@
+"""Real vLLM servers on this machine, in processes of their own that never outlive the test."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import openai
+
+KEY = "key-of-the-tests"
+START_SECONDS = 180
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+PAGE = 16
+BUDGET = 256
+LONGEST_PROMPT = 128
+BOUNDED = (
+    *("--attention-backend", "CUSTOM"),
+    *("--additional-config.longthink.policy", "raas"),
+    *("--additional-config.longthink.decode_budget", str(BUDGET)),
+    *("--additional-config.longthink.max_prompt_tokens", str(LONGEST_PROMPT)),
+)
+"""Options that ask for a bounded cache."""
+COMMON = ("--dtype", "float32", "--enforce-eager", "--max-num-seqs", "8", "--seed", "0")
+
+
+def pool(tokens, page=PAGE):
+    """A pool for these many tokens, and its placeholder. vLLM's own backend on the CPU wants blocks of 32."""
+    return ("--block-size", page, "--num-gpu-blocks-override", tokens // page + 1)
+
+
+def complete(client, tokens, *, prompt=40, seed=0, **options):
+    """Ask for exactly this many tokens after a prompt of exactly so many."""
+    ids = [3 + (seed * 31 + i * 7) % 250 for i in range(prompt)]
+    return client.completions.create(
+        model="tiny",
+        prompt=ids,
+        max_tokens=tokens,
+        temperature=0,
+        extra_body={"ignore_eos": True, "return_token_ids": True},
+        **options,
+    )
+
+
+@dataclass
+class Server:
+    """A server that is up."""
+
+    url: str
+    log: Path
+    process: subprocess.Popen
+
+    def client(self, **options):
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=240, **options)
+
+    def metrics(self):
+        """Value of each metric of the only model and engine, by name; labels other than those stay in it."""
+        return metric_values(self.get("/metrics"))
+
+    def get(self, path):
+        request = urllib.request.Request(self.url + path, headers={"Authorization": f"Bearer {KEY}"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.read().decode()
+
+
+def metric_values(text):
+    """Numbers of a page in the Prometheus format."""
+    values = {}
+    for line in text.splitlines():
+        if line and line[0] != "#":
+            name, _, value = line.rpartition(" ")
+            labels = re.findall(r'(\w+)="([^"]*)"', name)
+            rest = ",".join(f"{key}={of}" for key, of in labels if key not in ("model_name", "engine"))
+            name = name.partition("{")[0]
+            values[f"{name}{{{rest}}}" if rest else name] = float(value)
+    return values
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def launch(model, log, *arguments, **environment):
+    """Start the server's processes, in a group of their own."""
+    port = free_port()
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--api-key", KEY, "--served-model-name", "tiny"]
+    command += [*COMMON, *map(str, arguments)]
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=os.environ | ENVIRONMENT | environment,
+            start_new_session=True,
+        )
+    return process, f"http://127.0.0.1:{port}"
+
+
+def stop(process):
+    """End all processes of a server: kindly, then not."""
+    for sign, seconds in ((signal.SIGTERM, 20), (signal.SIGKILL, 20)):
+        try:
+            os.killpg(process.pid, sign)
+        except ProcessLookupError:
+            break
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and group_lives(process):
+            time.sleep(0.1)
+    process.wait(timeout=20)
+
+
+def group_lives(process):
+    """Say whether any process of the group is left; our own child is reaped on the way."""
+    process.poll()
+    try:
+        os.killpg(process.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@contextmanager
+def serve(model, log, *arguments, **environment):
+    """A server that answers, for the time of the ``with`` block."""
+    process, url = launch(model, log, *arguments, **environment)
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while not answers(f"{url}/health"):
+            assert process.poll() is None, f"the server ended:\n{tail(log)}"
+            assert time.monotonic() < deadline, f"the server does not come up:\n{tail(log)}"
+            time.sleep(0.2)
+        yield Server(url, log, process)
+    finally:
+        stop(process)
+
+
+def refusal(model, log, *arguments, **environment):
+    """What a server said that did not want to start."""
+    process, url = launch(model, log, *arguments, **environment)
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while process.poll() is None:
+            assert not answers(f"{url}/health"), "the server started"
+            assert time.monotonic() < deadline, f"the server neither starts nor ends:\n{tail(log)}"
+            time.sleep(0.2)
+        assert process.returncode != 0
+    finally:
+        stop(process)
+    return Path(log).read_text()
+
+
+def answers(url):
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return answer.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def tail(log, lines=40):
+    return "\n".join(Path(log).read_text().splitlines()[-lines:])

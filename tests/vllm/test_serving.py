@@ -1,0 +1,129 @@
+"""A real server with a bounded cache: what fits, what it says to a client, what it counts."""
+
+import threading
+import time
+
+import openai
+import pytest
+
+pytest.importorskip("vllm")
+
+from tests.vllm.server import BOUNDED, BUDGET, LONGEST_PROMPT, PAGE, complete, pool, refusal, serve
+
+pytestmark = pytest.mark.slow
+
+LAYERS, KV_HEADS, HEAD_DIM, FLOAT = 2, 2, 32, 4
+PAGE_BYTES = 2 * PAGE * LAYERS * KV_HEADS * HEAD_DIM * FLOAT
+
+
+def pages(tokens):
+    return -(-tokens // PAGE)
+
+
+def test_dense_does_not_start_where_a_bounded_cache_runs_in_constant_pages(qwen2, tmp_path):
+    said = refusal(qwen2, tmp_path / "dense", "--max-model-len", 4096, *pool(512, 32))
+    assert "KV cache" in said
+    assert "4096" in said
+
+    cap, held = pages(40) + pages(BUDGET), []
+    with serve(qwen2, tmp_path / "bounded", "--max-model-len", 4096, *BOUNDED, *pool(512)) as server:
+        done = threading.Event()
+
+        def watch():
+            while not done.wait(0.05):
+                held.append(server.metrics()["longthink:resident_pages"])
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            answer = complete(server.client(), 3000)
+        finally:
+            done.set()
+            watcher.join()
+        assert answer.usage.completion_tokens == 3000
+        assert max(held) == cap
+        assert held.count(cap) > len(held) / 2
+        after = server.metrics()
+    assert after["longthink:evicted_pages_total"] == pages(40 + 3000 - 1) - cap
+    assert after["vllm:num_preemptions_total"] == 0
+
+
+def test_dense_preempts_where_a_bounded_cache_does_not(qwen2, tmp_path):
+    arguments = ("--max-model-len", 2048, "--no-enable-prefix-caching")
+    preemptions = {}
+    for name, options in (("dense", pool(3072, 32)), ("bounded", (*BOUNDED, *pool(3072)))):
+        with serve(qwen2, tmp_path / name, *arguments, *options) as server:
+            client = server.client()
+            threads = [
+                threading.Thread(target=complete, args=(client, 700), kwargs={"seed": i}) for i in range(8)
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            metrics = server.metrics()
+            assert metrics["vllm:generation_tokens_total"] == 8 * 700
+            preemptions[name] = metrics["vllm:num_preemptions_total"]
+    assert preemptions["dense"] > 0
+    assert preemptions["bounded"] == 0
+
+
+@pytest.fixture(scope="module")
+def server(qwen2, tmp_path_factory):
+    log = tmp_path_factory.mktemp("server") / "log"
+    with serve(qwen2, log, "--max-model-len", 4096, *BOUNDED, *pool(2048)) as up:
+        yield up
+
+
+def test_too_long_a_prompt_is_refused_at_once(server):
+    client = server.client()
+    assert complete(client, 2, prompt=LONGEST_PROMPT).usage.completion_tokens == 2
+    start = time.monotonic()
+    with pytest.raises(openai.BadRequestError) as refused:
+        complete(client, 2, prompt=LONGEST_PROMPT + 1)
+    with pytest.raises(openai.BadRequestError, match="at most 128"):
+        complete(client, 2, prompt=LONGEST_PROMPT + 1, stream=True)
+    with pytest.raises(openai.BadRequestError, match="at most 128"):
+        messages = [{"role": "user", "content": "a quick fox " * 60}]
+        client.chat.completions.create(model="tiny", messages=messages, max_tokens=2)
+    assert time.monotonic() - start < 5
+    assert "has 129 tokens" in str(refused.value)
+    assert "max_prompt_tokens" in str(refused.value)
+    assert complete(client, 2).usage.completion_tokens == 2
+
+
+def test_metrics_count_what_was_bounded(server):
+    """Exact numbers, from lengths: within the budget nothing, beyond it every page that gave way."""
+    client = server.client()
+    complete(
+        client, BUDGET + 8 + 1
+    )  # the prompt's last page has room for 8, and the last token is not stored
+    before = server.metrics()
+    complete(client, BUDGET + 8 + 1 + 1)
+    complete(client, 1000, prompt=100)
+    after = server.metrics()
+    evicted = 1 + pages(100 + 1000 - 1) - (pages(100) + pages(BUDGET))
+    grown = {name: after[f"longthink:{name}"] - before[f"longthink:{name}"] for name in COUNTERS}
+    assert grown == dict(zip(COUNTERS, (2, evicted, evicted * PAGE_BYTES), strict=True))
+    assert after["longthink:pool_pages"] == 128
+    assert after["longthink:resident_pages"] == 0
+
+
+COUNTERS = ("bounded_requests_total", "evicted_pages_total", "saved_bytes_total")
+
+
+def test_plugin_that_is_not_asked_changes_nothing(qwen2, tmp_path):
+    """Tokens are those of a vLLM without it; nothing of longthink is on the metrics page."""
+    arguments = ("--max-model-len", 1024, "--block-size", 32)
+    tokens, names = {}, {}
+    for plugins in ("", "longthink"):
+        log = tmp_path / f"log-{plugins}"
+        with serve(qwen2, log, *arguments, VLLM_PLUGINS=plugins) as server:
+            client = server.client()
+            answers = [complete(client, 300, seed=i, logprobs=1) for i in range(3)]
+            tokens[plugins] = [
+                (a.choices[0].token_ids, a.choices[0].logprobs.token_logprobs) for a in answers
+            ]
+            names[plugins] = {name for name in server.metrics() if "created" not in name}
+    assert tokens["longthink"] == tokens[""]
+    assert names["longthink"] == names[""]

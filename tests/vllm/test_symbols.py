@@ -1,0 +1,85 @@
+"""What the plugin uses of vLLM, name by name: where a new version has moved something, this says what.
+
+The lists make themselves, from the plugin's own source; only the parameters that it relies on are written down.
+"""
+
+import ast
+import importlib
+import inspect
+import pkgutil
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import longthink.vllm
+import vllm
+from longthink.vllm.versions import installed, supported_range
+
+FOLDER = Path(longthink.vllm.__file__).parent
+MODULES = sorted(module.name for module in pkgutil.iter_modules(longthink.vllm.__path__))
+
+
+def imported():
+    """(file, module, name) of everything that the plugin imports from vLLM, inside functions too."""
+    for path in sorted(FOLDER.glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm":
+                for alias in node.names:
+                    yield path.name, node.module, alias.name
+
+
+@pytest.mark.parametrize(("file", "module", "name"), sorted(set(imported())))
+def test_imported_name_is_there(file, module, name):
+    assert hasattr(importlib.import_module(module), name), f"vllm {vllm.__version__} has no {module}.{name}"
+
+
+def subclasses():
+    """Classes of the plugin with a base from vLLM, and that base."""
+    for module in MODULES:
+        for cls in vars(importlib.import_module(f"longthink.vllm.{module}")).values():
+            if inspect.isclass(cls) and cls.__module__ == f"longthink.vllm.{module}":
+                for base in cls.__mro__[1:]:
+                    if base.__module__.startswith("vllm."):
+                        yield cls, base
+                        break
+
+
+def overrides():
+    for cls, base in subclasses():
+        for name, member in vars(cls).items():
+            is_member = callable(member) or isinstance(member, classmethod | staticmethod | property)
+            if is_member and not name.startswith("_"):
+                yield cls, base, name
+
+
+OWN = {"BoundedSpec.cap"}
+"""Public members of those classes that override nothing."""
+
+
+@pytest.mark.parametrize(
+    ("cls", "base", "name"), list(overrides()), ids=lambda part: getattr(part, "__name__", part)
+)
+def test_what_is_overridden_is_there(cls, base, name):
+    if f"{cls.__name__}.{name}" not in OWN:
+        assert hasattr(base, name), f"{base.__name__} of vllm {vllm.__version__} has no {name} any more"
+
+
+@pytest.mark.parametrize(
+    ("cls", "base", "name"), list(overrides()), ids=lambda part: getattr(part, "__name__", part)
+)
+def test_overriding_method_takes_what_vllm_gives(cls, base, name):
+    """Every parameter of vLLM's method finds a place in ours."""
+    theirs, ours = getattr(base, name, None), getattr(cls, name)
+    if f"{cls.__name__}.{name}" in OWN or not inspect.isroutine(ours):
+        return
+    given, taken = inspect.signature(theirs).parameters, inspect.signature(ours).parameters
+    kinds = {parameter.kind for parameter in taken.values()}
+    if inspect.Parameter.VAR_KEYWORD not in kinds:
+        assert set(given) <= set(taken), f"{cls.__name__}.{name}"
+
+
+def test_installed_version_is_in_the_range():
+    assert installed().in_range
+    assert supported_range().contains(vllm.__version__, prereleases=True)
