@@ -9,6 +9,7 @@ Q tokens of prompts.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from math import gcd
 from typing import Any, NamedTuple, Protocol
 
@@ -140,7 +141,7 @@ class KernelAttend:
         keys_XTKD, values_XTKD = (x[layer].transpose(1, 2) for x in (pool.keys_LXKTD, pool.values_LXKTD))
         keys_XTKD[block_Q, offset_Q] = key_QKD
         values_XTKD[block_Q, offset_Q] = value_QKD
-        for row, (start, end, seen) in enumerate(zip(prompts.starts, prompts.starts[1:], prompts.ends, strict=True)):
+        for row, ((start, end), seen) in enumerate(zip(pairwise(prompts.starts), prompts.ends, strict=True)):
             blocks = prompts.block_BP[row, : -(-seen // pool.page_size)]
             keys, values = (x[blocks].flatten(0, 1)[:seen].transpose(0, 1)[None] for x in (keys_XTKD, values_XTKD))
             position = torch.arange(seen - (end - start), seen, device=keys.device)
