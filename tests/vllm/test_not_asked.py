@@ -36,7 +36,7 @@ def live(model, **options):
         text=True,
         timeout=240,
         cwd=Path(__file__).parents[2],
-        env=os.environ | ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        env=os.environ | ENVIRONMENT,
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("LIVE ")]
     assert lines, done.stderr[-3000:]

@@ -46,7 +46,7 @@ def say(cases, **environment):
         text=True,
         timeout=280,
         cwd=Path(__file__).parents[2],
-        env=os.environ | ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | environment,
+        env=os.environ | ENVIRONMENT | environment,
     )
     lines = [json.loads(line[5:]) for line in done.stdout.splitlines() if line.startswith("SAID ")]
     assert len(lines) == len(cases), done.stderr[-3000:]
