@@ -100,10 +100,10 @@ def dense(qwen2, tmp_path_factory):
     """The same requests on a vLLM without the plugin, and on one that has it and is not asked: tokens and metrics."""
     folder, found = tmp_path_factory.mktemp("dense"), {}
     for plugins in ("", "longthink"):
-        arguments = ("--max-model-len", 2048, *pool(3072, 32), "--no-enable-prefix-caching")
+        arguments = ("--max-model-len", 2048, *pool(2560, 32), "--no-enable-prefix-caching")
         with serve(qwen2, folder / f"log-{plugins}", *arguments, VLLM_PLUGINS=plugins) as server:
             client = server.client()
-            answers = [complete(client, 300, seed=i, logprobs=1) for i in range(3)]
+            answers = [complete(client, 200, seed=i, logprobs=1) for i in range(3)]
             found[plugins] = ([a.choices[0] for a in answers], eight_at_once(server))
     return found
 
@@ -119,7 +119,7 @@ def test_plugin_that_is_not_asked_changes_nothing(dense):
 
 def test_dense_preempts_where_a_bounded_cache_does_not(dense, qwen2, tmp_path):
     assert dense["longthink"][1]["vllm:num_preemptions_total"] > 0
-    with serve(qwen2, tmp_path / "log", "--max-model-len", 2048, *BOUNDED, *pool(3072)) as server:
+    with serve(qwen2, tmp_path / "log", "--max-model-len", 2048, *BOUNDED, *pool(2560)) as server:
         assert eight_at_once(server)["vllm:num_preemptions_total"] == 0
 
 
@@ -127,7 +127,7 @@ def eight_at_once(server):
     """Eight long texts side by side; the metrics afterwards."""
     client, before = server.client(), server.metrics()["vllm:generation_tokens_total"]
     with ThreadPoolExecutor(8) as callers:
-        list(callers.map(lambda seed: complete(client, 700, seed=seed), range(8)))
+        list(callers.map(lambda seed: complete(client, 450, seed=seed), range(8)))
     metrics = server.metrics()
-    assert metrics["vllm:generation_tokens_total"] - before == 8 * 700
+    assert metrics["vllm:generation_tokens_total"] - before == 8 * 450
     return metrics
