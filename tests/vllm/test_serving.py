@@ -77,11 +77,9 @@ def test_too_long_a_prompt_is_refused_at_once(server):
 
 def test_metrics_count_what_was_bounded(server):
     """Exact numbers, from lengths: within the budget nothing, beyond it every page that gave way."""
-    client = server.client()
-    complete(
-        client, BUDGET + 8 + 1
-    )  # the prompt's last page has room for 8, and the last token is not stored
-    before = server.metrics()
+    client, before = server.client(), server.metrics()
+    # The prompt's last page has room for 8, and the last token is not stored.
+    complete(client, BUDGET + 8 + 1)
     complete(client, BUDGET + 8 + 1 + 1)
     complete(client, 1000, prompt=100)
     after = server.metrics()
