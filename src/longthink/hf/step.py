@@ -26,6 +26,7 @@ from longthink.config import check_choice
 from longthink.errors import UnsupportedFeatureError
 from longthink.hf.attention import mark
 from longthink.hf.cache import PagedCache
+from longthink.hf.linears import few_rows_backend
 
 Compile = Literal["auto"] | bool
 
@@ -91,9 +92,11 @@ class _Programs:
     """The two functions compiled, for one model and one shape of its cache."""
 
     def __init__(self, device: torch.device) -> None:
-        mode = "reduce-overhead" if device.type == "cuda" else None
+        how: dict[str, Any] = {"mode": "reduce-overhead"} if device.type == "cuda" else {}
+        if device.type == "cpu":
+            how = {"backend": few_rows_backend}
         self.by_function = {
-            function: torch.compile(_own_copy(function), fullgraph=True, mode=mode)
+            function: torch.compile(_own_copy(function), fullgraph=True, **how)
             for function in (_forward, _turn)
         }
 

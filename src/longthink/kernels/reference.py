@@ -63,7 +63,7 @@ def column_mass(
     """
     kv_heads = key_BKND.shape[1]
     query_BKGQD = query_BHQD.unflatten(1, (kv_heads, -1))
-    wide = _wide(query_BHQD.dtype)
+    wide = wide_dtype(query_BHQD.dtype)
     mass_BKN = torch.zeros(key_BKND.shape[:3], dtype=wide, device=key_BKND.device)
     for start in range(0, query_BHQD.shape[2], _QUERIES_AT_ONCE):
         part = slice(start, start + _QUERIES_AT_ONCE)
@@ -112,7 +112,7 @@ def decode_attention(
         )
         return out_BKGD.to(query_BKGD.dtype), None
     dtype = query_BKGD.dtype
-    logits_BKGS = (query_BKGD @ keys_BKSD.to(dtype).transpose(-1, -2)).to(_wide(dtype)) * scaling
+    logits_BKGS = (query_BKGD @ keys_BKSD.to(dtype).transpose(-1, -2)).to(wide_dtype(dtype)) * scaling
     weights_BKGS = masked_softmax(logits_BKGS, mask_BKGS)
     out_BKGD = weights_BKGS.to(dtype) @ values_BKSD.to(dtype)
     return out_BKGD, weights_BKGS if with_weights else None
@@ -130,7 +130,7 @@ def bound_scores(query_BKGD: Tensor, kmin_BKPD: Tensor, kmax_BKPD: Tensor) -> Te
     ``sum_d max(q_d * kmin_d, q_d * kmax_d)`` as two products: positive query parts meet the maxima,
     negative ones the minima.
     """
-    wide = _wide(query_BKGD.dtype)
+    wide = wide_dtype(query_BKGD.dtype)
     query = query_BKGD.to(wide)
     highest = query.clamp(min=0) @ kmax_BKPD.to(wide).transpose(-1, -2)
     return highest + query.clamp(max=0) @ kmin_BKPD.to(wide).transpose(-1, -2)
@@ -244,7 +244,7 @@ def discriminant_scores(
     of token x is ``(x - m) . w`` with ``(C + ridge * trace(C) / D * I) w = b - m``: ridge regression of the mark, up
     to a factor. All scores are 0 where nothing is marked or numbers are broken.
     """
-    x = features_BKSD.to(_wide(features_BKSD.dtype))
+    x = features_BKSD.to(wide_dtype(features_BKSD.dtype))
     resident, marked = (mask[..., None].to(x.dtype) for mask in (resident_BKS, marked_BKS & resident_BKS))
     count = resident.sum(2, keepdim=True).clamp(min=1)
     x = (x - (x * resident).sum(2, keepdim=True) / count) * resident
@@ -267,12 +267,12 @@ def rotate_keys(keys_BKND: Tensor, shift_B: Tensor, inv_freq_D: Tensor) -> Tenso
     """
     angle = shift_B.to(torch.float64)[:, None] * inv_freq_D.to(torch.float64)
     angle = torch.cat([angle, angle], -1)[:, None, None]
-    keys = keys_BKND.to(_wide(keys_BKND.dtype))
+    keys = keys_BKND.to(wide_dtype(keys_BKND.dtype))
     first, second = keys.chunk(2, -1)
     turned = keys * angle.cos().to(keys.dtype) + torch.cat([-second, first], -1) * angle.sin().to(keys.dtype)
     return turned.to(keys_BKND.dtype)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that scores and softmax weights are kept in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
