@@ -31,7 +31,7 @@ def light_compiler(monkeypatch):
 
 
 def wide(architecture, **shape):
-    """A model in float64: programs add in another order than the eager step, and equal tokens must not hang on that."""
+    """A model in float64: programs add in another order, and equal tokens must not hang on that."""
     return build(architecture, **shape).double()
 
 

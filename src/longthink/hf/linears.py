@@ -21,7 +21,7 @@ FEW_ROWS = 4
 """Rows up to which sums of products are faster than a matrix library."""
 
 
-def few_rows_backend(module: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+def few_rows_backend(module: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
     """Compile as inductor does, with linear layers made for few rows: a backend of ``torch.compile``."""
     for node in list(module.graph.nodes):
         if node.op == "call_function" and node.target is linear:
@@ -34,8 +34,12 @@ def few_rows_backend(module: GraphModule, inputs: Sequence[Tensor]) -> Callable[
 
 def _replace(node: Node) -> None:
     """Put in what is faster than a linear layer for so many rows, if anything is."""
-    operands = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
+    operands: dict[str, Any] = {
+        **dict(zip(("input", "weight", "bias"), node.args, strict=False)),
+        **node.kwargs,
+    }
     value, weight, bias = (operands.get(name) for name in ("input", "weight", "bias"))
+    assert isinstance(value, Node)
     example = value.meta["example_value"]
     *lead, width = example.shape
     rows = math.prod(lead)
