@@ -78,7 +78,7 @@ class _StepCache:
 def _forward(model: PreTrainedModel, cache: _StepCache, token_B1: Tensor) -> Tensor:
     """Logits after one more token of every row, B x V."""
     position_B1 = cache.layers[0].slots.next_position_B[:, None]
-    out = model(input_ids=token_B1, position_ids=position_B1, past_key_values=cache, use_cache=True)
+    out = model(token_B1, position_ids=position_B1, past_key_values=cache, use_cache=True)
     return out.logits[:, -1]
 
 
@@ -212,7 +212,7 @@ class DecodeStep:
             return function(*args)
         # Guards look at every tensor and module: a tenth of a small model's step. Nothing that they look at changes
         # between two steps but the sizes of the slots.
-        sizes = self._cache.slot_shapes
+        sizes = self._cache.sizes
         known = self._guarded.get(function) == sizes
         try:
             with torch.compiler.set_stance("default", skip_guard_eval_unsafe=known):
