@@ -8,10 +8,8 @@ import longthink
 from longthink.hf import Engine, Request
 from longthink.hf import step as step_module
 from longthink.hf.step import DecodeStep
+from tests.hf.test_compile import Waits, wide
 from tests.hf.test_engine_rows import LENGTHS, LIMITS, alone, budget_of, requests, stream
-from tests.models import build
-
-POLICIES = longthink.available_policies()
 
 
 @pytest.fixture
@@ -28,43 +26,47 @@ def shapes(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", [p for p in POLICIES if p != "quest"])
-def test_one_program_serves_all_requests_with_the_tokens_of_the_eager_engine(policy, light_compiler, shapes):
-    model = build("qwen2")
-    for given in (dict(budget=112), dict(decode_budget=24)):
-        budget = budget_of(policy, **given)
-        eager = stream(model, requests(), policy, budget, seats=4, compile=False)
-        shapes.clear()
-        counters.clear()
-        with torch._dynamo.config.patch(error_on_recompile=True):
-            compiled = stream(model, requests(), policy, budget, seats=4, compile=True)
-            # Another engine, in another order, finds the program there.
-            backwards = stream(model, requests()[::-1], policy, budget, seats=4)
-        assert set(shapes) == {(4, True)}
-        assert counters["stats"]["unique_graphs"] == 2
-        assert not counters["graph_break"]
-        for request in requests():
-            tag = request.tag
-            assert compiled[tag].tokens == eager[tag].tokens == backwards[tag].tokens
-            assert compiled[tag].tokens == alone(model, request, policy, budget, compile=False)[0]
-            assert compiled[tag].evicted == eager[tag].evicted
-        if budget is None:
-            break
+@pytest.mark.parametrize(
+    ("policy", "given"),
+    [
+        ("raas", "budget"),
+        *((p, "decode_budget") for p in ("raas", "milestone", "streaming_llm", "h2o", "dense")),
+    ],
+)
+def test_one_program_serves_all_requests_with_the_tokens_of_the_eager_engine(
+    policy, given, light_compiler, shapes
+):
+    model, asked = wide("qwen2", num_hidden_layers=1), requests(LENGTHS[:6], LIMITS[3:9])
+    budget = budget_of(policy, **{given: dict(budget=80, decode_budget=24)[given]})
+    eager = stream(model, asked, policy, budget, seats=3, compile=False)
+    shapes.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = stream(model, asked, policy, budget, seats=3, compile=True)
+        # Another engine, with other neighbours, finds the program there.
+        again = stream(model, asked[:2], policy, budget, seats=3)
+    assert set(shapes) == {(3, True)}
+    # The step, and what opens pages.
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
+    for tag, done in eager.items():
+        assert (compiled[tag].tokens, compiled[tag].evicted) == (done.tokens, done.evicted)
+        assert tag not in again or again[tag].tokens == done.tokens
 
 
 @pytest.mark.slow
 def test_rows_that_read_different_numbers_of_pages(light_compiler):
     """The largest cap is a number of Quest's program: the slots keep their shape while it changes."""
-    model, budget = build("qwen2"), longthink.Budget(decode_budget=24)
-    compiled = stream(model, requests(), "quest", budget, seats=2, compile=True)
-    for request in requests():
+    model, budget = wide("qwen2", num_hidden_layers=1), longthink.Budget(decode_budget=24)
+    asked = requests((90, 5, 40, 17), (20, 60, 30, 12))
+    compiled = stream(model, asked, "quest", budget, seats=2, compile=True)
+    for request in asked:
         assert compiled[request.tag].tokens == alone(model, request, "quest", budget, compile=False)[0]
 
 
 @pytest.mark.slow
 def test_the_whole_compiler_and_narrow_keys():
-    model, budget = build("qwen2", num_hidden_layers=1), longthink.Budget(decode_budget=24)
-    asked = requests(LENGTHS[:5], LIMITS[:5])
+    model, budget = wide("qwen2", num_hidden_layers=1), longthink.Budget(decode_budget=24)
+    asked = requests((5, 40, 17), (50, 20, 40))
     for dtype in (None, "bfloat16"):
         compiled = stream(model, asked, "milestone", budget, seats=2, kv_dtype=dtype, compile=True)
         for request in asked:
@@ -74,8 +76,10 @@ def test_the_whole_compiler_and_narrow_keys():
     torch.compiler.reset()
 
 
-def test_auto_changes_over_in_the_middle_when_enough_was_asked_for(light_compiler, monkeypatch, shapes, caplog):
-    model, budget = build("qwen2", num_hidden_layers=1), longthink.Budget(decode_budget=24)
+def test_auto_changes_over_in_the_middle_when_enough_was_asked_for(
+    light_compiler, monkeypatch, shapes, caplog
+):
+    model, budget = wide("qwen2", num_hidden_layers=1), longthink.Budget(decode_budget=24)
     lengths, limits = (5, 9, 12, 3, 7, 20), (30, 12, 50, 30, 6, 40)
     asked = requests(lengths, limits)
     expected = [alone(model, request, "raas", budget, compile=False)[0] for request in asked]
@@ -85,7 +89,9 @@ def test_auto_changes_over_in_the_middle_when_enough_was_asked_for(light_compile
         monkeypatch.setattr(step_module, "PAYS_FROM", pays_from)
         shapes.clear(), caplog.clear(), step_module._programs.clear(), torch.compiler.reset()
         with Engine(model, policy="raas", decode_budget=24, seats=3) as engine:
-            handles = [engine.submit(request.tokens, max_new_tokens=request.max_new_tokens) for request in asked]
+            handles = [
+                engine.submit(request.tokens, max_new_tokens=request.max_new_tokens) for request in asked
+            ]
             assert [handle.result(60).tokens for handle in handles] == expected
         compiled = [shape for shape in shapes if shape[1]]
         assert (first is not None) == bool(compiled) == ("compiling the decode step" in caplog.text)
@@ -96,7 +102,7 @@ def test_auto_changes_over_in_the_middle_when_enough_was_asked_for(light_compile
 
 
 def test_an_empty_seat_does_not_grow(light_compiler):
-    with Engine(build("qwen2", num_hidden_layers=1), policy="dense", seats=2, compile=True) as running:
+    with Engine(wide("qwen2", num_hidden_layers=1), policy="dense", seats=2, compile=True) as running:
         (done,) = running.map([Request(key="0", tokens=(5, 6, 7), max_new_tokens=150)])
         seats = running._batcher._seats
         lengths = seats._cache.layers[0].slots.length_B.tolist()
@@ -109,9 +115,7 @@ def test_an_empty_seat_does_not_grow(light_compiler):
 
 
 def test_what_cannot_be_compiled_goes_on_eagerly_or_says_why(monkeypatch, shapes, caplog):
-    from tests.hf.test_compile import Waits
-
-    model, budget = build("qwen2", num_hidden_layers=1), longthink.Budget(decode_budget=24)
+    model, budget = wide("qwen2", num_hidden_layers=1), longthink.Budget(decode_budget=24)
     asked = requests((5, 9, 12), (30, 4, 20))
     expected = [alone(model, request, Waits(), budget)[0] for request in asked]
     with Engine(model, policy=Waits(), decode_budget=24, seats=2, compile=True) as engine:

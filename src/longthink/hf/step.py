@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import shutil
+import threading
 import types
 import weakref
 from collections.abc import Callable, Hashable
@@ -34,6 +35,9 @@ PAYS_FROM = 8192
 """New tokens from which compiling pays for itself; `benchmarks/2026-11-21-step.md` has the measurement."""
 
 _log = logging.getLogger(__name__)
+
+# The compiler's stance is one for the whole process: another thread would take over ours, and leave it behind.
+_one_at_a_time = threading.RLock()
 
 
 class _StepLayer:
@@ -215,7 +219,7 @@ class DecodeStep:
         sizes = self._cache.sizes
         known = self._guarded.get(function) == sizes
         try:
-            with torch.compiler.set_stance("default", skip_guard_eval_unsafe=known):
+            with _one_at_a_time, torch.compiler.set_stance("default", skip_guard_eval_unsafe=known):
                 result = self._programs.by_function[function](*args)
             self._guarded[function] = sizes
             return result
