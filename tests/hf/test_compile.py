@@ -25,7 +25,7 @@ def fresh_compiler():
 
 
 def wide(architecture, **shape):
-    """A model in float64: programs add in another order than the eager step, and equal tokens must not hang on that."""
+    """A model in float64: programs add in another order than the eager step, and tokens must not hang on that."""
     return build(architecture, **shape).double()
 
 
