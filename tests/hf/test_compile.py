@@ -24,12 +24,6 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
-@pytest.fixture
-def light_compiler(monkeypatch):
-    """The part of the compiler that finds one program and guards it, without what makes that program fast."""
-    monkeypatch.setattr(step_module, "few_rows_backend", "eager")
-
-
 def wide(architecture, **shape):
     """A model in float64: programs add in another order, and equal tokens must not hang on that."""
     return build(architecture, **shape).double()

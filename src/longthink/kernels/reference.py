@@ -136,6 +136,18 @@ def bound_scores(query_BKGD: Tensor, kmin_BKPD: Tensor, kmax_BKPD: Tensor) -> Te
     return highest + query.clamp(max=0) @ kmin_BKPD.to(wide).transpose(-1, -2)
 
 
+def logical_pages(position_BKS: Tensor, page_size: int) -> Tensor:
+    """Logical page in each slot (the largest position // page_size), -1 where the slot is empty. Shape BKP.
+
+    The maximum is taken in halves: a compiler makes vectors of slots of that, but scalar code of a maximum over a few
+    tokens. Page sizes are powers of two: a shift is exact, and much cheaper than a division.
+    """
+    last_BKPT = position_BKS.unflatten(-1, (-1, page_size))
+    while last_BKPT.shape[-1] > 1:
+        last_BKPT = torch.maximum(*last_BKPT.chunk(2, -1))
+    return last_BKPT[..., 0] >> (page_size.bit_length() - 1)
+
+
 def page_mass(weights_BKGS: Tensor, page_size: int) -> Tensor:
     """Share of the attention that falls on each page slot, shape BKGP."""
     return weights_BKGS.unflatten(-1, (-1, page_size)).sum(-1)
@@ -176,7 +188,8 @@ def _rank(score_BKP: Tensor, page_BKP: Tensor) -> Tensor:
     page = torch.where(broken_BKP, page_BKP - far // 2, page_BKP).masked_fill(empty_BKP, far)
     mine_BKP1, other_BK1P = (score[..., None], page[..., None]), (score[..., None, :], page[..., None, :])
     tied_BKPP = (other_BK1P[0] == mine_BKP1[0]) & (other_BK1P[1] < mine_BKP1[1])
-    return ((other_BK1P[0] > mine_BKP1[0]) | tied_BKPP).sum(-1, dtype=torch.int32)
+    # Sums of integers are not vectorised; these are exact in float32.
+    return ((other_BK1P[0] > mine_BKP1[0]) | tied_BKPP).sum(-1, dtype=torch.float32)
 
 
 def _order(score_BKP: Tensor, page_BKP: Tensor) -> Tensor:
@@ -245,16 +258,18 @@ def discriminant_scores(
     to a factor. All scores are 0 where nothing is marked or numbers are broken.
     """
     x = features_BKSD.to(wide_dtype(features_BKSD.dtype))
-    resident, marked = (mask[..., None].to(x.dtype) for mask in (resident_BKS, marked_BKS & resident_BKS))
-    count = resident.sum(2, keepdim=True).clamp(min=1)
-    x = (x - (x * resident).sum(2, keepdim=True) / count) * resident
+    # Sums over tokens are products with a row of ones and zeros: no copy of the features but the centred one.
+    resident, marked = (mask[:, :, None].to(x.dtype) for mask in (resident_BKS, marked_BKS & resident_BKS))
+    count = resident.sum(-1, keepdim=True).clamp(min=1)
+    x = (x - resident @ x / count).mul_(resident.transpose(2, 3))
     covariance = x.transpose(2, 3) @ x / count
     spread = covariance.diagonal(dim1=2, dim2=3).mean(-1, keepdim=True)
     # The tiny number keeps a table of equal tokens from being singular.
     covariance = covariance + torch.diag_embed((ridge * spread + 1e-30).expand(*x.shape[:2], x.shape[3]))
-    difference = (x * marked).sum(2) / marked.sum(2).clamp(min=1)
-    direction, _ = torch.linalg.solve_ex(covariance, difference[..., None])
-    return (x @ direction)[..., 0].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    difference = marked @ x / marked.sum(-1, keepdim=True).clamp(min=1)
+    direction, _ = torch.linalg.solve_ex(covariance, difference.transpose(2, 3))
+    score_BK1S = direction.transpose(2, 3) @ x.transpose(2, 3)
+    return score_BK1S[:, :, 0].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def rotate_keys(keys_BKND: Tensor, shift_B: Tensor, inv_freq_D: Tensor) -> Tensor:
