@@ -8,7 +8,7 @@ below that (`benchmarks/2026-11-21-step.md` has the figures).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
