@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from longthink.analyze.clairvoyant import Belady, Future, OptimalRun
-from longthink.analyze.lives import Rules
+from longthink.analyze.rules import Rules
 from longthink.analyze.store import Step, Trace
 from longthink.cache.replay import ReplayedLayers
 from longthink.config import Budget

@@ -110,9 +110,9 @@ class ReplayedLayers(LayerCache):
             position_BKS = torch.where(wanted_BKS, position_BKS.gather(2, slot_BKS), -1)
         self._position_BKS = position_BKS
         attention = self._attention_LKGN.expand(self._shape[0], *self._attention_LKGN.shape)
-        index = position_BKS.unflatten(0, self._shape)[:, :, :, None].long()
-        index = index.expand(*attention.shape[:-1], -1)
-        held = attention.gather(-1, index.clamp(0, tokens - 1)) * (index >= 0)
+        place_CLK1S = position_BKS.unflatten(0, self._shape)[:, :, :, None].long()
+        index = place_CLK1S.clamp(0, tokens - 1).expand(*attention.shape[:-1], -1)
+        held = attention.gather(-1, index) * (place_CLK1S >= 0)
         held_BKGS = held.flatten(0, 1)
         self._kept_BKG = held_BKGS.sum(-1)
         weights = None

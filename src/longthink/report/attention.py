@@ -4,18 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.resources import files
+from math import floor
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from longthink._version import __version__
-from longthink.analyze import Lives, PageClass, Share, TraceStore, read_lives, share_table, telling_texts
-from longthink.analyze.lives import Rules
+from longthink.analyze import (
+    Lives,
+    PageClass,
+    Share,
+    TraceStore,
+    read_lives,
+    share_table,
+    telling_texts,
+)
 from longthink.analyze.replays import Replay, load_replays
+from longthink.analyze.rules import Rules
+from longthink.analyze.shares import mean_with_interval
 from longthink.analyze.whatif import BELADY, OPTIMUM
 from longthink.errors import needs_extra
 from longthink.report.attention_figures import save_attention_figures
-from longthink.report.attention_view import view_of
+from longthink.report.attention_view import CLASS_NAMES, MAP_NAMES, view_of
 from longthink.report.escape import for_html
 from longthink.report.figures import Figure, Line, Panel
 from longthink.report.page import Page, paragraph
@@ -81,8 +90,10 @@ def build_attention(
         page.add_figure(figure)
     if not replays:
         page.add("Policies", paragraph("No policy was replayed on these traces: see longthink what-if."))
-    tables = [shares_table(table)]
-    page.add("Classes", paragraph(_definitions(rules), quiet=True) + tables[0].html())
+    tables = read_tables(table)
+    page.add("Classes", paragraph(_definitions(rules), quiet=True))
+    for one in tables:
+        page.add("Classes", f"<h3>{for_html(one.title)}</h3>{one.html()}")
     page.add("Classes", _texts(all_lives))
     if command:
         page.add("Origin", f"<p>This page: <code>{for_html(command)}</code></p>")
@@ -90,7 +101,7 @@ def build_attention(
     out.mkdir(parents=True, exist_ok=True)
     save_figures(figures, out / "figures")
     save_attention_figures([(traces[i], all_lives[i]) for i in shown], replays, out / "figures")
-    for one in tables:
+    for one in (*tables, shares_table(table)):
         one.save(out / "tables")
     page.save(out / ATTENTION_PAGE)
     return out / ATTENTION_PAGE
@@ -127,16 +138,35 @@ def _definitions(rules: Rules) -> str:
 
 
 def shares_table(shares: Sequence[Share]) -> Table:
-    """All shares: of the model and its tasks, layers and heads."""
-    rows = [
-        [one.scope, one.part, one.name, one.share, one.low, one.high, one.problems]
-        for one in shares
-        if one.share or "head" not in one.scope
-    ]
+    """All shares, one in a row: of the model and its tasks, layers and heads."""
+    rows = [[one.scope, one.part, one.name, one.share, one.low, one.high, one.problems] for one in shares]
     kinds = dict.fromkeys(("of", "part", "class"), "text") | dict.fromkeys(
         ("share", "low", "high"), "percent"
     )
     return Table(name="classes", title="Classes", note="", columns=kinds | {"problems": "count"}, rows=rows)
+
+
+def read_tables(shares: Sequence[Share]) -> list[Table]:
+    """Shares as people read them, a column for each class: of pages, and of heads. Single heads are in the grid."""
+    tables = []
+    for name, title, names, whole in (
+        ("page-classes", "Pages", CLASS_NAMES, False),
+        ("head-classes", "Heads", MAP_NAMES, True),
+    ):
+        rows: dict[tuple[str, str], dict[str, str]] = {}
+        for one in shares:
+            if (one.part == "maps") == whole and "head" not in one.scope:
+                rows.setdefault((one.scope, one.part), {})[one.name] = _share_text(one)
+        columns = {"of": "text"} | ({} if whole else {"part": "text"}) | dict.fromkeys(names, "share")
+        cells = [[*(key[:1] if whole else key), *(row[one] for one in names)] for key, row in rows.items()]
+        tables.append(Table(name=name, title=title, note="", columns=columns, rows=cells))
+    return tables
+
+
+def _share_text(one: Share) -> str:
+    if one.low is None or one.high is None:
+        return f"{one.share:.1%}"
+    return f"{one.share:.1%} ({100 * one.low:.1f} to {100 * one.high:.1f})"
 
 
 def _texts(all_lives: Sequence[Lives]) -> str:
@@ -193,6 +223,8 @@ def recall_figures(replays: Sequence[Replay]) -> list[Figure]:
                     "x_label": f"{words} (tokens)",
                     "y_label": "share kept",
                     "percent": True,
+                    # Policies lie close together at the top.
+                    "floor": floor(10 * min(min(line.y) for line in lines)) / 10,
                 }
                 figures.append(
                     Figure(name=f"{name}-{words.replace(' ', '-')}", section="Policies", title=title,
@@ -206,13 +238,16 @@ def _line(policy: str, replays: Sequence[Replay], name: str, kind: str, style: S
     values: dict[int, list[float]] = {}
     for one in replays:
         values.setdefault(getattr(one, kind), []).append(getattr(one, name))
-    means = {budget: fmean(values[budget]) for budget in sorted(values)}
+    means = {budget: mean_with_interval(values[budget]) for budget in sorted(values)}
     label = _NAMES.get(policy, policy)
+    several = all(low is not None for _, low, _ in means.values())
     return Line(
         label=label,
         style=style,
         kind="curve",
         x=[float(budget) for budget in means],
-        y=list(means.values()),
-        hover=[f"{label}, {budget}: {mean:.1%}" for budget, mean in means.items()],
+        y=[mean for mean, _, _ in means.values()],
+        low=[low for _, low, _ in means.values() if low is not None and several],
+        high=[high for _, _, high in means.values() if high is not None and several],
+        hover=[f"{label}, {budget}: {mean:.1%}" for budget, (mean, _, _) in means.items()],
     )
