@@ -89,10 +89,11 @@ def what_if(traces: Path, /, *, options: WhatIfOptions = _DEFAULTS) -> int:
         [] if answers is None else correlate(found, _right_answers(answers, store.settings["model"]))
     )
     if options.json:
-        lists = {"rows": rows, "correlations": correlations}
-        write_json(
-            {"rules": asdict(options.rules)} | {name: list(map(asdict, of)) for name, of in lists.items()}
-        )
+        tables = {
+            "rows": [asdict(row) for row in rows],
+            "correlations": [asdict(one) for one in correlations],
+        }
+        write_json({"rules": asdict(options.rules)} | tables)
     else:
         print_means(rows)
         _print_correlations(correlations)
