@@ -16,8 +16,9 @@ PER_TOKEN = 2 * 2 * 2 * 8 * 2
 
 
 def row(policy, budget, lookups, *, recall=0.9, no_room=0):
-    return Mean(policy=policy, budget=None, decode_budget=budget, problems=2, no_room=no_room, recall=recall,
-                worst=0.5, lookups=lookups, evictions=1.0, regrets=1.0)  # fmt: skip
+    known = {"policy": policy, "budget": None, "decode_budget": budget, "page_size": 1}
+    return Mean(**known, problems=2, no_room=no_room, recall=recall, worst=0.5, lookups=lookups, evictions=1.0,
+                regrets=1.0)  # fmt: skip
 
 
 def test_the_least_memory_within_the_loss_comes_first():

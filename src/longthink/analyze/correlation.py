@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from longthink.analyze.replays import Replay
 from longthink.analyze.whatif import OPTIMUM, Outcome
 from longthink.errors import TraceError, needs_extra
 
@@ -41,14 +42,14 @@ class Correlation:
 
 
 def correlate(
-    outcomes: Sequence[Outcome], correct: Mapping[Key, float], *, seed: int = 0
+    outcomes: Sequence[Outcome | Replay], correct: Mapping[Key, float], *, seed: int = 0
 ) -> list[Correlation]:
     """Return the correlation of each measure with right answers.
 
     Parameters
     ----------
     outcomes
-        Replays; those without an answer, and those that know the future, do not count.
+        Replays, fresh or stored; those without an answer, and those that know the future, do not count.
     correct
         Share of right answers (0 or 1 with one sample) of each problem, policy and budget.
 
@@ -90,7 +91,7 @@ def correlate(
     return correlations
 
 
-def _key(one: Outcome) -> Key:
+def _key(one: Outcome | Replay) -> Key:
     return (one.task, one.problem, one.policy, one.budget, one.decode_budget)
 
 

@@ -42,8 +42,8 @@ class WhatIfOptions:
     rules: RuleOptions = RULES
 
     answers: Path | None = None
-    """Results of "longthink eval" on the same problems, policies and budgets: say how far what was kept goes with
-    right answers."""
+    """Results of "longthink eval" on the same problems, policies and budgets: say how far what was kept, now and in
+    earlier replays, goes with right answers."""
 
     no_clairvoyant: Switch = False
     """Leave out Belady's rule and the optimum."""
@@ -75,7 +75,7 @@ def what_if(traces: Path, /, *, options: WhatIfOptions = _DEFAULTS) -> int:
     """
     from longthink.analyze import TraceStore
     from longthink.analyze.correlation import correlate
-    from longthink.analyze.replays import save_replays
+    from longthink.analyze.replays import load_replays, save_replays
     from longthink.analyze.summary import means
     from longthink.results.store import ResultStore
 
@@ -85,9 +85,9 @@ def what_if(traces: Path, /, *, options: WhatIfOptions = _DEFAULTS) -> int:
     store = TraceStore(traces.expanduser())
     save_replays(store, found, options.rules)
     rows = means(found)
-    correlations = (
-        [] if answers is None else correlate(found, _right_answers(answers, store.settings["model"]))
-    )
+    correlations = []
+    if answers is not None:  # with what was replayed before, by the same rules
+        correlations = correlate(load_replays(store)[0], _right_answers(answers, store.settings["model"]))
     if options.json:
         tables = {
             "rows": [asdict(row) for row in rows],
@@ -180,6 +180,8 @@ def print_means(rows: Sequence[Mean]) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from longthink.analyze.whatif import BELADY, OPTIMUM
+
     caption = (
         "means over problems; recall: dense attention kept; worst: of the head that keeps least; look-ups: in steps "
         "that read something far away; regret: evicted tokens that were used later"
@@ -189,7 +191,11 @@ def print_means(rows: Sequence[Mean]) -> None:
     for heading in ("budget", "n", "recall", "worst", "look-ups", "evicted", "regret", "no room"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(Text(visible(row.policy)), *_cells(row))
+        # Only of a policy does the name say its pages.
+        pages = (
+            f" (pages of {row.page_size})" if row.policy in (BELADY, OPTIMUM) and row.page_size > 1 else ""
+        )
+        table.add_row(Text(visible(row.policy + pages)), *_cells(row))
     out_console().print(table)
 
 

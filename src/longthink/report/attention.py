@@ -24,6 +24,7 @@ from longthink.analyze.shares import mean_with_interval
 from longthink.analyze.whatif import BELADY, OPTIMUM
 from longthink.errors import needs_extra
 from longthink.report.attention_figures import save_attention_figures
+from longthink.report.attention_truth import truth_table
 from longthink.report.attention_view import CLASS_NAMES, MAP_NAMES, view_of
 from longthink.report.escape import for_html
 from longthink.report.figures import Figure, Line, Panel
@@ -90,7 +91,8 @@ def build_attention(
         page.add_figure(figure)
     if not replays:
         page.add("Policies", paragraph("No policy was replayed on these traces: see longthink what-if."))
-    tables = read_tables(table)
+    truth = truth_table(all_lives)
+    tables = [*read_tables(table), *([truth] if truth else [])]
     page.add("Classes", paragraph(_definitions(rules), quiet=True))
     for one in tables:
         page.add("Classes", f"<h3>{for_html(one.title)}</h3>{one.html()}")
@@ -100,7 +102,7 @@ def build_attention(
     out = Path(out_folder)
     out.mkdir(parents=True, exist_ok=True)
     save_figures(figures, out / "figures")
-    save_attention_figures([(traces[i], all_lives[i]) for i in shown], replays, out / "figures")
+    save_attention_figures([(traces[i], all_lives[i]) for i in shown], all_lives, replays, out / "figures")
     for one in (*tables, shares_table(table)):
         one.save(out / "tables")
     page.save(out / ATTENTION_PAGE)
@@ -158,7 +160,9 @@ def read_tables(shares: Sequence[Share]) -> list[Table]:
             if (one.part == "maps") == whole and "head" not in one.scope:
                 rows.setdefault((one.scope, one.part), {})[one.name] = _share_text(one)
         columns = {"of": "text"} | ({} if whole else {"part": "text"}) | dict.fromkeys(names, "share")
-        cells = [[*(key[:1] if whole else key), *(row[one] for one in names)] for key, row in rows.items()]
+        # The model, then its tasks, then its layers.
+        order = sorted(rows, key=lambda key: (key[0] != "model") + key[0].startswith("layer "))
+        cells = [[*(key[:1] if whole else key), *(rows[key][one] for one in names)] for key in order]
         tables.append(Table(name=name, title=title, note="", columns=columns, rows=cells))
     return tables
 
@@ -181,6 +185,8 @@ def _texts(all_lives: Sequence[Lives]) -> str:
             f'<li><code>{for_html(one.text)}</code> {one.count}<span class="quiet"> ×{one.lift:.1f}</span></li>'
             for one in found
         )
+        if not found:
+            continue
         heading = f"Texts of {which.name.lower()} pages, {part}"
         note = "Pages of the class in at least one head; × how much more frequent than among all pages."
         blocks.append(
@@ -218,16 +224,19 @@ def recall_figures(replays: Sequence[Replay]) -> list[Figure]:
             if lines:
                 words = kind.replace("_", " ")
                 ticks = sorted({getattr(one, kind) for one in mine})
-                panel = Panel(title=f"{title} against {words}", lines=lines, x_ticks=ticks)
+                problems = len({one.key[:2] for one in mine})
+                counted = f"{problems} problems, 95 % intervals" if problems > 1 else "1 problem"
+                panel = Panel(title=counted, lines=lines, x_ticks=ticks)
                 look: dict[str, Any] = {
                     "x_label": f"{words} (tokens)",
                     "y_label": "share kept",
                     "percent": True,
                     # Policies lie close together at the top.
-                    "floor": floor(10 * min(min(line.y) for line in lines)) / 10,
+                    "floor": min(0.9, floor(10 * min(min(line.low or line.y) for line in lines)) / 10),
                 }
                 figures.append(
-                    Figure(name=f"{name}-{words.replace(' ', '-')}", section="Policies", title=title,
+                    Figure(name=f"{name}-{words.replace(' ', '-')}", section="Policies",
+                           title=f"{title} against {words}",
                            caption=caption, panels=[panel], **look)
                 )  # fmt: skip
     return figures

@@ -76,7 +76,7 @@ def _draw(axes: Any, panel: Panel, figure: Figure, handles: dict[str, Any]) -> N
         from matplotlib.ticker import PercentFormatter
 
         axes.set_ylim(*figure.share_range)
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     else:
         axes.set_ylim(bottom=0)
     axes.grid(**_GRID)
