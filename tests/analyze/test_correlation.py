@@ -44,6 +44,13 @@ def test_ranks_of_means_over_problems():
     assert [one.measure for one in found] == ["recall", "lookups", "regrets"]
     accuracy = [np.mean([right["t", str(i), policy, 64, None] for i in range(6)]) for policy in POLICIES]
     for one, column in zip(found, (0, 1, 2), strict=True):
+        values = [(int(90 * kept[key][2]) if column == 2 else kept[key][column], key) for key in kept]
+        pairs = [
+            (a > b) + (a == b) / 2
+            for (a, i), (b, j) in product(values, values)
+            if right["t", str(i[0]), i[1], 64, None] > right["t", str(j[0]), j[1], 64, None]
+        ]
+        assert one.ahead == pytest.approx(np.mean(pairs))
         means = [np.mean([kept[i, policy][column] for i in range(6)]) for policy in POLICIES]
         if column == 2:
             means = [np.mean([int(90 * kept[i, policy][2]) for i in range(6)]) for policy in POLICIES]

@@ -29,6 +29,9 @@ class Correlation:
     rho, low, high
         The correlation, and the ends of a 95 % bootstrap interval over problems: cells of one policy are no
         independent draws, problems are. NaN where all cells are alike.
+    ahead
+        Share of pairs of a right and a wrong answer in which the right one has more of the measure, ties counting
+        half (area under the ROC curve); 0.5 says nothing, NaN where all are right or all wrong.
     cells, problems
         Policies at budgets, and problems that every one of them was replayed and decoded on.
     """
@@ -37,6 +40,7 @@ class Correlation:
     rho: float
     low: float
     high: float
+    ahead: float
     cells: int
     problems: int
 
@@ -85,7 +89,8 @@ def correlate(
         draws = [_spearman(kept[rows].mean(0), right[rows].mean(0)) for rows in drawn]
         low, high = np.nanquantile(draws, [0.025, 0.975]) if np.isfinite(draws).any() else (np.nan, np.nan)
         correlations.append(
-            Correlation(measure=measure, rho=rho, low=float(low), high=float(high), cells=len(cells),
+            Correlation(measure=measure, rho=rho, low=float(low), high=float(high),
+                        ahead=_ahead(kept[right >= 0.5], kept[right < 0.5]), cells=len(cells),
                         problems=len(problems))
         )  # fmt: skip
     return correlations
@@ -93,6 +98,14 @@ def correlate(
 
 def _key(one: Outcome | Replay) -> Key:
     return (one.task, one.problem, one.policy, one.budget, one.decode_budget)
+
+
+def _ahead(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
+    """Share of pairs in which the first value is larger, ties counting half."""
+    if not first.size or not second.size:
+        return float("nan")
+    more, same = first[:, None] > second, first[:, None] == second
+    return float(more.mean() + 0.5 * same.mean())
 
 
 def _spearman(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:

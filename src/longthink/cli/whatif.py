@@ -118,8 +118,13 @@ def _print_correlations(correlations: Sequence[Correlation]) -> None:
     if all(isnan(one.rho) for one in correlations):
         write_text(f"No rank correlation: all of {over}, are right equally often.\n")
         return
-    parts = [f"{_WORDS[one.measure]} {one.rho:.2f} ({one.low:.2f} to {one.high:.2f})" for one in correlations]
-    write_text(f"Rank correlation with right answers over {over}: {', '.join(parts)}.\n")
+    for name, parts in (
+        (f"Rank correlation with right answers over {over}",
+         [f"{one.rho:.2f} ({one.low:.2f} to {one.high:.2f})" for one in correlations]),
+        ("A right answer has more than a wrong one in so many pairs", [f"{one.ahead:.0%}" for one in correlations]),
+    ):  # fmt: skip
+        said = [f"{_WORDS[one.measure]} {part}" for one, part in zip(correlations, parts, strict=True)]
+        write_text(f"{name}: {', '.join(said)}.\n")
 
 
 def budget_list(budgets: str | None, decode_budgets: str | None) -> list[Budget]:

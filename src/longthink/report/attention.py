@@ -169,8 +169,8 @@ def read_tables(shares: Sequence[Share]) -> list[Table]:
 
 def _share_text(one: Share) -> str:
     if one.low is None or one.high is None:
-        return f"{one.share:.1%}"
-    return f"{one.share:.1%} ({100 * one.low:.1f} to {100 * one.high:.1f})"
+        return f"{one.share:.2%}"
+    return f"{one.share:.2%} ({100 * one.low:.2f} to {100 * one.high:.2f})"
 
 
 def _texts(all_lives: Sequence[Lives]) -> str:
