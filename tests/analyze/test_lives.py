@@ -73,12 +73,12 @@ def maps(draw):
 def wanted_steps(draw, kind, page, birth):
     """Steps in which a page is read so that it becomes what it shall be."""
     if kind == PageClass.LOCAL:
-        return [birth + draw(st.integers(0, 1))] if page >= PROMPT - 2 else []
+        return [draw(st.integers(birth, page + RULES.local))] if birth <= page + RULES.local else []
     if kind == PageClass.MILESTONE:
-        first = max(birth, page + RULES.local + 1) + draw(st.integers(0, 3))
-        if first - birth > RULES.gap:
-            return []
-        return [first + 5 * i for i in range(draw(st.integers(1, 4)))]
+        steps = [draw(st.integers(max(birth, page + RULES.local + 1), birth + RULES.gap))]
+        for _ in range(draw(st.integers(0, 3))):
+            steps.append(steps[-1] + draw(st.integers(1, RULES.gap + 1)))
+        return steps
     return [birth + RULES.gap + 1 + draw(st.integers(0, 9))]
 
 
