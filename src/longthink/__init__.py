@@ -4,9 +4,9 @@
 ``model.generate`` with a KV cache that stays at a fixed size.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from longthink._lazy import lazy_names
 from longthink._version import __version__
 
 if TYPE_CHECKING:
@@ -35,36 +35,6 @@ if TYPE_CHECKING:
         available_policies,
         make_policy,
     )
-
-# Public names and the modules that have them: torch and transformers are imported when they are first used.
-_MODULES = {
-    "longthink.config": ("Budget",),
-    "longthink.errors": (
-        "BudgetError",
-        "CacheStateError",
-        "EngineError",
-        "LongthinkError",
-        "NonFiniteError",
-        "UnknownPolicyError",
-        "UnsupportedFeatureError",
-        "UnsupportedModelError",
-    ),
-    "longthink.hf": ("Engine", "PagedCache", "Sampling", "generate", "make_cache"),
-    "longthink.policies": (
-        "Dense",
-        "Fifo",
-        "H2O",
-        "Policy",
-        "Quest",
-        "RaaS",
-        "Random",
-        "Recency",
-        "StreamingLLM",
-        "available_policies",
-        "make_policy",
-    ),
-}
-_HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "H2O",
@@ -95,11 +65,36 @@ __all__ = [
     "make_policy",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'longthink' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "config": ("Budget",),
+        "errors": (
+            "BudgetError",
+            "CacheStateError",
+            "EngineError",
+            "LongthinkError",
+            "NonFiniteError",
+            "UnknownPolicyError",
+            "UnsupportedFeatureError",
+            "UnsupportedModelError",
+        ),
+        "hf": ("Engine", "PagedCache", "Sampling", "generate", "make_cache"),
+        "policies": (
+            "Dense",
+            "Fifo",
+            "H2O",
+            "Policy",
+            "Quest",
+            "RaaS",
+            "Random",
+            "Recency",
+            "StreamingLLM",
+            "available_policies",
+            "make_policy",
+        ),
+    },
+)
 
 
 def __dir__() -> list[str]:

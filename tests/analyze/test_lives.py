@@ -5,7 +5,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longthink.analyze import MapClass, PageClass, Rules, map_classes, read_lives, share_table, telling_texts
+from longthink.analyze import (
+    Lives,
+    MapClass,
+    PageClass,
+    Rules,
+    map_classes,
+    read_lives,
+    share_table,
+    telling_texts,
+)
 from tests.analyze.making import dense, recorded, written
 
 RULES = Rules(use=0.4, local=4, gap=12, sink=0.5)
@@ -73,12 +82,12 @@ def maps(draw):
 def wanted_steps(draw, kind, page, birth):
     """Steps in which a page is read so that it becomes what it shall be."""
     if kind == PageClass.LOCAL:
-        return [birth + draw(st.integers(0, 1))] if page >= PROMPT - 2 else []
+        return [draw(st.integers(birth, page + RULES.local))] if birth <= page + RULES.local else []
     if kind == PageClass.MILESTONE:
-        first = max(birth, page + RULES.local + 1) + draw(st.integers(0, 3))
-        if first - birth > RULES.gap:
-            return []
-        return [first + 5 * i for i in range(draw(st.integers(1, 4)))]
+        steps = [draw(st.integers(max(birth, page + RULES.local + 1), birth + RULES.gap))]
+        for _ in range(draw(st.integers(0, 3))):
+            steps.append(steps[-1] + draw(st.integers(1, RULES.gap + 1)))
+        return steps
     return [birth + RULES.gap + 1 + draw(st.integers(0, 9))]
 
 
@@ -110,6 +119,30 @@ def test_maps_have_the_class_that_they_were_given(tmp_path_factory, which, seed)
         attention[: 2 * RULES.gap + 1, PROMPT:] = 1e-3
     trace = written(tmp_path_factory.mktemp("m") / "m.parquet", attention[None, None], PROMPT)
     assert MapClass(map_classes(read_lives(trace, RULES))[0]) == which
+
+
+@pytest.mark.parametrize(
+    "near, milestone, phoenix, which",
+    [
+        (90, 10, 0, MapClass.SINK_LIKE),
+        (89, 6, 5, MapClass.MIXED),
+        (89, 11, 0, MapClass.MILESTONE),
+        (0, 68, 32, MapClass.MILESTONE),
+        (0, 67, 33, MapClass.MIXED),
+        (0, 33, 67, MapClass.MIXED),
+        (0, 32, 68, MapClass.PHOENIX),
+        (0, 0, 0, MapClass.MIXED),
+    ],
+)
+def test_where_one_class_of_maps_ends_and_another_begins(near, milestone, phoenix, which):
+    """Three pages: one read while near, a milestone, a phoenix; what counts is how much goes to each."""
+    one, read = np.ones((1, 3), dtype=np.int64), np.array([[near, milestone, phoenix]], dtype=float)
+    lives = Lives(
+        header=None, rules=Rules(), birth_P=np.zeros(3, dtype=np.int64), uses_MP=one, first_MP=one, last_MP=one,
+        far_last_MP=np.array([[-1, 1, 1]]), gap_MP=np.array([[0, 128, 129]]), mass_MP=read, read_MP=read,
+        near_MP=read * [1, 0, 0], half_MP=one, end=500,
+    )  # fmt: skip
+    assert MapClass(map_classes(lives)[0]) == which
 
 
 def test_shares_and_their_intervals(tmp_path):

@@ -154,6 +154,18 @@ recorded(sys.argv[1], problems=3, new=100, on_step=stop)
 """
 
 
+def test_what_a_kill_left_behind_goes_in_time(tmp_path):
+    recorded(tmp_path / "t")
+    fresh, stale = (tmp_path / "t" / f".{name}.parquet-7.tmp" for name in ("fresh", "stale"))
+    fresh.touch()
+    stale.touch()
+    os.utime(stale, (0, 0))
+    TraceStore(tmp_path / "t")
+    assert stale.exists(), "who only reads deletes nothing"
+    recorded(tmp_path / "t")
+    assert fresh.exists() and not stale.exists()
+
+
 @pytest.mark.slow
 def test_a_kill_costs_the_problem_it_was_at(tmp_path):
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "t")], env=os.environ, timeout=120)

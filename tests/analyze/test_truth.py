@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from longthink.analyze import Prompt, Rules, read_lives, record
-from longthink.analyze.truth import agreement
+from longthink.analyze.truth import agreement, total
 from longthink.reasoner import load_reasoner, make_problem
+from longthink.report.attention_truth import truth_table
 from tests.analyze.making import recorded
 
 PROFILES = ("lemma", "phoenix")
@@ -45,9 +46,27 @@ def test_one_head_alone_finds_the_results(all_lives):
         assert best.recall >= 0.9 and best.precision >= 0.9
 
 
+@pytest.mark.slow
+def test_the_report_counts_all_problems_together(all_lives):
+    table = truth_table(all_lives)
+    rows = {(row[0], row[1], row[2]): row[3:] for row in table.rows}
+    assert len(rows) == 3 * len(PROFILES)
+    for lives in all_lives:
+        task, (prompt, decode) = lives.header.task, agreement(lives)
+        for part, one in (("prompt", prompt), ("decode", decode)):
+            assert rows[task, part, "any"][:4] == [1, one.found, one.needed, one.both]
+            assert rows[task, part, "any"][4].startswith(f"{one.both / one.found:.1%} (")
+    (head,) = {row[2] for row in table.rows} - {"any"}
+    # The value of a line is looked up by one head, in all problems the same.
+    assert head == "layer 1 head 0"
+    sums = total([agreement(lives, 4)[1] for lives in all_lives])
+    assert sums.both == sum(rows[lives.header.task, "decode", head][3] for lives in all_lives)
+
+
 def test_another_text_is_no_truth(tmp_path):
     (trace,) = recorded(tmp_path / "t", new=8).traces()
     header = trace.header
     object.__setattr__(header, "task", "reasoner/s/chain")
     object.__setattr__(header, "problem", "0")
     assert agreement(read_lives(trace)) is None
+    assert truth_table([read_lives(trace)]) is None

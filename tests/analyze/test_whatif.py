@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from longthink.analyze import what_if
 from longthink.analyze.clairvoyant import optimal_recall
-from longthink.analyze.lives import Rules
+from longthink.analyze.rules import Rules
 from longthink.analyze.whatif import BELADY, OPTIMUM
 from longthink.config import Budget
 from longthink.errors import TraceError

@@ -75,7 +75,7 @@ def test_another_environment_does_not_see_our_packages(tmp_path):
 
 @pytest.fixture
 def fakes(monkeypatch, tmp_path):
-    monkeypatch.setattr(measure, "_OWN", (FAKE, ""))
+    monkeypatch.setattr(measure, "_OWN", FAKE)
     monkeypatch.setattr(measure, "model_folder", lambda name: tmp_path)
     for name in ("works", "idles", "dies", "refuses"):
         monkeypatch.setitem(WORKERS, name, (FAKE, "dies" if name == "dies" else ""))

@@ -3,7 +3,7 @@
 import pytest
 
 from longthink.bench.peers.measure import Found, Timed
-from longthink.bench.peers.plan import CONTROL, FLOOR, LONG, MIDDLE, SHORT, Place
+from longthink.bench.peers.plan import CONTROL, FLOOR, LONG, MIDDLE, NARROW, SHORT, Place
 from longthink.bench.peers.targets import targets
 from longthink.results.records import Measurement
 
@@ -64,9 +64,13 @@ def test_lengths_and_ways_are_told_apart():
         timed("raas", 20),
         timed("raas", 30, context=LONG),
         timed("raas", 21, way="generate"),
+        timed("raas", 16, way=NARROW),
+        timed("openvino f32 eviction", 20),
     ]
     assert one("RaaS after 32k", *measured).measured == 3
     assert one("longthink.generate", *measured).measured == pytest.approx(1.05)
+    assert one("RaaS / OpenVINO", *measured).measured == 1
+    assert one("RaaS with bfloat16", *measured).measured == pytest.approx(0.8)
 
 
 def test_a_share_is_what_the_control_leaves():
@@ -92,6 +96,7 @@ def test_bytes_are_those_of_all_contexts_and_must_not_grow():
     same = [timed("raas", 1, context=n, kv=1000, extra=60) for n in (SHORT, LONG)]
     target = one("RaaS bytes", floor, *same)
     assert (target.measured, target.met, target.remark) == (1.06, True, "constant")
+    assert one("RaaS bytes", floor, *same, timed("raas", 1, kv=500, way=NARROW)).remark == "constant"
     grown = one("RaaS bytes", floor, *same, timed("raas", 1, kv=1000, extra=90))
     assert (grown.measured, grown.met, grown.remark) == (1.09, False, "NOT constant")
 

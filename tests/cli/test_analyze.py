@@ -4,11 +4,13 @@ import json
 import shutil
 
 import pytest
+from transformers import AutoModelForImageTextToText
 
-from longthink.analyze import TraceStore
+from longthink.analyze import Prompt, TraceStore, record
+from tests.analyze.making import Words
 from tests.evaluate.data import write_lines
 from tests.models import build
-from tests.vision import build_vision
+from tests.vision import IMAGE, build_vision, inputs_with, picture
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +67,37 @@ def test_the_chain_on_models_from_disk(call, tmp_path, model_folder, problems):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+def test_the_chain_on_images(call, tmp_path, name):
+    """Traces with images come from Python; all that follows reads them as any other."""
+    build_vision(name).save_pretrained(tmp_path / "model")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "model").eval()
+    model.generation_config.eos_token_id = None
+    traces, prompts = tmp_path / "traces", []
+    for i in range(2):
+        inputs = inputs_with(picture(84, 112, seed=i), seed=i)
+        prompts.append(Prompt(task="seen", problem=str(i), inputs=inputs, max_new_tokens=40))
+    record(model, Words(), prompts, traces, vectors=True, top=0)
+    policies = "recency,milestone:page_size=4,h2o"
+    code, out, err = call(
+        "what-if", traces, "--policies", policies, "--decode-budgets", "8,16", "--use", "0.1", "--json"
+    )
+    assert code == 0, err
+    rows = json.loads(out)["rows"]
+    assert [row["problems"] for row in rows] == [2] * 10 and all(
+        0 < row["recall"] <= 1 + 1e-6 for row in rows
+    )
+    code, out, err = call("report", traces, "--out", tmp_path / "report")
+    assert code == 0, err
+    classes = (tmp_path / "report" / "tables" / "page-classes.md").read_text()
+    assert "| model | image |" in classes and "| model | text |" in classes
+    page = (tmp_path / "report" / "attention.html").read_text()
+    shown = json.loads(page.split('id="attention">')[1].split("</script>")[0])["traces"]
+    images = (prompts[0].inputs["input_ids"][0] == IMAGE).nonzero().flatten().tolist()
+    assert shown[0]["image"] == images and len(images) == 12
+
+
+@pytest.mark.slow
 def test_the_chain_on_the_built_in_model(call, tmp_path):
     traces = tmp_path / "traces"
     code, _, err = call(
@@ -82,6 +115,44 @@ def test_the_chain_on_the_built_in_model(call, tmp_path):
     )  # fmt: skip
     assert code == 0, err
     assert "Smallest: recency with --decode-budget 64" in out and "Dense: 0/1" in out
+
+
+@pytest.mark.slow
+def test_advice_that_answers_must_follow(call, tmp_path):
+    """A window keeps most of what is read in three budgets; answers ask for a larger one than attention does."""
+    words = ("--tasks", "reasoner/s/chain", "-n", 1, "--out", tmp_path / "traces", "--policies", "recency",
+             "--measure", "recall", "--loss", "0.4", "--decode-budgets", "32,64,240", "--json")  # fmt: skip
+    code, out, err = call("advise", *words)
+    assert code == 0, err
+    by_attention = json.loads(out)["advice"]
+    assert [one["row"]["decode_budget"] for one in by_attention] == [32]
+    code, out, err = call("advise", *words, "--accuracy")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["accuracy"]["dense"]["share"] == 1 and found["accuracy"]["recency 32"]["share"] < 0.6
+    (one,) = found["advice"]
+    assert one["row"]["decode_budget"] > 32 and one["accuracy"]["share"] >= 0.6
+    assert f"recency {one['row']['decode_budget']}: " in err
+
+
+@pytest.mark.slow
+def test_what_was_kept_against_answers(call, tmp_path):
+    words = ("--tasks", "reasoner/s/chain", "-n", 1, "--max-new-tokens", 120)
+    code, _, err = call("trace", *words, "--out", tmp_path / "traces")
+    assert code == 0, err
+    setup = ("--policies", "recency,random", "--budgets", "96,128")
+    code, _, err = call("eval", *words, *setup, "--out", tmp_path / "answers")
+    assert code == 0, err
+    code, out, err = call("what-if", tmp_path / "traces", *setup, "--answers", tmp_path / "answers", "--json")
+    assert code == 0, err
+    found = json.loads(out)["correlations"]
+    assert [(one["measure"], one["cells"], one["problems"]) for one in found] == [
+        (measure, 4, 1) for measure in ("recall", "lookups", "regrets")
+    ]
+    code, out, err = call("what-if", tmp_path / "traces", *setup, "--answers", tmp_path / "answers")
+    assert code == 0 and "4 policies at budgets, 1 problems" in out
+    code, _, err = call("what-if", tmp_path / "traces", *setup, "--answers", tmp_path / "traces")
+    assert code != 0 and "is not a result store" in err
 
 
 @pytest.mark.parametrize(

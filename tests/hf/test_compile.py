@@ -1,6 +1,5 @@
 """The compiled decode step: one program for every call, the tokens of the eager one, clear words where it fails."""
 
-import functools
 from dataclasses import dataclass
 
 import pytest
@@ -25,10 +24,9 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
-@pytest.fixture
-def light_compiler(monkeypatch):
-    """The part of the compiler that finds one program and guards it, without what makes that program fast."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+def wide(architecture, **shape):
+    """A model in float64: programs add in another order, and equal tokens must not hang on that."""
+    return build(architecture, **shape).double()
 
 
 def both(model, lengths, seed=0, **options):
@@ -41,7 +39,7 @@ def both(model, lengths, seed=0, **options):
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", [*BOUNDED, "dense"])
 def test_one_program_serves_every_call_and_writes_the_tokens_of_the_eager_step(policy, light_compiler):
-    model = build("qwen2")
+    model = wide("qwen2")
     budget = {} if policy == "dense" else {"budget": 64}
     with torch._dynamo.config.patch(error_on_recompile=True):
         for seed, lengths in enumerate(BATCHES):
@@ -61,7 +59,7 @@ def test_the_whole_compiler_writes_the_tokens_of_the_eager_step(policy):
 
 @pytest.mark.slow
 def test_a_budget_on_top_of_the_prompt_needs_no_program_for_each_prompt_length(light_compiler):
-    model = build("qwen2", num_hidden_layers=1)
+    model = wide("qwen2", num_hidden_layers=1)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for seed, lengths in enumerate(BATCHES):
             eager, compiled = both(model, lengths, seed, policy="raas", decode_budget=32)
@@ -85,7 +83,7 @@ def held(model, length, seed):
 
 @pytest.mark.slow
 def test_rows_change_hands_in_place_without_a_new_program(light_compiler):
-    model, texts = build("qwen2"), {}
+    model, texts = wide("qwen2"), {}
     for compile in (False, True):
         cache, token = held(model, 20, 0)
         other, theirs = held(model, 37, 1)
@@ -114,7 +112,7 @@ class NoWaiting(TorchDispatchMode):
 
 @pytest.mark.parametrize("policy", longthink.available_policies())
 def test_no_step_waits_for_the_device(policy):
-    model = build("qwen2")
+    model = wide("qwen2")
     ids, mask = prompt((20, 33))
     budget = {} if policy == "dense" else {"budget": 64}
     with longthink.make_cache(model, policy=policy, **budget) as cache, torch.no_grad():
@@ -130,7 +128,7 @@ def test_no_step_waits_for_the_device(policy):
 
 @pytest.mark.slow
 def test_sampling_end_tokens_streaming_and_outputs_are_those_of_the_library(light_compiler):
-    model = build("qwen2")
+    model = wide("qwen2")
     ids, mask = prompt((12, 7))
 
     class Stream(list):
@@ -182,7 +180,7 @@ class Waits(RaaS):
 
 
 def test_a_policy_that_cannot_be_compiled_runs_eagerly_or_is_a_clear_error(monkeypatch, caplog):
-    model = build("qwen2", num_hidden_layers=1)
+    model = wide("qwen2", num_hidden_layers=1)
     ids, _ = prompt((20,))
     options = {"policy": Waits(), "budget": 64, "max_new_tokens": 50, "do_sample": False}
     with pytest.raises(
@@ -196,7 +194,7 @@ def test_a_policy_that_cannot_be_compiled_runs_eagerly_or_is_a_clear_error(monke
 
 
 def test_auto_compiles_only_where_it_pays_or_is_done_already(monkeypatch, light_compiler, caplog):
-    model = build("qwen2", num_hidden_layers=1)
+    model = wide("qwen2", num_hidden_layers=1)
     ids, _ = prompt((20,))
 
     def programs(**options):
@@ -225,7 +223,7 @@ def test_auto_compiles_only_where_it_pays_or_is_done_already(monkeypatch, light_
 
 
 def test_bad_values_are_refused():
-    model = build("qwen2", num_hidden_layers=1)
+    model = wide("qwen2", num_hidden_layers=1)
     ids, _ = prompt((20,))
     with pytest.raises(ValueError, match=r"compile='on' is not one of 'auto', True, False"):
         longthink.generate(model, ids, budget=64, compile="on")
@@ -243,5 +241,5 @@ def test_bad_values_are_refused():
 
 def test_nothing_of_the_compiler_is_left_set(light_compiler):
     before = torch._dynamo.config.get_config_copy()
-    both(build("qwen2", num_hidden_layers=1), (20,), policy="fifo", budget=64, max_new_tokens=3)
+    both(wide("qwen2", num_hidden_layers=1), (20,), policy="fifo", budget=64, max_new_tokens=3)
     assert torch._dynamo.config.get_config_copy() == before

@@ -131,7 +131,7 @@ class Schedule(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.spare = longthink.make_cache(small(), policy=self.policy, decode_budget=16)
-        self.seats = Seats(small(), self.spare, 3, static_shape=self.static)
+        self.seats = Seats(small(), self.spare, 3, compile=self.compile)
         self.batcher = Batcher(self.seats)
         self.jobs = []
 
@@ -163,7 +163,7 @@ class Schedule(RuleBasedStateMachine):
             assert job.done or len(job.row.tokens) < len(whole)
         waiting = sum(not job.done for job, _ in self.jobs)
         assert self.seats.taken <= min(3, waiting)
-        if not self.seats.taken and not self.static:
+        if not self.seats.taken and not self.compile:
             assert self.seats._cache is None
 
     def teardown(self):
@@ -176,47 +176,17 @@ class Schedule(RuleBasedStateMachine):
         self.spare.close()
 
 
-def schedule(policy, static):
-    machine = type("Schedule", (Schedule,), {"policy": policy, "static": static})
+def schedule(policy, compile):
+    machine = type("Schedule", (Schedule,), {"policy": policy, "compile": compile})
     case = machine.TestCase
     case.settings = settings(max_examples=6, stateful_step_count=12, deadline=None)
     return case
 
 
 TestScheduleShrinking = schedule("raas", False)
-TestScheduleStatic = pytest.mark.slow(schedule("streaming_llm", True))
-
-
-@pytest.mark.parametrize("policy", ["milestone", "streaming_llm", "quest", *map(
-    lambda p: pytest.param(p, marks=pytest.mark.slow), ["dense", "h2o", "raas", "recency"])])  # fmt: skip
-def test_a_static_batch_has_one_shape_and_the_same_tokens(policy):
-    shapes = set()
-    hook = small().register_forward_pre_hook(
-        lambda module, args, kwargs: shapes.update(tuple(ids.shape) for ids in args), with_kwargs=True
-    )
-    limits = [LIMIT, 3, 9, 1, 5, 20]
-    with engine(policy, static_shape=True) as running:
-        asked = [Request(key="0", tokens=ids(i), max_new_tokens=n, tag=i) for i, n in enumerate(limits)]
-        done = {finished.request.tag: finished for finished in running.map(asked)}
-        held = running._batcher._seats._cache
-        (last,) = running.map([Request(key="0", tokens=ids(7), max_new_tokens=LIMIT)])
-        assert running._batcher._seats._cache is held
-    assert running._batcher._seats._cache is None
-    hook.remove()
-    assert last.tokens == alone(7, policy)
-    for i, limit in enumerate(limits):
-        assert done[i].tokens == alone(i, policy)[:limit]
-    # Steps have three rows, prompts one; the single token is what an empty seat reads.
-    assert shapes == {(3, 1), (1, 1)} | {(1, len(ids(i))) for i in [*range(6), 7]}
-
-
-def test_an_empty_seat_does_not_grow():
-    with engine("dense", static_shape=True, seats=2) as running:
-        (done,) = running.map([Request(key="0", tokens=ids(3), max_new_tokens=150)])
-        lengths = running._batcher._seats._cache.layers[0].slots.length_B.tolist()
-    assert len(done.tokens) == 150
-    assert lengths[0] == len(ids(3)) + 149
-    assert lengths[1] <= 65
+TestScheduleCompiled = pytest.mark.slow(
+    pytest.mark.usefixtures("light_compiler")(schedule("streaming_llm", True))
+)
 
 
 def test_prompts_may_be_read_in_pieces():
@@ -372,15 +342,15 @@ def test_requests_without_sense_are_refused_at_once(tokens, options, message):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("static", [False, True])
-def test_memory_is_constant_over_two_hundred_requests(static):
-    with engine("milestone", static_shape=static) as running:
+@pytest.mark.parametrize("compile", [False, True])
+def test_memory_is_constant_over_two_hundred_requests(compile, light_compiler):
+    with engine("milestone", compile=compile) as running:
         held, threads = [], []
         for _ in range(4):
             handles = [running.submit(ids(i % 6), max_new_tokens=1 + i % 7) for i in range(50)]
             assert all(handle.result(PATIENCE).finish == "length" for handle in handles)
             while running._batcher._seats.taken or (
-                running._batcher._seats._cache is not None and not static
+                running._batcher._seats._cache is not None and not compile
             ):
                 time.sleep(0.01)
             del handles

@@ -213,7 +213,8 @@ def test_prompts_are_taken_one_by_one_as_there_is_room():
     [
         (dict(seats=0), "seats=0"),
         (dict(prefill_chunk_size=0), "prefill_chunk_size=0"),
-        (dict(static_shape="yes"), "static_shape="),
+        (dict(compile="on"), "compile='on' is not one of 'auto', True, False"),
+        (dict(kv_dtype="int8"), "kv_dtype='int8'"),
         (dict(policy="raas"), "needs a budget"),
         (dict(policy="dense", budget=64), "keeps everything"),
         (dict(policy="nonsense"), "unknown policy"),

@@ -1,5 +1,6 @@
 """The attention page in a real browser: what it draws, how fast it answers, and that it is harmless."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -8,12 +9,13 @@ import numpy as np
 import pytest
 
 from longthink.analyze import Rules, TraceStore, read_lives, what_if
-from longthink.analyze.replays import FILE, FOLDER, load_replays, save_replays
-from longthink.analyze.whatif import Outcome
+from longthink.analyze.replays import FILE, FOLDER, Replay, load_replays, save_replays
+from longthink.analyze.whatif import Outcome, _nothing
 from longthink.config import Budget
 from longthink.errors import TraceError
 from longthink.policies import make_policy
 from longthink.report import build_attention
+from longthink.report.attention import recall_figures
 from tests.analyze.making import written
 from tests.report.browser import BROWSER
 
@@ -66,6 +68,14 @@ def test_report_writes_page_figures_and_tables(small):
     for name in ("recall-budget", "lookups-budget", "lives-1", "heads"):
         for ending in ("png", "pdf"):
             assert (out / "figures" / f"{name}.{ending}").stat().st_size > 2000, name
+    pages = (out / "tables" / "page-classes.md").read_text().splitlines()
+    assert "| of | part | lazy | sink | local | phoenix | milestone |" in pages
+    assert [row.split(" | ")[0] for row in pages if row.endswith(" |")][2::3] == [
+        "| model",
+        "| made",
+        "| layer 0",
+        "| layer 1",
+    ]
     rows = (out / "tables" / "classes.csv").read_text().splitlines()
     assert rows[0] == '"of","part","class","share","low","high","problems"'
     assert any(row.startswith('"model","maps","milestone"') for row in rows)
@@ -142,6 +152,40 @@ def test_hovering_a_token_tells_when_and_by_whom_it_is_read(small, visit):
     page.locator("#text .tok").nth(51).hover()
     assert "evicted" not in page.locator("#detail").inner_text()
     assert page.faults == []
+
+
+@needs_browser
+@pytest.mark.slow
+def test_a_click_holds_and_arrow_keys_go_on(small, visit):
+    page = visit(small)
+    page.locator("#text .tok").nth(50).click()
+    page.locator("#text .tok").nth(3).hover()
+    assert "position 50" in page.locator("#detail h4").inner_text()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowLeft")
+    assert "position 51" in page.locator("#detail h4").inner_text()
+    page.keyboard.press("Escape")
+    page.locator("#text .tok").nth(4).hover()
+    assert "position 4" in page.locator("#detail h4").inner_text()
+    assert page.faults == []
+
+
+def test_the_axis_of_shares_begins_where_policies_are():
+    def replays(recall):
+        return [
+            Replay.of(dataclasses.replace(outcome, recall=share, lookups=1.0))
+            for share in recall
+            for outcome in [Outcome(task="t", problem=str(share), policy="recency", budget=64, decode_budget=None,
+                                    **_nothing())]
+        ]  # fmt: skip
+
+    recall, lookups = recall_figures(replays([0.78, 0.86]))
+    assert recall.floor == 0.7 and recall.share_range[0] < 0.7 and recall.share_range[1] > 1
+    (line,) = recall.panels[0].lines
+    assert line.y == [pytest.approx(0.82)] and line.low == [0.78] and line.high == [0.86]
+    assert lookups.floor == 0.9, "room for an axis, even if everything is kept"
+    assert recall_figures(replays([0.5]))[0].panels[0].lines[0].low == []
 
 
 TIMED = """async (kind) => {

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from longthink.analyze.summary import Mean
 from longthink.analyze.whatif import BELADY, OPTIMUM
+from longthink.cache.store import SlotStore
 from longthink.config import Budget, check_choice, check_range
 from longthink.policies import Policy, make_policy
 
@@ -19,7 +22,7 @@ class Shape:
 
     Attributes
     ----------
-    layers, kv_heads, head_dim, bytes_per_number
+    layers, kv_heads, head_dim, dtype
         Of the KV cache.
     weights
         Bytes of the model's weights.
@@ -30,14 +33,14 @@ class Shape:
     layers: int
     kv_heads: int
     head_dim: int
-    bytes_per_number: int
+    dtype: torch.dtype
     weights: int
     prompt: int
     tokens: int
 
     def kv_bytes(self, tokens: int) -> int:
         """Keys and values of so many tokens in every layer."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * self.bytes_per_number * tokens
+        return 2 * self.layers * self.kv_heads * self.head_dim * self.dtype.itemsize * tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +53,10 @@ class Advice:
         What was kept.
     kept
         The measure that was asked for.
-    kv_bytes, dense_kv_bytes
-        Keys and values of one request, bounded and dense at the longest text.
+    kv_bytes, metadata_bytes
+        Keys and values of one request, and what the policy notes beside them (positions, stamps, representatives).
+    dense_kv_bytes
+        Keys and values of one request with everything kept, at the longest text.
     requests, dense_requests
         Requests that fit side by side, bounded and dense.
     """
@@ -59,9 +64,15 @@ class Advice:
     row: Mean
     kept: float
     kv_bytes: int
+    metadata_bytes: int
     dense_kv_bytes: int
     requests: int
     dense_requests: int
+
+    @property
+    def bytes(self) -> int:
+        """All that a request takes."""
+        return self.kv_bytes + self.metadata_bytes
 
 
 def advise(
@@ -101,17 +112,31 @@ def advise(
         policy = make_policy(row.policy)
         if policy.grows:
             continue
-        kv_bytes = min(dense, shape.kv_bytes(_tokens(policy, row, shape)))
+        kv_bytes, metadata_bytes = request_bytes(
+            policy, Budget(budget=row.budget, decode_budget=row.decode_budget), shape
+        )
         found.append(
             Advice(
-                row=row, kept=kept, kv_bytes=kv_bytes, dense_kv_bytes=dense,
-                requests=room // kv_bytes, dense_requests=room // dense,
+                row=row, kept=kept, kv_bytes=kv_bytes, metadata_bytes=metadata_bytes, dense_kv_bytes=dense,
+                requests=room // (kv_bytes + metadata_bytes), dense_requests=room // dense,
             )
         )  # fmt: skip
-    return sorted(found, key=lambda one: (one.kv_bytes, -one.kept))
+    return sorted(found, key=lambda one: (one.bytes, -one.kept))
 
 
-def _tokens(policy: Policy, row: Mean, shape: Shape) -> int:
-    """Tokens that one layer has slots for."""
-    budget = Budget(budget=row.budget, decode_budget=row.decode_budget)
-    return budget.pages(shape.prompt, policy.page_size) * policy.page_size
+def request_bytes(policy: Policy, budget: Budget, shape: Shape) -> tuple[int, int]:
+    """Bytes that the cache of one request takes: keys and values, and all else.
+
+    They are counted on the slots that decoding would allocate, without allocating them; a layer that keeps everything
+    counts at the longest text.
+    """
+    kv_bytes = metadata_bytes = 0
+    for layer in range(shape.layers):
+        mine = policy.for_layer(layer)
+        longest = -(-shape.tokens // mine.page_size)
+        pages = longest if mine.grows else min(longest, budget.pages(shape.prompt, mine.page_size))
+        none = torch.empty(1, shape.kv_heads, 0, shape.head_dim, dtype=shape.dtype, device="meta")
+        keys, values, *others = SlotStore(mine, none, [pages], pages).tensors()
+        kv_bytes += keys.nbytes + values.nbytes
+        metadata_bytes += sum(tensor.nbytes for tensor in others)
+    return kv_bytes, metadata_bytes

@@ -12,6 +12,7 @@ Shape suffixes: L layers, K KV heads, C budgets, B = C * L rows, N tokens, P pag
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -193,9 +194,15 @@ class OptimalRun:
         tables, pages = self._mass.shape[:2]
         prompt = -(-header.prompt_tokens // size)
         missed, gone = np.zeros(pages), np.full((tables, pages), -1, dtype=np.int32)
-        for table in range(tables):
+
+        def victims_of(table: int) -> NDArray[np.int64]:
             lost = self._mass[table, ::-1].cumsum(0)[::-1].astype(np.float64)
-            victims = optimal_recall(lost, prompt, slots)[1]
+            return optimal_recall(lost, prompt, slots)[1]
+
+        # The search lets other threads run, so all cores take part.
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            found = pool.map(victims_of, range(tables))
+        for table, victims in enumerate(found):
             for born in np.nonzero(victims >= 0)[0].tolist():
                 gone[table, victims[born]] = max(born * size, header.steps.start)
                 missed[born:] += self._mass[table, born:, victims[born]]

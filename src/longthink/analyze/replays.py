@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 
-from longthink.analyze.lives import Rules
+from longthink.analyze.rules import Rules
 from longthink.analyze.store import TraceStore
 from longthink.analyze.whatif import Outcome
 from longthink.errors import TraceError

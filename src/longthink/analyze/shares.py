@@ -52,12 +52,14 @@ def share_table(all_lives: Iterable[Lives]) -> list[Share]:
 
 
 def _share(scope: str, part: str, name: str, shares: list[float]) -> Share:
-    low = high = None
-    if len(shares) > 1:
-        spread = paired_bootstrap([0.0] * len(shares), shares, draws=_DRAWS)
-        low, high = spread.low, spread.high
-    mean = float(np.mean(shares))
+    mean, low, high = mean_with_interval(shares)
     return Share(scope=scope, part=part, name=name, share=mean, low=low, high=high, problems=len(shares))
+
+
+def mean_with_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
+    """Mean over problems, and the ends of its 95 % bootstrap interval; None with a single problem."""
+    spread = paired_bootstrap([0.0] * len(values), values, draws=_DRAWS)
+    return (spread.mean, spread.low, spread.high) if len(values) > 1 else (spread.mean, None, None)
 
 
 def _of_problem(lives: Lives) -> dict[tuple[str, str, str], float]:

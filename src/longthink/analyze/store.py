@@ -12,7 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ PROMPT = -1
 """`now` of the rows that hold the prompt."""
 CHUNK_STEPS = 64
 """Decode steps that are held in memory before they are written."""
+STALE_S = 3600.0
+"""Age after which an unfinished file is one that a killed recording left behind (seconds)."""
 _VECTORS = ("query", "key", "value")
 
 
@@ -244,6 +248,15 @@ class TraceStore:
             raise TraceError(
                 f"{self.folder} was recorded with other settings ({', '.join(changed)}): give another folder"
             )
+        if settings is not None:
+            self._clear()
+
+    def _clear(self) -> None:
+        """Delete what killed recordings left behind; a file that is being written changes every few seconds."""
+        for path in self.folder.glob(".*.tmp"):
+            with suppress(FileNotFoundError):  # it was completed in this moment
+                if time.time() - path.stat().st_mtime > STALE_S:
+                    path.unlink()
 
     def path(self, task: str, problem: str) -> Path:
         """File of a problem, whether it is there or not."""

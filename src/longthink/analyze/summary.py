@@ -14,6 +14,8 @@ class Mean:
 
     Attributes
     ----------
+    page_size
+        Tokens in a page of what was replayed.
     problems, no_room
         Problems replayed, and problems whose prompt does not fit, which are in no mean.
     """
@@ -21,6 +23,7 @@ class Mean:
     policy: str
     budget: int | None
     decode_budget: int | None
+    page_size: int
     problems: int
     no_room: int
     recall: float | None
@@ -48,6 +51,7 @@ def means(outcomes: Sequence[Outcome]) -> list[Mean]:
                 policy=policy,
                 budget=budget,
                 decode_budget=decode_budget,
+                page_size=mine[0].page_size,
                 problems=len(ran),
                 no_room=len(mine) - len(ran),
                 recall=mean("recall"),

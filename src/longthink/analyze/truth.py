@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,21 +47,33 @@ class Agreement:
         return self.both / self.needed if self.needed else 1.0
 
 
+def total(parts: Sequence[Agreement]) -> Agreement:
+    """The counts of several problems together."""
+    first, *_ = parts
+    counts = {name: sum(getattr(one, name) for one in parts) for name in ("found", "needed", "both", "ends")}
+    kinds = {name: sum(one.kinds[name] for one in parts) for name in first.kinds}
+    return Agreement(part=first.part, kinds=kinds, **counts)
+
+
 def agreement(lives: Lives, map_index: int | None = None) -> list[Agreement] | None:
-    """Compare a trace of a built-in problem with its worked solution; None where the model wrote something else.
+    """Compare a trace of a built-in problem with its worked solution.
+
+    None where it is no such problem, the pages are no single tokens, or the model wrote something else.
 
     Parameters
     ----------
     lives
-        Of a trace at page size 1 of a task ``reasoner/SIZE/PROFILE``.
+        Of a trace of a task ``reasoner/SIZE/PROFILE``.
     map_index
         Only what one map uses; None counts all.
     """
     header = lives.header
+    if not header.task.startswith("reasoner/") or header.page_size != 1:
+        return None
     _, size, profile = header.task.split("/")
     problem = make_problem(profile=profile, size=size, seed=int(header.problem))
     words = [*problem.prompt.split(), *problem.solution.split()]
-    if list(header.texts[1 : 1 + len(words)]) != words or header.page_size != 1:
+    if list(header.texts[1 : 1 + len(words)]) != words:
         return None
     needed = needed_tokens(problem)
     return [_agreement(lives, part, needed, map_index) for part in ("prompt", "decode")]

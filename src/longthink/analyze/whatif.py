@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from longthink.analyze.clairvoyant import Belady, Future, OptimalRun
-from longthink.analyze.lives import Rules
+from longthink.analyze.rules import Rules
 from longthink.analyze.store import Step, Trace
 from longthink.cache.replay import ReplayedLayers
 from longthink.config import Budget
@@ -164,6 +164,10 @@ class _Vectors(NamedTuple):
     key_LKD: Tensor
     value_LKD: Tensor
 
+    def without(self) -> _Vectors:
+        """The attention alone."""
+        return _Vectors(self.attention_LKGN, *(one[..., :0] for one in self[1:]))
+
 
 def _vectors(trace: Trace, step: Step, grid: Tensor) -> tuple[_Vectors, NDArray[np.float32]]:
     """Recorded attention over tokens, scaled to one in each map, a page's on its first token; and the scales."""
@@ -214,8 +218,8 @@ class _Lane:
         self.sum_CM, self.looked_C = np.zeros((budgets_left, maps)), np.zeros(budgets_left)
         self.lookups = 0
         shape = (budgets_left, header.layers, header.kv_heads, header.pages)
-        self.held_CLKP = torch.zeros(shape, dtype=torch.bool)
         self.gone_CLKP = torch.full(shape, -1, dtype=torch.int32)
+        self.before: list[Tensor | None] = [None] * len(self.parts)
 
     def _has_room(self, budget: Budget | None) -> bool:
         prompt = self.trace.header.prompt_tokens
@@ -231,7 +235,7 @@ class _Lane:
         mass_LKN = mass.unflatten(0, (header.layers, header.kv_heads))
         keys, values = (
             torch.zeros(*mass_LKN.shape, 0)
-            if made is None
+            if made is None or not self.policy.uses_vectors
             else torch.from_numpy(made).view(*mass_LKN.shape, -1)
             for made in (prompt.key, prompt.value)
         )
@@ -241,31 +245,40 @@ class _Lane:
     def step(self, step: Step, vectors: _Vectors, lookups_M: NDArray[np.bool_]) -> None:
         header = self.trace.header
         kept_CLH = np.empty((len(self.fits), header.layers, header.heads), dtype=np.float32)
-        for layers, replayed in self.parts:
+        if not self.policy.uses_vectors:
+            vectors = vectors.without()
+        for part, (layers, replayed) in enumerate(self.parts):
             given = vectors if len(layers) == header.layers else _Vectors(*(one[layers] for one in vectors))
             kept_CLKG = replayed.replay(*given, header.scaling)
             kept_CLH[:, layers] = kept_CLKG.flatten(2).numpy()
-            if step.now % self.policy.page_size == 0 or step.now == header.steps.start:
-                self._note_evictions(step.now, layers, replayed)
+            self._note_evictions(step.now, part)
         kept_CM = kept_CLH.reshape(len(self.fits), header.layers * header.heads)
         self.curve_CT[:, step.now - header.prompt_tokens] = kept_CM.mean(1)
         self.sum_CM += kept_CM
         self.looked_C += kept_CM[:, lookups_M].sum(1)
         self.lookups += int(lookups_M.sum())
 
-    def _note_evictions(self, now: int, layers: list[int], replayed: ReplayedLayers) -> None:
-        if self.policy.grows:
+    def _note_evictions(self, now: int, part: int) -> None:
+        """Note what left in this step: it stood in a slot that holds something else now, and moved nowhere."""
+        (layers, replayed), size = self.parts[part], self.trace.header.page_size
+        before, gone = self.before[part], self.gone_CLKP
+        opens, fills = now % self.policy.page_size == 0, (now + 1) % self.policy.page_size == 0
+        if replayed.policy.grows or not (opens or fills or before is None):
             return
-        size = self.trace.header.page_size
-        held = replayed.read(now + 1)[..., ::size]
-        pages = held.shape[-1]
-        # A page that opens since the last look has been resident, and cannot have gone before this one.
-        before, gone = self.held_CLKP[:, layers, :, :pages], self.gone_CLKP[:, layers, :, :pages]
-        first = now == self.trace.header.steps.start
-        left = (before | first) & ~held.expand_as(before) & (gone < 0)
-        self.gone_CLKP[:, layers, :, :pages] = torch.where(left, now, gone)
-        self.held_CLKP[:, layers] = True
-        self.held_CLKP[:, layers, :, :pages] = held
+        assert replayed.position_BKS is not None
+        position = replayed.position_BKS.unflatten(0, (-1, len(layers))).expand(-1, -1, gone.shape[2], -1)
+        if fills or before is None:
+            self.before[part] = position.clone()
+        if before is None:  # all of the prompt that is not held any more
+            gone[:, layers, :, : now // size + 1] = now
+            before = torch.full_like(position, -1)
+        elif not opens:
+            return
+        changed = (before != position).nonzero(as_tuple=True)
+        for token, step in ((before[changed], now), (position[changed], -1)):
+            begins = (token >= 0) & (token % size == 0)
+            c, layer, table, _ = (index[begins] for index in changed)
+            gone[c, torch.tensor(layers)[layer], table, token[begins].long() // size] = step
 
     def outcomes(self) -> Iterable[Outcome]:
         """The outcome of each budget."""

@@ -54,9 +54,12 @@ def fast_forward(layer: LayerCache, tokens: int, *, heads: int, generator: torch
     page_size, seen = layer.policy.page_size, layer._lengths[0] - int(store.table.prompt_B[0])
     unwritten = max(0, store.table.cap * page_size - seen)
     jump = max(0, tokens - unwritten) // page_size * page_size
-    for _ in range(tokens - jump):
-        key, value = (made_up(like, 1, generator) for like in (store.keys_BKSD, store.values_BKSD))
-        query = made_up(store.keys_BKSD[:, :1].expand(-1, heads, -1, -1), 1, generator)
+    queried_BHSD = store.keys_BKSD[:, :1].expand(-1, heads, -1, -1)
+    drawn = [
+        made_up(like, tokens - jump, generator).split(1, 2)
+        for like in (queried_BHSD, store.keys_BKSD, store.values_BKSD)
+    ]
+    for query, key, value in zip(*drawn, strict=True):
         layer.attend(query, key, value)
     if jump:
         _set_clock(layer, store, jump)

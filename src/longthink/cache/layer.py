@@ -81,10 +81,10 @@ class LayerCache:
         return self._store.table.now_B + 1
 
     @property
-    def shape_BKSD(self) -> torch.Size:
-        """Shape of the slots of keys and of values."""
+    def sizes(self) -> tuple[torch.Size, int]:
+        """Shape of the slots of keys and of values, and the largest cap: what changes when rows change hands."""
         assert self._store is not None
-        return self._store.keys_BKSD.shape
+        return self._store.keys_BKSD.shape, self._store.table.cap
 
     @property
     def kv_bytes(self) -> int:
@@ -159,6 +159,8 @@ class LayerCache:
         needed = max(self._lengths) // self.policy.page_size + 1
         # What grows keeps some room, or it would be copied again at the next page.
         self._store.release(needed + needed // 2 if self.policy.grows else max(self._caps))
+        if self._prepared:
+            self.prepare_compile()
 
     # Attention ----------------------------------------------------------------------------------------------
 

@@ -41,7 +41,7 @@ class ReplayedLayers(LayerCache):
         self._budget_B = [budget for budget in budgets for _ in range(layers)]
         self._shape = (len(budgets), layers)
         self._attention_LKGN = torch.empty(0)
-        self._kept_BKG = self._position_BKS = torch.empty(0)
+        self._kept_BKG = torch.empty(0)
 
     def begin(self, keys_LKND: Tensor, values_LKND: Tensor, mass_LKN: Tensor) -> None:
         """Take in the prompt.
@@ -78,14 +78,6 @@ class ReplayedLayers(LayerCache):
         self._decode(query_BHD, key_BKD, value_BKD, scaling)
         return self._kept_BKG.unflatten(0, self._shape)
 
-    def read(self, tokens: int) -> Tensor:
-        """Which of the first tokens the last step read, bool CLKN; K is 1 where one table serves a layer."""
-        position_BKS = self._position_BKS.long()
-        found = torch.zeros(*position_BKS.shape[:2], tokens + 1, dtype=torch.bool)
-        # Empty slots point at the surplus column.
-        found.scatter_(2, torch.where(position_BKS >= 0, position_BKS, tokens), True)
-        return found[..., :tokens].unflatten(0, self._shape)
-
     def _for_rows(self, tensor: Tensor) -> Tensor:
         """What every layer has, for every budget."""
         return tensor.expand(self._shape[0], *tensor.shape).flatten(0, 1)
@@ -108,11 +100,10 @@ class ReplayedLayers(LayerCache):
             slot_BKS = (selected_BKR.clamp(min=0)[..., None] * table.page_size + within).flatten(2)
             wanted_BKS = (selected_BKR >= 0).repeat_interleave(table.page_size, -1)
             position_BKS = torch.where(wanted_BKS, position_BKS.gather(2, slot_BKS), -1)
-        self._position_BKS = position_BKS
         attention = self._attention_LKGN.expand(self._shape[0], *self._attention_LKGN.shape)
-        index = position_BKS.unflatten(0, self._shape)[:, :, :, None].long()
-        index = index.expand(*attention.shape[:-1], -1)
-        held = attention.gather(-1, index.clamp(0, tokens - 1)) * (index >= 0)
+        place_CLK1S = position_BKS.unflatten(0, self._shape)[:, :, :, None].long()
+        index = place_CLK1S.clamp(0, tokens - 1).expand(*attention.shape[:-1], -1)
+        held = attention.gather(-1, index) * (place_CLK1S >= 0)
         held_BKGS = held.flatten(0, 1)
         self._kept_BKG = held_BKGS.sum(-1)
         weights = None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cyclopts import Parameter
 
-from longthink.cli.analyze_options import RuleOptions, TraceOptions
+from longthink.cli.analyze_options import RULES, RuleOptions, TraceOptions
 from longthink.cli.eval import budget_text
 from longthink.cli.models import load_model
 from longthink.cli.options import Switch, policy_list
@@ -24,13 +24,14 @@ if TYPE_CHECKING:
 POLICIES = "recency,h2o:pin_prompt=True,raas:score=exact"
 """What is compared when nothing is said; with vectors also `WITH_VECTORS`."""
 WITH_VECTORS = "milestone,raas"
+DENSE = "dense"
 _STEPS = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
 """Budgets that are tried when none is given: shares of the longest chain of thought, in whole pages of 16."""
 
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class AdviseOptions(RuleOptions, TraceOptions):
+class AdviseOptions(TraceOptions):
     """Options of ``longthink advise``."""
 
     policies: str | None = None
@@ -38,6 +39,8 @@ class AdviseOptions(RuleOptions, TraceOptions):
 
     decode_budgets: str | None = None
     """Tokens on top of the prompt to try, separated by commas [default: shares of the longest chain of thought]."""
+
+    rules: RuleOptions = RULES
 
     loss: float = 0.02
     """Share of what Dense reads that may be lost."""
@@ -49,7 +52,8 @@ class AdviseOptions(RuleOptions, TraceOptions):
     """Memory for weights and caches, in GiB."""
 
     accuracy: Switch = False
-    """Also decode the same problems with the best budget of each policy, and with Dense, and grade the answers."""
+    """Also decode the same problems with Dense and with each policy at rising budgets, and list only budgets at which
+    it is right as often as Dense within the loss."""
 
     json: Switch = False
     """Print one JSON document instead of the table."""
@@ -77,14 +81,22 @@ def advise(*, options: AdviseOptions = _DEFAULTS) -> int:
     found = rank(
         rows, shape, loss=options.loss, measure=options.measure, memory=int(options.gpu_memory * 2**30)
     )
+    graded: dict[str, dict[str, Any]] = {}
+    if options.accuracy and found:
+        graded = _grade_all(found, options)
+        found = [one for one in found if _is_right(graded, one, options.loss)]
     best = _best_of_each(found)
-    graded = _accuracy(best, options) if options.accuracy and best else {}
     if options.json:
-        advice = [asdict(one) | {"accuracy": graded.get(_key(one))} for one in found]
+        advice = [asdict(one) | {"accuracy": graded.get(_key(one))} for one in best]
+        plain = asdict(shape) | {"dtype": str(shape.dtype).removeprefix("torch.")}
         write_json(
-            {"shape": asdict(shape), "advice": advice, "dense_accuracy": graded.get("dense"),
-             "rows": [asdict(row) for row in rows]}
-        )  # fmt: skip
+            {
+                "shape": plain,
+                "advice": advice,
+                "accuracy": graded or None,
+                "rows": [asdict(row) for row in rows],
+            }
+        )
         return 0
     _print(best, graded, options)
     return 0
@@ -103,7 +115,7 @@ def _shape(loaded: Loaded, headers: Sequence[Header]) -> Shape:
         layers=first.layers,
         kv_heads=first.kv_heads,
         head_dim=first.head_dim,
-        bytes_per_number=loaded.model.dtype.itemsize,
+        dtype=loaded.model.dtype,
         weights=sum(p.nbytes for p in loaded.model.parameters()),
         prompt=round(sum(header.prompt_tokens for header in headers) / len(headers)),
         tokens=max(len(header.token_ids) for header in headers),
@@ -122,8 +134,26 @@ def _key(one: Advice) -> str:
     return f"{one.row.policy} {one.row.decode_budget}"
 
 
-def _accuracy(best: Sequence[Advice], options: AdviseOptions) -> dict[str, dict[str, Any]]:
-    """Right answers of Dense and of each advice on the problems that were recorded."""
+def _grade_all(found: Sequence[Advice], options: AdviseOptions) -> dict[str, dict[str, Any]]:
+    """Right answers of Dense, and of each policy from its smallest budget on until one loses no more than allowed."""
+    graded = {DENSE: _grade(None, options)}
+    done = set()
+    for one in found:
+        if one.row.policy not in done:
+            graded[_key(one)] = _grade(one, options)
+            if _is_right(graded, one, options.loss):
+                done.add(one.row.policy)
+    return graded
+
+
+def _is_right(graded: dict[str, dict[str, Any]], one: Advice, loss: float) -> bool:
+    """Whether an advice was graded, and is right as often as Dense within the loss."""
+    mine = graded.get(_key(one))
+    return mine is not None and mine["share"] >= graded[DENSE]["share"] - loss
+
+
+def _grade(one: Advice | None, options: AdviseOptions) -> dict[str, Any]:
+    """Right answers of an advice, or of Dense, on the problems that were recorded."""
     from longthink.evaluate.plan import Plan
     from longthink.evaluate.summary import summarize
     from longthink.evaluate.sweep import Sweep, run_sweep
@@ -132,26 +162,23 @@ def _accuracy(best: Sequence[Advice], options: AdviseOptions) -> dict[str, dict[
 
     out = options.out.expanduser()
     store = ResultStore(out.with_name(f"{out.name}-answers"))
-    common: dict[str, Any] = {
-        "model": options.model, "device": options.device, "dtype": options.dtype, "count": options.count,
-        "tasks": tuple(name.strip() for name in options.tasks.split(",")), "seed": options.seed,
-        "data": tuple(map(str, options.data or ())), "max_new_tokens": options.max_new_tokens,
-    }  # fmt: skip
-    plans = {"dense": Plan(**common)}
-    for one in best:
+    bounded: dict[str, Any] = {}
+    if one is not None:
         assert one.row.decode_budget is not None
-        budgets = (one.row.decode_budget,)
-        plans[_key(one)] = Plan(**common, policies=(one.row.policy,), decode_budgets=budgets)
-    found = {}
-    for key, plan in plans.items():
-        note(f"decoding with {key}")
-        sweep = Sweep(plan, plan.load_tasks(), store)
-        run_sweep(sweep)
-        rows = summarize(store, sweep.configs)
-        problems = sum(row.problems for row in rows)
-        right = sum(row.accuracy * row.problems for row in rows)
-        low, high = wilson(right, problems)
-        found[key] = {"right": right, "problems": problems, "low": low, "high": high}
+        bounded = {"policies": (one.row.policy,), "decode_budgets": (one.row.decode_budget,)}
+    plan = Plan(
+        model=options.model, device=options.device, dtype=options.dtype, count=options.count, seed=options.seed,
+        tasks=tuple(name.strip() for name in options.tasks.split(",")), data=tuple(map(str, options.data or ())),
+        max_new_tokens=options.max_new_tokens, **bounded,
+    )  # fmt: skip
+    sweep = Sweep(plan, plan.load_tasks(), store)
+    run_sweep(sweep)
+    rows = summarize(store, sweep.configs)
+    problems = sum(row.problems for row in rows)
+    right = sum(row.accuracy * row.problems for row in rows)
+    low, high = wilson(right, problems)
+    found = {"right": right, "problems": problems, "share": right / problems, "low": low, "high": high}
+    note(f"{DENSE if one is None else _key(one)}: {_right(found)} right")
     return found
 
 
@@ -161,29 +188,29 @@ def _print(best: Sequence[Advice], graded: dict[str, dict[str, Any]], options: A
     from rich.text import Text
 
     if not best:
+        also = " and is right as often as Dense within the loss" if options.accuracy else ""
         write_text(
-            f"No policy keeps {1 - options.loss:.1%} of {options.measure} at any of the budgets: raise --loss, or "
-            "name larger --decode-budgets\n"
+            f"No policy keeps {1 - options.loss:.1%} of {options.measure}{also} at any of the budgets: raise --loss, "
+            "or name larger --decode-budgets\n"
         )
         return
     first = best[0]
-    headings = ["look-ups", "recall", "KV/request", "dense", "requests", "dense"]
+    headings = ["look-ups", "recall", "a request", "requests"]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("policy", min_width=14, overflow="fold")
     for heading in ("budget", *headings, *(["right"] if graded else [])):
         table.add_column(heading, justify="right", no_wrap=True)
     for one in best:
         row = one.row
-        right = _right(graded.get(_key(one)))
         table.add_row(
             Text(visible(row.policy)), budget_text(row.budget, row.decode_budget), f"{row.lookups:.1%}",
-            f"{row.recall:.1%}", size_text(one.kv_bytes), size_text(one.dense_kv_bytes), f"{one.requests:,}",
-            f"{one.dense_requests:,}", *([right] if graded else []),
+            f"{row.recall:.1%}", size_text(one.bytes), f"{one.requests:,}",
+            *([_right(graded[_key(one)])] if graded else []),
         )  # fmt: skip
     write_text(
         one_line(
             f"Smallest: {first.row.policy} with --decode-budget {first.row.decode_budget} keeps {first.kept:.1%} of "
-            f"what Dense reads ({options.measure}) in {size_text(first.kv_bytes)} a request instead of "
+            f"what Dense reads ({options.measure}) in {size_text(first.bytes)} a request instead of "
             f"{size_text(first.dense_kv_bytes)}: {first.requests:,} requests in {options.gpu_memory:g} GiB beside "
             f"the weights instead of {first.dense_requests:,}."
         )
@@ -191,10 +218,8 @@ def _print(best: Sequence[Advice], graded: dict[str, dict[str, Any]], options: A
     )
     out_console().print(table)
     if graded:
-        write_text(f"Dense: {_right(graded['dense'])} right.\n")
+        write_text(f"Dense: {_right(graded[DENSE])} right.\n")
 
 
-def _right(found: dict[str, Any] | None) -> str:
-    if found is None:
-        return ""
+def _right(found: dict[str, Any]) -> str:
     return f"{found['right']:g}/{found['problems']} ({100 * found['low']:.0f}-{found['high']:.0%})"

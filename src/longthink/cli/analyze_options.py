@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from longthink.analyze.rules import Rules
 from longthink.cli.options import ModelOptions, Switch
 from longthink.cli.terminal import note
 
 if TYPE_CHECKING:
-    from longthink.analyze import Prompt, Rules
+    from longthink.analyze import Prompt
     from longthink.models import Loaded
 
 DEFAULT_OUT = "traces"
@@ -81,34 +82,8 @@ class TraceOptions(ProblemSetOptions):
     """Folder of the traces. What is in it already is not recorded again."""
 
 
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class RuleOptions:
-    """The numbers in the definitions of use, page and map."""
+RuleOptions = Annotated[Rules, Parameter(name="*")]
+"""The numbers in the definitions of use, page and map, an option each."""
 
-    use: float = 0.5
-    """Share of a head's attention above which it uses a page."""
-
-    local: int = 32
-    """Tokens that count as near."""
-
-    gap: int = 128
-    """Steps without a use after which the next use is a return."""
-
-    sink: float = 0.5
-    """Share of the steps in which a sink is used."""
-
-    far: float = 0.1
-    """Share of its reading that a head must give to milestones and phoenixes, or it is sink-like."""
-
-    majority: float = 0.67
-    """Share of that which decides whether a head is one of milestones or of phoenixes."""
-
-    @property
-    def rules(self) -> "Rules":
-        """The rules they make."""
-        from longthink.analyze import Rules
-
-        return Rules(
-            use=self.use, local=self.local, gap=self.gap, sink=self.sink, far=self.far, majority=self.majority
-        )
+RULES = Rules()
+"""The definitions where nothing is said."""

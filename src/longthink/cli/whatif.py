@@ -4,27 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cyclopts import Parameter
 
-from longthink.cli.analyze_options import RuleOptions
+from longthink.cli.analyze_options import RULES, RuleOptions
 from longthink.cli.eval import budget_text
 from longthink.cli.options import Switch, policy_list
 from longthink.cli.progress import progress
-from longthink.cli.terminal import out_console, visible, write_json
+from longthink.cli.terminal import out_console, visible, write_json, write_text
 
 if TYPE_CHECKING:
     from longthink.analyze import Outcome, Rules, Trace
+    from longthink.analyze.correlation import Correlation
     from longthink.analyze.summary import Mean
     from longthink.config import Budget
     from longthink.policies import Policy
+    from longthink.results.store import ResultStore
 
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class WhatIfOptions(RuleOptions):
+class WhatIfOptions:
     """Options of ``longthink what-if``."""
 
     policies: str = "recency,h2o:pin_prompt=True,raas:score=exact,random"
@@ -35,6 +38,12 @@ class WhatIfOptions(RuleOptions):
 
     decode_budgets: str | None = None
     """Tokens kept per layer on top of the prompt, separated by commas."""
+
+    rules: RuleOptions = RULES
+
+    answers: Path | None = None
+    """Results of "longthink eval" on the same problems, policies and budgets: say how far what was kept, now and in
+    earlier replays, goes with right answers."""
 
     no_clairvoyant: Switch = False
     """Leave out Belady's rule and the optimum."""
@@ -49,6 +58,7 @@ class WhatIfOptions(RuleOptions):
 
 
 _DEFAULTS = WhatIfOptions()
+_WORDS = {"recall": "recall", "lookups": "look-ups", "regrets": "regret"}
 
 
 def what_if(traces: Path, /, *, options: WhatIfOptions = _DEFAULTS) -> int:
@@ -64,18 +74,57 @@ def what_if(traces: Path, /, *, options: WhatIfOptions = _DEFAULTS) -> int:
         Folder that "longthink trace" wrote.
     """
     from longthink.analyze import TraceStore
-    from longthink.analyze.replays import save_replays
+    from longthink.analyze.correlation import correlate
+    from longthink.analyze.replays import load_replays, save_replays
     from longthink.analyze.summary import means
+    from longthink.results.store import ResultStore
 
     policies, budgets = policy_list(options.policies), options.sizes
+    answers = None if options.answers is None else ResultStore(options.answers.expanduser(), create=False)
     found = replay(traces, policies, budgets, options.rules, clairvoyant=not options.no_clairvoyant)
-    save_replays(TraceStore(traces.expanduser()), found, options.rules)
+    store = TraceStore(traces.expanduser())
+    save_replays(store, found, options.rules)
     rows = means(found)
+    correlations = []
+    if answers is not None:  # with what was replayed before, by the same rules
+        correlations = correlate(load_replays(store)[0], _right_answers(answers, store.settings["model"]))
     if options.json:
-        write_json({"rules": asdict(options.rules), "rows": [asdict(row) for row in rows]})
+        tables = {
+            "rows": [asdict(row) for row in rows],
+            "correlations": [asdict(one) for one in correlations],
+        }
+        write_json({"rules": asdict(options.rules)} | tables)
     else:
         print_means(rows)
+        _print_correlations(correlations)
     return 0
+
+
+def _right_answers(store: ResultStore, model: str) -> dict[Any, float]:
+    """Share of right answers of each task, problem, policy and budget."""
+    rows = store.query(
+        "SELECT task, problem, policy, budget, decode_budget, avg(correct::INT) AS share FROM samples "
+        "WHERE model = ? GROUP BY ALL",
+        (model,),
+    )
+    return {tuple(row.values())[:-1]: row["share"] for row in rows}
+
+
+def _print_correlations(correlations: Sequence[Correlation]) -> None:
+    if not correlations:
+        return
+    first = correlations[0]
+    over = f"{first.cells} policies at budgets, {first.problems} problems"
+    if all(isnan(one.rho) for one in correlations):
+        write_text(f"No rank correlation: all of {over}, are right equally often.\n")
+        return
+    for name, parts in (
+        (f"Rank correlation with right answers over {over}",
+         [f"{one.rho:.2f} ({one.low:.2f} to {one.high:.2f})" for one in correlations]),
+        ("A right answer has more than a wrong one in so many pairs", [f"{one.ahead:.0%}" for one in correlations]),
+    ):  # fmt: skip
+        said = [f"{_WORDS[one.measure]} {part}" for one, part in zip(correlations, parts, strict=True)]
+        write_text(f"{name}: {', '.join(said)}.\n")
 
 
 def budget_list(budgets: str | None, decode_budgets: str | None) -> list[Budget]:
@@ -136,6 +185,8 @@ def print_means(rows: Sequence[Mean]) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from longthink.analyze.whatif import BELADY, OPTIMUM
+
     caption = (
         "means over problems; recall: dense attention kept; worst: of the head that keeps least; look-ups: in steps "
         "that read something far away; regret: evicted tokens that were used later"
@@ -145,7 +196,11 @@ def print_means(rows: Sequence[Mean]) -> None:
     for heading in ("budget", "n", "recall", "worst", "look-ups", "evicted", "regret", "no room"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(Text(visible(row.policy)), *_cells(row))
+        # Only of a policy does the name say its pages.
+        pages = (
+            f" (pages of {row.page_size})" if row.policy in (BELADY, OPTIMUM) and row.page_size > 1 else ""
+        )
+        table.add_row(Text(visible(row.policy + pages)), *_cells(row))
     out_console().print(table)
 
 

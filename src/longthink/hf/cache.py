@@ -233,9 +233,9 @@ class PagedCache(Cache):
         return len(self.layers[0].slots.length_B)
 
     @property
-    def slot_shapes(self) -> tuple[torch.Size, ...]:
-        """Shape of each layer's keys, in slots."""
-        return tuple(layer.slots.shape_BKSD for layer in self.layers)
+    def sizes(self) -> tuple[tuple[torch.Size, int], ...]:
+        """Of each layer, what a program may have to be looked at again for: see `LayerCache.sizes`."""
+        return tuple(layer.slots.sizes for layer in self.layers)
 
     def begin_step(self, rows: int) -> bool:
         """Count one more token of every row, and return whether one of them opens a page.

@@ -10,13 +10,14 @@ from typing import Any, Self
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from longthink.config import DEFAULT_POLICY, check_flag, check_int
+from longthink.config import DEFAULT_POLICY, check_int
 from longthink.errors import BudgetError, EngineError, NonFiniteError
 from longthink.hf.batcher import Batcher, Job
 from longthink.hf.cache import PagedCache, make_cache
 from longthink.hf.request import Finished, Request
 from longthink.hf.sampling import Sampling
 from longthink.hf.seats import Seats
+from longthink.hf.step import Compile, check_compile
 from longthink.policies import Policy
 
 _GREEDY = Sampling()
@@ -115,9 +116,14 @@ class Engine:
         Rows decoded side by side at most.
     prefill_chunk_size
         Tokens of a prompt to read at once; None reads it in one go.
-    static_shape
-        Decode `seats` rows in every step, whether taken or not, for compiled models; otherwise the batch shrinks
-        while seats are empty.
+    kv_dtype
+        Format that keys and values are kept in; see `make_cache`.
+    compile
+        Whether the decode step is compiled into one program. That takes about a minute, once for each model, policy,
+        budget and number of seats, and makes each token cheaper. Every step then has `seats` rows, whether taken or
+        not; otherwise the batch shrinks while seats are empty. ``auto`` changes over to it when requests have asked
+        for `longthink.hf.PAYS_FROM` steps (a request for so many tokens, or all together for so many times `seats`),
+        or where the program is there already, and goes on eagerly where compiling fails.
 
     Raises
     ------
@@ -137,20 +143,23 @@ class Engine:
         budget: int | None = None,
         decode_budget: int | None = None,
         seats: int = 16,
+        kv_dtype: str | None = None,
+        compile: Compile = "auto",
         prefill_chunk_size: int | None = None,
-        static_shape: bool = False,
     ) -> None:
         check_int("seats", seats, 1)
-        check_flag("static_shape", static_shape)
+        check_compile(compile)
         if prefill_chunk_size is not None:
             check_int("prefill_chunk_size", prefill_chunk_size, 1)
         # It stays empty, and keeps the model attending through longthink until the end.
-        spare = make_cache(model, policy=policy, budget=budget, decode_budget=decode_budget)
+        spare = make_cache(
+            model, policy=policy, budget=budget, decode_budget=decode_budget, kv_dtype=kv_dtype
+        )
         self.seats = seats
         self._vocabulary = model.get_input_embeddings().num_embeddings
         self._numbers = itertools.count()
         self._batcher = Batcher(
-            Seats(model, spare, seats, prefill_chunk_size=prefill_chunk_size, static_shape=static_shape)
+            Seats(model, spare, seats, prefill_chunk_size=prefill_chunk_size, compile=compile)
         )
         self._closer = weakref.finalize(self, _close, self._batcher, spare)
 

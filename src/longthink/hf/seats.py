@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from longthink.hf.cache import PagedCache
 from longthink.hf.request import Finished, Request
 from longthink.hf.sampling import choose_each, generator_for
+from longthink.hf.step import Compile, DecodeStep, compiles
 
 _FEWEST_TIMED = 8
 """Tokens below which a row's quarters are too short to be timed."""
@@ -70,9 +71,9 @@ class Seats:
         Rows decoded side by side at most.
     prefill_chunk_size
         Tokens of a prompt to read at once; None reads it in one go.
-    static_shape
-        Decode `count` rows in every step: an empty seat decodes a text of its own that nobody sees. Otherwise the
-        batch is as large as there are rows.
+    compile
+        Whether steps are compiled. Then each has `count` rows: an empty seat decodes a text of its own that nobody
+        sees. Otherwise the batch is as large as there are rows. ``auto`` changes over once it pays.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class Seats:
         count: int,
         *,
         prefill_chunk_size: int | None = None,
-        static_shape: bool = False,
+        compile: Compile = False,
     ) -> None:
         self.model = model
         self.count = count
@@ -90,7 +91,11 @@ class Seats:
         self._spare = spare
         self._cache: PagedCache | None = None
         self._piece = prefill_chunk_size
-        self._static = static_shape
+        self._compile = compile
+        # Tokens that were asked for so far, and the steps that they make at least.
+        self._asked = self._steps = 0
+        self._static = compile is True
+        self._step: DecodeStep | None = None
         # What each empty seat has decoded, in a static batch.
         self._parked: list[int] = []
         ends = getattr(model.generation_config, "eos_token_id", None)
@@ -125,19 +130,32 @@ class Seats:
     def sit(self, row: Row, cache: PagedCache) -> None:
         """Give a row, with the cache that read its prompt, a free seat."""
         assert self.taken < self.count
+        self._asked += row.request.max_new_tokens
+        self._steps = max(self._steps, row.request.max_new_tokens, self._asked // self.count)
+        self._static = self._static or compiles(
+            self.model, self._spare, self._compile, rows=self.count, tokens=self._steps
+        )
         if self._cache is None and not self._static:
             self._cache, self.rows = cache, [row]
+            self._step = DecodeStep(self.model, cache, compile=False)
             return
-        try:
-            if self._cache is None:
-                self._cache = self._parked_cache()
-                self._cache.batch_select_indices(torch.zeros(self.count, dtype=torch.int64))
-                self.rows, self._parked = [None] * self.count, [1] * self.count
+        with cache:
+            if self._static and len(self.rows) < self.count:
+                self._widen()
+            assert self._cache is not None
             place = self.rows.index(None) if None in self.rows else len(self.rows)
             self._cache.adopt(place, cache)
             self.rows[place : place + 1] = [row]
-        finally:
-            cache.close()
+
+    def _widen(self) -> None:
+        """Go over to steps of one shape, with a row for every seat."""
+        if self._cache is None:
+            self._cache = self._parked_cache()
+        missing = self.count - len(self.rows)
+        self._cache.batch_select_indices(torch.tensor([*range(len(self.rows)), *[0] * missing]))
+        self.rows += [None] * missing
+        self._parked = [_PARKED_TOKENS] * self.count
+        self._step = DecodeStep(self.model, self._cache, compile=self._compile, tokens=self._steps)
 
     def rise(self, row: Row) -> None:
         """Free the seat of a row."""
@@ -150,7 +168,7 @@ class Seats:
         """Free all seats and their memory."""
         if self._cache is not None:
             self._cache.close()
-        self._cache, self.rows = None, []
+        self._cache, self._step, self.rows = None, None, []
 
     def idle(self) -> None:
         """Give memory back while there is nothing to decode; a static batch keeps its own."""
@@ -163,18 +181,12 @@ class Seats:
     def step(self) -> None:
         """One token for every row."""
         self._settle()
-        cache = self._cache
-        assert cache is not None
-        tokens, positions = [], []
-        for place, row in enumerate(self.rows):
-            tokens.append([0 if row is None else row.tokens[-1]])
-            positions.append([self._parked[place] if row is None else row.length - 1])
-        device = self.model.device
-        logits_BV = self.model(
-            torch.tensor(tokens, device=device),
-            past_key_values=cache,
-            position_ids=torch.tensor(positions, device=device),
-        ).logits[:, -1]
+        cache, step = self._cache, self._step
+        assert cache is not None and step is not None
+        tokens = [[0 if row is None else row.tokens[-1]] for row in self.rows]
+        logits_BV = step(torch.tensor(tokens, device=self.model.device))
+        if self._static and not step.compiled:
+            self._static, self._compile = False, False
         self._parked = [tokens + 1 for tokens in self._parked]
         share = cache.kv_bytes // len(self.rows)
         taken = [place for place, row in enumerate(self.rows) if row is not None]

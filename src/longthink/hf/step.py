@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import shutil
+import threading
 import types
 import weakref
 from collections.abc import Callable, Hashable
@@ -26,6 +27,7 @@ from longthink.config import check_choice
 from longthink.errors import UnsupportedFeatureError
 from longthink.hf.attention import mark
 from longthink.hf.cache import PagedCache
+from longthink.hf.linears import few_rows_backend
 
 Compile = Literal["auto"] | bool
 
@@ -33,6 +35,9 @@ PAYS_FROM = 8192
 """New tokens from which compiling pays for itself; `benchmarks/2026-11-21-step.md` has the measurement."""
 
 _log = logging.getLogger(__name__)
+
+# The compiler's stance is one for the whole process: another thread would take over ours, and leave it behind.
+_one_at_a_time = threading.RLock()
 
 
 class _StepLayer:
@@ -77,7 +82,7 @@ class _StepCache:
 def _forward(model: PreTrainedModel, cache: _StepCache, token_B1: Tensor) -> Tensor:
     """Logits after one more token of every row, B x V."""
     position_B1 = cache.layers[0].slots.next_position_B[:, None]
-    out = model(input_ids=token_B1, position_ids=position_B1, past_key_values=cache, use_cache=True)
+    out = model(token_B1, position_ids=position_B1, past_key_values=cache, use_cache=True)
     return out.logits[:, -1]
 
 
@@ -91,9 +96,11 @@ class _Programs:
     """The two functions compiled, for one model and one shape of its cache."""
 
     def __init__(self, device: torch.device) -> None:
-        mode = "reduce-overhead" if device.type == "cuda" else None
+        how: dict[str, Any] = {"mode": "reduce-overhead"} if device.type == "cuda" else {}
+        if device.type == "cpu":
+            how = {"backend": few_rows_backend}
         self.by_function = {
-            function: torch.compile(_own_copy(function), fullgraph=True, mode=mode)
+            function: torch.compile(_own_copy(function), fullgraph=True, **how)
             for function in (_forward, _turn)
         }
 
@@ -209,10 +216,10 @@ class DecodeStep:
             return function(*args)
         # Guards look at every tensor and module: a tenth of a small model's step. Nothing that they look at changes
         # between two steps but the sizes of the slots.
-        sizes = self._cache.slot_shapes
+        sizes = self._cache.sizes
         known = self._guarded.get(function) == sizes
         try:
-            with torch.compiler.set_stance("default", skip_guard_eval_unsafe=known):
+            with _one_at_a_time, torch.compiler.set_stance("default", skip_guard_eval_unsafe=known):
                 result = self._programs.by_function[function](*args)
             self._guarded[function] = sizes
             return result

@@ -1,7 +1,8 @@
 """The numerical work, behind one set of names.
 
 `reference` and `reference_step` are the definition, in plain torch, and run on every device. Tensors on a GPU go to
-Triton kernels of the same names, where there are some and Triton is installed: docs/kernels.md.
+Triton kernels of the same names, where there are some and Triton is installed: docs/kernels.md. What a compiler
+shall make loops of on a CPU is in `compiled`.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from longthink.kernels import reference, reference_step
+from longthink.kernels import compiled, reference, reference_step
 from longthink.kernels.reference import (
     block_attention,
     bound_scores,
     column_mass,
     discriminant_scores,
     hash_priority,
+    logical_pages,
     lowest,
     page_mass,
     rotate_keys,
@@ -40,6 +42,7 @@ __all__ = [
     "decode_attention",
     "discriminant_scores",
     "hash_priority",
+    "logical_pages",
     "lowest",
     "move_tokens",
     "page_mass",
@@ -73,6 +76,8 @@ def decode_attention(
     attend = reference.decode_attention
     if _goes_to_triton(query_BKGD):
         from longthink.kernels.triton_step import decode_attention as attend
+    elif query_BKGD.is_cpu and torch.compiler.is_compiling():
+        attend = compiled.decode_attention
     return attend(query_BKGD, keys_BKSD, values_BKSD, resident_BKS, scaling, with_weights=with_weights)
 
 

@@ -63,7 +63,7 @@ def column_mass(
     """
     kv_heads = key_BKND.shape[1]
     query_BKGQD = query_BHQD.unflatten(1, (kv_heads, -1))
-    wide = _wide(query_BHQD.dtype)
+    wide = wide_dtype(query_BHQD.dtype)
     mass_BKN = torch.zeros(key_BKND.shape[:3], dtype=wide, device=key_BKND.device)
     for start in range(0, query_BHQD.shape[2], _QUERIES_AT_ONCE):
         part = slice(start, start + _QUERIES_AT_ONCE)
@@ -112,7 +112,7 @@ def decode_attention(
         )
         return out_BKGD.to(query_BKGD.dtype), None
     dtype = query_BKGD.dtype
-    logits_BKGS = (query_BKGD @ keys_BKSD.to(dtype).transpose(-1, -2)).to(_wide(dtype)) * scaling
+    logits_BKGS = (query_BKGD @ keys_BKSD.to(dtype).transpose(-1, -2)).to(wide_dtype(dtype)) * scaling
     weights_BKGS = masked_softmax(logits_BKGS, mask_BKGS)
     out_BKGD = weights_BKGS.to(dtype) @ values_BKSD.to(dtype)
     return out_BKGD, weights_BKGS if with_weights else None
@@ -130,10 +130,22 @@ def bound_scores(query_BKGD: Tensor, kmin_BKPD: Tensor, kmax_BKPD: Tensor) -> Te
     ``sum_d max(q_d * kmin_d, q_d * kmax_d)`` as two products: positive query parts meet the maxima,
     negative ones the minima.
     """
-    wide = _wide(query_BKGD.dtype)
+    wide = wide_dtype(query_BKGD.dtype)
     query = query_BKGD.to(wide)
     highest = query.clamp(min=0) @ kmax_BKPD.to(wide).transpose(-1, -2)
     return highest + query.clamp(max=0) @ kmin_BKPD.to(wide).transpose(-1, -2)
+
+
+def logical_pages(position_BKS: Tensor, page_size: int) -> Tensor:
+    """Logical page in each slot (the largest position // page_size), -1 where the slot is empty. Shape BKP.
+
+    The maximum is taken in halves: a compiler makes vectors of slots of that, but scalar code of a maximum over a few
+    tokens. Page sizes are powers of two: a shift is exact, and much cheaper than a division.
+    """
+    last_BKPT = position_BKS.unflatten(-1, (-1, page_size))
+    while last_BKPT.shape[-1] > 1:
+        last_BKPT = torch.maximum(*last_BKPT.chunk(2, -1))
+    return last_BKPT[..., 0] >> (page_size.bit_length() - 1)
 
 
 def page_mass(weights_BKGS: Tensor, page_size: int) -> Tensor:
@@ -176,7 +188,8 @@ def _rank(score_BKP: Tensor, page_BKP: Tensor) -> Tensor:
     page = torch.where(broken_BKP, page_BKP - far // 2, page_BKP).masked_fill(empty_BKP, far)
     mine_BKP1, other_BK1P = (score[..., None], page[..., None]), (score[..., None, :], page[..., None, :])
     tied_BKPP = (other_BK1P[0] == mine_BKP1[0]) & (other_BK1P[1] < mine_BKP1[1])
-    return ((other_BK1P[0] > mine_BKP1[0]) | tied_BKPP).sum(-1, dtype=torch.int32)
+    # Sums of integers are not vectorised; these are exact in float32.
+    return ((other_BK1P[0] > mine_BKP1[0]) | tied_BKPP).sum(-1, dtype=torch.float32)
 
 
 def _order(score_BKP: Tensor, page_BKP: Tensor) -> Tensor:
@@ -244,17 +257,19 @@ def discriminant_scores(
     of token x is ``(x - m) . w`` with ``(C + ridge * trace(C) / D * I) w = b - m``: ridge regression of the mark, up
     to a factor. All scores are 0 where nothing is marked or numbers are broken.
     """
-    x = features_BKSD.to(_wide(features_BKSD.dtype))
-    resident, marked = (mask[..., None].to(x.dtype) for mask in (resident_BKS, marked_BKS & resident_BKS))
-    count = resident.sum(2, keepdim=True).clamp(min=1)
-    x = (x - (x * resident).sum(2, keepdim=True) / count) * resident
+    x = features_BKSD.to(wide_dtype(features_BKSD.dtype))
+    # Sums over tokens are products with a row of ones and zeros: no copy of the features but the centred one.
+    resident, marked = (mask[:, :, None].to(x.dtype) for mask in (resident_BKS, marked_BKS & resident_BKS))
+    count = resident.sum(-1, keepdim=True).clamp(min=1)
+    x = (x - resident @ x / count).mul_(resident.transpose(2, 3))
     covariance = x.transpose(2, 3) @ x / count
     spread = covariance.diagonal(dim1=2, dim2=3).mean(-1, keepdim=True)
     # The tiny number keeps a table of equal tokens from being singular.
     covariance = covariance + torch.diag_embed((ridge * spread + 1e-30).expand(*x.shape[:2], x.shape[3]))
-    difference = (x * marked).sum(2) / marked.sum(2).clamp(min=1)
-    direction, _ = torch.linalg.solve_ex(covariance, difference[..., None])
-    return (x @ direction)[..., 0].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    difference = marked @ x / marked.sum(-1, keepdim=True).clamp(min=1)
+    direction, _ = torch.linalg.solve_ex(covariance, difference.transpose(2, 3))
+    score_BK1S = direction.transpose(2, 3) @ x.transpose(2, 3)
+    return score_BK1S[:, :, 0].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def rotate_keys(keys_BKND: Tensor, shift_B: Tensor, inv_freq_D: Tensor) -> Tensor:
@@ -267,12 +282,12 @@ def rotate_keys(keys_BKND: Tensor, shift_B: Tensor, inv_freq_D: Tensor) -> Tenso
     """
     angle = shift_B.to(torch.float64)[:, None] * inv_freq_D.to(torch.float64)
     angle = torch.cat([angle, angle], -1)[:, None, None]
-    keys = keys_BKND.to(_wide(keys_BKND.dtype))
+    keys = keys_BKND.to(wide_dtype(keys_BKND.dtype))
     first, second = keys.chunk(2, -1)
     turned = keys * angle.cos().to(keys.dtype) + torch.cat([-second, first], -1) * angle.sin().to(keys.dtype)
     return turned.to(keys_BKND.dtype)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that scores and softmax weights are kept in."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -18,6 +18,7 @@ from torch import Tensor
 from longthink.kernels.reference import (
     bound_scores,
     decode_attention,
+    logical_pages,
     lowest,
     page_mass,
     top_fraction,
@@ -153,7 +154,7 @@ def select_attention(
     """
     append(slots, key_BKD, value_BKD)
     assert slots.kmin_BKPD is not None and slots.kmax_BKPD is not None
-    page_BKP = _page(slots.position_BKS, slots.page_size)
+    page_BKP = logical_pages(slots.position_BKS, slots.page_size)
     score_BKP = bound_scores(query_BKGD, slots.kmin_BKPD, slots.kmax_BKPD).amax(2)
     pages = torch.arange(score_BKP.shape[-1], device=score_BKP.device)
     score_BKP = torch.where(pages == slots.tail_BK[..., None], torch.inf, score_BKP)
@@ -279,7 +280,7 @@ def bookkeep(turn: Turn, used: Used | None = None) -> Tensor:
             (turn.pinned_B, (-1, 1, 1)),
         )
     )
-    page_NKP = _page(turn.position_NKS, page_size)
+    page_NKP = logical_pages(turn.position_NKS, page_size)
     resident_NKP = page_NKP >= 0
     if used is not None:
         score = used.score_NKP
@@ -330,8 +331,3 @@ def move_tokens(
     moved_BKM = position_BKS.gather(2, source_BKM)
     position_BKS.scatter_(2, source_BKM, -1)
     position_BKS.scatter_(2, target_BKM, moved_BKM)
-
-
-def _page(position_BKS: Tensor, page_size: int) -> Tensor:
-    """Logical page in each slot, -1 where the slot is empty."""
-    return position_BKS.unflatten(-1, (-1, page_size)).amax(-1).div(page_size, rounding_mode="floor")

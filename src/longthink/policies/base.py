@@ -18,6 +18,7 @@ from torch import Tensor
 
 from longthink.config import Budget, check_choice
 from longthink.errors import BudgetError
+from longthink.kernels import logical_pages
 
 PAGE_SIZES = (1, 4, 8, 16, 32)
 
@@ -65,9 +66,7 @@ class PageTable:
     @property
     def page_BKP(self) -> Tensor:
         """Logical page in each slot (position // page_size), int32, -1 where the slot is empty."""
-        position_BKP = self.position_BKS.unflatten(-1, (-1, self.page_size)).amax(-1)
-        # Page sizes are powers of two: a shift is exact, and much cheaper than a division.
-        return position_BKP >> (self.page_size.bit_length() - 1)
+        return logical_pages(self.position_BKS, self.page_size)
 
     @property
     def resident_BKS(self) -> Tensor:

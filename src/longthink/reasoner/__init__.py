@@ -5,8 +5,9 @@ Making and grading problems is pure Python; the model and its training import to
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from longthink._lazy import lazy_names
 from longthink.reasoner.profiles import PROFILES
 from longthink.reasoner.task import SIZES, Problem, Rule, Size, grade, make_problem, make_problems
 
@@ -31,21 +32,14 @@ __all__ = [
     "train",
 ]
 
-_LAZY = {
-    "TrainConfig": "config",
-    "TrainResult": "trainer",
-    "export_run": "trainer",
-    "load_reasoner": "pretrained",
-    "train": "trainer",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "config": ("TrainConfig",),
+        "pretrained": ("load_reasoner",),
+        "trainer": ("TrainResult", "export_run", "train"),
+    },
+)
 
 
 def __dir__() -> list[str]:

@@ -347,6 +347,7 @@
     if (x1 - x0 < 0.02 * (view.x1 - view.x0) || y1 - y0 < 0.02 * (view.y1 - view.y0)) {
       held = held < 0 ? pageAt(event) : -1;
       show(pageAt(event), true);
+      $("text").focus({ preventScroll: true });
       return;
     }
     view = { x0, x1, y0, y1 };
@@ -357,6 +358,14 @@
   const pageOf = (event) => (event.target.dataset.page === undefined ? -1 : Number(event.target.dataset.page));
   $("text").addEventListener("mouseover", (event) => { if (held < 0 && pageOf(event) >= 0) show(pageOf(event), false); });
   $("text").addEventListener("click", (event) => { held = held < 0 ? pageOf(event) : -1; if (pageOf(event) >= 0) show(pageOf(event), false); });
+  $("lives").addEventListener("keydown", (event) => {
+    const by = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
+    if (event.key === "Escape") held = -1;
+    if (!by || shown < 0 || event.target.tagName === "SELECT") return;
+    event.preventDefault();
+    held = Math.min(trace.texts.length - 1, Math.max(0, shown + by));
+    show(held, true);
+  });
   $("grid").addEventListener("click", (event) => {
     const index = event.target.dataset.map;
     if (index !== undefined) pickMap(Number(index) === onlyMap ? -1 : Number(index));

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.resources import files
+from math import floor
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from longthink._version import __version__
-from longthink.analyze import Lives, PageClass, Share, TraceStore, read_lives, share_table, telling_texts
-from longthink.analyze.lives import Rules
+from longthink.analyze import (
+    Lives,
+    PageClass,
+    Share,
+    TraceStore,
+    read_lives,
+    share_table,
+    telling_texts,
+)
 from longthink.analyze.replays import Replay, load_replays
+from longthink.analyze.rules import Rules
+from longthink.analyze.shares import mean_with_interval
 from longthink.analyze.whatif import BELADY, OPTIMUM
 from longthink.errors import needs_extra
 from longthink.report.attention_figures import save_attention_figures
-from longthink.report.attention_view import view_of
+from longthink.report.attention_truth import truth_table
+from longthink.report.attention_view import CLASS_NAMES, MAP_NAMES, view_of
 from longthink.report.escape import for_html
 from longthink.report.figures import Figure, Line, Panel
 from longthink.report.page import Page, paragraph
@@ -81,16 +91,19 @@ def build_attention(
         page.add_figure(figure)
     if not replays:
         page.add("Policies", paragraph("No policy was replayed on these traces: see longthink what-if."))
-    tables = [shares_table(table)]
-    page.add("Classes", paragraph(_definitions(rules), quiet=True) + tables[0].html())
+    truth = truth_table(all_lives)
+    tables = [*read_tables(table), *([truth] if truth else [])]
+    page.add("Classes", paragraph(_definitions(rules), quiet=True))
+    for one in tables:
+        page.add("Classes", f"<h3>{for_html(one.title)}</h3>{one.html()}")
     page.add("Classes", _texts(all_lives))
     if command:
         page.add("Origin", f"<p>This page: <code>{for_html(command)}</code></p>")
     out = Path(out_folder)
     out.mkdir(parents=True, exist_ok=True)
     save_figures(figures, out / "figures")
-    save_attention_figures([(traces[i], all_lives[i]) for i in shown], replays, out / "figures")
-    for one in tables:
+    save_attention_figures([(traces[i], all_lives[i]) for i in shown], all_lives, replays, out / "figures")
+    for one in (*tables, shares_table(table)):
         one.save(out / "tables")
     page.save(out / ATTENTION_PAGE)
     return out / ATTENTION_PAGE
@@ -127,16 +140,37 @@ def _definitions(rules: Rules) -> str:
 
 
 def shares_table(shares: Sequence[Share]) -> Table:
-    """All shares: of the model and its tasks, layers and heads."""
-    rows = [
-        [one.scope, one.part, one.name, one.share, one.low, one.high, one.problems]
-        for one in shares
-        if one.share or "head" not in one.scope
-    ]
+    """All shares, one in a row: of the model and its tasks, layers and heads."""
+    rows = [[one.scope, one.part, one.name, one.share, one.low, one.high, one.problems] for one in shares]
     kinds = dict.fromkeys(("of", "part", "class"), "text") | dict.fromkeys(
         ("share", "low", "high"), "percent"
     )
     return Table(name="classes", title="Classes", note="", columns=kinds | {"problems": "count"}, rows=rows)
+
+
+def read_tables(shares: Sequence[Share]) -> list[Table]:
+    """Shares as people read them, a column for each class: of pages, and of heads. Single heads are in the grid."""
+    tables = []
+    for name, title, names, whole in (
+        ("page-classes", "Pages", CLASS_NAMES, False),
+        ("head-classes", "Heads", MAP_NAMES, True),
+    ):
+        rows: dict[tuple[str, str], dict[str, str]] = {}
+        for one in shares:
+            if (one.part == "maps") == whole and "head" not in one.scope:
+                rows.setdefault((one.scope, one.part), {})[one.name] = _share_text(one)
+        columns = {"of": "text"} | ({} if whole else {"part": "text"}) | dict.fromkeys(names, "share")
+        # The model, then its tasks, then its layers.
+        order = sorted(rows, key=lambda key: (key[0] != "model") + key[0].startswith("layer "))
+        cells = [[*(key[:1] if whole else key), *(rows[key][one] for one in names)] for key in order]
+        tables.append(Table(name=name, title=title, note="", columns=columns, rows=cells))
+    return tables
+
+
+def _share_text(one: Share) -> str:
+    if one.low is None or one.high is None:
+        return f"{one.share:.2%}"
+    return f"{one.share:.2%} ({100 * one.low:.2f} to {100 * one.high:.2f})"
 
 
 def _texts(all_lives: Sequence[Lives]) -> str:
@@ -151,6 +185,8 @@ def _texts(all_lives: Sequence[Lives]) -> str:
             f'<li><code>{for_html(one.text)}</code> {one.count}<span class="quiet"> ×{one.lift:.1f}</span></li>'
             for one in found
         )
+        if not found:
+            continue
         heading = f"Texts of {which.name.lower()} pages, {part}"
         note = "Pages of the class in at least one head; × how much more frequent than among all pages."
         blocks.append(
@@ -188,14 +224,19 @@ def recall_figures(replays: Sequence[Replay]) -> list[Figure]:
             if lines:
                 words = kind.replace("_", " ")
                 ticks = sorted({getattr(one, kind) for one in mine})
-                panel = Panel(title=f"{title} against {words}", lines=lines, x_ticks=ticks)
+                problems = len({one.key[:2] for one in mine})
+                counted = f"{problems} problems, 95 % intervals" if problems > 1 else "1 problem"
+                panel = Panel(title=counted, lines=lines, x_ticks=ticks)
                 look: dict[str, Any] = {
                     "x_label": f"{words} (tokens)",
                     "y_label": "share kept",
                     "percent": True,
+                    # Policies lie close together at the top.
+                    "floor": min(0.9, floor(10 * min(min(line.low or line.y) for line in lines)) / 10),
                 }
                 figures.append(
-                    Figure(name=f"{name}-{words.replace(' ', '-')}", section="Policies", title=title,
+                    Figure(name=f"{name}-{words.replace(' ', '-')}", section="Policies",
+                           title=f"{title} against {words}",
                            caption=caption, panels=[panel], **look)
                 )  # fmt: skip
     return figures
@@ -206,13 +247,16 @@ def _line(policy: str, replays: Sequence[Replay], name: str, kind: str, style: S
     values: dict[int, list[float]] = {}
     for one in replays:
         values.setdefault(getattr(one, kind), []).append(getattr(one, name))
-    means = {budget: fmean(values[budget]) for budget in sorted(values)}
+    means = {budget: mean_with_interval(values[budget]) for budget in sorted(values)}
     label = _NAMES.get(policy, policy)
+    several = all(low is not None for _, low, _ in means.values())
     return Line(
         label=label,
         style=style,
         kind="curve",
         x=[float(budget) for budget in means],
-        y=list(means.values()),
-        hover=[f"{label}, {budget}: {mean:.1%}" for budget, mean in means.items()],
+        y=[mean for mean, _, _ in means.values()],
+        low=[low for _, low, _ in means.values() if low is not None and several],
+        high=[high for _, _, high in means.values() if high is not None and several],
+        hover=[f"{label}, {budget}: {mean:.1%}" for budget, (mean, _, _) in means.items()],
     )

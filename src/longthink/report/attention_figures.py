@@ -31,9 +31,9 @@ _LOST = "#d11f3a"
 
 
 def save_attention_figures(
-    shown: Sequence[tuple[Trace, Lives]], replays: Sequence[Replay], folder: Path
+    shown: Sequence[tuple[Trace, Lives]], all_lives: Sequence[Lives], replays: Sequence[Replay], folder: Path
 ) -> None:
-    """Write ``lives-N`` for each trace (with evictions under the first policy replayed on it) and ``heads``."""
+    """Write ``lives-N`` for each trace shown (with evictions under the first policy replayed on it) and ``heads``."""
     from matplotlib.figure import Figure as Canvas
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def save_attention_figures(
     canvas = Canvas(
         figsize=(1.6 + 0.42 * max(4, header.heads), 1.4 + 0.34 * header.layers), layout="constrained"
     )
-    _draw_heads(canvas.subplots(), shown[0][1])
+    _draw_heads(canvas.subplots(), all_lives)
     _save(canvas, folder / "heads")
 
 
@@ -99,18 +99,23 @@ def _draw_lives(axes: Any, trace: Trace, lives: Lives, replay: Replay | None) ->
     axes.legend(loc="lower left", fontsize="x-small", markerscale=3, frameon=False)
 
 
-def _draw_heads(axes: Any, lives: Lives) -> None:
+def _draw_heads(axes: Any, all_lives: Sequence[Lives]) -> None:
+    """What each head is in most problems."""
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
-    grid = map_classes(lives).reshape(lives.header.layers, lives.header.heads)
+    header = all_lives[0].header
+    counts = sum(np.eye(len(MapClass), dtype=int)[map_classes(lives)] for lives in all_lives)
+    grid = np.argmax(counts, 1).reshape(header.layers, header.heads)
     colours = ListedColormap([_MAP_COLOURS[kind] for kind in MapClass])
     axes.pcolormesh(
         grid, cmap=colours, vmin=-0.5, vmax=len(MapClass) - 0.5, edgecolors="white", linewidth=1.5
     )
-    axes.set_xticks(np.arange(lives.header.heads) + 0.5, labels=range(lives.header.heads))
-    axes.set_yticks(np.arange(lives.header.layers) + 0.5, labels=range(lives.header.layers))
+    axes.set_xticks(np.arange(header.heads) + 0.5, labels=range(header.heads))
+    axes.set_yticks(np.arange(header.layers) + 0.5, labels=range(header.layers))
     axes.invert_yaxis()
+    if len(all_lives) > 1:
+        axes.set_title(f"most frequent class in {len(all_lives)} problems", fontsize="small")
     axes.set_xlabel("query head", fontsize="small")
     axes.set_ylabel("layer", fontsize="small")
     patches = [

@@ -47,7 +47,10 @@ class Panel:
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """Panels that share their axes' meaning. ``x_ticks`` of a panel mean a logarithmic axis."""
+    """Panels that share their axes' meaning. ``x_ticks`` of a panel mean a logarithmic axis.
+
+    An axis of shares (`percent`) begins at `floor`.
+    """
 
     name: str
     section: str
@@ -56,7 +59,14 @@ class Figure:
     x_label: str
     y_label: str
     percent: bool = False
+    floor: float = 0.0
     panels: list[Panel]
+
+    @property
+    def share_range(self) -> list[float]:
+        """Ends of an axis of shares, with room for what lies on them."""
+        room = 0.03 * (1 - self.floor)
+        return [self.floor - room, 1 + room]
 
 
 Metric = Callable[[Cell], tuple[float, float, float] | float]

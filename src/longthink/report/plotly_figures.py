@@ -45,7 +45,7 @@ def _x_axis(panel: Panel, figure: Figure) -> dict[str, Any]:
 def _y_axis(figure: Figure) -> dict[str, Any]:
     axis: dict[str, Any] = {"title": {"text": for_plotly(figure.y_label)}, "zeroline": False}
     if figure.percent:
-        return axis | {"tickformat": ".0%", "range": [-0.03, 1.03]}
+        return axis | {"tickformat": "~%", "range": figure.share_range}
     return axis | {"rangemode": "tozero"}
 
 

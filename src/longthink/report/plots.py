@@ -75,8 +75,8 @@ def _draw(axes: Any, panel: Panel, figure: Figure, handles: dict[str, Any]) -> N
     if figure.percent:
         from matplotlib.ticker import PercentFormatter
 
-        axes.set_ylim(-0.03, 1.03)
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.set_ylim(*figure.share_range)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     else:
         axes.set_ylim(bottom=0)
     axes.grid(**_GRID)

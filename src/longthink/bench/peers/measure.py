@@ -31,7 +31,9 @@ from longthink.results.records import Measurement
 Told = Callable[[str], None]
 """Called with what goes on."""
 
-_OWN = ("longthink.bench.peers.own", "")
+_OWN = "longthink.bench.peers.own"
+_PROCESSES = ("", "beside")
+"""Our own caches are spread over two: nearly all the time of a short run goes into compiling them."""
 _FEW = 4
 _LONG_BLOCK_MS = 1500.0
 """A peer's block takes about this long at most, but `_FEW` steps in any case; blocks of ours are whole pages."""
@@ -110,10 +112,12 @@ class _Workers:
         self._stack, self._found, self._told = stack, found, told
         self._all: dict[tuple[str, str], Worker] = {}
         self._cannot: dict[tuple[str, str], BenchError] = {}
+        self._ours: dict[str, tuple[str, str]] = {}
 
     def of(self, system: str) -> Worker:
         """Return the process that measures a system; what cannot be installed is not tried again."""
-        kind = WORKERS.get(system, _OWN)
+        process = _PROCESSES[len(self._ours) % len(_PROCESSES)]
+        kind = WORKERS.get(system) or self._ours.setdefault(system, (_OWN, process))
         if kind in self._cannot:
             raise self._cannot[kind]
         try:
@@ -125,9 +129,11 @@ class _Workers:
     def _started(self, kind: tuple[str, str]) -> Worker:
         module, name = kind
         if kind not in self._all or not self._all[kind].alive:
-            python = None if module == _OWN[0] else interpreter(name, self._told)
-            self._all[kind] = self._stack.enter_context(Worker(module, python))
-            self._found.versions[name or "longthink"] = self._all[kind].ask("versions")
+            ours = module == _OWN
+            self._all[kind] = self._stack.enter_context(
+                Worker(module, None if ours else interpreter(name, self._told))
+            )
+            self._found.versions["longthink" if ours else name] = self._all[kind].ask("versions")
         return self._all[kind]
 
 

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from typing_extensions import override
 
-from longthink.bench.peers.plan import FLOOR, TRANSFORMERS
+from longthink.bench.peers.plan import FLOOR, NARROW, TRANSFORMERS
 from longthink.bench.peers.protocol import Point, serve
 from longthink.bench.plan import Plan
 from longthink.bench.systems import PagedSystem, System, make_systems
@@ -123,6 +123,7 @@ def _system(model: PreTrainedModel, point: Point) -> System:
         rows=point.rows,
         fast_forward=True,
         compile=not baseline,
+        kv_dtype=NARROW if point.way == NARROW else None,
     )
     # Of ours the compiled one, which comes last.
     *_, system = make_systems(model, plan, room=point.steps)

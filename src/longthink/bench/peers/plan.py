@@ -27,6 +27,8 @@ KEEP_ALL = (*TRANSFORMERS, *(name for name, (_, evicts) in OPENVINO.items() if n
 KVPRESS = "kvpress decoding"
 FLOOR = "byte floor"
 """Reading weights, keys and values of the budget, and nothing else."""
+NARROW = "bfloat16"
+"""A way to run a policy: keys and values in two bytes beside a float32 model."""
 CONTROL = "recency:page_size=16"
 """Below its budget it reads as many slots as any bounded cache, and scores, stamps and evicts nothing."""
 
@@ -162,5 +164,6 @@ def _for_targets(plan: PeersPlan) -> list[Place]:
         Place(system="raas", context=SHORT),
         Place(system="raas", context=LONG),
         Place(system="raas", context=MIDDLE, way="generate"),
+        Place(system="raas", context=MIDDLE, way=NARROW),
         Place(system=CONTROL, context=plan.prompt + BLOCK),
     ]

@@ -7,7 +7,17 @@ from dataclasses import dataclass, replace
 from statistics import median
 
 from longthink.bench.peers.measure import Found, Timed
-from longthink.bench.peers.plan import CONTROL, FLOOR, KVPRESS, LONG, MIDDLE, SHORT, TRANSFORMERS, Place
+from longthink.bench.peers.plan import (
+    CONTROL,
+    FLOOR,
+    KVPRESS,
+    LONG,
+    MIDDLE,
+    NARROW,
+    SHORT,
+    TRANSFORMERS,
+    Place,
+)
 
 _RAAS = Place(system="raas", context=MIDDLE)
 _BEST_DENSE = "the best dense cache of transformers"
@@ -83,6 +93,12 @@ _RATIOS = (
     _Ratio(
         text="RaaS / OpenVINO GenAI f32 with eviction, 16k",
         over=_RAAS, under=Place(system="openvino f32 eviction", context=MIDDLE),
+        sign="<=", wanted={"S8": 0.95, "S2": 0.95},
+    ),
+    _Ratio(
+        text="RaaS with bfloat16 keys and values / the same",
+        over=Place(system="raas", context=MIDDLE, way=NARROW),
+        under=Place(system="openvino f32 eviction", context=MIDDLE),
         sign="<=", wanted={"S8": 0.95, "S2": 0.95},
     ),
     _Ratio(
@@ -175,7 +191,9 @@ def _why(ratio: _Ratio, found: Found) -> str:
 def _memory(model: str, found: Found) -> Target:
     """Bytes of all that RaaS keeps, over those of the keys and values of its budget, wherever it was measured."""
     target = Target(text="RaaS bytes / bytes of L tokens", model=model, sign="<=", wanted=_MEMORY)
-    mine = [one for one in found.timed if one.model == model and one.place.rows == 1]
+    mine = [
+        one for one in found.timed if (one.model, one.place.rows) == (model, 1) and one.place.way != NARROW
+    ]
     held = [one.row.kv_bytes + one.row.metadata_bytes for one in mine if one.place.system == "raas"]
     budget = next((one.row.kv_bytes for one in mine if one.place.system == FLOOR), None)
     if not held or not budget:

@@ -1,0 +1,65 @@
+"""Linear layers of a compiled step on a CPU: a step multiplies few rows, and libraries are made for many.
+
+With one row, all the time of a linear layer goes into reading its weight. As a sum of products the compiler makes one
+loop of it that reads each weight once, at the speed of the memory; the matrix libraries that PyTorch calls stay far
+below that (`benchmarks/2026-11-21-step.md` has the figures).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo import lookup_backend
+from torch.fx import GraphModule, Node
+from torch.nn.functional import linear
+
+FEW_ROWS = 4
+"""Rows up to which sums of products are faster than a matrix library."""
+
+
+def few_rows_backend(module: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+    """Compile as inductor does, with linear layers made for few rows: a backend of ``torch.compile``."""
+    for node in list(module.graph.nodes):
+        if node.op == "call_function" and node.target is linear:
+            _replace(node)
+    module.graph.lint()
+    module.recompile()
+    compiled: Callable[..., Any] = lookup_backend("inductor")(module, inputs)
+    return compiled
+
+
+def _replace(node: Node) -> None:
+    """Put in what is faster than a linear layer for so many rows, if anything is."""
+    operands: dict[str, Any] = {
+        **dict(zip(("input", "weight", "bias"), node.args, strict=False)),
+        **node.kwargs,
+    }
+    value, weight, bias = (operands.get(name) for name in ("input", "weight", "bias"))
+    assert isinstance(value, Node)
+    example = value.meta["example_value"]
+    *lead, width = example.shape
+    rows = math.prod(lead)
+    if not isinstance(rows, int) or (rows > FEW_ROWS and not _goes_to_one_dnn(example)):
+        return
+    call = node.graph.call_function
+    with node.graph.inserting_before(node):
+        flat = call(torch.reshape, (value, (rows, width)))
+        if rows > FEW_ROWS:
+            out = call(torch.ops.mkldnn._linear_pointwise, (flat, weight, bias, "none", [], ""))
+        else:
+            # A sum for each row, and not one for all: the compiler makes a single loop over the weight of them.
+            products = [call(torch.mul, (weight, call(torch.select, (flat, 0, row)))) for row in range(rows)]
+            out = call(torch.stack, ([call(torch.sum, (product, -1)) for product in products],))
+            if bias is not None:
+                out = call(torch.add, (out, bias))
+        node.replace_all_uses_with(call(torch.reshape, (out, (*lead, -1))))
+    node.graph.erase_node(node)
+
+
+def _goes_to_one_dnn(example: Tensor) -> bool:
+    # PyTorch takes another library for float32, which needs up to 1.6 times as long on some processors.
+    return example.dtype == torch.float32 and torch.backends.mkldnn.is_available()
