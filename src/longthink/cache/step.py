@@ -18,7 +18,9 @@ from longthink.cache.store import SlotStore
 from longthink.policies import Moves, PageTable, Policy, Step
 
 
-def choose_slots(policy: Policy, table: PageTable, opens_B: Tensor, *, evicts: bool) -> tuple[Tensor, Moves | None]:
+def choose_slots(
+    policy: Policy, table: PageTable, opens_B: Tensor, *, evicts: bool
+) -> tuple[Tensor, Moves | None]:
     """Slot for the page of each row's present token: an empty one, or the one that gives way; and what moves out of it.
 
     Parameters

@@ -207,9 +207,13 @@ def append(cache: Slots | Pool, key_BKD: Tensor, value_BKD: Tensor) -> None:
 def _read(cache: Slots | Pool, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     if isinstance(cache, Slots):
         return cache.keys_BKSD, cache.values_BKSD, (cache.position_BKS >= 0).expand(-1, heads, -1)
-    block_BKP, head_K1 = cache.block_BKP.clamp(min=0).long(), torch.arange(heads, device=cache.block_BKP.device)[:, None]
+    block_BKP, head_K1 = (
+        cache.block_BKP.clamp(min=0).long(),
+        torch.arange(heads, device=cache.block_BKP.device)[:, None],
+    )
     keys, values = (
-        pool.transpose(1, 2)[block_BKP, head_K1].flatten(2, 3) for pool in (cache.keys_XTKD, cache.values_XTKD)
+        pool.transpose(1, 2)[block_BKP, head_K1].flatten(2, 3)
+        for pool in (cache.keys_XTKD, cache.values_XTKD)
     )
     token = torch.arange(keys.shape[2], device=keys.device)
     resident_BKS = (token < cache.length_B[:, None])[:, None].expand(-1, heads, -1)

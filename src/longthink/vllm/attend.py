@@ -121,13 +121,17 @@ class KernelAttend:
             plan.length_B,
         )
         query_BKGD = query_BHD.unflatten(1, (pool.heads, -1))
-        out, weights = kernels.step_attention(query_BKGD, key_BKD, value_BKD, blocks, self._scaling, self._learn)
+        out, weights = kernels.step_attention(
+            query_BKGD, key_BKD, value_BKD, blocks, self._scaling, self._learn
+        )
         out_BHD.copy_(out.flatten(1, 2))
         if weights is None:
             return None
         # Policies think in slots, which change places with nothing.
         order = plan.order_LBKP[at][:, :, None, :, None].expand(*weights.shape[:3], -1, pool.page_size)
-        order = order if order.shape[1] == weights.shape[1] else order.expand(-1, weights.shape[1], -1, -1, -1)
+        order = (
+            order if order.shape[1] == weights.shape[1] else order.expand(-1, weights.shape[1], -1, -1, -1)
+        )
         return weights.unflatten(3, (-1, pool.page_size)).gather(3, order).flatten(3)
 
     def plan_prompts(self, prompts: Prompts) -> None:
@@ -143,7 +147,9 @@ class KernelAttend:
         values_XTKD[block_Q, offset_Q] = value_QKD
         for row, ((start, end), seen) in enumerate(zip(pairwise(prompts.starts), prompts.ends, strict=True)):
             blocks = prompts.block_BP[row, : -(-seen // pool.page_size)]
-            keys, values = (x[blocks].flatten(0, 1)[:seen].transpose(0, 1)[None] for x in (keys_XTKD, values_XTKD))
+            keys, values = (
+                x[blocks].flatten(0, 1)[:seen].transpose(0, 1)[None] for x in (keys_XTKD, values_XTKD)
+            )
             position = torch.arange(seen - (end - start), seen, device=keys.device)
             mask = torch.arange(seen, device=keys.device) <= position[:, None]
             query = query_QHD[start:end].transpose(0, 1)[None]
@@ -182,7 +188,8 @@ class CpuAttend:
             count = ((values.shape[1] - 1) * per_block + (pool.heads - 1) * per_head) // unit + 1
             self._caches = [
                 tuple(
-                    x.as_strided((count, 1, pool.page_size, pool.dim), (unit, per_head, pool.dim, 1)) for x in pair
+                    x.as_strided((count, 1, pool.page_size, pool.dim), (unit, per_head, pool.dim, 1))
+                    for x in pair
                 )
                 for pair in self._whole
             ]
@@ -223,7 +230,9 @@ class CpuAttend:
         start_B, end_B = (x.to(torch.int32) for x in (prompts.start_B, prompts.end_B))
         return compat.CpuReading(start_B, end_B, self._heads, pool.heads, pool.dim, pool.keys_LXKTD.dtype)
 
-    def prompts(self, layer: int, prompts: Prompts, plan: compat.CpuReading, new: New, out_QHD: Tensor) -> None:
+    def prompts(
+        self, layer: int, prompts: Prompts, plan: compat.CpuReading, new: New, out_QHD: Tensor
+    ) -> None:
         """See `Attend`."""
         query, key, value = new
         keys, values = self._whole[layer]

@@ -70,7 +70,12 @@ class BoundedBackend(compat.AttentionBackend):  # type: ignore[misc, unused-igno
         kv_bytes = spec.unpadded_page_size_bytes
         known = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
         return BoundedSpec(
-            **known | {"page_size_padded": page_bytes(policy, spec.num_kv_heads, spec.head_size, spec.dtype, kv_bytes)},
+            **known
+            | {
+                "page_size_padded": page_bytes(
+                    policy, spec.num_kv_heads, spec.head_size, spec.dtype, kv_bytes
+                )
+            },
             decode_blocks=options.budget.pages(0, spec.block_size),
             max_prompt_tokens=min(options.max_prompt_tokens or longest, longest),
             reserve=options.reserve,

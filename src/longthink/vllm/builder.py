@@ -79,7 +79,9 @@ def _take(new: New, tokens: Tensor | slice) -> New:
 class BoundedBuilder(compat.AttentionMetadataBuilder):  # type: ignore[misc, unused-ignore]
     """Prepares each step, and holds what lasts: the pool of pages and the decode step over it."""
 
-    def __init__(self, kv_cache_spec: BoundedSpec, layer_names: list[str], vllm_config: Any, device: torch.device):
+    def __init__(
+        self, kv_cache_spec: BoundedSpec, layer_names: list[str], vllm_config: Any, device: torch.device
+    ):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._page_size = kv_cache_spec.block_size
         self._step: DecodeStep | None = None
@@ -103,7 +105,9 @@ class BoundedBuilder(compat.AttentionMetadataBuilder):  # type: ignore[misc, unu
         most = config.scheduler_config.max_num_seqs
         return DecodeStep(pool, policies, attend, impl.scale, agree, most, impl.num_heads)
 
-    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> StepMetadata:
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
+    ) -> StepMetadata:
         """Sort the tokens of a step, and begin it."""
         del common_prefix_len, fast_build
         self._step = self._step or self._make_step()
@@ -174,7 +178,9 @@ class BoundedBuilder(compat.AttentionMetadataBuilder):  # type: ignore[misc, unu
         found.replay = tuple(one(replaying[later[replaying] > behind], behind) for behind in range(most))
         return one(decoding, 0) if len(decoding) else None
 
-    def _prompts(self, batch: Any, rows: Any, starts: Any, begin: Any, count: Any) -> tuple[Prompts, Tensor, Any]:
+    def _prompts(
+        self, batch: Any, rows: Any, starts: Any, begin: Any, count: Any
+    ) -> tuple[Prompts, Tensor, Any]:
         assert self._step is not None
         page_size, end = self._page_size, begin + count
         bounds = np.concatenate([[0], count.cumsum()])

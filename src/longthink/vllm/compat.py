@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm import envs
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -26,14 +25,16 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+from vllm import envs
+
 __all__ = [
     "AttentionBackend",
     "AttentionBackendEnum",
     "AttentionCGSupport",
     "AttentionImpl",
     "AttentionMetadataBuilder",
-    "CpuReading",
     "CommonAttentionMetadata",
+    "CpuReading",
     "FullAttentionManager",
     "FullAttentionSpec",
     "KVCacheLayout",
@@ -114,7 +115,13 @@ def cpu_write(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot: Te
 
 
 def cpu_read(
-    keys: Tensor, values: Tensor, query: Tensor, out: Tensor, blocks: Tensor, scaling: float, reading: CpuReading
+    keys: Tensor,
+    values: Tensor,
+    query: Tensor,
+    out: Tensor,
+    blocks: Tensor,
+    scaling: float,
+    reading: CpuReading,
 ) -> None:
     """Attention of each row's queries, its last tokens, over its blocks."""
     _cpu_ops().cpu_attention_with_kv_cache(

@@ -41,13 +41,13 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc, unused-ignore]
         if num_prompt_tokens is not None:
             _remember(self._prompts, request_id, num_prompt_tokens)
 
-    def get_num_blocks_to_allocate(
-        self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
-    ) -> int:
+    def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> int:
         """Blocks that the request still needs to hold so many tokens, within its cap."""
         # The first question about a request comes before its prompt length: then all it has is a prompt.
         self._prompts.setdefault(request_id, num_tokens)
-        return super().get_num_blocks_to_allocate(request_id, self._clip(request_id, num_tokens), *args, **kwargs)
+        return super().get_num_blocks_to_allocate(
+            request_id, self._clip(request_id, num_tokens), *args, **kwargs
+        )
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> list[Any]:
         """Give the request blocks for so many tokens, within its cap."""

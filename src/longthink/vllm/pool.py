@@ -109,7 +109,9 @@ class PagePool:
             even = cache.data_ptr() - first.data_ptr() == index * apart and cache.shape == first.shape
             shares = cache.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
             if not (even and shares and cache.stride() == first.stride()):
-                raise UnsupportedFeatureError("the layers' KV caches are not evenly spaced in one piece of memory")
+                raise UnsupportedFeatureError(
+                    "the layers' KV caches are not evenly spaced in one piece of memory"
+                )
         self.policy, self.page_size, self.heads, self.dim = policy, tokens, heads, dim
         self.tables = policy.tables(heads)
         self._first, self._start, self._apart = first, start, apart
@@ -120,7 +122,10 @@ class PagePool:
         strides = (first.stride(1), tokens if transposed else dim, 1)
         keys, values = (
             self._view(first.dtype, shape, (half * tokens * dim) * size, part)
-            for half, shape, part in ((0, inner, strides), (1, (heads, tokens, dim), (first.stride(1), dim, 1)))
+            for half, shape, part in (
+                (0, inner, strides),
+                (1, (heads, tokens, dim), (first.stride(1), dim, 1)),
+            )
         )
         self.keys_LXKTD = keys.transpose(-1, -2) if transposed else keys
         self.values_LXKTD = values
@@ -168,7 +173,9 @@ class PagePool:
         held_B1S = (slot_S < filled_B[:, None] * self.page_size)[:, None]
         position_NKS = torch.where(held_B1S.repeat(len(layers), 1, 1), position_NKS, -1)
         kmin, kmax = (
-            self._nothing(len(position_NKS)) if part is None else part[at].permute(0, 1, 3, 2, 4).flatten(0, 1)
+            self._nothing(len(position_NKS))
+            if part is None
+            else part[at].permute(0, 1, 3, 2, 4).flatten(0, 1)
             for part in (self.kmin_LXKD, self.kmax_LXKD)
         )
         keys, values = (
@@ -198,7 +205,9 @@ class PagePool:
     def tail(self, layers: Tensor, rows: Rows) -> Tensor:
         """Page slot that each table writes its token to, L x B x K: the one whose first token is the page's first."""
         first_LBPK = self.position_LXKT[..., 0][layers[:, None, None], rows.block_BP[None]]
-        used_BP1 = (torch.arange(rows.block_BP.shape[1], device=rows.now_B.device) < rows.count_B[:, None])[..., None]
+        used_BP1 = (torch.arange(rows.block_BP.shape[1], device=rows.now_B.device) < rows.count_B[:, None])[
+            ..., None
+        ]
         begin_B11 = (rows.now_B - rows.now_B % self.page_size)[:, None, None]
         return ((first_LBPK == begin_B11) & used_BP1).to(torch.int8).argmax(2)
 

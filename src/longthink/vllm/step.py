@@ -80,7 +80,10 @@ class DecodeStep:
         self._moves = type(policy).moves is not Policy.moves
         # Weights are too many to keep: who learns from them does so layer by layer, the others when all have run.
         learns = type(policy).observe is not Policy.observe
-        self._learns_early, self._learns_late = learns and policy.uses_weights, learns and not policy.uses_weights
+        self._learns_early, self._learns_late = (
+            learns and policy.uses_weights,
+            learns and not policy.uses_weights,
+        )
         dtype, kept = pool.keys_LXKTD.dtype, (pool.layers, max_rows if self._learns_late else 0)
         self._query_LBHD = torch.zeros(*kept, heads, pool.dim, dtype=dtype, device=device)
         self._key_LBKD = torch.zeros(*kept, pool.heads, pool.dim, dtype=dtype, device=device)

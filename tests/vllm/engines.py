@@ -1,0 +1,131 @@
+"""Models and engines for the tests of identity: what vLLM generates, and what the same cache gives elsewhere."""
+
+import contextlib
+import gc
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from longthink.hf import generate
+
+SIZES = dict(
+    vocab_size=273,
+    hidden_size=128,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    max_position_embeddings=16384,
+    tie_word_embeddings=False,
+)
+PAGE = 16
+SETTINGS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+def save_random_model(folder, *, scale=3.0, seed=0, **more):
+    """Save a random model whose text wanders, and whose choices are far from ties: rounding must not decide."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(Qwen2Config(**SIZES | more))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(scale)
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(folder)
+    return folder
+
+
+def random_prompts(*lengths, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 250, (length,), generator=generator).tolist() for length in lengths]
+
+
+@contextlib.contextmanager
+def engine(folder, policy=None, decode_budget=128, *, pages=512, options=None, **more):
+    """An engine in this process, with about so many pages of 16 tokens; dense where there is no policy."""
+    heads, dim, layers = (SIZES[name] for name in ("num_key_value_heads", "head_dim", "num_hidden_layers"))
+    arguments = dict(
+        model=str(folder),
+        dtype="float32",
+        skip_tokenizer_init=True,
+        max_model_len=4096,
+        max_num_seqs=8,
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        block_size=PAGE if policy else 2 * PAGE,
+        kv_cache_memory_bytes=pages * PAGE * 2 * heads * dim * 4 * layers,
+        seed=0,
+    )
+    if policy:
+        chosen = {"policy": policy, "decode_budget": decode_budget, **(options or {})}
+        arguments |= dict(attention_backend="CUSTOM", additional_config={"longthink": chosen})
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in SETTINGS.items():
+            patch.setenv(name, value)
+        from vllm import LLM
+
+        llm = LLM(**arguments | more)
+        try:
+            yield llm
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+            gc.collect()
+
+
+def serve(llm, prompts, count):
+    """Greedy tokens of each prompt."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
+    requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+    return [list(done.outputs[0].token_ids) for done in llm.generate(requests, sampling, use_tqdm=False)]
+
+
+def on_hugging_face(folder, policy, decode_budget, prompt, count):
+    """Greedy tokens of the same cache on the Hugging Face side."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None
+    budget = {} if policy == "dense" else {"decode_budget": decode_budget}
+    whole = generate(
+        model,
+        torch.tensor([prompt]),
+        policy=policy,
+        compile=False,
+        max_new_tokens=count,
+        min_new_tokens=count,
+        do_sample=False,
+        pad_token_id=0,
+        **budget,
+    )
+    return whole[0, len(prompt) :].tolist()
+
+
+def scheduler(llm):
+    """Scheduler of an engine in this process."""
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def serve_and_preempt(llm, prompts, count, at):
+    """Greedy tokens of each prompt, where all running requests lose their blocks after the given steps."""
+    from vllm import SamplingParams
+
+    inner, done, steps = llm.llm_engine, {}, 0
+    sampling = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
+    for name, prompt in enumerate(prompts):
+        inner.add_request(str(name), {"prompt_token_ids": prompt}, sampling)
+    while inner.has_unfinished_requests():
+        for output in inner.step():
+            if output.finished:
+                done[output.request_id] = list(output.outputs[0].token_ids)
+        steps += 1
+        if steps in at:
+            assert inner.reset_prefix_cache(reset_running_requests=True)
+    return [done[str(name)] for name in range(len(prompts))]

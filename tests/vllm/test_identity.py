@@ -1,0 +1,152 @@
+"""The plugin gives the tokens that the same cache gives on Hugging Face, whatever vLLM does meanwhile."""
+
+import pytest
+
+from tests.vllm.engines import (
+    PAGE,
+    engine,
+    on_hugging_face,
+    random_prompts,
+    save_random_model,
+    scheduler,
+    serve,
+    serve_and_preempt,
+)
+
+pytestmark = pytest.mark.slow
+LENGTHS, BUDGET, COUNT = (21, 50, 33), 128, 720
+PROMPTS = random_prompts(*LENGTHS)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_random_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "raas:sharing=layer",
+        "raas",
+        "raas:score=exact:sharing=layer",
+        "milestone:alpha=0.05",
+        "random",
+        "recency:page_size=16",
+    ],
+)
+def test_tokens_are_those_of_hugging_face(model, policy):
+    with engine(model, policy, BUDGET) as llm:
+        served = serve(llm, PROMPTS, COUNT)
+    for prompt, tokens in zip(PROMPTS, served, strict=True):
+        pages = -(-(len(prompt) + COUNT) // PAGE) - -(-len(prompt) // PAGE) - BUDGET // PAGE
+        assert pages > 30  # evictions, in each layer
+        assert tokens == on_hugging_face(model, policy, BUDGET, prompt, COUNT)
+        # A test that any cache passes would be none.
+        assert tokens != on_hugging_face(model, "dense", None, prompt, COUNT)
+
+
+def test_nothing_changes_below_the_budget(model):
+    with engine(model) as llm:
+        dense = serve(llm, PROMPTS, 300)
+    for policy in ("raas:sharing=layer", "milestone"):
+        with engine(model, policy, 512) as llm:
+            assert serve(llm, PROMPTS, 300) == dense
+
+
+@pytest.mark.parametrize("policy", ["raas:sharing=layer", "milestone:alpha=0.05"])
+class TestWhateverHappens:
+    """One engine gives the tokens; the others must give them again."""
+
+    COUNT = 300
+
+    @pytest.fixture(scope="class")
+    def tokens(self, model):
+        found = {}
+
+        def of(policy):
+            if policy not in found:
+                with engine(model, policy) as llm:
+                    found[policy] = serve(llm, PROMPTS, self.COUNT)
+            return found[policy]
+
+        return of
+
+    def test_alone_and_preempted(self, model, policy, tokens):
+        with engine(model, policy) as llm:
+            assert [serve(llm, [prompt], self.COUNT)[0] for prompt in PROMPTS] == tokens(policy)
+            assert serve_and_preempt(llm, PROMPTS, self.COUNT, at={210, 260}) == tokens(policy)
+
+    def test_chunked_prefill(self, model, policy, tokens):
+        with engine(model, policy, max_num_batched_tokens=16, enable_chunked_prefill=True) as llm:
+            assert serve(llm, PROMPTS, self.COUNT) == tokens(policy)
+            # Replayed tokens come in pieces as well.
+            assert serve_and_preempt(llm, PROMPTS, self.COUNT, at={220}) == tokens(policy)
+
+    def test_prefix_cache(self, model, policy, tokens):
+        with engine(model, policy, enable_prefix_caching=True) as llm:
+            hits = count_hits(llm)
+            serve(llm, [PROMPTS[1] + [7] * 20, *PROMPTS], 40)
+            assert serve(llm, PROMPTS, self.COUNT) == tokens(policy)
+            assert bool(hits) == policy.startswith("raas")  # milestone learns about prompt tokens
+            # What a preempted request had generated is no prompt, though it is one to somebody else.
+            serve(llm, [PROMPTS[1] + tokens(policy)[1][:250]], 5)
+            assert serve_and_preempt(llm, PROMPTS, self.COUNT, at={270}) == tokens(policy)
+
+    def test_tight_pool(self, model, policy, tokens):
+        with engine(model, policy, pages=24, options={"max_prompt_tokens": 64}) as llm:
+            preempted = count_preemptions(llm)
+            assert serve(llm, PROMPTS, self.COUNT) == tokens(policy)
+            assert preempted
+
+
+def count_hits(llm):
+    """Tokens that were found in the prefix cache, as they are found."""
+    manager, hits = scheduler(llm).kv_cache_manager, []
+    inner = manager.get_computed_blocks
+
+    def counted(request):
+        found = inner(request)
+        if found[1]:
+            hits.append(found[1])
+        return found
+
+    manager.get_computed_blocks = counted
+    return hits
+
+
+def count_preemptions(llm):
+    found, inner = [], scheduler(llm)._preempt_request
+
+    def counted(request, *args, **kwargs):
+        found.append(request.request_id)
+        return inner(request, *args, **kwargs)
+
+    scheduler(llm)._preempt_request = counted
+    return found
+
+
+def test_a_small_pool_is_enough_for_a_long_text(model):
+    """The longest text would need 256 pages. Dense refuses to start with 40; a bounded cache takes 11 of them."""
+    with pytest.raises(ValueError, match="max seq len"):
+        with engine(model, pages=40):
+            pass
+    with engine(model, "raas:sharing=layer", pages=40, options={"max_prompt_tokens": 64}) as llm:
+        manager = scheduler(llm).kv_cache_manager.coordinator.single_type_managers[0]
+        most, inner = [], manager.allocate_new_blocks
+
+        def allocate(request_id, *args, **kwargs):
+            new = inner(request_id, *args, **kwargs)
+            most.append(len(manager.req_to_blocks[request_id]))
+            return new
+
+        manager.allocate_new_blocks = allocate
+        assert len(serve(llm, PROMPTS[2:], 1200)[0]) == 1200
+        assert max(most) == -(-33 // PAGE) + BUDGET // PAGE
+
+
+def test_reserved_requests_are_never_preempted(model):
+    options = {"max_prompt_tokens": 64, "reserve": True}
+    with engine(model, "raas:sharing=layer", pages=26, options=options) as llm:
+        preempted = count_preemptions(llm)
+        assert len(serve(llm, PROMPTS, 300)) == 3
+        assert not preempted
