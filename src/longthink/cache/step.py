@@ -21,7 +21,7 @@ from longthink.policies import Moves, PageTable, Policy, Step
 def choose_slots(
     policy: Policy, table: PageTable, opens_B: Tensor, *, evicts: bool
 ) -> tuple[Tensor, Moves | None]:
-    """Slot for the page of each row's present token: an empty one, or the one that gives way; and what moves out of it.
+    """Slot for the page of each row's present token, an empty one or the one that gives way; and what leaves it.
 
     Parameters
     ----------
@@ -103,12 +103,26 @@ def decode_step(
     query_BHD, key_BKD, value_BKD = new
     table = store.table
     table.now_B.add_(1)
-    store.write(key_BKD, value_BKD)
-    _shift_sinks(policy, store)
     query_BKGD = query_BHD.unflatten(1, (key_BKD.shape[1], -1))
-    out_BKGD, weights_BKGS = read(policy, store, query_BKGD, scaling)
+    if read is read_slots and _reads_all(policy) and kernels.fuses_append(query_BKGD):
+        store.widen(key_BKD)
+        learn = kernels.Learn("weights" if policy.uses_weights else "nothing")
+        out_BKGD, weights_BKGS = kernels.step_attention(
+            query_BKGD, key_BKD, value_BKD, store.slots, scaling, learn
+        )
+    else:
+        store.write(key_BKD, value_BKD)
+        store.widen(key_BKD)
+        _shift_sinks(policy, store)
+        out_BKGD, weights_BKGS = read(policy, store, query_BKGD, scaling)
     policy.observe(table, Step(query_BKGD, weights_BKGS, scaling))
     return out_BKGD.flatten(1, 2)
+
+
+def _reads_all(policy: Policy) -> bool:
+    """Whether every resident key is read, as it was written."""
+    kind = type(policy)
+    return kind.select is Policy.select and kind.key_shift is Policy.key_shift
 
 
 def _shift_sinks(policy: Policy, store: SlotStore) -> None:

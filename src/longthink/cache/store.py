@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from longthink.kernels import Slots
 from longthink.policies import Moves, PageTable, Policy, Shape
 
 
@@ -73,6 +74,14 @@ class SlotStore:
     def values_BKSD(self) -> Tensor:
         """Values in the token slots."""
         return self.table.values_BKSD
+
+    @property
+    def slots(self) -> Slots:
+        """The slots as the fused kernels take them."""
+        table = self.table
+        return Slots(
+            self.keys_BKSD, self.values_BKSD, table.position_BKS, self.tail_BK, table.now_B, table.page_size
+        )
 
     @property
     def pages(self) -> int:
@@ -254,15 +263,17 @@ class SlotStore:
         self.values_BKSD[place] = value_BKD[:, :, None].to(self.values_BKSD.dtype)
         position = table.now_B.to(torch.int32)[:, None, None].expand_as(token_BK1)
         table.position_BKS[_at(token_BK1, table.position_BKS)] = position
-        if table.kmin_BKPD.shape[2]:
-            page = _at(self.tail_BK[..., None], table.kmin_BKPD)
-            first = (offset_B == 0)[:, None, None, None]
-            for representative, extreme in (
-                (table.kmin_BKPD, torch.minimum),
-                (table.kmax_BKPD, torch.maximum),
-            ):
-                key = key_BKD[:, :, None].to(representative.dtype)
-                representative[page] = torch.where(first, key, extreme(representative[page], key))
+
+    def widen(self, key_BKD: Tensor) -> None:
+        """Widen the tail's representatives by the key of position `now_B`; a page's first key starts them anew."""
+        table = self.table
+        if not table.kmin_BKPD.shape[2]:
+            return
+        page = _at(self.tail_BK[..., None], table.kmin_BKPD)
+        first = (table.now_B % table.page_size == 0)[:, None, None, None]
+        for representative, extreme in ((table.kmin_BKPD, torch.minimum), (table.kmax_BKPD, torch.maximum)):
+            key = key_BKD[:, :, None].to(representative.dtype)
+            representative[page] = torch.where(first, key, extreme(representative[page], key))
 
     def read(self, slot_BKR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Keys, values and residency of the named pages; a negative slot reads as empty."""

@@ -41,6 +41,7 @@ __all__ = [
     "column_mass",
     "decode_attention",
     "discriminant_scores",
+    "fuses_append",
     "hash_priority",
     "logical_pages",
     "lowest",
@@ -61,6 +62,11 @@ def _has_triton() -> bool:
 
 def _goes_to_triton(tensor: Tensor) -> bool:
     return tensor.is_cuda and tensor.dtype != torch.float64 and _has_triton()
+
+
+def fuses_append(tensor: Tensor) -> bool:
+    """Whether `step_attention` writes and reads in one kernel where the tensor is."""
+    return _goes_to_triton(tensor)
 
 
 def decode_attention(
