@@ -140,7 +140,7 @@ class Seats:
             self._step = DecodeStep(self.model, cache, compile=False)
             return
         with cache:
-            if self._static and len(self.rows) < self.count:
+            if self._static and (self._step is None or not self._step.compiled):
                 self._widen()
             assert self._cache is not None
             place = self.rows.index(None) if None in self.rows else len(self.rows)
