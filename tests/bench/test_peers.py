@@ -138,6 +138,14 @@ def test_an_environment_that_cannot_be_made_is_tried_once(fakes, monkeypatch):
     assert [one.place.system for one in timed] == [FLOOR, FLOOR]
 
 
+def test_prompts_that_take_minutes_to_read_are_left_out():
+    made = scenes(plan("hf static", "openvino f32", contexts=(MIDDLE, 32768)))
+    assert [[place.system for place in scene.places] for scene in made] == [
+        ["hf static", "openvino f32", FLOOR],
+        ["hf static", FLOOR],
+    ]
+
+
 def test_what_is_compared_stands_in_one_scene():
     made = scenes(plan("hf static", policies=("dense", "raas"), batches=(16,), batched=("hf static", "raas")))
     assert [(scene.model, scene.batch) for scene in made] == [("S2", False), ("S2", True)]
