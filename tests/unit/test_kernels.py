@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longthink import kernels
+from longthink.kernels import compiled
 from longthink.kernels.reference import masked_softmax
 
 
@@ -32,12 +33,13 @@ def naive_attention(query, keys, values, allowed, scaling):
 
 @pytest.mark.parametrize("groups", [1, 2, 4, 7])
 @pytest.mark.parametrize("with_weights", [False, True])
-def test_decode_attention(groups, with_weights):
+@pytest.mark.parametrize("module", [kernels, compiled], ids=["eager", "compiled"])
+def test_decode_attention(groups, with_weights, module):
     query = torch.randn(2, 3, groups, 8, dtype=torch.float64)
     keys, values = torch.randn(2, 2, 3, 11, 8, dtype=torch.float64)
     resident = torch.rand(2, 3, 11) < 0.6
     resident[..., 0] = True
-    out, weights = kernels.decode_attention(query, keys, values, resident, 0.3, with_weights=with_weights)
+    out, weights = module.decode_attention(query, keys, values, resident, 0.3, with_weights=with_weights)
     assert (weights is not None) == with_weights
     for b in range(2):
         for k in range(3):
@@ -52,6 +54,21 @@ def test_decode_attention(groups, with_weights):
                 assert out[b, k, g].tolist() == pytest.approx(slow, abs=1e-9)
                 if weights is not None:
                     assert weights[b, k, g].tolist() == pytest.approx(slow_weights, abs=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("query_dtype", [torch.float32, torch.bfloat16])
+def test_what_a_compiler_gets_is_the_same_in_narrow_formats_and_with_an_empty_row(dtype, query_dtype):
+    query, (keys, values) = torch.randn(2, 2, 3, 8).to(query_dtype), torch.randn(2, 2, 2, 11, 8).to(dtype)
+    resident = torch.rand(2, 2, 11) < 0.6
+    resident[1] = False
+    out, weights = compiled.decode_attention(query, keys, values, resident, 0.3, with_weights=True)
+    wide = (x.double() for x in (query, keys, values))
+    wanted, wanted_weights = kernels.decode_attention(*wide, resident, 0.3, with_weights=True)
+    assert out.dtype == query_dtype and not out[1].any() and not weights[1].any()
+    torch.testing.assert_close(weights.double(), wanted_weights, atol=1e-6, rtol=1e-5)
+    exact = 2**-8 if query_dtype == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(out.double(), wanted, atol=exact, rtol=2 * exact)
 
 
 def test_block_attention_and_column_mass():

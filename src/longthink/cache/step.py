@@ -71,8 +71,9 @@ def read_slots(
     else:
         keys, values, resident = store.keys_BKSD, store.values_BKSD, table.resident_BKS
     resident = resident.expand(-1, keys.shape[1], -1)
+    many = policy.grows and selected_BKR is None
     return kernels.decode_attention(
-        query_BKGD, keys, values, resident, scaling, with_weights=policy.uses_weights
+        query_BKGD, keys, values, resident, scaling, with_weights=policy.uses_weights, many=many
     )
 
 

@@ -77,12 +77,16 @@ def decode_attention(
     scaling: float,
     *,
     with_weights: bool,
+    many: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of one new token per row: see `reference.decode_attention`."""
+    """Attention of one new token per row: see `reference.decode_attention`.
+
+    `many` says that the slots are those of a cache that grows, for which a CPU has another fastest way.
+    """
     attend = reference.decode_attention
     if _goes_to_triton(query_BKGD):
         from longthink.kernels.triton_step import decode_attention as attend
-    elif query_BKGD.is_cpu and torch.compiler.is_compiling():
+    elif query_BKGD.is_cpu and torch.compiler.is_compiling() and not many:
         attend = compiled.decode_attention
     return attend(query_BKGD, keys_BKSD, values_BKSD, resident_BKS, scaling, with_weights=with_weights)
 

@@ -1,7 +1,7 @@
 """Attention of a compiled step on a CPU: sums of products, of which the compiler makes loops that read each key once.
 
-Run without a compiler they would make a tensor of every product, so eager steps take `reference`, which is also the
-definition.
+That wins for a budget's slots; beside many thousands of them SDPA's blocks do. Without a compiler the sums would make
+a tensor of every product, so eager steps take `reference`, which is also the definition.
 
 Shape suffixes: see `reference`.
 """
