@@ -21,7 +21,7 @@ from longthink.policies import Moves, PageTable, Policy, Step
 def choose_slots(
     policy: Policy, table: PageTable, opens_B: Tensor, *, evicts: bool
 ) -> tuple[Tensor, Moves | None]:
-    """Slot for the page of each row's present token: an empty one, or the one that gives way; and what moves out of it.
+    """Slot for the page of each row's present token, empty or of a page that gives way; and what moves out of it.
 
     Parameters
     ----------
