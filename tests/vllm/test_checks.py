@@ -1,9 +1,6 @@
 """What the plugin refuses, on vLLM's own configuration objects made from real options and real model folders."""
 
 import pytest
-
-pytest.importorskip("vllm")
-
 from transformers import DeepseekV2Config, Gemma3TextConfig, JambaConfig, Llama4TextConfig, WhisperConfig
 from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs

@@ -53,50 +53,57 @@ def test_nothing_changes_below_the_budget(model):
             assert serve(llm, PROMPTS, 300) == dense
 
 
-@pytest.mark.parametrize("policy", ["raas:sharing=layer", "milestone:alpha=0.05"])
-class TestWhateverHappens:
-    """One engine gives the tokens; the others must give them again."""
+LONG = 300
 
-    COUNT = 300
 
-    @pytest.fixture(scope="class")
-    def tokens(self, model):
-        found = {}
+@pytest.fixture(scope="module", params=["raas:sharing=layer", "milestone:alpha=0.05"])
+def policy(request):
+    return request.param
 
-        def of(policy):
-            if policy not in found:
-                with engine(model, policy) as llm:
-                    found[policy] = serve(llm, PROMPTS, self.COUNT)
-            return found[policy]
 
-        return of
+@pytest.fixture(scope="module")
+def tokens(model, policy):
+    """What an engine gives to which nothing happens."""
+    with engine(model, policy) as llm:
+        return serve(llm, PROMPTS, LONG)
 
-    def test_alone_and_preempted(self, model, policy, tokens):
-        with engine(model, policy) as llm:
-            assert [serve(llm, [prompt], self.COUNT)[0] for prompt in PROMPTS] == tokens(policy)
-            assert serve_and_preempt(llm, PROMPTS, self.COUNT, at={210, 260}) == tokens(policy)
 
-    def test_chunked_prefill(self, model, policy, tokens):
-        with engine(model, policy, max_num_batched_tokens=16, enable_chunked_prefill=True) as llm:
-            assert serve(llm, PROMPTS, self.COUNT) == tokens(policy)
-            # Replayed tokens come in pieces as well.
-            assert serve_and_preempt(llm, PROMPTS, self.COUNT, at={220}) == tokens(policy)
+def test_alone_and_preempted(model, policy, tokens):
+    with engine(model, policy) as llm:
+        assert [serve(llm, [prompt], LONG)[0] for prompt in PROMPTS] == tokens
+        assert serve_and_preempt(llm, PROMPTS, LONG, at={210, 260}) == tokens
 
-    def test_prefix_cache(self, model, policy, tokens):
-        with engine(model, policy, enable_prefix_caching=True) as llm:
-            hits = count_hits(llm)
-            serve(llm, [PROMPTS[1] + [7] * 20, *PROMPTS], 40)
-            assert serve(llm, PROMPTS, self.COUNT) == tokens(policy)
-            assert bool(hits) == policy.startswith("raas")  # milestone learns about prompt tokens
-            # What a preempted request had generated is no prompt, though it is one to somebody else.
-            serve(llm, [PROMPTS[1] + tokens(policy)[1][:250]], 5)
-            assert serve_and_preempt(llm, PROMPTS, self.COUNT, at={270}) == tokens(policy)
 
-    def test_tight_pool(self, model, policy, tokens):
-        with engine(model, policy, pages=24, options={"max_prompt_tokens": 64}) as llm:
-            preempted = count_preemptions(llm)
-            assert serve(llm, PROMPTS, self.COUNT) == tokens(policy)
-            assert preempted
+def test_chunked_prefill(model, policy, tokens):
+    with engine(model, policy, max_num_batched_tokens=16, enable_chunked_prefill=True) as llm:
+        assert serve(llm, PROMPTS, LONG) == tokens
+        # Replayed tokens come in pieces as well.
+        assert serve_and_preempt(llm, PROMPTS, LONG, at={220}) == tokens
+
+
+def test_prefix_cache(model, policy, tokens):
+    with engine(model, policy, enable_prefix_caching=True) as llm:
+        hits = count_hits(llm)
+        serve(llm, [PROMPTS[1] + [7] * 20, *PROMPTS], 40)
+        assert serve(llm, PROMPTS, LONG) == tokens
+        assert bool(hits) == policy.startswith(
+            "raas"
+        )  # milestone learns about prompt tokens, each request its own
+
+
+def test_what_a_preempted_request_had_generated_is_no_prompt_to_look_up(model, policy, tokens):
+    with engine(model, policy, enable_prefix_caching=True) as llm:
+        # The blocks stay in the cache, also those of a prompt that is what the second request will have generated.
+        scheduler(llm).kv_cache_manager.reset_prefix_cache = lambda: True
+        serve(llm, [PROMPTS[1] + tokens[1][:250]], 5)
+        assert serve_and_preempt(llm, PROMPTS, LONG, at={270}) == tokens
+
+
+def test_tight_pool(model, policy, tokens):
+    with engine(model, policy, pages=24, options={"max_prompt_tokens": 64}) as llm:
+        preempted = count_preemptions(llm)
+        assert serve(llm, PROMPTS, LONG) == tokens
+        assert preempted
 
 
 def count_hits(llm):

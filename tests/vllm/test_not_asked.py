@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("vllm")
-
 from tests.vllm.server import ENVIRONMENT
 
 pytestmark = pytest.mark.slow

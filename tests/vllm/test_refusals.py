@@ -7,9 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("vllm")
-
 from transformers import BloomConfig, MistralConfig
 
 from tests.vllm.conftest import save_model

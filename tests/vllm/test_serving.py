@@ -7,8 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 
-pytest.importorskip("vllm")
-
 from tests.vllm.server import BOUNDED, BUDGET, LONGEST_PROMPT, PAGE, complete, pool, refusal, serve
 
 pytestmark = pytest.mark.slow

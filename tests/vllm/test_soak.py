@@ -11,8 +11,6 @@ import openai
 import psutil
 import pytest
 
-pytest.importorskip("vllm")
-
 from tests.vllm.server import BOUNDED, KEY, LONGEST_PROMPT, complete, pool, serve
 
 pytestmark = pytest.mark.slow

@@ -3,8 +3,8 @@
 Both read pages by block table. Softmax minds no order, and keys carry their positions, so any such kernel reads a
 bounded cache right if the only page that is not full, the one just written to, comes last.
 
-Shape suffixes: see `longthink.vllm.pool`; H query heads, G query heads of a KV head, U tables of all rows (row after row),
-Q tokens of prompts.
+Shape suffixes: see `longthink.vllm.pool`; H query heads, G query heads of a KV head, U tables of all rows, row after
+row, Q tokens of prompts.
 """
 
 from __future__ import annotations
@@ -166,8 +166,8 @@ class _CpuPlan(NamedTuple):
 class CpuAttend:
     """By vLLM's kernel for CPUs, which reads pages in place.
 
-    It has one block table for all heads of a row. Where each KV head has its own, a head of a block is to it a block, and
-    a KV head of a row a row: both lie at even distances in memory.
+    It has one block table for all heads of a row. Where each KV head has its own, a head of a block is to it a block,
+    and a KV head of a row a row: both lie at even distances in memory.
     """
 
     transposed = True

@@ -1,7 +1,7 @@
 """Once a step: which tokens belong to prompts, which are decoded, and where the decoded ones go.
 
-A request that was preempted comes back with its prompt and all it had generated. The prompt is read as prompts are; the
-rest is replayed token by token, through the same step and to the same cache.
+A request that was preempted comes back with its prompt and all it had generated. The prompt is read as prompts are;
+all that follows is replayed token by token, through the same step and to the same cache.
 
 Shape suffixes: see `longthink.vllm.pool`; Q tokens of prompts.
 """
@@ -114,16 +114,16 @@ class BoundedBuilder(compat.AttentionMetadataBuilder):  # type: ignore[misc, unu
         batch = common_attn_metadata
         prompt = batch.rswa_prefix_lens[: batch.num_reqs]
         found = StepMetadata(self._step, self._places)
-        if batch.max_query_len == 1:
-            now = batch.seq_lens.long() - 1
-            host = batch.seq_lens_cpu_upper_bound.long() - 1
-            one = self._tokens(batch, slice(None), now, host, prompt, None)
-        else:
-            one = self._sort(found, batch, prompt)
+        one = self._one_each(batch, prompt) if batch.max_query_len == 1 else self._sort(found, batch, prompt)
         if one is not None:
             begun = self._step.begin(one.rows, opening=one.opening, evicting=one.evicting)
             found.decode = (one, begun)
         return found
+
+    def _one_each(self, batch: Any, prompt_B: Tensor) -> _Tokens | None:
+        """Where every request has one token, nothing has to be sorted, and nothing waits for the device."""
+        now_B, host_B = (x.long() - 1 for x in (batch.seq_lens, batch.seq_lens_cpu_upper_bound))
+        return self._tokens(batch, slice(None), now_B, host_B, prompt_B, None)
 
     def _tokens(
         self, batch: Any, index: Any, now_B: Tensor, host_B: Tensor, prompt_B: Tensor, tokens: Tensor | None
@@ -169,9 +169,9 @@ class BoundedBuilder(compat.AttentionMetadataBuilder):  # type: ignore[misc, unu
         replaying = replaying[np.argsort(-later[replaying], kind="stable")]
 
         def one(rows: Any, behind: int) -> _Tokens:
-            position = torch.from_numpy(begin[rows] + of_prompt[rows] + behind)
-            tokens = torch.from_numpy(starts[rows] + of_prompt[rows] + behind).to(self.device)
-            index = torch.from_numpy(rows)
+            first, index = of_prompt[rows] + behind, torch.from_numpy(rows)
+            position = torch.from_numpy(begin[rows] + first)
+            tokens = self._here(starts[rows] + first)
             return self._tokens(batch, index, position.to(self.device), position, prompt[index], tokens)
 
         most = int(later[replaying].max(initial=0))
@@ -193,20 +193,23 @@ class BoundedBuilder(compat.AttentionMetadataBuilder):  # type: ignore[misc, unu
         row_X = np.repeat(np.arange(len(rows)), pages)
         page_X = first[row_X] + np.arange(len(row_X)) - np.repeat(pages.cumsum() - pages, pages)
         filled_X = np.minimum(end[row_X] - page_X * page_size, page_size)
-        row_Q, row_X, page_X, filled_X, position_Q, tokens = (
-            torch.from_numpy(array).to(self.device)
-            for array in (row_Q, row_X, page_X, filled_X, position_Q, starts[row_Q] + within_Q)
-        )
-        page_block = block_BP[row_X, page_X]
-        self._step.pool.begin_prompt(page_block, page_X, filled_X)
+        slot_Q = self._blocks(block_BP, row_Q, position_Q // page_size) * page_size
+        page_block_X = self._blocks(block_BP, row_X, page_X)
+        self._step.pool.begin_prompt(page_block_X, self._here(page_X), self._here(filled_X))
         prompts = Prompts(
             bounds.tolist(),
             end.tolist(),
             block_BP,
-            torch.from_numpy(bounds).to(self.device),
-            torch.from_numpy(end).to(self.device),
-            block_BP[row_Q, position_Q // page_size] * page_size + position_Q % page_size,
-            page_block,
-            filled_X,
+            self._here(bounds),
+            self._here(end),
+            slot_Q + self._here(position_Q % page_size),
+            page_block_X,
+            self._here(filled_X),
         )
-        return prompts, tokens, self._step.attend.plan_prompts(prompts)
+        return prompts, self._here(starts[row_Q] + within_Q), self._step.attend.plan_prompts(prompts)
+
+    def _here(self, array: Any) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+    def _blocks(self, block_BP: Tensor, row: Any, page: Any) -> Tensor:
+        return block_BP[self._here(row), self._here(page)]

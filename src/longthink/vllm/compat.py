@@ -72,7 +72,7 @@ def register_spec(spec: type[Any], manager: type[Any]) -> None:
 
 
 def ask_for_prompt_lengths(config: VllmConfig) -> None:
-    """Have the runners tell the backend how long each prompt is, which they do for sliding windows behind a prompt."""
+    """Have the runners say how long each prompt is, as they do for windows that slide behind a prompt."""
     if config.model_config.rswa_window is None:
         config.model_config.model_arch_config.rswa_window = config.model_config.max_model_len
 

@@ -124,6 +124,7 @@ def check_policy(policy: Policy) -> None:
         "has layers without a bound": policy.for_layer(0) != policy and not policy.for_layer(0).needs_budget,
         "learns from the prompt's attention": policy.uses_prefill_mass,
         "reads only some of its pages": type(policy).select is not Policy.select,
+        "learns from weights and from representatives": policy.uses_weights and policy.uses_representatives,
         "turns keys inside the cache": type(policy).key_shift is not Policy.key_shift,
     }
     for obstacle, there in obstacles.items():

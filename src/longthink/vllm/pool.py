@@ -2,11 +2,11 @@
 
 A block is a page of every layer, and in each layer memory of its own. What longthink has to remember of a page stands
 behind its keys and values: the representatives, the logical position of each token, and the policy's own tensors. So
-state belongs to a block, not to a request: it needs no growing, is there again when a prompt's blocks are found in the
-prefix cache, and is part of the size that vLLM plans with.
+state belongs to a block, not to a request: it is there again when a prompt's blocks are found in the prefix cache,
+and is part of the size that vLLM plans with.
 
-Shape suffixes: L layers, X blocks, B rows, N rows of all layers (layer after layer), K KV heads (1 where a table serves
-a layer), P pages of a row, T tokens in a page, S = P x T, D head dim, M tokens moved.
+Shape suffixes: L layers, X blocks, B rows, N rows of all layers (layer after layer), K KV heads (1 where a table
+serves a layer), P pages of a row, T tokens in a page, S = P x T, D head dim, M tokens moved.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class PagePool:
         """Tensor L x X x shape of what stands `offset` bytes behind the begin of each page."""
         item, storage = dtype.itemsize, self._first.untyped_storage()
         flat = torch.empty(0, dtype=dtype, device=self._first.device)
-        flat.set_(storage, 0, (storage.nbytes() // item,), (1,))  # type: ignore[call-overload]
+        flat.set_(storage, 0, (storage.nbytes() // item,), (1,))
         if strides is None:
             strides = tuple(torch.Size(shape[at + 1 :]).numel() for at in range(len(shape)))
         outer = (self._apart // item, self._block // item)

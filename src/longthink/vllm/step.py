@@ -118,9 +118,8 @@ class DecodeStep:
             slot_LBK = filled_B[None, :, None].expand(span.stop - span.start, -1, pool.tables)
             pool.open(self._layers[span], _blocks(rows, slot_LBK), rows.now_B)
             return
-        # Only layers of one rule can be worked on in one go; and all vectors of all layers would be too much.
-        alike = not self._moves and all(policy == self._policies[0] for policy in self._policies)
-        for part in [span] if alike else [slice(i, i + 1) for i in range(span.start, span.stop)]:
+        # All vectors of all layers in one go would be too much.
+        for part in self._parts(span, apart=self._moves):
             layers = self._layers[part]
             table = pool.table(layers, rows, filled_B, vectors=self._moves)
             policy = self._policies[part.start]
@@ -128,6 +127,12 @@ class DecodeStep:
             if moves is not None:
                 pool.move(layers, rows, moves)
             pool.open(layers, _blocks(rows, slot_NK.unflatten(0, (len(layers), -1))), rows.now_B)
+
+    def _parts(self, span: slice, *, apart: bool) -> list[slice]:
+        """Layers that can be worked on in one go: those of one rule."""
+        if not apart and all(policy == self._policies[0] for policy in self._policies):
+            return [span]
+        return [slice(i, i + 1) for i in range(span.start, span.stop)]
 
     def layer(self, begun: Begun, layer: int, new: New, out_BHD: Tensor) -> None:
         """Write the tokens of a layer and read its pages."""
@@ -145,7 +150,8 @@ class DecodeStep:
         rows, span = begun.rows, begun.span
         count = len(rows.now_B)
         self.pool.widen(self._layers[span], begun.block_LBK, rows.now_B, self._key_LBKD[span, :count])
-        self._observe(begun, span, self._query_LBHD[span, :count], None)
+        for part in self._parts(span, apart=False):
+            self._observe(begun, part, self._query_LBHD[part, :count], None)
 
     def _observe(self, begun: Begun, span: slice, query_LBHD: Tensor, weights_BKGS: Tensor | None) -> None:
         layers, rows = self._layers[span], begun.rows
