@@ -77,7 +77,7 @@ def test_only_whole_blocks_of_the_prompt_are_offered_to_others():
 
 
 def test_hits_of_a_known_request_end_with_its_prompt():
-    manager, pool = make_manager(reserve=False)
+    manager, _ = make_manager(reserve=False)
     hashes = [bytes([number]) * 32 for number in range(9)]
     request = SimpleNamespace(
         request_id="a", num_prompt_tokens=40, block_hashes=hashes, shared_prefix_boundary=None
