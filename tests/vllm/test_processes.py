@@ -1,0 +1,74 @@
+"""Engines with processes of their own: tensor parallelism, and a compiled model."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.vllm.engines import SETTINGS, random_prompts, save_random_model
+
+pytestmark = pytest.mark.slow
+SCRIPT = """
+import json, sys
+if __name__ == "__main__":
+    from vllm import LLM, SamplingParams
+    arguments, prompts = json.loads(sys.argv[1])
+    llm = LLM(**arguments)
+    sampling = SamplingParams(temperature=0, max_tokens=260, ignore_eos=True, detokenize=False)
+    done = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
+    print("TOKENS", json.dumps([list(one.outputs[0].token_ids) for one in done]))
+    llm.llm_engine.engine_core.shutdown()
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    model = save_random_model(folder / "model")
+    script = folder / "serve.py"
+    script.write_text(SCRIPT)
+    prompts = random_prompts(21, 50)
+
+    def served(policy="raas:sharing=layer", *, tp_sync=False, **more):
+        options = {"policy": policy, "decode_budget": 128, "tp_sync": tp_sync}
+        arguments = dict(
+            model=str(model),
+            dtype="float32",
+            skip_tokenizer_init=True,
+            max_model_len=2048,
+            max_num_seqs=4,
+            enforce_eager=True,
+            block_size=16,
+            kv_cache_memory_bytes=32 << 20,
+            attention_backend="CUSTOM",
+            additional_config={"longthink": options},
+        )
+        environment = os.environ | SETTINGS | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(script), json.dumps([arguments | more, prompts])]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+        lines = [line for line in done.stdout.splitlines() if line.startswith("TOKENS")]
+        assert lines, done.stderr[-3000:]
+        return json.loads(lines[0].removeprefix("TOKENS"))
+
+    return served
+
+
+@pytest.fixture(scope="module")
+def alone(run):
+    return run()
+
+
+def test_ranks_that_agree_give_the_tokens_of_one(run, alone):
+    assert run(tensor_parallel_size=2, tp_sync=True) == alone
+    # Each by its own heads they evict other pages: the agreement is what makes the difference.
+    assert run(tensor_parallel_size=2) != alone
+
+
+def test_pipeline(run, alone):
+    assert run(pipeline_parallel_size=2) == alone
+
+
+def test_compiled(run, alone):
+    assert run(enforce_eager=False) == alone

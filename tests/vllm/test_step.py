@@ -1,0 +1,110 @@
+"""The decode step over blocks, without an engine: the outputs of `LayerCache`, and no wait for the device."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from longthink.cache import LayerCache
+from longthink.config import Budget
+from longthink.policies import make_policy
+from longthink.vllm.attend import CpuAttend, KernelAttend, Prompts
+from longthink.vllm.pool import PagePool, Rows, page_bytes
+from longthink.vllm.step import DecodeStep
+
+LAYERS, BLOCKS, HEADS, KV_HEADS, DIM, PAGE = 2, 40, 4, 2, 32, 16
+PROMPTS, DECODE_PAGES = (5, 37), 4
+SCALING = DIM**-0.5
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails where a GPU would make the host wait: a value is read, or a shape depends on one."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "is_nonzero")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert not any(name == wait or name.startswith("_unique") for wait in self.WAITS), name
+        return func(*args, **(kwargs or {}))
+
+
+def make_pool(policy, *, transposed):
+    """Memory as vLLM hands it out: layer after layer, pages padded, with rubbish in it."""
+    kv_bytes = KV_HEADS * PAGE * 2 * DIM * 4
+    page = page_bytes(policy, KV_HEADS, DIM, torch.float32, kv_bytes)
+    memory = torch.full((LAYERS * BLOCKS * page,), 77, dtype=torch.int8)
+    shape, strides = (BLOCKS, KV_HEADS, PAGE, 2 * DIM), (page // 4, PAGE * 2 * DIM, 2 * DIM, 1)
+    floats = memory.view(torch.float32)
+    caches = [floats.as_strided(shape, strides, layer * BLOCKS * page // 4) for layer in range(LAYERS)]
+    return PagePool(policy, caches, transposed=transposed)
+
+
+def make_rows(block_BP, positions):
+    now_B, prompt_B = torch.tensor(positions), torch.tensor(PROMPTS)
+    cap_B = (prompt_B + PAGE - 1) // PAGE + DECODE_PAGES
+    count_B = torch.minimum(now_B // PAGE + 1, cap_B)
+    used = torch.arange(block_BP.shape[1]) < count_B[:, None]
+    return Rows(torch.where(used, block_BP, 0), now_B, prompt_B, cap_B, count_B)
+
+
+@pytest.mark.parametrize("by_cpu", [False, True])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "raas",
+        "raas:sharing=layer",
+        "raas:score=exact",
+        "milestone:alpha=0.1",
+        "random",
+        "recency:page_size=16",
+    ],
+)
+def test_blocks_are_slots(spec, by_cpu):
+    policy = make_policy(spec)
+    if by_cpu and policy.uses_weights:
+        pytest.skip("vLLM's kernel gives no weights")
+    torch.manual_seed(0)
+    pool = make_pool(policy, transposed=by_cpu)
+    attend = CpuAttend(pool, SCALING, HEADS) if by_cpu else KernelAttend(pool, SCALING)
+    policies = [policy.for_layer(layer) for layer in range(LAYERS)]
+    step = DecodeStep(pool, policies, attend, SCALING, None, 8, HEADS)
+    slots = [[LayerCache(p, Budget(decode_budget=DECODE_PAGES * PAGE)) for _ in PROMPTS] for p in policies]
+    block_BP = torch.randperm(BLOCKS - 1)[:16].view(2, 8) + 1
+    for row, length in enumerate(PROMPTS):
+        read_prompt(step, slots, block_BP[row : row + 1], row, length)
+    for later in range(9 * PAGE):
+        positions = [length + later for length in PROMPTS]
+        new = torch.randn(LAYERS, 2, HEADS + 2 * KV_HEADS, DIM).split([HEADS, KV_HEADS, KV_HEADS], 2)
+        opens = torch.tensor([row for row, position in enumerate(positions) if position % PAGE == 0])
+        out = torch.zeros(LAYERS, 2, HEADS, DIM)
+        rows = make_rows(block_BP, positions)
+        with NoWaiting():
+            begun = step.begin(rows, opening=opens if len(opens) else None, evicting=True)
+            for layer in range(LAYERS):
+                step.layer(begun, layer, tuple(x[layer] for x in new), out[layer])
+            step.finish(begun)
+        for layer, row in ((layer, row) for layer in range(LAYERS) for row in range(2)):
+            wanted = slots[layer][row].attend(*(x[layer, row][None, :, None] for x in new), scaling=SCALING)
+            torch.testing.assert_close(out[layer, row], wanted[0, :, 0], atol=2e-5, rtol=2e-5)
+    held = pool.position_LXKT[:, rows.block_BP]  # L x B x P x K x T
+    for layer, row in ((layer, row) for layer in range(LAYERS) for row in range(2)):
+        used = held[layer, row, : int(rows.count_B[row])].transpose(0, 1).flatten(1)
+        mine = [sorted(p for p in head if p >= 0) for head in used.tolist()]
+        assert mine * (KV_HEADS // len(mine)) == slots[layer][row].resident_positions()[0]
+
+
+def read_prompt(step, slots, block_1P, row, length):
+    pages, position = -(-length // PAGE), torch.arange(length)
+    filled = torch.tensor([min(PAGE, length - page * PAGE) for page in range(pages)])
+    step.pool.begin_prompt(block_1P[0, :pages], torch.arange(pages), filled)
+    slot = block_1P[0, position // PAGE] * PAGE + position % PAGE
+    bounds, end = torch.tensor([0, length]), torch.tensor([length])
+    prompts = Prompts([0, length], [length], block_1P, bounds, end, slot, block_1P[0, :pages], filled)
+    plan = step.attend.plan_prompts(prompts)
+    for layer in range(LAYERS):
+        new = torch.randn(length, HEADS + 2 * KV_HEADS, DIM).split([HEADS, KV_HEADS, KV_HEADS], 1)
+        new = tuple(x.contiguous() for x in new)
+        out = torch.zeros(length, HEADS, DIM)
+        step.attend.prompts(layer, prompts, plan, new, out)
+        step.pool.represent_prompt(layer, prompts.page_block_B, prompts.page_filled_B)
+        wanted = slots[layer][row].attend(*(x.transpose(0, 1)[None] for x in new), scaling=SCALING)
+        torch.testing.assert_close(out, wanted[0].transpose(0, 1), atol=2e-5, rtol=2e-5)
