@@ -11,7 +11,7 @@ from longthink.bench.peers import folders, measure
 from longthink.bench.peers.client import Worker
 from longthink.bench.peers.folders import interpreter, model_folder
 from longthink.bench.peers.measure import Found
-from longthink.bench.peers.plan import FLOOR, MIDDLE, WORKERS, PeersPlan, scenes
+from longthink.bench.peers.plan import CONTROL, FLOOR, MIDDLE, WORKERS, PeersPlan, scenes
 from longthink.bench.peers.protocol import Point
 from longthink.bench.plan import BLOCK
 from longthink.errors import BenchError
@@ -144,6 +144,17 @@ def test_prompts_that_take_minutes_to_read_are_left_out():
         ["hf static", "openvino f32", FLOOR],
         ["hf static", FLOOR],
     ]
+
+
+def test_a_brief_model_is_measured_without_bookkeeping_and_narrow_keys_can_be_left_out():
+    options = {"policies": ("dense", "raas", "milestone"), "narrow": False}
+    made = scenes(plan("hf static", models={"S8": MODEL, "S2": MODEL}, brief=("S2",), **options))
+    assert [[place.label for place in scene.places] for scene in made] == [
+        ["hf static", *options["policies"], FLOOR, "raas", "raas", "raas (generate)", CONTROL],
+        ["hf static", "dense", "raas", FLOOR, "raas", "raas", "raas (generate)"],
+    ]
+    (wide,) = scenes(plan("hf static", policies=("raas",)))
+    assert "raas (bfloat16)" in [place.label for place in wide.places]
 
 
 def test_what_is_compared_stands_in_one_scene():

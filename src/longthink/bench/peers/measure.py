@@ -116,8 +116,12 @@ class _Workers:
 
     def of(self, system: str) -> Worker:
         """Return the process that measures a system; what cannot be installed is not tried again."""
-        process = _PROCESSES[len(self._ours) % len(_PROCESSES)]
-        kind = WORKERS.get(system) or self._ours.setdefault(system, (_OWN, process))
+        kind = WORKERS.get(system)
+        if kind is None and system == FLOOR:
+            kind = _OWN, _PROCESSES[0]
+        elif kind is None:
+            process = _PROCESSES[len(self._ours) % len(_PROCESSES)]
+            kind = self._ours.setdefault(system, (_OWN, process))
         if kind in self._cannot:
             raise self._cannot[kind]
         try:

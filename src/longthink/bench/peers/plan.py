@@ -72,6 +72,10 @@ class PeersPlan:
         Tokens of the prompt, where the rest of the context is made up.
     rounds
         Timed blocks of each system.
+    brief
+        Models of which only dense and RaaS are measured of ours, and nothing of bookkeeping.
+    narrow
+        Whether RaaS is measured with keys and values in two bytes as well.
 
     Raises
     ------
@@ -88,6 +92,8 @@ class PeersPlan:
     budget: int = 1024
     prompt: int = 128
     rounds: int = 5
+    brief: Sequence[str] = ()
+    narrow: bool = True
 
     def __post_init__(self) -> None:
         check_int("rounds", self.rounds, 1)
@@ -105,8 +111,10 @@ QUICK = {
     "batches": (16,),
     "batched": ("hf static", "raas"),
     "rounds": 3,
+    "brief": ("S2",),
+    "narrow": False,
 }
-"""What changes where only the targets are wanted: under six minutes on a quiet machine."""
+"""What changes where only the targets are wanted, each on one model: compiling takes nearly all the time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,10 +154,13 @@ def scenes(plan: PeersPlan) -> list[Scene]:
         for context in plan.contexts:
             # The text in front of OpenVINO's steps cannot be made up: reading 32k tokens takes each of them minutes.
             peers = [name for name in plan.peers if context <= MIDDLE or name not in OPENVINO]
-            names = (*peers, *plan.policies, FLOOR)
+            policies = [
+                name for name in plan.policies if model not in plan.brief or name in ("dense", "raas")
+            ]
+            names = (*peers, *policies, FLOOR)
             places = [Place(system=name, context=context) for name in names]
             if context == MIDDLE:
-                places += _for_targets(plan)
+                places += _for_targets(plan, model)
             found.append(Scene(model=model, places=tuple(places)))
     for rows in plan.batches:
         allowed = (*plan.peers, *plan.policies)
@@ -158,14 +169,17 @@ def scenes(plan: PeersPlan) -> list[Scene]:
     return found
 
 
-def _for_targets(plan: PeersPlan) -> list[Place]:
+def _for_targets(plan: PeersPlan, model: str) -> list[Place]:
     """What the targets compare beside the curves: other lengths, other ways, and a step without bookkeeping."""
     if "raas" not in plan.policies:
         return []
-    return [
+    places = [
         Place(system="raas", context=SHORT),
         Place(system="raas", context=LONG),
         Place(system="raas", context=MIDDLE, way="generate"),
-        Place(system="raas", context=MIDDLE, way=NARROW),
-        Place(system=CONTROL, context=plan.prompt + BLOCK),
     ]
+    if plan.narrow:
+        places.append(Place(system="raas", context=MIDDLE, way=NARROW))
+    if model not in plan.brief:
+        places.append(Place(system=CONTROL, context=plan.prompt + BLOCK))
+    return places
