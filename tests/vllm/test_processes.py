@@ -66,9 +66,5 @@ def test_ranks_that_agree_give_the_tokens_of_one(run, alone):
     assert run(tensor_parallel_size=2) != alone
 
 
-def test_pipeline(run, alone):
-    assert run(pipeline_parallel_size=2) == alone
-
-
 def test_compiled(run, alone):
     assert run(enforce_eager=False) == alone

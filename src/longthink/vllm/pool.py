@@ -224,7 +224,7 @@ class PagePool:
             tensor[layer, block_LBK.expand(-1, -1, self.heads), head] = 0
 
     def move(self, layers: Tensor, rows: Rows, moves: Moves) -> None:
-        """Carry tokens to other slots, with position and state; then empty the slots they came from."""
+        """Carry tokens to other slots, with position and state; the pages they leave are opened next."""
         shape = (len(layers), -1, *moves.source_BKM.shape[1:])
         source, target = (index.view(shape) for index in moves)
         row = torch.arange(len(rows.now_B), device=source.device)[:, None, None]
@@ -239,9 +239,7 @@ class PagePool:
         for tensor in (self.keys_LXKTD, self.values_LXKTD, *per_token):
             tables = tensor.shape[2]
             tensor[place(target, tables)] = tensor[place(source, tables)]
-        moved = self.position_LXKT[place(source, self.tables)]
-        self.position_LXKT[place(source, self.tables)] = -1
-        self.position_LXKT[place(target, self.tables)] = moved
+        self.position_LXKT[place(target, self.tables)] = self.position_LXKT[place(source, self.tables)]
 
     def write_positions(self, layers: Tensor, block_LBK: Tensor, now_B: Tensor) -> None:
         """Note where the tokens at `now_B` stand."""
