@@ -1,6 +1,6 @@
 """Everything of vLLM that may move from release to release, in one place.
 
-Tested with vLLM 0.30 to 0.32; `docs/vllm.md` has the table.
+Written beside vLLM 0.32; `docs/vllm.md` says what was tried with which version.
 """
 
 from __future__ import annotations
