@@ -51,9 +51,11 @@ def test_one_program_serves_every_call_and_writes_the_tokens_of_the_eager_step(p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["raas", "milestone"])
-def test_the_whole_compiler_writes_the_tokens_of_the_eager_step(policy):
-    eager, compiled = both(build("qwen2", num_hidden_layers=1), (21, 4), policy=policy, budget=64)
+@pytest.mark.parametrize(
+    ("policy", "lengths"), [("raas", (21, 4)), ("raas", (21,) * 6), ("milestone", (21, 4))]
+)
+def test_the_whole_compiler_writes_the_tokens_of_the_eager_step(policy, lengths):
+    eager, compiled = both(build("qwen2", num_hidden_layers=1), lengths, policy=policy, budget=64)
     assert compiled == eager
 
 

@@ -40,26 +40,17 @@ def _replace(node: Node) -> None:
     }
     value, weight, bias = (operands.get(name) for name in ("input", "weight", "bias"))
     assert isinstance(value, Node)
-    example = value.meta["example_value"]
-    *lead, width = example.shape
+    *lead, width = value.meta["example_value"].shape
     rows = math.prod(lead)
-    if not isinstance(rows, int) or (rows > FEW_ROWS and not _goes_to_one_dnn(example)):
+    if not isinstance(rows, int) or rows > FEW_ROWS:
         return
     call = node.graph.call_function
     with node.graph.inserting_before(node):
         flat = call(torch.reshape, (value, (rows, width)))
-        if rows > FEW_ROWS:
-            out = call(torch.ops.mkldnn._linear_pointwise, (flat, weight, bias, "none", [], ""))
-        else:
-            # A sum for each row, and not one for all: the compiler makes a single loop over the weight of them.
-            products = [call(torch.mul, (weight, call(torch.select, (flat, 0, row)))) for row in range(rows)]
-            out = call(torch.stack, ([call(torch.sum, (product, -1)) for product in products],))
-            if bias is not None:
-                out = call(torch.add, (out, bias))
+        # A sum for each row, and not one for all: the compiler makes a single loop over the weight of them.
+        products = [call(torch.mul, (weight, call(torch.select, (flat, 0, row)))) for row in range(rows)]
+        out = call(torch.stack, ([call(torch.sum, (product, -1)) for product in products],))
+        if bias is not None:
+            out = call(torch.add, (out, bias))
         node.replace_all_uses_with(call(torch.reshape, (out, (*lead, -1))))
     node.graph.erase_node(node)
-
-
-def _goes_to_one_dnn(example: Tensor) -> bool:
-    # PyTorch takes another library for float32, which needs up to 1.6 times as long on some processors.
-    return example.dtype == torch.float32 and torch.backends.mkldnn.is_available()

@@ -54,6 +54,9 @@ __all__ = [
     "top_pages",
 ]
 
+_FEW_ROWS = 4
+"""Rows up to which `compiled` is faster than SDPA on a CPU."""
+
 
 @cache
 def _has_triton() -> bool:
@@ -86,7 +89,15 @@ def decode_attention(
     attend = reference.decode_attention
     if _goes_to_triton(query_BKGD):
         from longthink.kernels.triton_step import decode_attention as attend
-    elif query_BKGD.is_cpu and torch.compiler.is_compiling() and not many:
+    elif (
+        query_BKGD.is_cpu
+        and torch.compiler.is_compiling()
+        and not many
+        and (
+            # SDPA is faster beside many rows, but for keys that it would have to widen first.
+            len(query_BKGD) <= _FEW_ROWS or keys_BKSD.dtype != query_BKGD.dtype
+        )
+    ):
         attend = compiled.decode_attention
     return attend(query_BKGD, keys_BKSD, values_BKSD, resident_BKS, scaling, with_weights=with_weights)
 
