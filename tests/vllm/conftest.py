@@ -27,18 +27,24 @@ SIZES = dict(
 )
 
 
-def save_model(folder, config_class, **more):
-    """Save a random model, whose attention matters, with a byte-level tokenizer and a chat template."""
-    tokenizer = byte_level_bpe(["the quick brown fox " * 5], vocab_size=300, special=["<|endoftext|>"])
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
+def random_model(config, scale):
+    """A random model whose attention matters."""
     torch.manual_seed(0)
-    config = config_class(**SIZES | dict(vocab_size=len(tokenizer), eos_token_id=0, bos_token_id=0) | more)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:
-                parameter.mul_(6)
+                parameter.mul_(scale)
+    return model
+
+
+def save_model(folder, config_class, **more):
+    """Save a random model with a byte-level tokenizer and a chat template."""
+    tokenizer = byte_level_bpe(["the quick brown fox " * 5], vocab_size=300, special=["<|endoftext|>"])
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    config = config_class(**SIZES | dict(vocab_size=len(tokenizer), eos_token_id=0, bos_token_id=0) | more)
+    model = random_model(config, 6)
     model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=0)
     model.save_pretrained(folder)
     return folder

@@ -8,18 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from longthink.hf import generate
+from tests.vllm.conftest import SIZES, random_model
 
-SIZES = dict(
-    vocab_size=273,
-    hidden_size=128,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=32,
-    max_position_embeddings=16384,
-    tie_word_embeddings=False,
-)
 PAGE = 16
 SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -29,14 +19,9 @@ SETTINGS = {
 }
 
 
-def save_random_model(folder, *, scale=3.0, seed=0, **more):
+def save_random_model(folder):
     """Save a random model whose text wanders, and whose choices are far from ties: rounding must not decide."""
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(Qwen2Config(**SIZES | more))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
-                parameter.mul_(scale)
+    model = random_model(Qwen2Config(**SIZES, vocab_size=273), 3)
     model.generation_config.eos_token_id = None
     model.save_pretrained(folder)
     return folder

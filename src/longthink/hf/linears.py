@@ -17,8 +17,7 @@ from torch._dynamo import lookup_backend
 from torch.fx import GraphModule, Node
 from torch.nn.functional import linear
 
-FEW_ROWS = 4
-"""Rows up to which sums of products are faster than a matrix library."""
+from longthink.kernels.compiled import FEW_ROWS
 
 
 def few_rows_backend(module: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:

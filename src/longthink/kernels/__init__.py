@@ -54,9 +54,6 @@ __all__ = [
     "top_pages",
 ]
 
-_FEW_ROWS = 4
-"""Rows up to which `compiled` is faster than SDPA on a CPU."""
-
 
 @cache
 def _has_triton() -> bool:
@@ -95,7 +92,7 @@ def decode_attention(
         and not many
         and (
             # SDPA is faster beside many rows, but for keys that it would have to widen first.
-            len(query_BKGD) <= _FEW_ROWS or keys_BKSD.dtype != query_BKGD.dtype
+            len(query_BKGD) <= compiled.FEW_ROWS or keys_BKSD.dtype != query_BKGD.dtype
         )
     ):
         attend = compiled.decode_attention

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from longthink.kernels.reference import masked_softmax, wide_dtype
 
+FEW_ROWS = 4
+"""Rows up to which sums of products are faster than what a library has for many: SDPA here, and linear layers."""
+
 
 def decode_attention(
     query_BKGD: Tensor,

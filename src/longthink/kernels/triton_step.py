@@ -73,33 +73,9 @@ def select_attention(
     """Append and bounds, then attention over the best pages, in three launches: see `reference_step`."""
     work = _work(query_BKGD, key_BKD, value_BKD, slots)
     score = _floats(query_BKGD, (*query_BKGD.shape[:2], work.tokens // work.page_size))
-    options: dict[str, Any] = {"SCORE": 0, "cap": cap_B}
-    _split(
-        work,
-        slots,
-        score,
-        score,
-        scaling,
-        Learn(),
-        APPEND=True,
-        BOUND=1,
-        SELECT=False,
-        ATTEND=False,
-        **options,
-    )
-    partial, share = _split(
-        work,
-        slots,
-        score,
-        score,
-        scaling,
-        Learn(),
-        APPEND=False,
-        BOUND=0,
-        SELECT=True,
-        ATTEND=True,
-        **options,
-    )
+    given = work, slots, score, score, scaling, Learn(), cap_B
+    _split(*given, SCORE=0, APPEND=True, BOUND=1, SELECT=False, ATTEND=False)
+    partial, share = _split(*given, SCORE=0, APPEND=False, BOUND=0, SELECT=True, ATTEND=True)
     return _combine(work, slots, partial, share, score, score, score, Learn()).to(query_BKGD.dtype)
 
 

@@ -19,7 +19,7 @@ class BoundedBackend(compat.AttentionBackend):  # type: ignore[misc, unused-igno
     """Attention over bounded block tables."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
-    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16"]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = list(checks.KV_DTYPES)
     # Where a token goes depends on the policy, so the runner's slots mean nothing behind the cap.
     forward_includes_kv_cache_update = True
 

@@ -112,16 +112,12 @@ class _Workers:
         self._stack, self._found, self._told = stack, found, told
         self._all: dict[tuple[str, str], Worker] = {}
         self._cannot: dict[tuple[str, str], BenchError] = {}
-        self._ours: dict[str, tuple[str, str]] = {}
+        self._ours = {FLOOR: (_OWN, _PROCESSES[0])}
 
     def of(self, system: str) -> Worker:
         """Return the process that measures a system; what cannot be installed is not tried again."""
-        kind = WORKERS.get(system)
-        if kind is None and system == FLOOR:
-            kind = _OWN, _PROCESSES[0]
-        elif kind is None:
-            process = _PROCESSES[len(self._ours) % len(_PROCESSES)]
-            kind = self._ours.setdefault(system, (_OWN, process))
+        process = _PROCESSES[len(self._ours) % len(_PROCESSES)]
+        kind = WORKERS.get(system) or self._ours.setdefault(system, (_OWN, process))
         if kind in self._cannot:
             raise self._cannot[kind]
         try:
