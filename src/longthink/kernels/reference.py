@@ -142,9 +142,11 @@ def logical_pages(position_BKS: Tensor, page_size: int) -> Tensor:
     The maximum is taken in halves: a compiler makes vectors of slots of that, but scalar code of a maximum over a few
     tokens. Page sizes are powers of two: a shift is exact, and much cheaper than a division.
     """
-    last_BKPT = position_BKS.unflatten(-1, (-1, page_size))
-    while last_BKPT.shape[-1] > 1:
-        last_BKPT = torch.maximum(*last_BKPT.chunk(2, -1))
+    last_BKPT, tokens = position_BKS.unflatten(-1, (-1, page_size)), page_size
+    while tokens > 1:
+        # By numbers that a compiler knows, where it does not know how many slots there are.
+        tokens //= 2
+        last_BKPT = torch.maximum(last_BKPT[..., :tokens], last_BKPT[..., tokens:])
     return last_BKPT[..., 0] >> (page_size.bit_length() - 1)
 
 

@@ -81,7 +81,7 @@ class H2O(Policy):
     @override
     def admit(self, table: PageTable, mass_BKS: Tensor | None) -> None:
         assert mass_BKS is not None
-        table.state["mass"] += mass_BKS
+        table.state["mass"].add_(mass_BKS)
 
     @override
     def evictable(self, table: PageTable) -> Tensor:
@@ -96,7 +96,7 @@ class H2O(Policy):
     @override
     def observe(self, table: PageTable, step: Step) -> None:
         assert step.weights_BKGS is not None
-        table.state["mass"] += step.weights_BKGS.sum(2)
+        table.state["mass"].add_(step.weights_BKGS.sum(2))
 
     def _recent(self, capacity_B: Tensor) -> Tensor:
         return capacity_B - (capacity_B.double() * self.heavy + 1e-9).floor().to(capacity_B.dtype)

@@ -92,7 +92,7 @@ class Milestone(Policy):
         assert step.weights_BKGS is not None
         near_B = table.now_B - self.young // 2
         far_BKS = table.resident_BKS & (table.position_BKS < near_B[:, None, None])
-        table.state["marked"] |= (far_BKS & (step.weights_BKGS.amax(2) > self.alpha)).to(torch.int8)
+        table.state["marked"].bitwise_or_((far_BKS & (step.weights_BKGS.amax(2) > self.alpha)).to(torch.int8))
 
     def _keepers(self, table: PageTable) -> tuple[Tensor, Tensor]:
         """First keeper slot of each row, and how many there are."""

@@ -126,7 +126,7 @@ class RaaS(Policy):
             used_BKP = score_BKP > self.alpha
         else:
             used_BKP = top_fraction(score_BKP, page_BKP, self.r)
-        used_BKP |= page_BKP == now_B11.div(self.page_size, rounding_mode="floor")
+        used_BKP = used_BKP | (page_BKP == now_B11.div(self.page_size, rounding_mode="floor"))
         stamp_BKP = table.state["stamp"]
         stamp_BKP.copy_(torch.where(used_BKP & (page_BKP >= 0), now_B11.to(stamp_BKP.dtype), stamp_BKP))
 
