@@ -11,7 +11,7 @@ from longthink.bench.peers import folders, measure
 from longthink.bench.peers.client import Worker
 from longthink.bench.peers.folders import interpreter, model_folder
 from longthink.bench.peers.measure import Found
-from longthink.bench.peers.plan import CONTROL, FLOOR, MIDDLE, WORKERS, PeersPlan, scenes
+from longthink.bench.peers.plan import BLOCK_STEPS, CONTROL, FLOOR, MIDDLE, WORKERS, PeersPlan, scenes
 from longthink.bench.peers.protocol import Point
 from longthink.bench.plan import BLOCK
 from longthink.errors import BenchError
@@ -100,9 +100,10 @@ def test_systems_take_turns_and_the_first_block_does_not_count(fakes, monkeypatc
     timed = list(measure.measure(plan("works", "idles"), found))
     decodes = [one for one in asked if one[0] == "decode"]
     assert [i for _, i, _ in decodes] == [0, 1, 2] * 4
-    # A peer begins with a few steps, and then takes what fits into a block's time; the floor takes whole blocks.
+    # All begin with a few steps, ours with those of whole pages, and then take what fits into a block's time.
     assert [steps for _, _, steps in decodes[:3]] == [4, 4, BLOCK]
-    assert {steps for _, i, steps in decodes[3:] if i == 1} == {BLOCK}
+    assert {steps for _, i, steps in decodes[3:] if i == 1} == {BLOCK_STEPS}
+    assert {steps % BLOCK for _, i, steps in decodes if i == 2} == {0}
     assert [one.place.system for one in timed] == ["works", "idles", FLOOR]
     assert found.timed == timed and found.missing == {}
     for one in timed:

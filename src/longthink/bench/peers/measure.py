@@ -13,6 +13,7 @@ from typing import Any
 from longthink.bench.peers.client import Worker
 from longthink.bench.peers.folders import interpreter, model_folder
 from longthink.bench.peers.plan import (
+    BLOCK_STEPS,
     FLOOR,
     KEEP_ALL,
     WORKERS,
@@ -22,7 +23,7 @@ from longthink.bench.peers.plan import (
     scenes,
 )
 from longthink.bench.peers.protocol import THREADS, Point
-from longthink.bench.plan import new_run
+from longthink.bench.plan import BLOCK, new_run
 from longthink.errors import BenchError
 from longthink.policies import make_policy
 from longthink.results.environment import hardware, versions
@@ -35,8 +36,8 @@ _OWN = "longthink.bench.peers.own"
 _PROCESSES = ("", "beside")
 """Our own caches are spread over two: nearly all the time of a short run goes into compiling them."""
 _FEW = 4
-_LONG_BLOCK_MS = 1500.0
-"""A peer's block takes about this long at most, but `_FEW` steps in any case; blocks of ours are whole pages."""
+_LONG_BLOCK_MS = 600.0
+"""A block takes about this long at most, but `_FEW` steps of a peer and a page of ours in any case."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +166,7 @@ class _Stage:
             rows=place.rows,
             budget=self._plan.budget,
             prompt=self._plan.prompt,
-            steps=1 + place.steps * (self._plan.rounds + 1),
+            steps=1 + BLOCK_STEPS * (self._plan.rounds + 1),
         )
 
     @contextmanager
@@ -184,14 +185,15 @@ class _Stage:
         for turn in range(self._plan.rounds + 1):
             for i, worker in list(self._on.items()):
                 place = self._scene.places[i]
-                theirs = place.system in WORKERS
-                count = self._steps.get(i, _FEW if theirs else place.steps)
+                least = _FEW if place.system in WORKERS else BLOCK
+                count = self._steps.get(i, least)
                 with self._leave_out(i, f"round {turn}/{self._plan.rounds}"):
                     ms = worker.ask("decode", id=i, steps=count)["ms"] / count
                     if turn:
                         times[i].append(ms)
-                    elif theirs:
-                        self._steps[i] = max(_FEW, min(place.steps, int(_LONG_BLOCK_MS / ms)))
+                    else:
+                        fits = min(BLOCK_STEPS, int(_LONG_BLOCK_MS / ms))
+                        self._steps[i] = max(least, fits // least * least)
         return {i: times[i] for i in self._on}
 
     def close(self) -> dict[int, dict[str, Any]]:

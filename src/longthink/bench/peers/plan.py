@@ -14,7 +14,8 @@ MODELS = {
 }
 """The random models that are measured, by their short names: as many KV heads as query heads, and a quarter."""
 
-TRANSFORMERS = {"hf dynamic": "dynamic", "hf static": "static", "hf static compiled": "compiled"}
+COMPILED = "hf static compiled"
+TRANSFORMERS = {"hf dynamic": "dynamic", "hf static": "static", COMPILED: "compiled"}
 OPENVINO = {
     "openvino f32": ("f32", False),
     "openvino f32 eviction": ("f32", True),
@@ -35,7 +36,7 @@ CONTROL = "recency:page_size=16"
 WORKERS = {
     **{name: ("longthink.bench.peers.own", "") for name in ("hf dynamic", "hf static")},
     # Each compiled program starts with an empty compiler, so it has a process to itself.
-    "hf static compiled": ("longthink.bench.peers.own", "compiled"),
+    COMPILED: ("longthink.bench.peers.own", "compiled"),
     KVPRESS: ("longthink.bench.peers.with_kvpress", "kvpress"),
     **dict.fromkeys(OPENVINO, ("longthink.bench.peers.with_openvino", "openvino")),
 }
@@ -44,6 +45,8 @@ PEERS = {name.replace(" ", "-"): name for name in WORKERS}
 """Names of the peers as the command line has them."""
 POLICIES = ("dense", "streaming_llm", "h2o", "quest", "raas", "milestone")
 
+BLOCK_STEPS = 3 * BLOCK
+"""Steps of a block at most: whole pages, and enough of them to make little of a call's beginning."""
 SHORT, MIDDLE, LONG = 2048, 16384, 32768
 """Contexts that the targets speak of."""
 
@@ -73,7 +76,7 @@ class PeersPlan:
     rounds
         Timed blocks of each system.
     brief
-        Models of which only dense and RaaS are measured of ours, and nothing of bookkeeping.
+        Models of which only dense and RaaS are measured of ours, nothing of bookkeeping, and no compiled peer.
     narrow
         Whether RaaS is measured with keys and values in two bytes as well.
 
@@ -97,7 +100,7 @@ class PeersPlan:
 
     def __post_init__(self) -> None:
         check_int("rounds", self.rounds, 1)
-        check_int("budget", self.budget, self.prompt + BLOCK * (self.rounds + 3))
+        check_int("budget", self.budget, self.prompt + BLOCK + BLOCK_STEPS * (self.rounds + 1))
         for name in self.peers:
             check_choice("peers", name, tuple(WORKERS))
         for context in self.contexts:
@@ -105,7 +108,7 @@ class PeersPlan:
 
 
 QUICK = {
-    "peers": ("hf static", "hf static compiled", KVPRESS, "openvino f32 eviction"),
+    "peers": ("hf static", COMPILED, KVPRESS, "openvino f32 eviction"),
     "policies": ("dense", "raas", "milestone"),
     "contexts": (MIDDLE,),
     "batches": (16,),
@@ -131,11 +134,6 @@ class Place:
         """Name of the system in tables and figures."""
         return f"{self.system} ({self.way})" if self.way else self.system
 
-    @property
-    def steps(self) -> int:
-        """Steps of a block: whole pages, and for `generate` enough of them to make little of a call's beginning."""
-        return 4 * BLOCK if self.way == "generate" else BLOCK
-
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
@@ -154,6 +152,8 @@ def scenes(plan: PeersPlan) -> list[Scene]:
         for context in plan.contexts:
             # The text in front of OpenVINO's steps cannot be made up: reading 32k tokens takes each of them minutes.
             peers = [name for name in plan.peers if context <= MIDDLE or name not in OPENVINO]
+            if model in plan.brief:
+                peers = [name for name in peers if name != COMPILED]
             policies = [
                 name for name in plan.policies if model not in plan.brief or name in ("dense", "raas")
             ]
