@@ -22,7 +22,8 @@ def fast_forward(layer: LayerCache, tokens: int, *, heads: int, generator: torch
     A cache that grows gets all its slots, allocated in the same steps as in decoding, and filled with made-up keys
     and values. A bounded cache takes real decode steps on made-up queries, keys and values until every slot has
     been written anew, so that what it keeps, and how it is laid out, is the policy's own doing; from then on it
-    only sets its clock forward by whole pages: what may be evicted moves on with the clock, the rest stays.
+    only sets its clock forward by whole pages: what may be evicted moves on with the clock, the rest stays. Its rows
+    become alike: one goes forward, and the others are made what it is.
     Positions, lengths and slots are then those of a decoded cache. A policy's scores and stamps keep their order
     and are not made newer; the first steps that follow bring them up to date.
 
@@ -54,6 +55,8 @@ def fast_forward(layer: LayerCache, tokens: int, *, heads: int, generator: torch
     page_size, seen = layer.policy.page_size, layer._lengths[0] - int(store.table.prompt_B[0])
     unwritten = max(0, store.table.cap * page_size - seen)
     jump = max(0, tokens - unwritten) // page_size * page_size
+    rows = len(layer._lengths)
+    layer.select_rows(torch.tensor([0]))
     queried_BHSD = store.keys_BKSD[:, :1].expand(-1, heads, -1, -1)
     drawn = [
         made_up(like, tokens - jump, generator).split(1, 2)
@@ -63,6 +66,7 @@ def fast_forward(layer: LayerCache, tokens: int, *, heads: int, generator: torch
         layer.attend(query, key, value)
     if jump:
         _set_clock(layer, store, jump)
+    layer.select_rows(torch.zeros(rows, dtype=torch.int64))
 
 
 def _grow(layer: LayerCache, store: SlotStore, tokens: int, generator: torch.Generator) -> None:
