@@ -74,6 +74,13 @@ def test_alone_and_preempted(model, policy, tokens):
         assert serve_and_preempt(llm, PROMPTS, LONG, at={210, 260}) == tokens
 
 
+def test_compiled(model, policy, tokens):
+    with engine(model, policy, enforce_eager=False) as llm:
+        assert serve(llm, PROMPTS, LONG) == tokens
+        # The step that is replayed is eager.
+        assert serve_and_preempt(llm, PROMPTS, LONG, at={210}) == tokens
+
+
 def test_chunked_prefill(model, policy, tokens):
     with engine(model, policy, max_num_batched_tokens=16, enable_chunked_prefill=True) as llm:
         assert serve(llm, PROMPTS, LONG) == tokens
