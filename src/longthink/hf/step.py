@@ -110,10 +110,7 @@ class _Programs:
         how: dict[str, Any] = {"mode": "reduce-overhead"} if device.type == "cuda" else {}
         if device.type == "cpu":
             how = {"backend": few_rows_backend}
-        self.by_function = {
-            function: own_program(function, **how)
-            for function in (_forward, _turn)
-        }
+        self.by_function = {function: own_program(function, **how) for function in (_forward, _turn)}
 
 
 _programs: weakref.WeakKeyDictionary[PreTrainedModel, dict[Hashable, _Programs]] = weakref.WeakKeyDictionary()

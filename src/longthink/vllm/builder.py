@@ -106,9 +106,7 @@ class BoundedBuilder(compat.AttentionMetadataBuilder):  # type: ignore[misc, unu
         )
         policies = [policy.for_layer(compat.layer_index(name)) for name in self._layer_names]
         most = config.scheduler_config.max_num_seqs
-        return DecodeStep(
-            pool, policies, attend, impl.scale, agree, most, impl.num_heads, compiles=compiles
-        )
+        return DecodeStep(pool, policies, attend, impl.scale, agree, most, impl.num_heads, compiles=compiles)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
