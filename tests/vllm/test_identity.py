@@ -2,6 +2,8 @@
 
 import pytest
 
+from longthink.kernels.compiled import own_program
+from longthink.vllm import step
 from tests.vllm.engines import (
     PAGE,
     engine,
@@ -72,6 +74,16 @@ def test_alone_and_preempted(model, policy, tokens):
     with engine(model, policy) as llm:
         assert [serve(llm, [prompt], LONG)[0] for prompt in PROMPTS] == tokens
         assert serve_and_preempt(llm, PROMPTS, LONG, at={210, 260}) == tokens
+
+
+def test_compiled(model, policy, tokens, monkeypatch):
+    made = []
+    monkeypatch.setattr(step, "own_program", lambda function: made.append(function) or own_program(function))
+    with engine(model, policy, enforce_eager=False) as llm:
+        assert serve(llm, PROMPTS, LONG) == tokens
+        assert made == list(step._EAGER)
+        # The step that is replayed is eager.
+        assert serve_and_preempt(llm, PROMPTS, LONG, at={210}) == tokens
 
 
 def test_chunked_prefill(model, policy, tokens):

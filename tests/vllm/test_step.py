@@ -1,5 +1,7 @@
 """The decode step over blocks, without an engine: the outputs of `LayerCache`, and no wait for the device."""
 
+import contextlib
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -59,14 +61,24 @@ def make_rows(block_BP, positions):
     ],
 )
 def test_blocks_are_slots(spec, by_cpu):
+    check_blocks_are_slots(spec, by_cpu, compiles=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("spec", "by_cpu"), [("raas", True), ("milestone:alpha=0.1", False)])
+def test_compiled_blocks_are_slots(spec, by_cpu):
+    check_blocks_are_slots(spec, by_cpu, compiles=True)
+
+
+def check_blocks_are_slots(spec, by_cpu, *, compiles):
     policy = make_policy(spec)
     if by_cpu and policy.uses_weights:
         pytest.skip("vLLM's kernel gives no weights")
     torch.manual_seed(0)
     pool = make_pool(policy, transposed=by_cpu)
-    attend = CpuAttend(pool, SCALING, HEADS) if by_cpu else KernelAttend(pool, SCALING)
+    attend = CpuAttend(pool, SCALING, HEADS) if by_cpu else KernelAttend(pool, SCALING, compiles=compiles)
     policies = [policy.for_layer(layer) for layer in range(LAYERS)]
-    step = DecodeStep(pool, policies, attend, SCALING, None, 8, HEADS)
+    step = DecodeStep(pool, policies, attend, SCALING, None, 8, HEADS, compiles=compiles)
     slots = [[LayerCache(p, Budget(decode_budget=DECODE_PAGES * PAGE)) for _ in PROMPTS] for p in policies]
     block_BP = torch.randperm(BLOCKS - 1)[:16].view(2, 8) + 1
     for row, length in enumerate(PROMPTS):
@@ -77,7 +89,7 @@ def test_blocks_are_slots(spec, by_cpu):
         opens = torch.tensor([row for row, position in enumerate(positions) if position % PAGE == 0])
         out = torch.zeros(LAYERS, 2, HEADS, DIM)
         rows = make_rows(block_BP, positions)
-        with NoWaiting():
+        with contextlib.nullcontext() if compiles else NoWaiting():
             begun = step.begin(rows, opening=opens if len(opens) else None, evicting=True)
             for layer in range(LAYERS):
                 step.layer(begun, layer, tuple(x[layer] for x in new), out[layer])

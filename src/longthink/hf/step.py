@@ -12,7 +12,6 @@ import importlib.util
 import logging
 import shutil
 import threading
-import types
 import weakref
 from collections.abc import Callable, Hashable
 from typing import Any, Literal
@@ -29,6 +28,7 @@ from longthink.errors import UnsupportedFeatureError
 from longthink.hf.attention import mark
 from longthink.hf.cache import PagedCache
 from longthink.hf.linears import few_rows_backend
+from longthink.kernels.compiled import own_program
 
 Compile = Literal["auto"] | bool
 
@@ -110,15 +110,7 @@ class _Programs:
         how: dict[str, Any] = {"mode": "reduce-overhead"} if device.type == "cuda" else {}
         if device.type == "cpu":
             how = {"backend": few_rows_backend}
-        self.by_function = {
-            function: torch.compile(_own_copy(function), fullgraph=True, **how)
-            for function in (_forward, _turn)
-        }
-
-
-def _own_copy(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with a code object of its own: the compiler counts and keeps its programs by code object."""
-    return types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+        self.by_function = {function: own_program(function, **how) for function in (_forward, _turn)}
 
 
 _programs: weakref.WeakKeyDictionary[PreTrainedModel, dict[Hashable, _Programs]] = weakref.WeakKeyDictionary()

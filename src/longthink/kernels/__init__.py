@@ -16,7 +16,6 @@ from torch import Tensor
 from longthink.kernels import compiled, reference, reference_step
 from longthink.kernels.reference import (
     block_attention,
-    bound_scores,
     column_mass,
     discriminant_scores,
     hash_priority,
@@ -97,6 +96,12 @@ def decode_attention(
     ):
         attend = compiled.decode_attention
     return attend(query_BKGD, keys_BKSD, values_BKSD, resident_BKS, scaling, with_weights=with_weights)
+
+
+def bound_scores(query_BKGD: Tensor, kmin_BKPD: Tensor, kmax_BKPD: Tensor) -> Tensor:
+    """Quest's upper bound of the largest q.k in each page: see `reference.bound_scores`."""
+    by_sums = query_BKGD.is_cpu and torch.compiler.is_compiling()
+    return (compiled if by_sums else reference).bound_scores(query_BKGD, kmin_BKPD, kmax_BKPD)
 
 
 def step_attention(

@@ -1,13 +1,19 @@
-"""Attention of a compiled step on a CPU: sums of products, of which the compiler makes loops that read each key once.
+"""What a compiled step does its own way on a CPU: sums of products, of which the compiler makes loops.
 
-That wins for a budget's slots; beside many thousands of them SDPA's blocks do. Without a compiler the sums would make
-a tensor of every product, so eager steps take `reference`, which is also the definition.
+They read each key once, also where it has to be looked up in a pool. That wins for a budget's slots; beside many
+thousands of them SDPA's blocks do. Without a compiler the sums would make a tensor of every product, so eager steps
+take `reference`, which is also the definition.
 
 Shape suffixes: see `reference`.
 """
 
 from __future__ import annotations
 
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from longthink.kernels.reference import masked_softmax, wide_dtype
@@ -35,3 +41,24 @@ def decode_attention(
         # Narrow values are widened as they are read.
         out_BKGD = (weights_BKGS[..., None] * values_BKSD.to(wide)[:, :, None]).sum(-2)
     return out_BKGD.to(query_BKGD.dtype), weights_BKGS if with_weights else None
+
+
+def bound_scores(query_BKGD: Tensor, kmin_BKPD: Tensor, kmax_BKPD: Tensor) -> Tensor:
+    """Quest's upper bound of the largest q.k in each page: see `reference.bound_scores`."""
+    wide = wide_dtype(query_BKGD.dtype)
+    query = query_BKGD.to(wide)[:, :, :, None]
+    highest, lowest = (x.to(wide)[:, :, None] for x in (kmax_BKPD, kmin_BKPD))
+    return (query.clamp(min=0) * highest + query.clamp(max=0) * lowest).sum(-1)
+
+
+def own_program(function: Callable[..., Any], **how: Any) -> Any:
+    """Compile a function with a code object of its own: the compiler counts and keeps its programs by code object."""
+    own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    return torch.compile(own, fullgraph=True, **how)
+
+
+def any_size(tensor: Tensor, *dims: int) -> Tensor:
+    """Let the compiler know that some sizes of a tensor change from call to call."""
+    for dim in dims:
+        torch._dynamo.maybe_mark_dynamic(tensor, dim)
+    return tensor

@@ -139,7 +139,7 @@ def step_attention(
     """
     learn = Learn() if learn is None else learn
     append(cache, key_BKD, value_BKD)
-    keys, values, resident = _read(cache, query_BKGD.shape[1])
+    keys, values, resident = resident_slots(cache, query_BKGD.shape[1])
     with_weights = learn.kind in ("mass", "weights", "marks", "heavy")
     out, weights = decode_attention(query_BKGD, keys, values, resident, scaling, with_weights=with_weights)
     return out, _learn(query_BKGD, weights, resident, cache, scaling, learn)
@@ -204,7 +204,8 @@ def append(cache: Slots | Pool, key_BKD: Tensor, value_BKD: Tensor) -> None:
         high[at] = torch.where(first, key_BKD, torch.maximum(high[at], key_BKD))
 
 
-def _read(cache: Slots | Pool, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def resident_slots(cache: Slots | Pool, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys, values (BKSD) and whether a token is there (BKS), of each KV head."""
     if isinstance(cache, Slots):
         return cache.keys_BKSD, cache.values_BKSD, (cache.position_BKS >= 0).expand(-1, heads, -1)
     block_BKP, head_K1 = (

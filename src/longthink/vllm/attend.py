@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from longthink import kernels
+from longthink.kernels.compiled import any_size, own_program
+from longthink.kernels.reference_step import append, resident_slots
 from longthink.vllm import compat
 from longthink.vllm.pool import PagePool, Rows
 
@@ -55,6 +57,9 @@ class Attend(Protocol):
     """One way to write and read."""
 
     def plan(self, rows: Rows, tail_LBK: Tensor, block_LBK: Tensor) -> Any:
+        """What is known before the layers run: tensors."""
+
+    def ready(self, plan: Any) -> Any:
         """What is the same for all layers of a step."""
 
     def decode(self, layer: int, at: int, plan: Any, new: New, out_BHD: Tensor) -> Tensor | None:
@@ -95,13 +100,16 @@ class KernelAttend:
     ----------
     scaling
         Factor on q.k.
+    compiles
+        Make a program of the reading.
     """
 
     transposed = False
 
-    def __init__(self, pool: PagePool, scaling: float) -> None:
+    def __init__(self, pool: PagePool, scaling: float, *, compiles: bool = False) -> None:
         self._pool, self._scaling = pool, scaling
         self._learn = kernels.Learn("weights" if pool.policy.uses_weights else "nothing")
+        self._read = own_program(_read) if compiles else None
 
     def plan(self, rows: Rows, tail_LBK: Tensor, block_LBK: Tensor) -> _Plan:
         """See `Attend`."""
@@ -109,6 +117,10 @@ class KernelAttend:
         block_LBKP = rows.block_BP[None, :, None].expand(order.shape).gather(3, order)
         page_size = self._pool.page_size
         return _Plan(order, block_LBKP, (rows.count_B - 1) * page_size + rows.now_B % page_size + 1)
+
+    def ready(self, plan: _Plan) -> _Plan:
+        """See `Attend`."""
+        return plan
 
     def decode(self, layer: int, at: int, plan: _Plan, new: New, out_BHD: Tensor) -> Tensor | None:
         """See `Attend`."""
@@ -121,9 +133,17 @@ class KernelAttend:
             plan.length_B,
         )
         query_BKGD = query_BHD.unflatten(1, (pool.heads, -1))
-        out, weights = kernels.step_attention(
-            query_BKGD, key_BKD, value_BKD, blocks, self._scaling, self._learn
-        )
+        if self._read is None:
+            out, weights = kernels.step_attention(
+                query_BKGD, key_BKD, value_BKD, blocks, self._scaling, self._learn
+            )
+        else:
+            append(blocks, key_BKD, value_BKD)
+            any_size(blocks.block_BKP, 0, 2)
+            any_size(blocks.length_B, 0)
+            out, weights = self._read(
+                any_size(query_BKGD, 0), blocks, self._scaling, self._learn.kind == "weights"
+            )
         out_BHD.copy_(out.flatten(1, 2))
         if weights is None:
             return None
@@ -157,10 +177,18 @@ class KernelAttend:
             out_QHD[start:end] = out[0].transpose(0, 1)
 
 
+def _read(
+    query_BKGD: Tensor, blocks: kernels.Pool, scaling: float, with_weights: bool
+) -> tuple[Tensor, Tensor | None]:
+    keys, values, resident = resident_slots(blocks, query_BKGD.shape[1])
+    return kernels.decode_attention(query_BKGD, keys, values, resident, scaling, with_weights=with_weights)
+
+
 class _CpuPlan(NamedTuple):
     block_LUP: Tensor
     slot_LU: Tensor
-    reading: compat.CpuReading
+    length_U: Tensor
+    reading: compat.CpuReading | None = None
 
 
 class CpuAttend:
@@ -204,17 +232,22 @@ class CpuAttend:
         if self._units_BK is not None:
             per_block, head = self._units_BK
             block_LBKP, block_LBK = block_LBKP * per_block + head[:, None], block_LBK * per_block + head
-        tables = pool.tables
-        length_U = length_B.repeat_interleave(tables).to(torch.int32)
-        start_U = torch.arange(len(length_U) + 1, dtype=torch.int32)
-        reading = compat.CpuReading(
-            start_U, length_U, self._heads // tables, pool.heads // tables, pool.dim, pool.keys_LXKTD.dtype
-        )
+        length_U = length_B[:, None].expand(-1, pool.tables).flatten().to(torch.int32)
         slot_LU = (block_LBK * page_size + offset_B[:, None]).flatten(1)
-        return _CpuPlan(block_LBKP.flatten(1, 2).to(torch.int32), slot_LU, reading)
+        return _CpuPlan(block_LBKP.flatten(1, 2).to(torch.int32), slot_LU, length_U)
+
+    def ready(self, plan: _CpuPlan) -> _CpuPlan:
+        """See `Attend`."""
+        pool, length_U = self._pool, plan.length_U
+        start_U = torch.arange(len(length_U) + 1, dtype=torch.int32)
+        heads = (self._heads // pool.tables, pool.heads // pool.tables)
+        return plan._replace(
+            reading=compat.CpuReading(start_U, length_U, *heads, pool.dim, pool.keys_LXKTD.dtype)
+        )
 
     def decode(self, layer: int, at: int, plan: _CpuPlan, new: New, out_BHD: Tensor) -> None:
         """See `Attend`."""
+        assert plan.reading is not None
         query, key, value = new
         out, (keys, values) = out_BHD, self._caches[layer]
         if self._units_BK is not None:

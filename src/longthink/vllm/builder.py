@@ -96,14 +96,17 @@ class BoundedBuilder(compat.AttentionMetadataBuilder):  # type: ignore[misc, unu
         impl = config.compilation_config.static_forward_context[self._layer_names[0]].impl
         on_cpu = self.device.type == "cpu" and not policy.uses_weights
         by_cpu = on_cpu and compat.cpu_kernel_serves(impl.head_size, self._page_size, caches[0].dtype)
+        agree = compat.agree_over_ranks() if options.tp_sync else None
+        compiles = self.device.type == "cpu" and agree is None and compat.compiles(config)
         pool = PagePool(policy, caches, transposed=by_cpu)
         attend: Attend = (
-            CpuAttend(pool, impl.scale, impl.num_heads) if by_cpu else KernelAttend(pool, impl.scale)
+            CpuAttend(pool, impl.scale, impl.num_heads)
+            if by_cpu
+            else KernelAttend(pool, impl.scale, compiles=compiles)
         )
-        agree = compat.agree_over_ranks() if options.tp_sync else None
         policies = [policy.for_layer(compat.layer_index(name)) for name in self._layer_names]
         most = config.scheduler_config.max_num_seqs
-        return DecodeStep(pool, policies, attend, impl.scale, agree, most, impl.num_heads)
+        return DecodeStep(pool, policies, attend, impl.scale, agree, most, impl.num_heads, compiles=compiles)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
@@ -139,7 +142,8 @@ class BoundedBuilder(compat.AttentionMetadataBuilder):  # type: ignore[misc, unu
         """
         page_size, spec = self._page_size, self.kv_cache_spec
         longest = int(prompt_B.max()) if prompt_B.device.type == "cpu" else spec.max_prompt_tokens
-        pages = min(int(host_B.max()) // page_size + 1, spec.cap(longest))
+        # Two at least: a compiler would make a program of its own for one.
+        pages = max(min(int(host_B.max()) // page_size + 1, spec.cap(longest)), 2)
         prompt_B = prompt_B.to(now_B.device, torch.int64, non_blocking=True)
         cap_B = (prompt_B + page_size - 1) // page_size + spec.decode_blocks
         count_B = torch.minimum(now_B // page_size + 1, cap_B)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.config import CompilationMode, VllmConfig, get_current_vllm_config
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -42,6 +42,7 @@ __all__ = [
     "VllmConfig",
     "agree_over_ranks",
     "ask_for_prompt_lengths",
+    "compiles",
     "cpu_kernel_serves",
     "cpu_read",
     "cpu_write",
@@ -75,6 +76,11 @@ def ask_for_prompt_lengths(config: VllmConfig) -> None:
     """Have the runners say how long each prompt is, as they do for windows that slide behind a prompt."""
     if config.model_config.rswa_window is None:
         config.model_config.model_arch_config.rswa_window = config.model_config.max_model_len
+
+
+def compiles(config: VllmConfig) -> bool:
+    """Whether vLLM compiles the model: not with ``--enforce-eager``."""
+    return config.compilation_config.mode not in (None, CompilationMode.NONE)
 
 
 _CPU_ISA = "vec16"

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from longthink.errors import UnsupportedFeatureError
+from longthink.kernels.compiled import any_size
 from longthink.policies import Moves, PageTable, Policy, Shape
 
 _ALIGNED = 8
@@ -81,6 +82,10 @@ class Rows(NamedTuple):
     def take(self, index: Tensor) -> Rows:
         """Some of the rows."""
         return Rows(*(tensor[index] for tensor in self))
+
+    def any_size(self) -> Rows:
+        """The same, where a compiler knows that they and their pages change in number."""
+        return Rows(*(any_size(tensor, *range(tensor.ndim)) for tensor in self))
 
 
 class PagePool:
@@ -156,13 +161,17 @@ class PagePool:
 
     # Whole tables ------------------------------------------------------------------------------------------------
 
-    def table(self, layers: Tensor, rows: Rows, filled_B: Tensor, *, vectors: bool = False) -> PageTable:
+    def table(
+        self, layers: Tensor, rows: Rows, filled_B: Tensor, *, bounds: bool = False, vectors: bool = False
+    ) -> PageTable:
         """What the policy may see of some layers, gathered: N rows.
 
         Parameters
         ----------
         filled_B
             Page slots that hold something.
+        bounds
+            With the representatives, where the policy has them.
         vectors
             With all keys and values.
         """
@@ -174,7 +183,7 @@ class PagePool:
         position_NKS = torch.where(held_B1S.repeat(len(layers), 1, 1), position_NKS, -1)
         kmin, kmax = (
             self._nothing(len(position_NKS))
-            if part is None
+            if part is None or not bounds
             else part[at].permute(0, 1, 3, 2, 4).flatten(0, 1)
             for part in (self.kmin_LXKD, self.kmax_LXKD)
         )
@@ -191,13 +200,13 @@ class PagePool:
     def _nothing(self, rows: int) -> Tensor:
         return self._first.new_empty(rows, self.heads, 0, self.dim)
 
-    def store_state(self, layers: Tensor, rows: Rows, table: PageTable, active_B: Tensor) -> None:
+    def store_state(self, layers: Tensor, rows: Rows, state: dict[str, Tensor], active_B: Tensor) -> None:
         """Take over the state of a table where rows are active."""
         # Nobody's block takes what must not be stored.
         block_BP = torch.where(active_B[:, None], rows.block_BP, 0)
         for name, tensor in self.state.items():
             each = tensor.shape[3]
-            new = table.state[name].unflatten(0, (len(layers), -1)).unflatten(3, (-1, each))
+            new = state[name].unflatten(0, (len(layers), -1)).unflatten(3, (-1, each))
             tensor[layers[:, None, None], block_BP[None]] = new.transpose(2, 3)
 
     # Pages -------------------------------------------------------------------------------------------------------

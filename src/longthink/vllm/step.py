@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from longthink.cache.step import choose_slots
-from longthink.policies import Policy, Step
+from longthink.kernels.compiled import any_size, own_program
+from longthink.policies import Moves, Policy, Step
 from longthink.vllm.attend import Attend, New
 from longthink.vllm.pool import PagePool, Rows
 
@@ -25,6 +26,8 @@ class Begun(NamedTuple):
 
     Attributes
     ----------
+    work
+        The functions that it takes.
     span
         The layers that it is for: all of them, or one.
     rows
@@ -37,6 +40,7 @@ class Begun(NamedTuple):
         What the attention needs to know.
     """
 
+    work: _Work
     span: slice
     rows: Rows
     active_B: Tensor
@@ -61,6 +65,8 @@ class DecodeStep:
         Most requests in a step.
     heads
         Query heads.
+    compiles
+        Make programs of what the layers share.
     """
 
     def __init__(
@@ -72,6 +78,8 @@ class DecodeStep:
         agree: Callable[[Tensor], Tensor] | None,
         max_rows: int,
         heads: int,
+        *,
+        compiles: bool = False,
     ) -> None:
         self.pool, self.attend = pool, attend
         self._policies, self._scaling, self._agree = policies, scaling, agree
@@ -84,6 +92,7 @@ class DecodeStep:
             learns and policy.uses_weights,
             learns and not policy.uses_weights,
         )
+        self._work = _Work(*map(own_program, _EAGER)) if compiles else _EAGER
         dtype, kept = pool.keys_LXKTD.dtype, (pool.layers, max_rows if self._learns_late else 0)
         self._query_LBHD = torch.zeros(*kept, heads, pool.dim, dtype=dtype, device=device)
         self._key_LBKD = torch.zeros(*kept, pool.heads, pool.dim, dtype=dtype, device=device)
@@ -99,34 +108,29 @@ class DecodeStep:
             Whether one of them may have no empty slot.
         """
         span = slice(0, self.pool.layers) if layer is None else slice(layer, layer + 1)
+        # Steps of one layer are rare: a program for them would not pay.
+        work = self._work if layer is None else _EAGER
         if opening is not None:
-            self._turn(span, rows.take(opening), evicting=evicting)
+            self._turn(work, span, rows.take(opening), evicting=evicting)
         layers = self._layers[span]
-        tail_LBK = self.pool.tail(layers, rows)
-        block_LBK = _blocks(rows, tail_LBK)
+        block_LBK, plan = work.find(self.pool, self.attend, layers, rows.any_size())
         self.pool.write_positions(layers, block_LBK, rows.now_B)
-        return Begun(
-            span, rows, rows.now_B >= rows.prompt_B, block_LBK, self.attend.plan(rows, tail_LBK, block_LBK)
-        )
+        return Begun(work, span, rows, rows.now_B >= rows.prompt_B, block_LBK, self.attend.ready(plan))
 
-    def _turn(self, span: slice, rows: Rows, *, evicting: bool) -> None:
+    def _turn(self, work: _Work, span: slice, rows: Rows, *, evicting: bool) -> None:
         pool = self.pool
-        opens_B = torch.ones_like(rows.now_B, dtype=torch.bool)
-        filled_B = torch.minimum(rows.now_B // pool.page_size, rows.cap_B)
         if not evicting:
             # Slots fill in order while there are empty ones.
-            slot_LBK = filled_B[None, :, None].expand(span.stop - span.start, -1, pool.tables)
+            slot_LBK = _filled(pool, rows)[None, :, None].expand(span.stop - span.start, -1, pool.tables)
             pool.open(self._layers[span], _blocks(rows, slot_LBK), rows.now_B)
             return
         # All vectors of all layers in one go would be too much.
         for part in self._parts(span, apart=self._moves):
             layers = self._layers[part]
-            table = pool.table(layers, rows, filled_B, vectors=self._moves)
-            policy = self._policies[part.start]
-            slot_NK, moves = choose_slots(policy, table, opens_B.repeat(len(layers)), evicts=True)
+            block_LBK, moves = work.choose(pool, self._policies[part.start], layers, rows.any_size())
             if moves is not None:
                 pool.move(layers, rows, moves)
-            pool.open(layers, _blocks(rows, slot_NK.unflatten(0, (len(layers), -1))), rows.now_B)
+            pool.open(layers, block_LBK, rows.now_B)
 
     def _parts(self, span: slice, *, apart: bool) -> list[slice]:
         """Layers that can be worked on in one go: those of one rule."""
@@ -155,13 +159,55 @@ class DecodeStep:
 
     def _observe(self, begun: Begun, span: slice, query_LBHD: Tensor, weights_BKGS: Tensor | None) -> None:
         layers, rows = self._layers[span], begun.rows
-        table = self.pool.table(layers, rows, rows.count_B)
-        query_NKGD = query_LBHD.flatten(0, 1).unflatten(1, (self.pool.heads, -1))
-        step = Step(query_NKGD, weights_BKGS, self._scaling, self._agree)
-        self._policies[span.start].observe(table, step)
-        self.pool.store_state(layers, rows, table, begun.active_B)
+        any_size(query_LBHD, 1)
+        if weights_BKGS is not None:
+            any_size(weights_BKGS, 0, 3)
+        step = Step(query_LBHD, weights_BKGS, self._scaling, self._agree)
+        state = begun.work.learn(self.pool, self._policies[span.start], layers, rows, step)
+        self.pool.store_state(layers, rows, state, begun.active_B)
+
+
+# Functions of tensors, which a compiler makes programs of: nothing of the pool is written to.
+
+
+def _find(pool: PagePool, attend: Attend, layers: Tensor, rows: Rows) -> tuple[Tensor, Any]:
+    """Block that each token goes to, L x B x K, and what the attention needs to know."""
+    tail_LBK = pool.tail(layers, rows)
+    block_LBK = _blocks(rows, tail_LBK)
+    return block_LBK, attend.plan(rows, tail_LBK, block_LBK)
+
+
+def _choose(pool: PagePool, policy: Policy, layers: Tensor, rows: Rows) -> tuple[Tensor, Moves | None]:
+    """Block that each token opens, L x B x K, and what leaves it before."""
+    vectors = type(policy).moves is not Policy.moves
+    table = pool.table(layers, rows, _filled(pool, rows), vectors=vectors)
+    opens_N = torch.ones_like(table.now_B, dtype=torch.bool)
+    slot_NK, moves = choose_slots(policy, table, opens_N, evicts=True)
+    return _blocks(rows, slot_NK.unflatten(0, (len(layers), -1))), moves
+
+
+def _learn(pool: PagePool, policy: Policy, layers: Tensor, rows: Rows, step: Step) -> dict[str, Tensor]:
+    """State of the policy after a step; its queries are those of all layers, L x B x H x D."""
+    table = pool.table(layers, rows, rows.count_B, bounds=True)
+    query_NKGD = step.query_BKGD.flatten(0, 1).unflatten(1, (pool.heads, -1))
+    policy.observe(table, step._replace(query_BKGD=query_NKGD))
+    return table.state
+
+
+def _filled(pool: PagePool, rows: Rows) -> Tensor:
+    """Page slots that hold something before the token comes."""
+    return torch.minimum(rows.now_B // pool.page_size, rows.cap_B)
 
 
 def _blocks(rows: Rows, slot_LBK: Tensor) -> Tensor:
     """Block that each slot stands for."""
     return rows.block_BP[torch.arange(len(rows.now_B), device=slot_LBK.device)[:, None], slot_LBK]
+
+
+class _Work(NamedTuple):
+    find: Any = _find
+    choose: Any = _choose
+    learn: Any = _learn
+
+
+_EAGER = _Work()
