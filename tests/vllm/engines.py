@@ -65,11 +65,15 @@ def engine(folder, policy=None, decode_budget=128, *, pages=512, options=None, *
             gc.collect()
 
 
-def serve(llm, prompts, count):
-    """Greedy tokens of each prompt."""
+def serve(llm, prompts, counts, *, ignore_eos=True):
+    """Greedy tokens of each prompt; `counts` is how many, for all or for each."""
     from vllm import SamplingParams
 
-    sampling = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
+    counts = [counts] * len(prompts) if isinstance(counts, int) else counts
+    sampling = [
+        SamplingParams(temperature=0, max_tokens=count, ignore_eos=ignore_eos, detokenize=False)
+        for count in counts
+    ]
     requests = [{"prompt_token_ids": prompt} for prompt in prompts]
     return [list(done.outputs[0].token_ids) for done in llm.generate(requests, sampling, use_tqdm=False)]
 
