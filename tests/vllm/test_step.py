@@ -1,6 +1,7 @@
 """The decode step over blocks, without an engine: the outputs of `LayerCache`, and no wait for the device."""
 
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from longthink.cache import LayerCache
 from longthink.config import Budget
 from longthink.policies import make_policy
 from longthink.vllm.attend import CpuAttend, KernelAttend, Prompts
+from longthink.vllm.builder import BoundedBuilder
 from longthink.vllm.pool import PagePool, Rows, page_bytes
+from longthink.vllm.spec import BoundedSpec
 from longthink.vllm.step import DecodeStep
 
 LAYERS, BLOCKS, HEADS, KV_HEADS, DIM, PAGE = 2, 40, 4, 2, 32, 16
@@ -29,11 +32,13 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def make_pool(policy, *, transposed):
+KV_BYTES = KV_HEADS * PAGE * 2 * DIM * 4
+
+
+def make_pool(policy, *, transposed, device="cpu"):
     """Memory as vLLM hands it out: layer after layer, pages padded, with rubbish in it."""
-    kv_bytes = KV_HEADS * PAGE * 2 * DIM * 4
-    page = page_bytes(policy, KV_HEADS, DIM, torch.float32, kv_bytes)
-    memory = torch.full((LAYERS * BLOCKS * page,), 77, dtype=torch.int8)
+    page = page_bytes(policy, KV_HEADS, DIM, torch.float32, KV_BYTES)
+    memory = torch.full((LAYERS * BLOCKS * page,), 77, dtype=torch.int8, device=device)
     shape, strides = (BLOCKS, KV_HEADS, PAGE, 2 * DIM), (page // 4, PAGE * 2 * DIM, 2 * DIM, 1)
     floats = memory.view(torch.float32)
     caches = [floats.as_strided(shape, strides, layer * BLOCKS * page // 4) for layer in range(LAYERS)]
@@ -48,18 +53,18 @@ def make_rows(block_BP, positions):
     return Rows(torch.where(used, block_BP, 0), now_B, prompt_B, cap_B, count_B)
 
 
+POLICIES = [
+    "raas",
+    "raas:sharing=layer",
+    "raas:score=exact",
+    "milestone:alpha=0.1",
+    "random",
+    "recency:page_size=16",
+]
+
+
 @pytest.mark.parametrize("by_cpu", [False, True])
-@pytest.mark.parametrize(
-    "spec",
-    [
-        "raas",
-        "raas:sharing=layer",
-        "raas:score=exact",
-        "milestone:alpha=0.1",
-        "random",
-        "recency:page_size=16",
-    ],
-)
+@pytest.mark.parametrize("spec", POLICIES)
 def test_blocks_are_slots(spec, by_cpu):
     check_blocks_are_slots(spec, by_cpu, compiles=False)
 
@@ -120,3 +125,34 @@ def read_prompt(step, slots, block_1P, row, length):
         step.pool.represent_prompt(layer, prompts.page_block_B, prompts.page_filled_B)
         wanted = slots[layer][row].attend(*(x.transpose(0, 1)[None] for x in new), scaling=SCALING)
         torch.testing.assert_close(out, wanted[0].transpose(0, 1), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("spec", POLICIES)
+def test_nothing_is_read_from_the_device_in_a_step(spec):
+    """The whole way of a step, from vLLM's batch to the last layer, on a device whose tensors have no values.
+
+    Whatever would make the host wait for a GPU raises here: a value, a copy to the host, a shape that depends on one.
+    """
+    policy, device = make_policy(spec), torch.device("meta")
+    pool = make_pool(policy, transposed=False, device=device)
+    policies = [policy.for_layer(layer) for layer in range(LAYERS)]
+    options = dict(block_size=PAGE, num_kv_heads=KV_HEADS, head_size=DIM, dtype=torch.float32)
+    kv_spec = BoundedSpec(**options, decode_blocks=DECODE_PAGES, max_prompt_tokens=64)
+    names = [f"layers.{layer}.attn" for layer in range(LAYERS)]
+    builder = BoundedBuilder(kv_spec, names, SimpleNamespace(), device)
+    builder._step = DecodeStep(pool, policies, KernelAttend(pool, SCALING), SCALING, None, 8, HEADS)
+    for later in (1, 12, 188, 190):  # no page opens, pages open, pages give way, none opens again
+        length = torch.tensor(PROMPTS) + later
+        batch = SimpleNamespace(
+            num_reqs=len(PROMPTS),
+            max_query_len=1,
+            seq_lens=length.to(device),
+            seq_lens_cpu_upper_bound=length,
+            rswa_prefix_lens=torch.tensor(PROMPTS, device=device),
+            block_table_tensor=torch.zeros(len(PROMPTS), BLOCKS, dtype=torch.int32, device=device),
+        )
+        found = builder.build(0, batch)
+        for name in names:
+            new = torch.zeros(len(PROMPTS), HEADS + 2 * KV_HEADS, DIM, device=device)
+            out = torch.zeros(len(PROMPTS), HEADS, DIM, device=device)
+            found.run(name, new.split([HEADS, KV_HEADS, KV_HEADS], 1), out)

@@ -55,6 +55,8 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc, unused-ignore]
 
     def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Offer whole blocks of the prompt to the prefix cache; decode blocks change in place."""
+        if not self.kv_cache_spec.prefix_cacheable:  # vLLM 0.30 leaves that to each manager
+            return
         _remember(self._prompt_of_hashes, id(request.block_hashes), request.num_prompt_tokens)
         super().cache_blocks(request, min(num_tokens, request.num_prompt_tokens), *args, **kwargs)
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from prometheus_client import Counter, Gauge
 from vllm.config import VllmConfig
-from vllm.v1.metrics.loggers import AggregateStatLoggerBase
+from vllm.v1.metrics import loggers
+from vllm.v1.metrics.loggers import PrometheusStatLogger
 
 from longthink.config import Budget
 from longthink.vllm.checks import options_of
@@ -20,15 +21,22 @@ from longthink.vllm.checks import options_of
 _LABELS = ("model_name", "engine")
 
 
-class BoundedCacheLogger(AggregateStatLoggerBase):
-    """Keeps the ``longthink:`` metrics; without longthink options there are none."""
+def register_metrics() -> None:
+    """Have ours kept with vLLM's own, where those are kept at all. May be called again."""
+    # vLLM's entry point for loggers would turn statistics on for everybody, also where nobody asks for longthink.
+    loggers.PrometheusStatLogger = BoundedCacheLogger
 
-    def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int]) -> None:
+
+class BoundedCacheLogger(PrometheusStatLogger):
+    """Keeps vLLM's own metrics and the ``longthink:`` ones; without longthink options there are none of those."""
+
+    def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int] | None = None) -> None:
+        super().__init__(vllm_config, engine_indexes)
         self._vllm = vllm_config
         self._options = options_of(vllm_config)
         if self._options is not None:
             self._page_bytes = page_bytes(vllm_config)
-            for engine in engine_indexes:
+            for engine in self.engine_indexes:
                 for metric in (*_gauges(), *_counters()):
                     metric.labels(*self._labels(engine))
 
@@ -41,7 +49,7 @@ class BoundedCacheLogger(AggregateStatLoggerBase):
         **more: Any,
     ) -> None:
         """Take in one step of an engine."""
-        del mm_cache_stats, more
+        super().record(scheduler_stats, iteration_stats, mm_cache_stats, engine_idx, **more)
         if self._options is None:
             return
         labels = self._labels(engine_idx)
@@ -54,9 +62,6 @@ class BoundedCacheLogger(AggregateStatLoggerBase):
         if iteration_stats is not None:
             for request in iteration_stats.finished_requests:
                 self._count(request, labels)
-
-    def log_engine_initialized(self) -> None:
-        """Nothing to say."""
 
     def _count(self, request: Any, labels: tuple[str, str]) -> None:
         assert self._options is not None

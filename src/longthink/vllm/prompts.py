@@ -2,7 +2,8 @@
 
 vLLM builds one renderer, which turns the text of requests into tokens, before it starts an engine, and looks its
 class up by name. The plugin stands in under each name. Asked for nothing, it hands out vLLM's own renderer; asked for
-a bounded cache, it checks the whole configuration first, and every prompt's length later.
+a bounded cache, it checks the whole configuration first, and every prompt's length later. Metrics begin here as well:
+no sooner is it known in the front end who asks for what.
 """
 
 from __future__ import annotations
@@ -45,9 +46,16 @@ def _make_renderer(name: str, config: VllmConfig, tokenizer: Any) -> BaseRendere
     options = options_of(config)
     if options is not None:
         check_config(config)
+        _keep_metrics()
         fields = {"max_prompt_tokens": options.max_prompt_tokens}
         renderer_class = type(f"Limited{renderer_class.__name__}", (_PromptLimit, renderer_class), fields)
     return renderer_class(config, tokenizer)
+
+
+def _keep_metrics() -> None:
+    from longthink.vllm.metrics import register_metrics
+
+    register_metrics()
 
 
 class _PromptLimit:
