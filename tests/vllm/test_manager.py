@@ -97,3 +97,7 @@ def test_hits_of_a_known_request_end_with_its_prompt():
     manager.block_pool = SimpleNamespace(cache_full_blocks=lambda **facts: None, hash_block_size=PAGE)
     manager.cache_blocks(request, 300, replay_boundaries=[])
     assert hit() == 32
+    hashes[:] = [
+        bytes([number]) * 32 for number in range(9, 18)
+    ]  # another request, in the same place in memory
+    assert hit() == 128

@@ -19,7 +19,8 @@ _REMEMBERED = 1 << 16
 class BoundedManager(FullAttentionManager):  # type: ignore[misc, unused-ignore]
     """Clips what a request gets to its cap, and offers only whole prompt blocks to the prefix cache."""
 
-    _prompt_of_hashes: OrderedDict[int, int] = OrderedDict()  # noqa: RUF012  vLLM looks up hits by class
+    # By id of a request's block hashes: its prompt, how many hashes there were, and the last of them.
+    _prompts_of_hashes: OrderedDict[int, tuple[int, int, Any]] = OrderedDict()  # noqa: RUF012  hits are looked up by class
 
     def __init__(self, kv_cache_spec: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, *args, **kwargs)
@@ -57,7 +58,10 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc, unused-ignore]
         """Offer whole blocks of the prompt to the prefix cache; decode blocks change in place."""
         if not self.kv_cache_spec.prefix_cacheable:  # vLLM 0.30 leaves that to each manager
             return
-        _remember(self._prompt_of_hashes, id(request.block_hashes), request.num_prompt_tokens)
+        if hashes := request.block_hashes:
+            _remember(
+                self._prompts_of_hashes, id(hashes), (request.num_prompt_tokens, len(hashes), hashes[-1])
+            )
         super().cache_blocks(request, min(num_tokens, request.num_prompt_tokens), *args, **kwargs)
 
     @classmethod
@@ -65,11 +69,14 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc, unused-ignore]
         cls, block_hashes: Sequence[Any], max_length: int, *args: Any, **kwargs: Any
     ) -> tuple[Any, int]:
         """Cached blocks of a prompt: what a preempted request had generated must be replayed, never looked up."""
-        prompt = cls._prompt_of_hashes.get(id(block_hashes), max_length)
-        return super().find_longest_cache_hit(block_hashes, min(max_length, prompt), *args, **kwargs)
+        prompt, count, last = cls._prompts_of_hashes.get(id(block_hashes), (0, 0, None))
+        # An id may be that of a request that is gone; hashes only grow, and each stands for all before it.
+        if 0 < count <= len(block_hashes) and block_hashes[count - 1] == last:
+            max_length = min(max_length, prompt)
+        return super().find_longest_cache_hit(block_hashes, max_length, *args, **kwargs)
 
 
-def _remember(table: OrderedDict[Any, int], key: Any, value: int) -> None:
+def _remember(table: OrderedDict[Any, Any], key: Any, value: Any) -> None:
     table[key] = value
     table.move_to_end(key)
     if len(table) > _REMEMBERED:
