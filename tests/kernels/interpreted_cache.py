@@ -11,7 +11,9 @@ from longthink.policies import make_policy
 
 STEPS, HEADS, GROUPS, DIM = 80, 2, 3, 16
 FUSED = (
-    "raas:page_size=4", "raas:page_size=4:score=exact:sharing=layer", "milestone:page_size=4:alpha=0.1:young=8",
+    "raas:page_size=4", "raas:page_size=4:sharing=layer", "raas:page_size=4:used=alpha:alpha=0.05",
+    "raas:page_size=4:score=exact", "raas:page_size=4:score=exact:sharing=layer",
+    "milestone:page_size=4:alpha=0.1:young=8",
     "recency:page_size=4", "random:page_size=4", "fifo:page_size=4", "h2o", "dense",
 )  # fmt: skip
 NOT_FUSED = ("quest:page_size=4", "streaming_llm:positions=logical")
@@ -63,6 +65,22 @@ def test_tokens_go_to_the_same_slots_and_read_the_same(spec, launches, monkeypat
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
     mine, theirs = fused._store.table, layer._store.table
     assert torch.equal(mine.position_BKS, theirs.position_BKS)
+    assert torch.equal(mine.kmin_BKPD, theirs.kmin_BKPD) and torch.equal(mine.kmax_BKPD, theirs.kmax_BKPD)
     for name, tensor in theirs.state.items():
         torch.testing.assert_close(mine.state[name], tensor, atol=1e-4, rtol=1e-5)
     assert policy.grows or layer.num_evicted > 20
+
+
+@pytest.mark.parametrize(
+    ("spec", "asked"), [("raas", True), ("raas:score=exact", True), ("milestone", False), ("h2o", False)]
+)
+def test_what_the_kernel_learns_is_not_learned_again(spec, asked, monkeypatch):
+    """Scores come from the kernel, and state that it writes itself is not asked about."""
+    policy = make_policy(spec)
+    tokens = [torch.randn(2, heads, 14 + STEPS, DIM) for heads in (HEADS * GROUPS, HEADS, HEADS)]
+    seen = []
+    monkeypatch.setattr(type(policy), "observe", lambda self, table, step: seen.append(step))
+    monkeypatch.setattr(kernels, "_goes_to_triton", lambda tensor: True)
+    outputs(policy, tokens)
+    assert len(seen) == (STEPS if asked else 0)
+    assert all(step.weights_BKGS is None and step.score_BKP is not None for step in seen)

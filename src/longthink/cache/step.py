@@ -106,17 +106,19 @@ def decode_step(
     table.now_B.add_(1)
     query_BKGD = query_BHD.unflatten(1, (key_BKD.shape[1], -1))
     if read is read_slots and _reads_all(policy) and kernels.fuses_append(query_BKGD):
-        store.widen(key_BKD)
-        learn = kernels.Learn("weights" if policy.uses_weights else "nothing")
-        out_BKGD, weights_BKGS = kernels.step_attention(
+        learn = policy.learn(table)
+        out_BKGD, learned = kernels.step_attention(
             query_BKGD, key_BKD, value_BKD, store.slots, scaling, learn
         )
+        if learn.state_BKS is not None:
+            return out_BKGD.flatten(1, 2)
+        weights_BKGS, score_BKP = (learned, None) if learn.kind == "weights" else (None, learned)
     else:
         store.write(key_BKD, value_BKD)
         store.widen(key_BKD)
         _shift_sinks(policy, store)
-        out_BKGD, weights_BKGS = read(policy, store, query_BKGD, scaling)
-    policy.observe(table, Step(query_BKGD, weights_BKGS, scaling))
+        (out_BKGD, weights_BKGS), score_BKP = read(policy, store, query_BKGD, scaling), None
+    policy.observe(table, Step(query_BKGD, weights_BKGS, scaling, score_BKP=score_BKP))
     return out_BKGD.flatten(1, 2)
 
 

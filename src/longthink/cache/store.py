@@ -79,9 +79,9 @@ class SlotStore:
     def slots(self) -> Slots:
         """The slots as the fused kernels take them."""
         table = self.table
-        return Slots(
-            self.keys_BKSD, self.values_BKSD, table.position_BKS, self.tail_BK, table.now_B, table.page_size
-        )
+        bounds = (table.kmin_BKPD, table.kmax_BKPD) if table.kmin_BKPD.shape[2] else (None, None)
+        held = (self.keys_BKSD, self.values_BKSD, table.position_BKS, self.tail_BK, table.now_B)
+        return Slots(*held, table.page_size, *bounds)
 
     @property
     def pages(self) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from longthink.config import Budget, check_choice
 from longthink.errors import BudgetError
-from longthink.kernels import logical_pages
+from longthink.kernels import Learn, logical_pages
 
 PAGE_SIZES = (1, 4, 8, 16, 32)
 
@@ -97,12 +97,16 @@ class Step(NamedTuple):
     agree
         Gives the largest of each number over all processes that hold some heads of the layer; None where one process
         holds them all, or each goes its own way.
+    score_BKP
+        Score of each page, the maximum over the group, where the kernel that read the pages has counted it
+        (`Policy.learn`).
     """
 
     query_BKGD: Tensor
     weights_BKGS: Tensor | None
     scaling: float
     agree: Callable[[Tensor], Tensor] | None = None
+    score_BKP: Tensor | None = None
 
 
 class Moves(NamedTuple):
@@ -269,6 +273,14 @@ class Policy(ABC):
     def observe(self, table: PageTable, step: Step) -> None:
         """Learn from the step, into `table.state`."""
         del table, step
+
+    def learn(self, table: PageTable) -> Learn:
+        """What the kernel that reads the pages shall learn on its way: something for `observe`, or all of it.
+
+        Only asked where attention and appending are one kernel, on a GPU.
+        """
+        del table
+        return Learn("weights" if self.uses_weights else "nothing")
 
     # Names and JSON -----------------------------------------------------------------------------------------
 

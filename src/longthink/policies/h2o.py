@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from longthink.config import check_choice, check_flag, check_range
+from longthink.kernels import Learn
 from longthink.policies.base import PageTable, Policy, Shape, Step
 from longthink.policies.registry import register
 
@@ -97,6 +98,10 @@ class H2O(Policy):
     def observe(self, table: PageTable, step: Step) -> None:
         assert step.weights_BKGS is not None
         table.state["mass"].add_(step.weights_BKGS.sum(2))
+
+    @override
+    def learn(self, table: PageTable) -> Learn:
+        return Learn("heavy", table.state["mass"])
 
     def _recent(self, capacity_B: Tensor) -> Tensor:
         return capacity_B - (capacity_B.double() * self.heavy + 1e-9).floor().to(capacity_B.dtype)

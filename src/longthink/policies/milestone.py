@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from longthink.config import check_int, check_range
-from longthink.kernels import discriminant_scores
+from longthink.kernels import Learn, discriminant_scores
 from longthink.policies.base import Moves, PageTable, Policy, Shape, Step
 from longthink.policies.registry import register
 
@@ -93,6 +93,10 @@ class Milestone(Policy):
         near_B = table.now_B - self.young // 2
         far_BKS = table.resident_BKS & (table.position_BKS < near_B[:, None, None])
         table.state["marked"].bitwise_or_((far_BKS & (step.weights_BKGS.amax(2) > self.alpha)).to(torch.int8))
+
+    @override
+    def learn(self, table: PageTable) -> Learn:
+        return Learn("marks", table.state["marked"], self.alpha, self.young // 2)
 
     def _keepers(self, table: PageTable) -> tuple[Tensor, Tensor]:
         """First keeper slot of each row, and how many there are."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from longthink.config import check_choice, check_flag, check_int, check_range
-from longthink.kernels import bound_scores, page_mass, top_fraction
+from longthink.kernels import Learn, bound_scores, page_mass, top_fraction
 from longthink.policies.base import PageTable, Policy, Shape, Step
 from longthink.policies.dense import Dense
 from longthink.policies.registry import register
@@ -130,16 +130,23 @@ class RaaS(Policy):
         stamp_BKP = table.state["stamp"]
         stamp_BKP.copy_(torch.where(used_BKP & (page_BKP >= 0), now_B11.to(stamp_BKP.dtype), stamp_BKP))
 
+    @override
+    def learn(self, table: PageTable) -> Learn:
+        if self.score == "exact":
+            return Learn("mass")
+        return Learn("bound_share" if self.used == "alpha" else "bound")
+
     def _scores(self, table: PageTable, step: Step, page_BKP: Tensor) -> Tensor:
         """Score of each page slot, the maximum over the query heads that share its table."""
-        if step.weights_BKGS is not None:
-            score_BKGP = page_mass(step.weights_BKGS, self.page_size)
-        else:
+        score_BKP = step.score_BKP
+        if score_BKP is None and step.weights_BKGS is not None:
+            score_BKP = page_mass(step.weights_BKGS, self.page_size).amax(2)
+        elif score_BKP is None:
             score_BKGP = bound_scores(step.query_BKGD, table.kmin_BKPD, table.kmax_BKPD)
             if self.used == "alpha":
                 empty = (page_BKP < 0)[:, :, None]
                 score_BKGP = (score_BKGP * step.scaling).masked_fill(empty, -torch.inf).softmax(-1)
-        score_BKP = score_BKGP.amax(2)
+            score_BKP = score_BKGP.amax(2)
         if self.sharing == "kv_head":
             return score_BKP
         score_B1P = score_BKP.amax(1, keepdim=True)
