@@ -15,6 +15,7 @@ from cyclopts import App, Parameter
 from longthink.cli.advise import advise
 from longthink.cli.bench import bench_app, wait_passively
 from longthink.cli.bench_peers import peers
+from longthink.cli.bench_vllm import vllm
 from longthink.cli.demo import demo
 from longthink.cli.doctor import doctor
 from longthink.cli.errors import guarded
@@ -50,6 +51,7 @@ app.command(vllm_args, name="vllm-args")
 app.command(evaluate, name="eval")
 app.command(reasoner_app)
 bench_app.command(peers)
+bench_app.command(vllm)
 app.command(bench_app)
 # Its --help is the harness's own.
 app.command(lm_eval, name="lm-eval", help_flags=[], version_flags=[])

@@ -99,7 +99,7 @@ class BenchOptions(BudgetOptions, ModelOptions):
             policies=tuple(dict.fromkeys(policy.spec() for policy in policies)),
             baselines=tuple(dict.fromkeys(words(self.baselines))),
             budget=Budget(**(self.given_budget or {"budget": DEFAULT_BUDGET})),
-            lengths=tuple(_integer("lengths", word) for word in words(self.lengths)),
+            lengths=tuple(integer("lengths", word) for word in words(self.lengths)),
             prompt=self.prompt,
             rows=self.rows,
             threads=self.threads,
@@ -199,7 +199,7 @@ def kernels(
 
     options = {"rows": rows, "lengths": lengths, "budgets": budgets}
     found = measure_kernels(
-        **{name: tuple(_integer(name, word) for word in words(text)) for name, text in options.items()}
+        **{name: tuple(integer(name, word) for word in words(text)) for name, text in options.items()}
     )
     if json:
         write_json({"hardware": hardware(), "versions": versions(), "rows": [row._asdict() for row in found]})
@@ -273,7 +273,8 @@ def words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def _integer(field: str, word: str) -> int:
+def integer(field: str, word: str) -> int:
+    """Return the number that a word of an option says."""
     try:
         return int(word)
     except ValueError:

