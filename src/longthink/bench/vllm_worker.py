@@ -23,9 +23,11 @@ SETTINGS = {
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
 _PAGE = 16
-_LONG_REQUESTS = 2
-"""So many requests of the longest context the pool has room for."""
+_LONG_REQUESTS, _SPARE = 2, 256
+"""So many requests of the longest context the pool has room for, with some tokens to spare: blocks may be large."""
 _MOST = 64
+_STEADY = 32
+"""Steps without a change after which nothing more is waited for."""
 _VOCABULARY = 1000
 
 
@@ -56,7 +58,7 @@ class _Engine:
             max_model_len=self.longest,
             max_num_seqs=_MOST,
             enable_prefix_caching=False,
-            kv_cache_memory_bytes=_LONG_REQUESTS * self.longest * _bytes_per_token(point.folder),
+            kv_cache_memory_bytes=_LONG_REQUESTS * (self.longest + _SPARE) * _bytes_per_token(point.folder),
             seed=0,
             **arguments,
         ).llm_engine
@@ -132,8 +134,14 @@ class _InFlight:
             engine.add(prompt)
         # A bounded one holds all it ever will once it has filled its budget; a dense one is as long as it gets.
         full = prompt + point.budget + _PAGE if engine.bounded else prompt
-        while not _decoding(engine) or min(request.num_tokens for request in _decoding(engine)) <= full:
+        steady, before = 0, None
+        while steady < _STEADY:
             engine.step()
+            decoding = _decoding(engine)
+            read = sum(request.num_computed_tokens for request in engine.running if request not in decoding)
+            now = (len(decoding), read, engine.waiting)
+            filled = bool(decoding) and min(request.num_tokens for request in decoding) > full
+            steady, before = steady + 1 if filled and now == before else 0, now
         self._facts = {
             "in_flight": len(_decoding(engine)),
             "waiting": engine.waiting + len(engine.running) - len(_decoding(engine)),
