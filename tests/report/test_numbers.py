@@ -11,6 +11,7 @@ from longthink.report.cells import incomplete, load_samples, make_cells, pooled_
 from longthink.report.comparison import against_dense, compare_stores
 from longthink.report.figures import Look, budget_figures, sample_figures
 from longthink.report.measured import measurement_figures
+from longthink.report.plotly_figures import plotly_panel
 from longthink.report.style import make_styles
 from longthink.report.tables import accuracy_table, results_table
 from longthink.results.statistics import wilson
@@ -196,6 +197,18 @@ def test_measured_curves(store):
     assert looks[1].dash != looks[2].dash
     (panel,) = figures["step-time"].panels
     assert panel.lines[0].low == [2.9] * 4
+
+
+def test_times_beside_others_have_a_logarithmic_axis(store):
+    """They span orders of magnitude: on a linear axis all bounded caches would lie on each other."""
+    rows = store.query("SELECT * FROM measurements")
+    rows += [row | {"kind": "peers"} for row in rows if row["kind"] == "jct"]
+    figures = {f.name: f for f in measurement_figures(rows, make_styles(["raas", "hf dynamic"]))}
+    kinds = {
+        name: plotly_panel(figures[name].panels[0], figures[name])["layout"]["yaxis"].get("type")
+        for name in ("peers", "step-time")
+    }
+    assert kinds == {"peers": "log", "step-time": None}
 
 
 def test_styles_do_not_depend_on_what_else_is_there():

@@ -49,7 +49,7 @@ class Panel:
 class Figure:
     """Panels that share their axes' meaning. ``x_ticks`` of a panel mean a logarithmic axis.
 
-    An axis of shares (`percent`) begins at `floor`.
+    An axis of shares (`percent`) begins at `floor`; one that spans orders of magnitude is logarithmic (`log_y`).
     """
 
     name: str
@@ -60,6 +60,7 @@ class Figure:
     y_label: str
     percent: bool = False
     floor: float = 0.0
+    log_y: bool = False
     panels: list[Panel]
 
     @property

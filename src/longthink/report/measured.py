@@ -26,6 +26,7 @@ class _Curve:
     quartiles: tuple[str, str] | None = None
     caption: str = ""
     x_label: str = "tokens decoded"
+    log_y: bool = False
 
 
 _CURVES = (
@@ -44,7 +45,7 @@ _CURVES = (
         value=lambda row: row["ms_per_token"],
         quartiles=("ms_per_token_low", "ms_per_token_high"),
         caption="Bars: quartiles. One thread, CPU time, all systems in turns.",
-        x_label="tokens of context after the prompt",
+        x_label="tokens of context after the prompt", log_y=True,
     ),
     _Curve(
         name="memory", kind="memory", section="Memory", title="Memory of the cache against decode length",
@@ -90,6 +91,7 @@ def measurement_figures(rows: Sequence[Row], styles: dict[str, Style]) -> list[F
                 caption=caption.strip(),
                 x_label=curve.x_label,
                 y_label=curve.y_label,
+                log_y=curve.log_y,
                 panels=panels,
             )
         )

@@ -46,6 +46,8 @@ def _y_axis(figure: Figure) -> dict[str, Any]:
     axis: dict[str, Any] = {"title": {"text": for_plotly(figure.y_label)}, "zeroline": False}
     if figure.percent:
         return axis | {"tickformat": "~%", "range": figure.share_range}
+    if figure.log_y:
+        return axis | {"type": "log", "dtick": "D2"}
     return axis | {"rangemode": "tozero"}
 
 

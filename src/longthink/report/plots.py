@@ -77,6 +77,9 @@ def _draw(axes: Any, panel: Panel, figure: Figure, handles: dict[str, Any]) -> N
 
         axes.set_ylim(*figure.share_range)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    elif figure.log_y:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
     else:
         axes.set_ylim(bottom=0)
     axes.grid(**_GRID)
