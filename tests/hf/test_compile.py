@@ -59,20 +59,6 @@ def test_the_whole_compiler_writes_the_tokens_of_the_eager_step(policy, lengths)
     assert compiled == eager
 
 
-# `random` draws with a number of its own in each layer.
-@pytest.mark.parametrize("policy", sorted(set(BOUNDED) - {"random"}))
-def test_layers_share_what_is_compiled_for_one(policy, light_compiler, monkeypatch):
-    graphs = []
-
-    def note(module, inputs):
-        graphs.append({name for name, _ in module.named_children() if name.startswith("subgraph")})
-        return module
-
-    monkeypatch.setattr(step_module, "few_rows_backend", note)
-    both(wide("qwen2", num_hidden_layers=3), (20,), policy=policy, budget=64)
-    assert [len(subgraphs) for subgraphs in graphs] == [1, 1]  # of what opens pages, and of the step
-
-
 @pytest.mark.slow
 def test_a_budget_on_top_of_the_prompt_needs_no_program_for_each_prompt_length(light_compiler):
     model = wide("qwen2", num_hidden_layers=1)

@@ -19,7 +19,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
-from torch.compiler import nested_compile_region
 from transformers import PreTrainedModel
 
 from longthink.cache import LayerCache
@@ -42,27 +41,17 @@ _one_at_a_time = threading.RLock()
 
 
 class _StepLayer:
-    """A layer whose step has begun: what the attention function finds on the keys.
-
-    What layers do alike is a region: compiled for one of them, and used by all.
-    """
+    """A layer whose step has begun: what the attention function finds on the keys."""
 
     def __init__(self, slots: LayerCache) -> None:
         self.slots = slots
 
-    @nested_compile_region
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scaling: float | None
     ) -> Tensor:
         """Attention output of one new token, B x H x 1 x D; all rows take part."""
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         return self.slots.step(query[:, :, 0], key[:, :, 0], value[:, :, 0], scaling)[:, :, None]
-
-    @nested_compile_region
-    def turn_pages(self) -> Tensor:
-        """Open the pages of the step that has begun; a region must have a result."""
-        self.slots.turn_pages(evicts=not self.slots.policy.grows)
-        return self.slots.next_position_B
 
 
 class _StepCache:
@@ -100,7 +89,7 @@ def _forward(model: PreTrainedModel, cache: _StepCache, token_B1: Tensor) -> Ten
 def _turn(cache: _StepCache) -> None:
     """Open the pages of the step that has begun, in all layers."""
     for layer in cache.layers:
-        layer.turn_pages()
+        layer.slots.turn_pages(evicts=not layer.slots.policy.grows)
 
 
 class _Programs:
