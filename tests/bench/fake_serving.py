@@ -18,8 +18,10 @@ class Subject:
             pass
 
     def facts(self) -> dict:
-        assert self._point.way == "in flight"
         room = ROOM[self._point.system]
+        if self._point.way == "full pool":
+            return {"running": room}
+        assert self._point.way == "in flight"
         return {"in_flight": room, "waiting": self._point.rows - room, "preempted": 0}
 
 

@@ -6,9 +6,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from longthink.policies import make_policy
+from longthink.vllm.pool import page_bytes
 
 pytestmark = pytest.mark.slow
-ASKED = ["--policies", "raas", "--budget", "64", "--contexts", "192,400", "--rounds", "1", "--json"]
+ASKED = ["--policies", "raas", "--budget", "64", "--contexts", "400,1000", "--rounds", "1", "--json"]
 
 
 def test_engines_are_measured_and_filled(tmp_path):
@@ -18,9 +22,18 @@ def test_engines_are_measured_and_filled(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert list(found["ms"]) == ["192", "400"]
+    assert list(found["ms"]) == ["400", "1000"]
     assert all(len(times) == 1 and times[0] > 0 for at in found["ms"].values() for times in at.values())
     dense, bounded = (found["in_flight"][name] for name in ("dense", "raas"))
-    # The pool holds two requests of 64 + 400 + 3 x 32 tokens and 256 to spare: 102 pages; a bounded one has 8.
     assert dense["in_flight"] == 2
-    assert bounded == {"in_flight": 12, "waiting": 36, "preempted": 0}
+    # Memory for two requests of 64 + 1000 + 192 tokens and 256 to spare. A bounded one holds 8 pages, a bit larger
+    # than dense ones as they carry what is known of them, and one page is nobody's.
+    kv_bytes = 2 * 2 * 64 * 4 * 16
+    page = page_bytes(make_policy("raas"), 2, 64, torch.float32, kv_bytes)
+    pages = 2 * (64 + 1000 + 192 + 256) * (kv_bytes // 16) // page
+    fit = (pages - 1) // 8
+    assert bounded == {"in_flight": fit, "waiting": 48 - fit, "preempted": 0}
+    assert fit > 5 * dense["in_flight"]
+    full = found["full_pool"]
+    assert full["running"] == {"400": {"dense": 4, "raas": fit}, "1000": {"dense": 2, "raas": fit}}
+    assert all(rate > 0 for at in full["tokens_per_s"].values() for rates in at.values() for rate in rates)

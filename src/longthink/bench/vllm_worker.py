@@ -1,12 +1,14 @@
 """The worker for vLLM: an engine in this process, dense or with a bounded cache.
 
 Asked for a context, it decodes on from there. Asked for `IN_FLIGHT`, it takes more requests than fit, and says how
-many run.
+many run; asked for `FULL` then, it decodes as many as the pool has room for at a context.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from longthink.bench.peers.protocol import Point, serve
@@ -16,6 +18,10 @@ from longthink.vllm.versions import installed
 
 IN_FLIGHT = "in flight"
 """`Point.way` for: how many of `Point.rows` requests run side by side."""
+FULL = "full pool"
+"""`Point.way` for: all requests of the context that the pool has room for, after `IN_FLIGHT`."""
+FULL_STEPS = 8
+"""Steps in a turn of such requests: few, as dense ones are soon too long for the pool."""
 SETTINGS = {
     # The engine in this process, whose CPU time is what counts.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -42,6 +48,7 @@ class _Engine:
         self.policy = make_policy(point.system)
         self.bounded = self.policy.needs_budget
         self.longest = point.prompt + point.steps
+        self.pool_tokens = _LONG_REQUESTS * (self.longest + _SPARE)
         arguments: dict[str, Any] = {"block_size": _PAGE} if self.bounded else {}
         if self.bounded:
             options = {
@@ -58,7 +65,7 @@ class _Engine:
             max_model_len=self.longest,
             max_num_seqs=_MOST,
             enable_prefix_caching=False,
-            kv_cache_memory_bytes=_LONG_REQUESTS * (self.longest + _SPARE) * _bytes_per_token(point.folder),
+            kv_cache_memory_bytes=self.pool_tokens * _bytes_per_token(point.folder),
             seed=0,
             **arguments,
         ).llm_engine
@@ -121,7 +128,7 @@ class _Decoding:
             self._engine.step()
 
     def facts(self) -> dict[str, Any]:
-        return {"tokens": _shortest(self._engine)}
+        return {"running": len(_decoding(self._engine))}
 
 
 class _InFlight:
@@ -155,6 +162,15 @@ class _InFlight:
         return self._facts
 
 
+def _fill(engine: _Engine, point: Point) -> _Decoding:
+    """As many requests of the context as fit; bounded ones are as many at any context, and those that run go on."""
+    if engine.bounded:
+        return _Decoding(engine, replace(point, rows=len(engine.running), context=0))
+    # None is to be preempted: room for blocks that are begun, and for the steps that are timed.
+    fits = engine.pool_tokens // (point.context + _SPARE)
+    return _Decoding(engine, replace(point, rows=min(fits, point.rows)))
+
+
 def _shortest(engine: _Engine) -> int:
     return min(request.num_tokens for request in engine.running)
 
@@ -182,7 +198,9 @@ class VllmHost:
     def open(self, point: Point) -> _Decoding | _InFlight:
         """Bring the engine to a point."""
         self._engine = self._engine or _Engine(point)
-        return (_InFlight if point.way == IN_FLIGHT else _Decoding)(self._engine, point)
+        ways: dict[str, Callable[[_Engine, Point], _Decoding | _InFlight]]
+        ways = {"": _Decoding, IN_FLIGHT: _InFlight, FULL: _fill}
+        return ways[point.way](self._engine, point)
 
 
 if __name__ == "__main__":

@@ -32,17 +32,18 @@ def vllm(
     document: Path | None = None,
     json: Switch = False,
 ) -> int:
-    """Measure bounded caches in vLLM beside dense vLLM with the same pool: time per step, and requests in flight.
+    """Measure bounded caches in vLLM beside dense vLLM with the same pool: speed, and requests in flight.
 
     Each engine runs in a process of its own, on one thread and compiled as vLLM does; times are CPU time of whole
-    steps. All decode the same random model in turns. The pool holds two requests of the longest context.
+    steps. All decode the same random model in turns: first a few requests, then as many as the pool has room for,
+    which is two of the longest context.
 
     Parameters
     ----------
     policies
         Policies to measure, separated by commas.
     contexts
-        Tokens in front of the timed steps, separated by commas. Bounded caches decode them; dense ones read them.
+        Tokens around which steps are timed, separated by commas. Bounded caches decode them; dense ones read them.
     budget
         Tokens that bounded caches keep on top of their prompt.
     rows
@@ -72,7 +73,7 @@ def vllm(
     with progress("measuring", total=None) as task:
         measure_serving(plan, found, partial(task.advance_to, 0))
     how |= {"load_after": load(), "peers": {"vllm": found.versions}, "budget": f"decode_budget={plan.budget}"}
-    tables = [_speed(found), _flights(plan, found), _targets(found)]
+    tables = [_speed(plan, found), _flights(plan, found), _full(found), _targets(found)]
     if document is not None:
         parts = [
             document_head("vLLM, bounded and dense", how),
@@ -82,32 +83,52 @@ def vllm(
         document.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     if json:
         flights = {name: vars(flight) for name, flight in found.flights.items()}
-        write_json({"conditions": how, "ms": found.ms, "in_flight": flights})
+        full = {"tokens_per_s": found.full, "running": found.running}
+        write_json({"conditions": how, "ms": found.ms, "in_flight": flights, "full_pool": full})
     else:
         for table in tables:
             print_table(table)
     return 0
 
 
-def _speed(found: Served) -> Table:
+def _quartiles(values: list[float], places: int) -> str:
+    low, middle, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return f"{middle:.{places}f} ({low:.{places}f} to {high:.{places}f})"
+
+
+def _speed(plan: ServingPlan, found: Served) -> Table:
     from longthink.report.tables import Table
 
-    rows = []
-    for system in found.flights:
-        cells = []
-        for times in found.ms.values():
-            low, middle, high = (
-                quantiles(times[system], n=4, method="inclusive")
-                if len(times[system]) > 1
-                else (times[system] * 3)
-            )
-            cells.append(f"{middle:.2f} ({low:.2f} to {high:.2f})")
-        rows.append([system, *cells])
+    rows = [
+        [system, *(_quartiles(times[system], 2) for times in found.ms.values())] for system in found.flights
+    ]
     return Table(
         name="vllm",
-        title="Milliseconds per step, after this many tokens",
-        note="Median over the rounds, in brackets the quartiles.",
+        title=f"Milliseconds per step of {plan.rows} {'request' if plan.rows == 1 else 'requests'}",
+        note="Around so many tokens. Median over the rounds, in brackets the quartiles.",
         columns={"system": "text"} | {f"{context:,}": "text" for context in found.ms},
+        rows=rows,
+    )
+
+
+def _full(found: Served) -> Table:
+    from longthink.report.tables import Table
+
+    rows = [
+        [
+            system,
+            *(
+                f"{_quartiles(rates[system], 0)}, {found.running[context][system]} requests"
+                for context, rates in found.full.items()
+            ),
+        ]
+        for system in found.flights
+    ]
+    return Table(
+        name="full-pool",
+        title="Tokens per second with the pool full",
+        note="Of all requests with so many tokens that the pool has room for. Median, in brackets the quartiles.",
+        columns={"system": "text"} | {f"{context:,}": "text" for context in found.full},
         rows=rows,
     )
 
@@ -139,17 +160,22 @@ def _targets(found: Served) -> Table:
         if system == DENSE:
             continue
         for context, wanted in ((SHORT, 1.0), (LONG, 2.0)):
-            times = found.ms.get(context)
-            ratio = times and median(
-                dense / own for dense, own in zip(times[DENSE], times[system], strict=True)
-            )
-            target(f"{system}: tokens/s over dense, {context:,} tokens", wanted, ratio or None)
+            ratio = _ratio(found.ms.get(context), DENSE, system)
+            target(f"{system}: tokens/s over dense, {context:,} tokens, few requests", wanted, ratio)
+            ratio = _ratio(found.full.get(context), system, DENSE)
+            target(f"{system}: tokens/s over dense, {context:,} tokens, pool full", wanted, ratio)
         in_flight = found.flights[system].in_flight / found.flights[DENSE].in_flight
         target(f"{system}: requests in flight over dense", 5.0, in_flight)
     return Table(
         name="targets",
         title="Targets",
-        note="Ratios of times within a round, median over the rounds.",
+        note="Ratios within a round, median over the rounds.",
         columns={"target": "text", "wanted": "text", "measured": "text", "met": "text"},
         rows=rows,
     )
+
+
+def _ratio(measured: dict[str, list[float]] | None, over: str, under: str) -> float | None:
+    if measured is None:
+        return None
+    return median(a / b for a, b in zip(measured[over], measured[under], strict=True))
