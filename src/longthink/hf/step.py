@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
+from torch.compiler import nested_compile_region
 from transformers import PreTrainedModel
 
 from longthink.cache import LayerCache
@@ -41,17 +42,29 @@ _one_at_a_time = threading.RLock()
 
 
 class _StepLayer:
-    """A layer whose step has begun: what the attention function finds on the keys."""
+    """A layer whose step has begun: what the attention function finds on the keys.
+
+    What layers do alike is a region: compiled for one of them, and used by all. The compiler does not see what a
+    region writes to. So outside of regions nothing may be read of a layer's tensors, and a region whose result nobody
+    uses would be left out.
+    """
 
     def __init__(self, slots: LayerCache) -> None:
         self.slots = slots
 
+    @nested_compile_region
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scaling: float | None
     ) -> Tensor:
         """Attention output of one new token, B x H x 1 x D; all rows take part."""
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         return self.slots.step(query[:, :, 0], key[:, :, 0], value[:, :, 0], scaling)[:, :, None]
+
+    @nested_compile_region
+    def turn_pages(self) -> Tensor:
+        """Open the pages of the step that has begun, and return a tensor."""
+        self.slots.turn_pages(evicts=not self.slots.policy.grows)
+        return self.slots.next_position_B
 
 
 class _StepCache:
@@ -79,17 +92,15 @@ class _StepCache:
         return query_length, 0
 
 
-def _forward(model: PreTrainedModel, cache: _StepCache, token_B1: Tensor) -> Tensor:
+def _forward(model: PreTrainedModel, cache: _StepCache, token_B1: Tensor, position_B1: Tensor) -> Tensor:
     """Logits after one more token of every row, B x V."""
-    position_B1 = cache.layers[0].slots.next_position_B[:, None]
     out = model(token_B1, position_ids=position_B1, past_key_values=cache, use_cache=True)
     return out.logits[:, -1]
 
 
-def _turn(cache: _StepCache) -> None:
+def _turn(cache: _StepCache) -> list[Tensor]:
     """Open the pages of the step that has begun, in all layers."""
-    for layer in cache.layers:
-        layer.slots.turn_pages(evicts=not layer.slots.policy.grows)
+    return [layer.turn_pages() for layer in cache.layers]
 
 
 class _Programs:
@@ -199,7 +210,8 @@ class DecodeStep:
         """Logits after these tokens, B x V."""
         if self._cache.begin_step(len(token_B1)):
             self._run(_turn, self._view)
-        logits_BV: Tensor = self._run(_forward, self._model, self._view, token_B1)
+        position_B1 = self._cache.layers[0].slots.next_position_B[:, None]
+        logits_BV: Tensor = self._run(_forward, self._model, self._view, token_B1, position_B1)
         self._cache.end_step()
         return logits_BV
 
