@@ -99,11 +99,11 @@ def test_systems_take_turns_and_the_first_block_does_not_count(fakes, monkeypatc
     found = Found()
     timed = list(measure.measure(plan("works", "idles"), found))
     decodes = [one for one in asked if one[0] == "decode"]
-    assert [i for _, i, _ in decodes] == [0, 1, 2] * 4
+    assert [i for _, i, _ in decodes] == ["0/0", "0/1", "0/2"] * 4
     # All begin with a few steps, ours with those of whole pages, and then take what fits into a block's time.
     assert [steps for _, _, steps in decodes[:3]] == [4, 4, BLOCK]
-    assert {steps for _, i, steps in decodes[3:] if i == 1} == {BLOCK_STEPS}
-    assert {steps % BLOCK for _, i, steps in decodes if i == 2} == {0}
+    assert {steps for _, i, steps in decodes[3:] if i == "0/1"} == {BLOCK_STEPS}
+    assert {steps % BLOCK for _, i, steps in decodes if i == "0/2"} == {0}
     assert [one.place.system for one in timed] == ["works", "idles", FLOOR]
     assert found.timed == timed and found.missing == {}
     for one in timed:
@@ -112,6 +112,24 @@ def test_systems_take_turns_and_the_first_block_does_not_count(fakes, monkeypatc
         assert min(one.ms) <= low <= middle <= high <= max(one.ms)
         assert (one.row.kind, one.row.model, one.row.decode_tokens) == ("peers", MODEL, MIDDLE - 128)
     assert len({(one.row.run, one.row.decode_tokens) for one in timed}) == 3
+
+
+def test_all_scenes_get_ready_before_the_first_is_timed(fakes, monkeypatch):
+    asked = []
+    real = Worker.send
+
+    def recorded(self, ask, **values):
+        asked.append(ask)
+        return real(self, ask, **values)
+
+    monkeypatch.setattr(Worker, "send", recorded)
+    places = {"contexts": (2048, MIDDLE), "rounds": 1}
+    apart = [one.place for one in measure.measure(plan("works", **places), Found())]
+    assert asked.index("decode") < len(asked) - 1 - asked[::-1].index("open")
+    asked.clear()
+    assert [one.place for one in measure.measure(plan("works", at_once=True, **places), Found())] == apart
+    assert asked.index("decode") > len(asked) - 1 - asked[::-1].index("open")
+    assert asked.count("open") == 4
 
 
 def test_what_fails_is_missing_and_the_others_go_on(fakes):

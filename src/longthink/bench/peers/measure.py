@@ -33,8 +33,8 @@ Told = Callable[[str], None]
 """Called with what goes on."""
 
 _OWN = "longthink.bench.peers.own"
-_PROCESSES = ("", "beside")
-"""Our own caches are spread over two: nearly all the time of a short run goes into compiling them."""
+_PROCESSES = ("", "second", "third")
+"""Our own caches are spread over them: nearly all the time of a short run goes into compiling."""
 _FEW = 4
 _LONG_BLOCK_MS = 600.0
 """A block takes about this long at most, but `_FEW` steps of a peer and a page of ours in any case."""
@@ -100,10 +100,25 @@ def measure(plan: PeersPlan, found: Found, told: Told = lambda text: None) -> It
     run = new_run()
     with ExitStack() as stack:
         workers = _Workers(stack, found, told)
-        for number, scene in enumerate(scenes(plan)):
-            for one in _measure_scene(plan, scene, number, run, workers, found, told):
+        for stage in _stages(plan, workers, found, told):
+            for one in stage.measure(run):
                 found.timed.append(one)
                 yield one
+
+
+def _stages(plan: PeersPlan, workers: _Workers, found: Found, told: Told) -> Iterator[_Stage]:
+    """The scenes, whose systems are ready."""
+    ready = []
+    for number, scene in enumerate(scenes(plan)):
+        stage = _Stage(plan, scene, number, workers, found.missing, told)
+        if plan.at_once:
+            ready.append(stage)
+        else:
+            stage.wait()
+            yield stage
+    for stage in ready:
+        stage.wait()
+    yield from ready
 
 
 class _Workers:
@@ -142,17 +157,28 @@ class _Stage:
     """The systems of a scene, in their processes. What fails is noted and left out, and the others go on."""
 
     def __init__(
-        self, plan: PeersPlan, scene: Scene, workers: _Workers, missing: dict[str, str], told: Told
+        self,
+        plan: PeersPlan,
+        scene: Scene,
+        number: int,
+        workers: _Workers,
+        missing: dict[str, str],
+        told: Told,
     ) -> None:
-        self._plan, self._scene, self._told, self._missing = plan, scene, told, missing
+        self._plan, self._scene, self._number, self._told, self._missing = plan, scene, number, told, missing
         self._on: dict[int, Worker] = {}
         self._steps: dict[int, int] = {}
         folder = str(model_folder(plan.models[scene.model]))
         for i, place in enumerate(scene.places):
             with self._leave_out(i, "start"):
                 self._on[i] = workers.of(place.system)
-                self._on[i].send("open", id=i, point=asdict(self._point(place, folder)))
-        # All processes get ready at the same time; nothing is timed yet.
+                self._on[i].send("open", id=self._id(i), point=asdict(self._point(place, folder)))
+
+    def _id(self, i: int) -> str:
+        return f"{self._number}/{i}"
+
+    def wait(self) -> None:
+        """Wait until all are ready; all processes get there at the same time."""
         for i, worker in list(self._on.items()):
             with self._leave_out(i, "getting ready"):
                 worker.receive()
@@ -179,7 +205,22 @@ class _Stage:
             self._missing.setdefault(place.system, str(error))
             self._on.pop(i, None)
 
-    def take_turns(self) -> dict[int, list[float]]:
+    def measure(self, run: str) -> Iterator[Timed]:
+        """Let the systems decode, and take them down."""
+        times = self._take_turns()
+        for i, facts in self._close().items():
+            place = self._scene.places[i]
+            yield Timed(
+                scene=self._number,
+                batch=self._scene.batch,
+                model=self._scene.model,
+                place=place,
+                ms=tuple(times[i]),
+                read_bytes=facts.get("read_bytes"),
+                row=_row(self._plan, self._scene, place, run, times[i], facts),
+            )
+
+    def _take_turns(self) -> dict[int, list[float]]:
         """Let the systems decode blocks in turns; the first block of each warms it up and does not count."""
         times: dict[int, list[float]] = {i: [] for i in self._on}
         for turn in range(self._plan.rounds + 1):
@@ -188,7 +229,7 @@ class _Stage:
                 least = _FEW if place.system in WORKERS else BLOCK
                 count = self._steps.get(i, least)
                 with self._leave_out(i, f"round {turn}/{self._plan.rounds}"):
-                    ms = worker.ask("decode", id=i, steps=count)["ms"] / count
+                    ms = worker.ask("decode", id=self._id(i), steps=count)["ms"] / count
                     if turn:
                         times[i].append(ms)
                     else:
@@ -196,31 +237,13 @@ class _Stage:
                         self._steps[i] = max(least, fits // least * least)
         return {i: times[i] for i in self._on}
 
-    def close(self) -> dict[int, dict[str, Any]]:
+    def _close(self) -> dict[int, dict[str, Any]]:
         """Take the systems down, and return what they say of themselves."""
         facts = {}
         for i, worker in list(self._on.items()):
             with self._leave_out(i, "closing"):
-                facts[i] = worker.ask("close", id=i)
+                facts[i] = worker.ask("close", id=self._id(i))
         return facts
-
-
-def _measure_scene(
-    plan: PeersPlan, scene: Scene, number: int, run: str, workers: _Workers, found: Found, told: Told
-) -> Iterator[Timed]:
-    stage = _Stage(plan, scene, workers, found.missing, told)
-    times = stage.take_turns()
-    for i, facts in stage.close().items():
-        place = scene.places[i]
-        yield Timed(
-            scene=number,
-            batch=scene.batch,
-            model=scene.model,
-            place=place,
-            ms=tuple(times[i]),
-            read_bytes=facts.get("read_bytes"),
-            row=_row(plan, scene, place, run, times[i], facts),
-        )
 
 
 def _row(

@@ -79,6 +79,9 @@ class PeersPlan:
         Models of which only dense and RaaS are measured of ours, nothing of bookkeeping, and no compiled peer.
     narrow
         Whether RaaS is measured with keys and values in two bytes as well.
+    at_once
+        Whether all systems of all scenes get ready before the first is timed: sooner done, and the caches of all take
+        memory side by side.
 
     Raises
     ------
@@ -97,6 +100,7 @@ class PeersPlan:
     rounds: int = 5
     brief: Sequence[str] = ()
     narrow: bool = True
+    at_once: bool = False
 
     def __post_init__(self) -> None:
         check_int("rounds", self.rounds, 1)
@@ -116,6 +120,7 @@ QUICK = {
     "rounds": 3,
     "brief": ("S2",),
     "narrow": False,
+    "at_once": True,
 }
 """What changes where only the targets are wanted, each on one model: compiling takes nearly all the time."""
 

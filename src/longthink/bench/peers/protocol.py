@@ -95,7 +95,7 @@ def serve(host: Host) -> None:
     """
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), 1)
-    subjects: dict[int, Subject] = {}
+    subjects: dict[str, Subject] = {}
     for line in sys.stdin:
         try:
             _say(answers, _answer(host, subjects, json.loads(line)))
@@ -104,7 +104,7 @@ def serve(host: Host) -> None:
             _say(answers, {"error": f"{type(error).__name__}: {text.splitlines()[0]}"})
 
 
-def _answer(host: Host, subjects: dict[int, Subject], question: dict[str, Any]) -> dict[str, Any]:
+def _answer(host: Host, subjects: dict[str, Subject], question: dict[str, Any]) -> dict[str, Any]:
     match question["ask"]:
         case "versions":
             return {name: version(name) for name in host.packages}
