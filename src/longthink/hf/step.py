@@ -110,7 +110,11 @@ class _Programs:
         how: dict[str, Any] = {"mode": "reduce-overhead"} if device.type == "cuda" else {}
         if device.type == "cpu":
             how = {"backend": few_rows_backend}
-        self.by_function = {function: own_program(function, **how) for function in (_forward, _turn)}
+        # Sizes that may change are marked. The compiler would guess more from programs made before: those for other
+        # numbers of rows, and then this one would be for any.
+        self.by_function = {
+            function: own_program(function, dynamic=False, **how) for function in (_forward, _turn)
+        }
 
 
 _programs: weakref.WeakKeyDictionary[PreTrainedModel, dict[Hashable, _Programs]] = weakref.WeakKeyDictionary()
