@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -211,7 +212,8 @@ def test_ctrl_c_stops_within_seconds_and_keeps_what_is_done(start, tmp_path, wor
     assert time.monotonic() - started < 15
     assert process.returncode == 130
     assert b"Traceback" not in err
-    kept = len(raw_keys(out))
-    assert f"interrupted: {kept} samples were made".encode() in err
+    told = int(re.search(rb"interrupted: (\d+) samples were made", err)[1])
+    # The last one may have been stored and not yet counted.
+    assert len(raw_keys(out)) - told in {0, 1} and told > 0
     assert b"recency" in shown
     wait_for(lambda: not any(child.is_running() for child in children), 20)
