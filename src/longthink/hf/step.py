@@ -42,17 +42,11 @@ _one_at_a_time = threading.RLock()
 
 
 class _StepLayer:
-    """A layer whose step has begun: what the attention function finds on the keys.
-
-    What layers do alike is a region: compiled for one of them, and used by all. The compiler does not see what a
-    region writes to. So outside of regions nothing may be read of a layer's tensors, and a region whose result nobody
-    uses would be left out.
-    """
+    """A layer whose step has begun: what the attention function finds on the keys."""
 
     def __init__(self, slots: LayerCache) -> None:
         self.slots = slots
 
-    @nested_compile_region
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scaling: float | None
     ) -> Tensor:
@@ -60,11 +54,21 @@ class _StepLayer:
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         return self.slots.step(query[:, :, 0], key[:, :, 0], value[:, :, 0], scaling)[:, :, None]
 
-    @nested_compile_region
     def turn_pages(self) -> Tensor:
         """Open the pages of the step that has begun, and return a tensor."""
         self.slots.turn_pages(evicts=not self.slots.policy.grows)
         return self.slots.next_position_B
+
+
+class _AlikeLayer(_StepLayer):
+    """A layer that is compiled for one of its kind, and used by all: on CPUs, where a program takes long to make.
+
+    The compiler does not see what such a region writes to. So outside of regions nothing may be read of a layer's
+    tensors, and a region whose result nobody uses would be left out.
+    """
+
+    attend = nested_compile_region(_StepLayer.attend)
+    turn_pages = nested_compile_region(_StepLayer.turn_pages)
 
 
 class _StepCache:
@@ -72,8 +76,9 @@ class _StepCache:
 
     is_compileable = True
 
-    def __init__(self, cache: PagedCache) -> None:
-        self.layers = [_StepLayer(layer.slots) for layer in cache.layers]
+    def __init__(self, cache: PagedCache, device: torch.device) -> None:
+        kind = _AlikeLayer if device.type == "cpu" else _StepLayer
+        self.layers = [kind(layer.slots) for layer in cache.layers]
 
     def update(
         self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -190,7 +195,7 @@ class DecodeStep:
         self._model = model
         self._cache = cache
         self._asked = compile
-        self._view = _StepCache(cache)
+        self._view = _StepCache(cache, model.device)
         rows = cache.rows
         self.compiled = compiles(model, cache, compile, rows=rows, tokens=tokens)
         """Whether steps are compiled."""
