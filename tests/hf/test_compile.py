@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import longthink
 from longthink.hf import DecodeStep
 from longthink.hf import step as step_module
+from longthink.kernels.compiled import without_guards
 from longthink.policies import RaaS
 from tests.models import EOS, PAD, build, prompt
 
@@ -58,6 +59,29 @@ def test_the_whole_compiler_writes_the_tokens_of_the_eager_step(policy, lengths)
     # Layers share what is compiled of them, so it takes several to see one get what is another's.
     eager, compiled = both(build("qwen2", num_hidden_layers=3), lengths, policy=policy, budget=64)
     assert compiled == eager
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("policy", "sizes"), [("raas", 1), ("dense", 3)])
+def test_guards_are_asked_again_where_sizes_change(policy, sizes, light_compiler, monkeypatch):
+    model = wide("qwen2", num_hidden_layers=1)
+    cache = longthink.make_cache(model, policy=policy, **({} if policy == "dense" else {"budget": 64}))
+    ids, _ = prompt((21,))
+    asked = []
+
+    def noted(program):
+        asked.append((id(program), cache.sizes))
+        return without_guards(program)
+
+    monkeypatch.setattr(step_module, "without_guards", noted)
+    with cache, torch.no_grad():
+        token = model(ids, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
+        step = DecodeStep(model, cache, compile=True)
+        for _ in range(40):
+            step(token)
+    assert len(asked) == len(set(asked))
+    assert len({one for _, one in asked}) == sizes
+    assert len({program for program, _ in asked}) == 2
 
 
 @pytest.mark.slow

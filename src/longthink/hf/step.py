@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import shutil
-import threading
 import weakref
 from collections.abc import Callable, Hashable
 from typing import Any, Literal
@@ -28,7 +27,7 @@ from longthink.errors import UnsupportedFeatureError
 from longthink.hf.attention import mark
 from longthink.hf.cache import PagedCache
 from longthink.hf.linears import few_rows_backend
-from longthink.kernels.compiled import own_program
+from longthink.kernels.compiled import own_program, without_guards
 
 Compile = Literal["auto"] | bool
 
@@ -36,9 +35,6 @@ PAYS_FROM = 8192
 """New tokens from which compiling pays for itself; `benchmarks/2026-11-21-step.md` has the measurement."""
 
 _log = logging.getLogger(__name__)
-
-# The compiler's stance is one for the whole process: another thread would take over ours, and leave it behind.
-_one_at_a_time = threading.RLock()
 
 
 class _StepLayer:
@@ -200,7 +196,7 @@ class DecodeStep:
         self.compiled = compiles(model, cache, compile, rows=rows, tokens=tokens)
         """Whether steps are compiled."""
         self._programs: _Programs | None = None
-        self._guarded: dict[Callable[..., Any], Hashable] = {}
+        self._bare: dict[Callable[..., Any], tuple[Hashable, Callable[..., Any] | None]] = {}
         if self.compiled:
             of_model, key = _programs.setdefault(model, {}), _key(cache, rows)
             if key not in of_model:
@@ -227,14 +223,17 @@ class DecodeStep:
     def _run(self, function: Callable[..., Any], *args: Any) -> Any:
         if self._programs is None:
             return function(*args)
-        # Guards look at every tensor and module: a tenth of a small model's step. Nothing that they look at changes
-        # between two steps but the sizes of the slots.
+        # Nothing that guards look at changes between two steps but the sizes of the slots.
         sizes = self._cache.sizes
-        known = self._guarded.get(function) == sizes
+        known, bare = self._bare.get(function, (None, None))
+        if bare is not None and known == sizes:
+            return bare(*args)
+        program = self._programs.by_function[function]
         try:
-            with _one_at_a_time, torch.compiler.set_stance("default", skip_guard_eval_unsafe=known):
-                result = self._programs.by_function[function](*args)
-            self._guarded[function] = sizes
+            result = program(*args)
+            # On CUDA the compiler has to see where a step begins, to replay its graphs.
+            if self._model.device.type == "cpu":
+                self._bare[function] = sizes, without_guards(program)
             return result
         except TorchDynamoException as error:
             # The compiler has failed before anything ran: the same step can go on without it.
