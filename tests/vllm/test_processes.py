@@ -59,7 +59,7 @@ def run(tmp_path_factory):
                 preexec_fn=end_with_parent,
             )
             try:
-                process.wait(timeout=240)
+                process.wait(timeout=600)
             finally:
                 stop(process)
             log.seek(0)
