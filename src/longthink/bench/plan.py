@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from statistics import quantiles
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -107,6 +108,12 @@ _OPTIONAL = ("ms_per_token", "ms_per_token_low", "ms_per_token_high", "seconds",
 def new_run() -> str:
     """Return an identifier for a run."""
     return uuid4().hex[:12]
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """Return the quartiles of what the rounds of a run have measured; of a single round, that three times."""
+    low, middle, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else values[:1] * 3
+    return low, middle, high
 
 
 class Rows:

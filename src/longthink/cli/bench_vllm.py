@@ -6,7 +6,7 @@ import shlex
 import sys
 from functools import partial
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from longthink.cli.bench import conditions, integer, load, words
@@ -92,7 +92,9 @@ def vllm(
 
 
 def _quartiles(values: list[float], places: int) -> str:
-    low, middle, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    from longthink.bench.plan import quartiles
+
+    low, middle, high = quartiles(values)
     return f"{middle:.{places}f} ({low:.{places}f} to {high:.{places}f})"
 
 

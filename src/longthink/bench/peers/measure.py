@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from statistics import quantiles
 from typing import Any
 
 from longthink.bench.peers.client import Worker
@@ -23,7 +22,7 @@ from longthink.bench.peers.plan import (
     scenes,
 )
 from longthink.bench.peers.protocol import THREADS, Point
-from longthink.bench.plan import BLOCK, new_run
+from longthink.bench.plan import BLOCK, new_run, quartiles
 from longthink.errors import BenchError
 from longthink.policies import make_policy
 from longthink.results.environment import hardware, versions
@@ -253,7 +252,7 @@ def _row(
     unbounded = place.system in KEEP_ALL or (ours and not make_policy(place.system).needs_budget)
     curve = [f"{place.rows} rows"] if scene.batch else []
     curve += ["beside"] if place.context != scene.places[0].context else []
-    low, middle, high = quantiles(ms, n=4, method="inclusive") if len(ms) > 1 else ms * 3
+    low, middle, high = quartiles(ms)
     return Measurement(
         # One run is one curve: what stands beside the scene's own context, for a ratio, is another.
         run="/".join([run, scene.model, *curve, place.label]),
