@@ -78,8 +78,12 @@ def _draw(axes: Any, panel: Panel, figure: Figure, handles: dict[str, Any]) -> N
         axes.set_ylim(*figure.share_range)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     elif figure.log_y:
+        from matplotlib.ticker import LogFormatter
+
         axes.set_yscale("log")
+        # Powers of ten in figures, and as many of the ticks between them as there is room for.
         axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
     else:
         axes.set_ylim(bottom=0)
     axes.grid(**_GRID)
