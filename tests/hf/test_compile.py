@@ -8,6 +8,7 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import longthink
+from longthink import kernels
 from longthink.hf import DecodeStep
 from longthink.hf import step as step_module
 from longthink.kernels.compiled import without_guards
@@ -59,6 +60,22 @@ def test_the_whole_compiler_writes_the_tokens_of_the_eager_step(policy, lengths)
     # Layers share what is compiled of them, so it takes several to see one get what is another's.
     eager, compiled = both(build("qwen2", num_hidden_layers=3), lengths, policy=policy, budget=64)
     assert compiled == eager
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["raas", "raas:sharing=layer", "milestone", "h2o", "quest"])
+def test_the_step_of_a_gpu_is_one_program_as_well(policy, light_compiler, monkeypatch):
+    """Appending and reading as one call, and the books of all layers kept behind the program: here in torch."""
+    model = wide("qwen2", num_hidden_layers=3)
+    monkeypatch.setattr(kernels, "fuses_append", lambda tensor: True)
+    monkeypatch.setattr(step_module, "_AlikeLayer", step_module._StepLayer)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed, lengths in enumerate(BATCHES):
+            eager, compiled = both(model, lengths, seed, policy=policy, budget=64)
+            assert compiled == eager
+    # Turning pages is a program where it is more than what the kernel for all layers does.
+    assert counters["stats"]["unique_graphs"] == (2 if policy in ("milestone", "quest") else 1)
+    assert not counters["graph_break"]
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from longthink.kernels import reference_step as definition
 from longthink.kernels import triton_book
-from longthink.kernels.reference_step import Turn, Used
+from longthink.kernels.reference_step import Rule, Turn, Used
 from tests.kernels.cases import copied
 
 BAD = (float("nan"), float("inf"), -float("inf"), -0.0, 0.0)
@@ -59,9 +59,11 @@ def turns(draw):
         prompt,
         some(1, slots),
         size,
-        chance.choice((prompt, torch.zeros_like(prompt))),
-        chance.choice((None, some(0, 3))),
-        chance.choice((None, some(0, 3))),
+        Rule(
+            chance.choice((prompt, torch.zeros_like(prompt))),
+            chance.choice((None, some(0, 3))),
+            chance.choice((None, some(0, 3))),
+        ),
         chance.choice((None, stamp, numbers(layers * rows, tables, slots))),
     )
     return turn, used
@@ -88,7 +90,7 @@ def test_bookkeeping(case):
 def test_a_share_of_the_pages_counts_as_the_decimal_fraction(share, pages, best, ties):
     position = torch.arange(pages, dtype=torch.int32)[None, None]
     row = torch.tensor([pages - 1])
-    turn = Turn(position, torch.zeros(1, 1, dtype=torch.int64), row, row * 0, row + 5, 1, row * 0)
+    turn = Turn(position, torch.zeros(1, 1, dtype=torch.int64), row, row * 0, row + 5, 1, Rule(row * 0))
     stamp = torch.full((1, 1, pages), -1, dtype=torch.int32)
     score = torch.arange(pages, dtype=torch.float32).flip(0)[None, None]
     triton_book.bookkeep(turn, Used(stamp, score * (not ties), share))

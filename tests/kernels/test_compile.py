@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from longthink.kernels import triton_book, triton_step  # noqa: E402
-from longthink.kernels.reference_step import Learn, Turn, Used  # noqa: E402
+from longthink.kernels.reference_step import Learn, Rule, Turn, Used  # noqa: E402
 from tests.kernels.cases import Shape, make_learn, make_pool, make_slots, new_token  # noqa: E402
 from tests.kernels.launches import recorded  # noqa: E402
 
@@ -102,7 +102,9 @@ def test_bookkeeping(r):
     stamp, score = torch.zeros(84, 4, 256, dtype=torch.int32), torch.zeros(84, 4, 256)
     row = torch.zeros(3, dtype=torch.int64)
     for priority in (None, stamp, score):
-        turn = Turn(position, torch.zeros(84, 4, dtype=torch.int64), *[row] * 3, 16, row, row, row, priority)
+        turn = Turn(
+            position, torch.zeros(84, 4, dtype=torch.int64), *[row] * 3, 16, Rule(row, row, row), priority
+        )
         with recorded() as launches:
             triton_book.bookkeep(turn, Used(stamp, score, r))
         assert len(launches) == 1 and launches[0].grid == (28 * 3 * 4,)

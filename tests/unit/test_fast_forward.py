@@ -52,7 +52,6 @@ def cost(layer):
         "evicted": layer.num_evicted,
         "tail": table.page_BKP.amax(-1).tolist(),
         "evictable": layer.policy.evictable(table).sum(-1).tolist(),
-        "pinned": layer.policy.pinned(table).sum(-1).tolist(),
         "bytes": (layer.kv_bytes, layer.metadata_bytes),
         "decoding": layer._decoding,
     }

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from longthink import kernels
 from longthink.cache.prompt import PromptPieces, causal_mask, page_caps
-from longthink.cache.step import decode_step, turn_pages
+from longthink.cache.step import New, Read, decode_step, read_slots, turn_pages
 from longthink.cache.store import SlotStore
 from longthink.config import Budget
 from longthink.errors import BudgetError, CacheStateError, UnsupportedFeatureError, UnsupportedModelError
@@ -40,6 +40,8 @@ class LayerCache:
     BudgetError
         If the policy needs a budget and there is none.
     """
+
+    _read: Read = staticmethod(read_slots)
 
     def __init__(
         self,
@@ -70,6 +72,12 @@ class LayerCache:
     # What it holds ------------------------------------------------------------------------------------------
 
     @property
+    def store(self) -> SlotStore:
+        """The slots, of a cache that holds a prompt."""
+        assert self._store is not None
+        return self._store
+
+    @property
     def length_B(self) -> Tensor:
         """Tokens that each row has seen, padding not counted."""
         return torch.tensor(self._lengths, dtype=torch.int64)
@@ -77,14 +85,12 @@ class LayerCache:
     @property
     def next_position_B(self) -> Tensor:
         """Logical position of each row's next token, on the device of the cache."""
-        assert self._store is not None
-        return self._store.table.now_B + 1
+        return self.store.table.now_B + 1
 
     @property
     def sizes(self) -> tuple[torch.Size, int]:
         """Shape of the slots of keys and of values, and the largest cap: what changes when rows change hands."""
-        assert self._store is not None
-        return self._store.keys_BKSD.shape, self._store.table.cap
+        return self.store.keys_BKSD.shape, self.store.table.cap
 
     @property
     def kv_bytes(self) -> int:
@@ -109,14 +115,12 @@ class LayerCache:
 
     def row_dense_kv_bytes(self, row: int) -> int:
         """Bytes that keys and values of all tokens that a row has seen would take."""
-        assert self._store is not None
-        return 2 * self._lengths[row] * self._store.keys_BKSD[0, :, 0].nbytes
+        return 2 * self._lengths[row] * self.store.keys_BKSD[0, :, 0].nbytes
 
     def row_evicted(self, row: int) -> int:
         """Tokens that a row has seen and no longer holds, summed over KV heads."""
-        assert self._store is not None
-        resident_KS = self._store.table.resident_BKS[row]
-        shared = self._store.keys_BKSD.shape[1] // len(resident_KS)
+        resident_KS = self.store.table.resident_BKS[row]
+        shared = self.store.keys_BKSD.shape[1] // len(resident_KS)
         return (self._lengths[row] * len(resident_KS) - int(resident_KS.sum())) * shared
 
     @property
@@ -159,8 +163,7 @@ class LayerCache:
         needed = max(self._lengths) // self.policy.page_size + 1
         # What grows keeps some room, or it would be copied again at the next page.
         self._store.release(needed + needed // 2 if self.policy.grows else max(self._caps))
-        if self._prepared:
-            self.prepare_compile()
+        self.renewed()
 
     # Attention ----------------------------------------------------------------------------------------------
 
@@ -229,7 +232,7 @@ class LayerCache:
         for i in range(query_BHQD.shape[2]):
             active_B = None if valid_BQ is None else valid_BQ[:, i]
             new = query_BHQD[:, :, i], key_BKQD[:, :, i], value_BKQD[:, :, i]
-            out_BHQD[:, :, i] = self._decode_active(*new, active_B, scaling)
+            out_BHQD[:, :, i] = self._decode_active(new, active_B, scaling)
         return out_BHQD
 
     def _takes_as_prompt(self, new_tokens: int) -> bool:
@@ -291,9 +294,7 @@ class LayerCache:
         mass_BKN: Tensor | None,
     ) -> None:
         """Put the prompt into slots; from here on the block is part of the cache."""
-        pages = (
-            max(-(-length // self.policy.page_size) for length in lengths) if self.policy.grows else max(caps)
-        )
+        pages = -(-max(lengths) // self.policy.page_size) if self.policy.grows else max(caps)
         if self._store is None:
             self._store = SlotStore(self.policy, key_BKQD, caps, pages, self.kv_dtype)
         old_slots = self._store.table.position_BKS.shape[-1] if self._lengths else 0
@@ -326,29 +327,26 @@ class LayerCache:
 
     # One token ----------------------------------------------------------------------------------------------
 
-    def _decode_active(
-        self, query_BHD: Tensor, key_BKD: Tensor, value_BKD: Tensor, active_B: Tensor | None, scaling: float
-    ) -> Tensor:
+    def _decode_active(self, new: New, active_B: Tensor | None, scaling: float) -> Tensor:
         """Decode step in which only some rows take part; the others stay as they are."""
         if active_B is None or bool(active_B.all()):
-            return self._decode(query_BHD, key_BKD, value_BKD, scaling)
-        assert self._store is not None
+            return self._decode(new, scaling)
         self._reserve(max(self._lengths) + 1)
         idle = (~active_B).nonzero().flatten()
-        kept = [tensor[idle] for tensor in self._store.tensors()]
+        kept = [tensor[idle] for tensor in self.store.tensors()]
         lengths = list(self._lengths)
-        out_BHD = self._decode(query_BHD, key_BKD, value_BKD, scaling)
-        for tensor, rows in zip(self._store.tensors(), kept, strict=True):
+        out_BHD = self._decode(new, scaling)
+        for tensor, rows in zip(self.store.tensors(), kept, strict=True):
             tensor[idle] = rows
         for row in idle.tolist():
             self._lengths[row] = lengths[row]
         return out_BHD
 
-    def _decode(self, query_BHD: Tensor, key_BKD: Tensor, value_BKD: Tensor, scaling: float) -> Tensor:
+    def _decode(self, new: New, scaling: float) -> Tensor:
         evicts = self.begin_step()
         if evicts is not None:
             self.turn_pages(evicts=evicts)
-        return self.step(query_BHD, key_BKD, value_BKD, scaling)
+        return self.step(new, scaling)
 
     def begin_step(self) -> bool | None:
         """Count a new token for every row, on the host alone: nothing waits for the device.
@@ -369,31 +367,34 @@ class LayerCache:
 
     def prepare_compile(self) -> None:
         """Tell the compiler which sizes differ between caches of the same policy and budget, and what stays put."""
-        assert self._store is not None
         self._prepared = True
-        for tensor in self._store.tensors():
+        for tensor in self.store.tensors():
             if tensor.device.type == "cuda":
                 torch._dynamo.mark_static_address(tensor)
             varies = self.policy.grows or self.budget is None or self.budget.decode_budget is not None
-            if varies and tensor.ndim > 2 and tensor is not self._store.sinks_BKND:
+            if varies and tensor.ndim > 2 and tensor is not self.store.sinks_BKND:
                 torch._dynamo.maybe_mark_dynamic(tensor, 2)
+
+    def renewed(self) -> None:
+        """Tell the compiler again, since tensors were replaced."""
+        if self._prepared:
+            self.prepare_compile()
 
     def turn_pages(self, *, evicts: bool) -> None:
         """Open pages where the step that has begun needs them: tensors alone, for a compiler."""
-        assert self._store is not None
-        turn_pages(self.policy, self._store, evicts=evicts)
+        turn_pages(self.policy, self.store, evicts=evicts)
 
-    def step(self, query_BHD: Tensor, key_BKD: Tensor, value_BKD: Tensor, scaling: float) -> Tensor:
-        """Take in the token of the step that has begun, and return its attention output: tensors alone."""
-        assert self._store is not None
-        return decode_step(self.policy, self._store, (query_BHD, key_BKD, value_BKD), scaling)
+    def step(self, new: New, scaling: float, score_BKP: Tensor | None = None) -> Tensor:
+        """Take in the token of the step that has begun, and return its attention output: tensors alone.
+
+        What is learned from scores is left to `Books` where they have a place to go.
+        """
+        return decode_step(self.policy, self.store, new, scaling, self._read, score_BKP)
 
     def _reserve(self, tokens: int) -> None:
         """Have slots for so many tokens, where the cache grows."""
-        assert self._store is not None
         needed = -(-tokens // self.policy.page_size)
-        if self.policy.grows and needed > self._store.pages:
+        if self.policy.grows and needed > self.store.pages:
             # A quarter more, and at most 1024 tokens, of which each step reads all: the copy in between is not felt.
-            self._store.reserve(needed + min(self._store.pages // 4, 1024 // self.policy.page_size))
-            if self._prepared:
-                self.prepare_compile()
+            self.store.reserve(needed + min(self.store.pages // 4, 1024 // self.policy.page_size))
+            self.renewed()

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from longthink.cache.layer import LayerCache
 from longthink.cache.prompt import page_caps
-from longthink.cache.step import decode_step
 from longthink.cache.store import SlotStore
 from longthink.config import Budget
 from longthink.errors import CacheStateError
@@ -74,20 +73,15 @@ class ReplayedLayers(LayerCache):
         if self._store is None:
             raise CacheStateError("begin with the prompt")
         self._attention_LKGN = attention_LKGN
-        query_BHD, key_BKD, value_BKD = map(self._for_rows, (query_LHD, key_LKD, value_LKD))
-        self._decode(query_BHD, key_BKD, value_BKD, scaling)
+        new = self._for_rows(query_LHD), self._for_rows(key_LKD), self._for_rows(value_LKD)
+        self._decode(new, scaling)
         return self._kept_BKG.unflatten(0, self._shape)
 
     def _for_rows(self, tensor: Tensor) -> Tensor:
         """What every layer has, for every budget."""
         return tensor.expand(self._shape[0], *tensor.shape).flatten(0, 1)
 
-    def step(self, query_BHD: Tensor, key_BKD: Tensor, value_BKD: Tensor, scaling: float) -> Tensor:
-        """Take in the token of the step that has begun."""
-        assert self._store is not None
-        return decode_step(self.policy, self._store, (query_BHD, key_BKD, value_BKD), scaling, self._recorded)
-
-    def _recorded(
+    def _read(
         self, policy: Policy, store: SlotStore, query_BKGD: Tensor, scaling: float
     ) -> tuple[Tensor, Tensor | None]:
         """Read the trace in place of the slots."""

@@ -60,6 +60,22 @@ def turn_pages(policy: Policy, store: SlotStore, *, evicts: bool) -> None:
     table.now_B.sub_(1)
 
 
+def save_tokens(policy: Policy, store: SlotStore, full_BK: Tensor) -> None:
+    """Save tokens of the pages that give way to the next token's, whose slots `Books` have named.
+
+    Parameters
+    ----------
+    full_BK
+        Where a page gives way.
+    """
+    table = store.table
+    table.now_B.add_(1)
+    moves = policy.moves(table, store.tail_BK, full_BK)
+    if moves is not None:
+        store.move(moves)
+    table.now_B.sub_(1)
+
+
 def read_slots(
     policy: Policy, store: SlotStore, query_BKGD: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor | None]:
@@ -77,24 +93,27 @@ def read_slots(
     )
 
 
+New = tuple[Tensor, Tensor, Tensor]
+"""A token's query (BHD), key and value (BKD)."""
 Read = Callable[[Policy, SlotStore, Tensor, float], tuple[Tensor, Tensor | None]]
 
 
 def decode_step(
     policy: Policy,
     store: SlotStore,
-    new: tuple[Tensor, Tensor, Tensor],
+    new: New,
     scaling: float,
     read: Read = read_slots,
+    score_BKP: Tensor | None = None,
 ) -> Tensor:
     """Write a token, read what is resident, and let the policy learn.
 
     Parameters
     ----------
-    new
-        The token's query (BHD), key and value (BKD).
     read
         Gives the attention output (BKGD), and its weights, of what is in the slots.
+    score_BKP
+        Where the scores of the pages go, if they are learned from later, for all layers (`Books`).
 
     Returns
     -------
@@ -105,24 +124,28 @@ def decode_step(
     table = store.table
     table.now_B.add_(1)
     query_BKGD = query_BHD.unflatten(1, (key_BKD.shape[1], -1))
-    if read is read_slots and _reads_all(policy) and kernels.fuses_append(query_BKGD):
+    new_BKD = query_BKGD, key_BKD, value_BKD
+    if read is read_slots and kernels.fuses_append(query_BKGD) and policy.reads_by_bound:
+        out_BKGD = kernels.select_attention(*new_BKD, store.slots, table.cap_B, scaling)
+        return out_BKGD.flatten(1, 2)
+    if read is read_slots and kernels.fuses_append(query_BKGD) and reads_all(policy):
         learn = policy.learn(table)
-        out_BKGD, learned = kernels.step_attention(
-            query_BKGD, key_BKD, value_BKD, store.slots, scaling, learn
-        )
-        if learn.state_BKS is not None:
+        if score_BKP is not None:
+            learn = learn._replace(score_BKP=score_BKP)
+        out_BKGD, learned = kernels.step_attention(*new_BKD, store.slots, scaling, learn)
+        if learn.state_BKS is not None or score_BKP is not None:
             return out_BKGD.flatten(1, 2)
-        weights_BKGS, score_BKP = (learned, None) if learn.kind == "weights" else (None, learned)
+        weights_BKGS, page_score_BKP = (learned, None) if learn.kind == "weights" else (None, learned)
     else:
         store.write(key_BKD, value_BKD)
         store.widen(key_BKD)
         _shift_sinks(policy, store)
-        (out_BKGD, weights_BKGS), score_BKP = read(policy, store, query_BKGD, scaling), None
-    policy.observe(table, Step(query_BKGD, weights_BKGS, scaling, score_BKP=score_BKP))
+        (out_BKGD, weights_BKGS), page_score_BKP = read(policy, store, query_BKGD, scaling), None
+    policy.observe(table, Step(query_BKGD, weights_BKGS, scaling, score_BKP=page_score_BKP))
     return out_BKGD.flatten(1, 2)
 
 
-def _reads_all(policy: Policy) -> bool:
+def reads_all(policy: Policy) -> bool:
     """Whether every resident key is read, as it was written."""
     kind = type(policy)
     return kind.select is Policy.select and kind.key_shift is Policy.key_shift

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from longthink.kernels import Slots
+from longthink import kernels
+from longthink.kernels import Slots, entries
 from longthink.policies import Moves, PageTable, Policy, Shape
 
 
@@ -226,18 +227,16 @@ class SlotStore:
 
     # One token ----------------------------------------------------------------------------------------------
 
-    # Whole index tensors instead of scatter and gather: a compiler writes those in place, without copying the slots.
-
     def move(self, moves: Moves) -> None:
         """Carry tokens to other slots, with position and token state; then empty the slots they came from."""
         table = self.table
         tokens = table.position_BKS.shape[-1]
-        per_token = [name for name, tensor in table.state.items() if tensor.shape[2] == tokens]
-        for tensor in (self.keys_BKSD, self.values_BKSD, *(table.state[name] for name in per_token)):
-            tensor[_at(moves.target_BKM, tensor)] = tensor[_at(moves.source_BKM, tensor)]
-        moved = table.position_BKS[_at(moves.source_BKM, table.position_BKS)]
-        table.position_BKS[_at(moves.source_BKM, table.position_BKS)] = -1
-        table.position_BKS[_at(moves.target_BKM, table.position_BKS)] = moved
+        states = [tensor for tensor in table.state.values() if tensor.shape[2] == tokens]
+        # The kernel takes one state of one number a token, which is all that a policy of ours has.
+        first = states.pop() if states and states[-1].ndim == 3 else None
+        for tensor in states:
+            tensor[entries(moves.target_BKM, tensor)] = tensor[entries(moves.source_BKM, tensor)]
+        kernels.move_tokens(self.keys_BKSD, self.values_BKSD, table.position_BKS, first, *moves)
 
     def open(self, slot_BK: Tensor, opens_B: Tensor) -> None:
         """Empty the named slots, where the row opens a page, and make them the tail."""
@@ -249,7 +248,7 @@ class SlotStore:
         # Old numbers go as well: a NaN left behind would reach the output through its zero weight.
         zeroed = (self.keys_BKSD, self.values_BKSD, *table.state.values())
         for tensor, empty in ((table.position_BKS, -1), *((tensor, 0) for tensor in zeroed)):
-            place = _at(tokens_BKT if tensor.shape[2] != self.pages else slot_BK[..., None], tensor)
+            place = entries(tokens_BKT if tensor.shape[2] != self.pages else slot_BK[..., None], tensor)
             opens = opens_B.view(-1, *[1] * (tensor.ndim - 1))
             tensor[place] = torch.where(opens, empty, tensor[place])
 
@@ -258,18 +257,18 @@ class SlotStore:
         table = self.table
         offset_B = table.now_B % table.page_size
         token_BK1 = (self.tail_BK * table.page_size + offset_B[:, None])[..., None]
-        place = _at(token_BK1, self.keys_BKSD)
+        place = entries(token_BK1, self.keys_BKSD)
         self.keys_BKSD[place] = key_BKD[:, :, None].to(self.keys_BKSD.dtype)
         self.values_BKSD[place] = value_BKD[:, :, None].to(self.values_BKSD.dtype)
         position = table.now_B.to(torch.int32)[:, None, None].expand_as(token_BK1)
-        table.position_BKS[_at(token_BK1, table.position_BKS)] = position
+        table.position_BKS[entries(token_BK1, table.position_BKS)] = position
 
     def widen(self, key_BKD: Tensor) -> None:
         """Widen the tail's representatives by the key of position `now_B`; a page's first key starts them anew."""
         table = self.table
         if not table.kmin_BKPD.shape[2]:
             return
-        page = _at(self.tail_BK[..., None], table.kmin_BKPD)
+        page = entries(self.tail_BK[..., None], table.kmin_BKPD)
         first = (table.now_B % table.page_size == 0)[:, None, None, None]
         for representative, extreme in ((table.kmin_BKPD, torch.minimum), (table.kmax_BKPD, torch.maximum)):
             key = key_BKD[:, :, None].to(representative.dtype)
@@ -281,12 +280,6 @@ class SlotStore:
         within = torch.arange(page_size, device=slot_BKR.device)
         token_BKS = (slot_BKR.clamp(min=0)[..., None] * page_size + within).flatten(2)
         wanted = (slot_BKR >= 0).repeat_interleave(page_size, -1)
-        resident = (table.position_BKS[_at(token_BKS, table.position_BKS)] >= 0) & wanted
-        place = _at(token_BKS, self.keys_BKSD)
+        resident = (table.position_BKS[entries(token_BKS, table.position_BKS)] >= 0) & wanted
+        place = entries(token_BKS, self.keys_BKSD)
         return self.keys_BKSD[place], self.values_BKSD[place], resident
-
-
-def _at(index_BKM: Tensor, tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, heads and entries of dimension 2 that the index names, for all KV heads of the tensor."""
-    rows, heads = (torch.arange(size, device=index_BKM.device) for size in tensor.shape[:2])
-    return rows[:, None, None], heads[:, None], index_BKM

@@ -21,7 +21,8 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.compiler import nested_compile_region
 from transformers import PreTrainedModel
 
-from longthink.cache import LayerCache
+from longthink.cache import Books, LayerCache, group_books
+from longthink.cache.step import save_tokens
 from longthink.config import check_choice
 from longthink.errors import UnsupportedFeatureError
 from longthink.hf.attention import mark
@@ -42,13 +43,16 @@ class _StepLayer:
 
     def __init__(self, slots: LayerCache) -> None:
         self.slots = slots
+        self.score: Tensor | None = None
+        """Where the scores of its pages go, if its books are kept with those of other layers."""
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scaling: float | None
     ) -> Tensor:
         """Attention output of one new token, B x H x 1 x D; all rows take part."""
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return self.slots.step(query[:, :, 0], key[:, :, 0], value[:, :, 0], scaling)[:, :, None]
+        new = query[:, :, 0], key[:, :, 0], value[:, :, 0]
+        return self.slots.step(new, scaling, self.score)[:, :, None]
 
     def turn_pages(self) -> Tensor:
         """Open the pages of the step that has begun, and return a tensor."""
@@ -75,6 +79,18 @@ class _StepCache:
     def __init__(self, cache: PagedCache, device: torch.device) -> None:
         kind = _AlikeLayer if device.type == "cpu" else _StepLayer
         self.layers = [kind(layer.slots) for layer in cache.layers]
+        self.books: list[Books] = group_books([layer.slots for layer in cache.layers])
+        self.booked = [
+            [layer for layer in self.layers if layer.slots in books.layers] for books in self.books
+        ]
+        self.unbooked = [layer for layer in self.layers if not any(layer in alike for alike in self.booked)]
+
+    def refresh(self) -> None:
+        """Follow what has changed in the cache since the last step, on the host."""
+        for books, alike in zip(self.books, self.booked, strict=True):
+            books.refresh()
+            for layer, score in zip(alike, books.scores, strict=True):
+                layer.score = score
 
     def update(
         self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -99,9 +115,12 @@ def _forward(model: PreTrainedModel, cache: _StepCache, token_B1: Tensor, positi
     return out.logits[:, -1]
 
 
-def _turn(cache: _StepCache) -> list[Tensor]:
-    """Open the pages of the step that has begun, in all layers."""
-    return [layer.turn_pages() for layer in cache.layers]
+def _turn(cache: _StepCache, full: list[list[Tensor]]) -> list[Tensor]:
+    """Open the pages of the step that has begun, in the layers of which no kernel does it for all."""
+    for alike, full_LBK in zip(cache.booked, full, strict=True):
+        for layer, full_BK in zip(alike, full_LBK, strict=False):
+            save_tokens(layer.slots.policy, layer.slots.store, full_BK)
+    return [layer.turn_pages() for layer in cache.unbooked]
 
 
 class _Programs:
@@ -213,10 +232,14 @@ class DecodeStep:
     @torch.no_grad()
     def __call__(self, token_B1: Tensor) -> Tensor:
         """Logits after these tokens, B x V."""
-        if self._cache.begin_step(len(token_B1)):
-            self._run(_turn, self._view)
+        opens, view = self._cache.begin_step(len(token_B1)), self._view
+        view.refresh()
+        if opens:
+            self._run(_turn, view, [books.name_slots() for books in view.books])
         position_B1 = self._cache.layers[0].slots.next_position_B[:, None]
-        logits_BV: Tensor = self._run(_forward, self._model, self._view, token_B1, position_B1)
+        logits_BV: Tensor = self._run(_forward, self._model, view, token_B1, position_B1)
+        for books in view.books:
+            books.stamp()
         self._cache.end_step()
         return logits_BV
 

@@ -15,22 +15,26 @@ from torch import Tensor
 
 from longthink.kernels import compiled, reference, reference_step
 from longthink.kernels.reference import (
+    Rule,
     block_attention,
     column_mass,
     discriminant_scores,
+    evictable_pages,
     hash_priority,
     logical_pages,
     lowest,
     page_mass,
     rotate_keys,
+    stamp_used,
     top_fraction,
     top_pages,
 )
-from longthink.kernels.reference_step import Learn, Pool, Slots, Turn, Used
+from longthink.kernels.reference_step import Learn, Pool, Slots, Turn, Used, entries
 
 __all__ = [
     "Learn",
     "Pool",
+    "Rule",
     "Slots",
     "Turn",
     "Used",
@@ -40,6 +44,8 @@ __all__ = [
     "column_mass",
     "decode_attention",
     "discriminant_scores",
+    "entries",
+    "evictable_pages",
     "fuses_append",
     "hash_priority",
     "logical_pages",
@@ -48,6 +54,7 @@ __all__ = [
     "page_mass",
     "rotate_keys",
     "select_attention",
+    "stamp_used",
     "step_attention",
     "top_fraction",
     "top_pages",

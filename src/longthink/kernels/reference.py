@@ -7,6 +7,8 @@ slots, D head dim, R pages read.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -15,6 +17,24 @@ _MASK64 = (1 << 64) - 1
 _QUERIES_AT_ONCE = 256
 _COMPARED_AT_ONCE = 128
 """Page slots up to which comparing each with each is faster than sorting."""
+
+
+class Rule(NamedTuple):
+    """Which resident pages may give way: all that nothing here holds back.
+
+    Attributes
+    ----------
+    pinned_B
+        So many tokens at the start stay, in whole pages.
+    recent_B
+        Pages newer than this many pages before the present token stay; None where that holds none back.
+    keeper_B
+        So many slots behind the prompt's stay; None for none.
+    """
+
+    pinned_B: Tensor
+    recent_B: Tensor | None = None
+    keeper_B: Tensor | None = None
 
 
 def block_attention(
@@ -200,6 +220,40 @@ def _order(score_BKP: Tensor, page_BKP: Tensor) -> Tensor:
     far = torch.iinfo(page_BKP.dtype).max
     by_page = torch.where(page_BKP >= 0, page_BKP, far).argsort(dim=-1, stable=True)
     return by_page.gather(-1, score.gather(-1, by_page).argsort(dim=-1, descending=True, stable=True))
+
+
+def evictable_pages(page_BKP: Tensor, now_B: Tensor, prompt_B: Tensor, page_size: int, rule: Rule) -> Tensor:
+    """Mark the pages that may give way to the token at `now_B`, shape BKP."""
+    evictable_BKP = (page_BKP >= 0) & (page_BKP * page_size >= rule.pinned_B[:, None, None])
+    if rule.recent_B is not None:
+        oldest_B = now_B.div(page_size, rounding_mode="floor") - rule.recent_B
+        evictable_BKP = evictable_BKP & (page_BKP <= oldest_B[:, None, None])
+    if rule.keeper_B is not None:
+        first_B = (prompt_B + page_size - 1).div(page_size, rounding_mode="floor")
+        behind_BP = torch.arange(page_BKP.shape[-1], device=page_BKP.device) - first_B[:, None]
+        kept_BP = (behind_BP >= 0) & (behind_BP < rule.keeper_B[:, None])
+        evictable_BKP = evictable_BKP & ~kept_BP[:, None]
+    return evictable_BKP
+
+
+def stamp_used(
+    stamp_BKP: Tensor,
+    score_BKP: Tensor,
+    page_BKP: Tensor,
+    now_B: Tensor,
+    page_size: int,
+    r: float | None,
+    alpha: float,
+) -> None:
+    """Give the pages that were used the stamp `now_B`, in place: RaaS (arXiv 2502.11147, section 3).
+
+    Used are the share `r` of the resident pages with the best scores, or where it is None those that score above
+    `alpha`; and the page of the present token.
+    """
+    now_B11 = now_B[:, None, None]
+    used_BKP = score_BKP > alpha if r is None else top_fraction(score_BKP, page_BKP, r)
+    used_BKP = used_BKP | (page_BKP == now_B11.div(page_size, rounding_mode="floor"))
+    stamp_BKP.copy_(torch.where(used_BKP & (page_BKP >= 0), now_B11.to(stamp_BKP.dtype), stamp_BKP))
 
 
 def lowest(priority_BKP: Tensor, page_BKP: Tensor, candidates_BKP: Tensor) -> Tensor:

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from longthink.kernels.reference import (
+    Rule,
     bound_scores,
     decode_attention,
+    evictable_pages,
     logical_pages,
     lowest,
     page_mass,
-    top_fraction,
+    stamp_used,
     top_pages,
 )
 
@@ -71,12 +73,15 @@ class Learn(NamedTuple):
         place and return nothing:
         ``marks``: 1 where a token more than `near` tokens back got more than `alpha` of a query's attention (int8);
         ``heavy``: plus the attention summed over the group (float32). Both start a new page from 0.
+    score_BKP
+        Where the scores of ``bound``, ``bound_share`` and ``mass`` go (float32); None for a new tensor.
     """
 
     kind: str = "nothing"
     state_BKS: Tensor | None = None
     alpha: float = 0.0
     near: int = 0
+    score_BKP: Tensor | None = None
 
 
 class Turn(NamedTuple):
@@ -88,12 +93,8 @@ class Turn(NamedTuple):
         Of all layers; the bookkeeping moves `tail_NK` on.
     now_B, prompt_B, cap_B
         Position of the token just read, prompt tokens, and page slots that may be filled.
-    pinned_B
-        Tokens of the prompt that are pinned, in whole pages: `prompt_B`, or 0.
-    recent_B
-        Pages newer than this many pages before the next token do not give way; None where all may.
-    keeper_B
-        So many slots behind the prompt's never give way; None for none.
+    rule
+        Which pages may give way to the next token.
     priority_NKP
         The smallest gives way, a tie to the lowest page; None for the page number itself (the oldest).
     """
@@ -104,9 +105,7 @@ class Turn(NamedTuple):
     prompt_B: Tensor
     cap_B: Tensor
     page_size: int
-    pinned_B: Tensor
-    recent_B: Tensor | None = None
-    keeper_B: Tensor | None = None
+    rule: Rule
     priority_NKP: Tensor | None = None
 
 
@@ -235,11 +234,12 @@ def _learn(
     if learn.kind in ("bound", "bound_share"):
         empty_BK1P = ~resident.unflatten(-1, (-1, page_size)).any(-1)[:, :, None]
         bound_BKGP = bound_scores(query_BKGD, *_representatives(cache)).masked_fill(empty_BK1P, -torch.inf)
-        return bound_BKGP.amax(2) if learn.kind == "bound" else (bound_BKGP * scaling).softmax(-1).amax(2)
+        share = bound_BKGP if learn.kind == "bound" else (bound_BKGP * scaling).softmax(-1)
+        return _scored(share.amax(2), learn)
     if weights is None or learn.kind == "weights":
         return weights
     if learn.kind == "mass":
-        return page_mass(weights, page_size).amax(2)
+        return _scored(page_mass(weights, page_size).amax(2), learn)
     if learn.kind in ("marks", "heavy"):
         assert isinstance(cache, Slots) and learn.state_BKS is not None
         state, offset_B = learn.state_BKS, (cache.now_B % page_size)[:, None, None]
@@ -252,6 +252,10 @@ def _learn(
             far_BKS = resident & (cache.position_BKS < (cache.now_B - learn.near)[:, None, None])
             state |= (far_BKS & (weights.amax(2) > learn.alpha)).to(state.dtype)
     return None
+
+
+def _scored(score_BKP: Tensor, learn: Learn) -> Tensor:
+    return score_BKP if learn.score_BKP is None else learn.score_BKP.copy_(score_BKP)
 
 
 def _representatives(cache: Slots | Pool) -> tuple[Tensor, Tensor]:
@@ -276,41 +280,24 @@ def bookkeep(turn: Turn, used: Used | None = None) -> Tensor:
         True where a page gives way, NK.
     """
     layers, page_size = len(turn.tail_NK) // len(turn.now_B), turn.page_size
-    now_N11, prompt_N11, cap_N1, pinned_N11 = (
-        x.repeat(layers).view(shape)
-        for x, shape in (
-            (turn.now_B, (-1, 1, 1)),
-            (turn.prompt_B, (-1, 1, 1)),
-            (turn.cap_B, (-1, 1)),
-            (turn.pinned_B, (-1, 1, 1)),
-        )
-    )
+    now_N, prompt_N, cap_N = (x.repeat(layers) for x in (turn.now_B, turn.prompt_B, turn.cap_B))
+    pinned_N, recent_N, keeper_N = (None if x is None else x.repeat(layers) for x in turn.rule)
+    assert pinned_N is not None
+    rule = Rule(pinned_N, recent_N, keeper_N)
     page_NKP = logical_pages(turn.position_NKS, page_size)
-    resident_NKP = page_NKP >= 0
     if used is not None:
         score = used.score_NKP
         # Where a table serves a layer, the best of all heads counts.
         score = score.amax(1, keepdim=True) if score.shape[1] > page_NKP.shape[1] else score
-        best = score > used.alpha if used.r is None else top_fraction(score, page_NKP, used.r)
-        best |= page_NKP == now_N11 // page_size
-        used.stamp_NKP.copy_(
-            torch.where(best & resident_NKP, now_N11.to(used.stamp_NKP.dtype), used.stamp_NKP)
-        )
-    evictable = resident_NKP & (page_NKP * page_size >= pinned_N11)
-    next_N11 = now_N11 + 1
-    if turn.recent_B is not None:
-        evictable &= page_NKP <= next_N11 // page_size - turn.recent_B.repeat(layers).view(-1, 1, 1)
-    if turn.keeper_B is not None:
-        first = (prompt_N11 + page_size - 1) // page_size
-        behind = torch.arange(page_NKP.shape[-1], device=first.device) - first
-        evictable &= (behind < 0) | (behind >= turn.keeper_B.repeat(layers).view(-1, 1, 1))
+        stamp_used(used.stamp_NKP, score, page_NKP, now_N, page_size, used.r, used.alpha)
     priority = page_NKP if turn.priority_NKP is None else turn.priority_NKP
-    full_NK = resident_NKP.sum(-1) >= cap_N1
-    empty_NK = (~resident_NKP).to(torch.int8).argmax(-1)
+    evictable = evictable_pages(page_NKP, now_N + 1, prompt_N, page_size, rule)
+    full_NK = (page_NKP >= 0).sum(-1) >= cap_N[:, None]
+    empty_NK = (page_NKP < 0).to(torch.int8).argmax(-1)
     slot_NK = torch.where(full_NK, lowest(priority, page_NKP, evictable), empty_NK)
-    opens_NK = (next_N11 % page_size == 0)[..., 0]
-    turn.tail_NK.copy_(torch.where(opens_NK, slot_NK, turn.tail_NK))
-    return full_NK & opens_NK
+    opens_N1 = ((now_N + 1) % page_size == 0)[:, None]
+    turn.tail_NK.copy_(torch.where(opens_N1, slot_NK, turn.tail_NK))
+    return full_NK & opens_N1
 
 
 def move_tokens(
@@ -325,14 +312,17 @@ def move_tokens(
 
     A pair with source == target moves nothing. No source may be the target of another pair.
     """
-    moved = [keys_BKSD, values_BKSD, *([] if state_BKS is None else [state_BKS])]
-    for tensor in moved:
-        trailing = tensor.shape[3:]
-        source, target = (
-            index.view(*index.shape, *[1] * len(trailing)).expand(-1, tensor.shape[1], -1, *trailing)
-            for index in (source_BKM, target_BKM)
-        )
-        tensor.scatter_(2, target, tensor.gather(2, source))
-    moved_BKM = position_BKS.gather(2, source_BKM)
-    position_BKS.scatter_(2, source_BKM, -1)
-    position_BKS.scatter_(2, target_BKM, moved_BKM)
+    for tensor in (keys_BKSD, values_BKSD, *([] if state_BKS is None else [state_BKS])):
+        tensor[entries(target_BKM, tensor)] = tensor[entries(source_BKM, tensor)]
+    moved = position_BKS[entries(source_BKM, position_BKS)]
+    position_BKS[entries(source_BKM, position_BKS)] = -1
+    position_BKS[entries(target_BKM, position_BKS)] = moved
+
+
+def entries(index_BKM: Tensor, tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, heads and entries of dimension 2 that the index names, for all KV heads of the tensor.
+
+    Whole index tensors instead of scatter and gather: a compiler writes those in place, without copying the slots.
+    """
+    rows, heads = (torch.arange(size, device=index_BKM.device) for size in tensor.shape[:2])
+    return rows[:, None, None], heads[:, None], index_BKM

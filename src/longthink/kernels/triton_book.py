@@ -128,14 +128,15 @@ def bookkeep(turn: Turn, used: Used | None = None) -> Tensor:
     stamp, score = (none, none) if used is None else (used.stamp_NKP, used.score_NKP)
     fraction = -1.0 if used is None or used.r is None else used.r
     by_stamp = used is not None and turn.priority_NKP is used.stamp_NKP
-    optional = (none if x is None else x for x in (turn.recent_B, turn.keeper_B, turn.priority_NKP))
+    rule = turn.rule
+    optional = (none if x is None else x for x in (rule.recent_B, rule.keeper_B, turn.priority_NKP))
     bookkeep_kernel[(turn.tail_NK.numel(),)](
         turn.position_NKS, turn.tail_NK, full_NK.view(torch.int8), turn.now_B, turn.prompt_B,
-        turn.cap_B, turn.pinned_B, *optional, stamp, score, rows, tables, slots,
+        turn.cap_B, rule.pinned_B, *optional, stamp, score, rows, tables, slots,
         1 if used is None else score.shape[1] // tables, 0.0 if used is None else used.alpha,
         FRACTION=fraction, P=triton.next_power_of_2(slots), T=turn.page_size, STAMP=used is not None,
-        PRIORITY=2 if by_stamp else int(turn.priority_NKP is not None), RECENT=turn.recent_B is not None,
-        KEEPER=turn.keeper_B is not None, num_warps=4,
+        PRIORITY=2 if by_stamp else int(turn.priority_NKP is not None), RECENT=rule.recent_B is not None,
+        KEEPER=rule.keeper_B is not None, num_warps=4,
     )  # fmt: skip
     return full_NK
 

@@ -53,18 +53,20 @@ def step_attention(
     rows, heads, groups, _ = query_BKGD.shape
     pages, kind = work.tokens // work.page_size, learn.kind
     assert kind not in ("marks", "heavy") or (isinstance(cache, Slots) and learn.state_BKS is not None)
-    shape = (rows, heads, pages) if kind == "bound" else (rows, heads, groups, pages)
-    score = _floats(query_BKGD, shape) if kind in ("mass", "marks", *_BOUND) else query_BKGD
+    per_page = learn.score_BKP
+    if per_page is None and kind in ("mass", *_BOUND):
+        per_page = _floats(query_BKGD, (rows, heads, pages))
+    score = query_BKGD if per_page is None else per_page
+    if kind in ("mass", "marks", "bound_share"):
+        score = _floats(query_BKGD, (rows, heads, groups, pages))
     logit = _floats(query_BKGD, (rows, heads, groups, work.tokens)) if _SCORE.get(kind, 0) > 1 else query_BKGD
     partial, share = _split(
         work, cache, score, logit, scaling, learn, APPEND=True, BOUND=_BOUND.get(kind, 0),
         SCORE=_SCORE.get(kind, 0), SELECT=False, ATTEND=True,
     )  # fmt: skip
-    result = _floats(query_BKGD, (rows, heads, pages)) if kind in ("mass", "bound_share") else score
+    result = score if per_page is None else per_page
     out = _combine(work, cache, partial, share, logit, score, result, learn)
-    out = out.to(query_BKGD.dtype)
-    returned = {"bound": score, "bound_share": result, "mass": result, "weights": logit}
-    return out, returned.get(kind)
+    return out.to(query_BKGD.dtype), logit if kind == "weights" else per_page
 
 
 def select_attention(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from longthink.config import Budget, check_choice
 from longthink.errors import BudgetError
-from longthink.kernels import Learn, logical_pages
+from longthink.kernels import Learn, Rule, Used, evictable_pages, logical_pages
 
 PAGE_SIZES = (1, 4, 8, 16, 32)
 
@@ -145,6 +145,11 @@ class Policy(ABC):
     needs_budget: ClassVar[bool] = True
     uses_prefill_mass: ClassVar[bool] = False
     """`trim` and `admit` get the attention mass of the prompt's columns."""
+    by_rule: ClassVar[bool] = False
+    """What gives way follows from `rule` and from a `priority` that reads positions and state alone, and state is
+    written as `learn` or `stamps` say: then one kernel does it for all layers, where there is one."""
+    reads_by_bound: ClassVar[bool] = False
+    """`select` names the pages with the highest bounds, which is a kernel of its own, where there is one."""
 
     page_size: int = 16
 
@@ -239,14 +244,13 @@ class Policy(ABC):
 
     # In every decode step -----------------------------------------------------------------------------------
 
-    def pinned(self, table: PageTable) -> Tensor:
-        """Pages that are never evicted, bool BKP. A page that holds any prompt token is a prompt page."""
-        first = table.page_BKP * table.page_size
-        return (first < table.prompt_B[:, None, None]) & self.pins_prompt
+    def rule(self, table: PageTable) -> Rule:
+        """Which pages may give way; a page that holds any pinned token is pinned."""
+        return Rule(table.prompt_B if self.pins_prompt else torch.zeros_like(table.prompt_B))
 
     def evictable(self, table: PageTable) -> Tensor:
-        """Pages that may give way, bool BKP; at least one when the table is full."""
-        return (table.page_BKP >= 0) & ~self.pinned(table)
+        """Pages that may give way, bool BKP, as `rule` says; at least one when the table is full."""
+        return evictable_pages(table.page_BKP, table.now_B, table.prompt_B, table.page_size, self.rule(table))
 
     def priority(self, table: PageTable) -> Tensor:
         """Worth of each page, BKP: of the evictable pages the one with the smallest gives way.
@@ -273,6 +277,11 @@ class Policy(ABC):
     def observe(self, table: PageTable, step: Step) -> None:
         """Learn from the step, into `table.state`."""
         del table, step
+
+    def stamps(self, table: PageTable, score_BKP: Tensor) -> Used | None:
+        """How the scores of a step stamp the pages, for `observe` or the kernel that does it for all layers."""
+        del table, score_BKP
+        return None
 
     def learn(self, table: PageTable) -> Learn:
         """What the kernel that reads the pages shall learn on its way: something for `observe`, or all of it.

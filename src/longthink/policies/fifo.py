@@ -22,3 +22,4 @@ class Fifo(Policy):
     memory: ClassVar[str] = "O(L)"
     keeps: ClassVar[str] = "prompt + most recent pages"
     source: ClassVar[str] = "control (RaaS with r = 1)"
+    by_rule: ClassVar[bool] = True

@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from longthink.config import check_choice, check_flag, check_range
-from longthink.kernels import Learn
+from longthink.kernels import Learn, Rule
 from longthink.policies.base import PageTable, Policy, Shape, Step
 from longthink.policies.registry import register
 
@@ -37,6 +37,7 @@ class H2O(Policy):
     keeps: ClassVar[str] = "most attended tokens + most recent tokens"
     source: ClassVar[str] = "arXiv 2306.14048"
     uses_prefill_mass: ClassVar[bool] = True
+    by_rule: ClassVar[bool] = True
 
     page_size: int = 1
     heavy: float = 0.5
@@ -85,10 +86,9 @@ class H2O(Policy):
         table.state["mass"].add_(mass_BKS)
 
     @override
-    def evictable(self, table: PageTable) -> Tensor:
+    def rule(self, table: PageTable) -> Rule:
         capacity_B = table.cap_B - table.prompt_B if self.pin_prompt else table.cap_B
-        oldest_recent_B = table.now_B - self._recent(capacity_B)
-        return super().evictable(table) & (table.page_BKP <= oldest_recent_B[:, None, None])
+        return super().rule(table)._replace(recent_B=self._recent(capacity_B))
 
     @override
     def priority(self, table: PageTable) -> Tensor:

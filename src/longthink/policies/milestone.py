@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from longthink.config import check_int, check_range
-from longthink.kernels import Learn, discriminant_scores
+from longthink.kernels import Learn, Rule, discriminant_scores
 from longthink.policies.base import Moves, PageTable, Policy, Shape, Step
 from longthink.policies.registry import register
 
@@ -42,6 +42,7 @@ class Milestone(Policy):
     memory: ClassVar[str] = "O(L)"
     keeps: ClassVar[str] = "prompt + recent pages + tokens like those that were read again"
     source: ClassVar[str] = "longthink"
+    by_rule: ClassVar[bool] = True
 
     keep: float = 0.8
     young: int = 32
@@ -70,8 +71,8 @@ class Milestone(Policy):
         return {"marked": torch.zeros(shape.B, shape.K, shape.P * shape.T, dtype=torch.int8, device=device)}
 
     @override
-    def evictable(self, table: PageTable) -> Tensor:
-        return super().evictable(table) & ~self._keeper_pages(table)
+    def rule(self, table: PageTable) -> Rule:
+        return super().rule(table)._replace(keeper_B=self._keepers(table)[1])
 
     @override
     def moves(self, table: PageTable, slot_BK: Tensor, full_BK: Tensor) -> Moves:

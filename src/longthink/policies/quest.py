@@ -35,6 +35,7 @@ class Quest(Policy):
     keeps: ClassVar[str] = "everything; reads the best pages"
     source: ClassVar[str] = "arXiv 2406.10774"
     grows: ClassVar[bool] = True
+    reads_by_bound: ClassVar[bool] = True
 
     dense_layers: int = 0
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from longthink.config import check_choice, check_flag, check_int, check_range
-from longthink.kernels import Learn, bound_scores, page_mass, top_fraction
+from longthink.kernels import Learn, Used, bound_scores, page_mass, stamp_used
 from longthink.policies.base import PageTable, Policy, Shape, Step
 from longthink.policies.dense import Dense
 from longthink.policies.registry import register
@@ -47,6 +47,7 @@ class RaaS(Policy):
     memory: ClassVar[str] = "O(L)"
     keeps: ClassVar[str] = "prompt + most recently used pages"
     source: ClassVar[str] = "arXiv 2502.11147"
+    by_rule: ClassVar[bool] = True
 
     r: float = 0.5
     used: str = "top_r"
@@ -118,17 +119,15 @@ class RaaS(Policy):
         return table.state["stamp"]
 
     @override
+    def stamps(self, table: PageTable, score_BKP: Tensor) -> Used:
+        r = self.r if self.used == "top_r" else None
+        return Used(table.state["stamp"], score_BKP, r, self.alpha)
+
+    @override
     def observe(self, table: PageTable, step: Step) -> None:
         page_BKP = table.page_BKP
-        now_B11 = table.now_B[:, None, None]
-        score_BKP = self._scores(table, step, page_BKP)
-        if self.used == "alpha":
-            used_BKP = score_BKP > self.alpha
-        else:
-            used_BKP = top_fraction(score_BKP, page_BKP, self.r)
-        used_BKP = used_BKP | (page_BKP == now_B11.div(self.page_size, rounding_mode="floor"))
-        stamp_BKP = table.state["stamp"]
-        stamp_BKP.copy_(torch.where(used_BKP & (page_BKP >= 0), now_B11.to(stamp_BKP.dtype), stamp_BKP))
+        used = self.stamps(table, self._scores(table, step, page_BKP))
+        stamp_used(used.stamp_NKP, used.score_NKP, page_BKP, table.now_B, self.page_size, used.r, used.alpha)
 
     @override
     def learn(self, table: PageTable) -> Learn:

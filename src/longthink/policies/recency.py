@@ -21,5 +21,6 @@ class Recency(Policy):
     memory: ClassVar[str] = "O(L)"
     keeps: ClassVar[str] = "prompt + most recent tokens"
     source: ClassVar[str] = "control"
+    by_rule: ClassVar[bool] = True
 
     page_size: int = 1

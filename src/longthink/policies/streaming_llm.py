@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from longthink.config import check_choice, check_int
+from longthink.kernels import Rule
 from longthink.policies.base import PageTable, Policy
 from longthink.policies.registry import register
 
@@ -61,8 +62,8 @@ class StreamingLLM(Policy):
         return kept_BQ[:, None]
 
     @override
-    def pinned(self, table: PageTable) -> Tensor:
-        return table.page_BKP < self.sinks
+    def rule(self, table: PageTable) -> Rule:
+        return Rule(torch.full_like(table.prompt_B, self.sinks))
 
     @override
     def key_shift(self, table: PageTable) -> tuple[int, Tensor] | None:
