@@ -14,6 +14,7 @@ from longthink.hf import step as step_module
 from longthink.kernels.compiled import without_guards
 from longthink.policies import RaaS
 from tests.models import EOS, PAD, build, prompt
+from tests.recording import Recording
 
 BOUNDED = [p for p in longthink.available_policies() if not longthink.make_policy(p).grows]
 BATCHES = ((5, 30), (18, 9), (40, 3))
@@ -76,6 +77,40 @@ def test_the_step_of_a_gpu_is_one_program_as_well(policy, light_compiler, monkey
     # Turning pages is a program where it is more than what the kernel for all layers does.
     assert counters["stats"]["unique_graphs"] == (2 if policy in ("milestone", "quest") else 1)
     assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("policy", BOUNDED)
+def test_a_recorded_step_can_be_replayed(policy, fused, monkeypatch):
+    """All state changes in place and every tensor keeps its place, or a CUDA graph would write other tokens."""
+    model, recording, steps = build("qwen2"), Recording(), 60
+    monkeypatch.setattr(kernels, "fuses_append", lambda tensor: fused)
+    ids, mask = prompt((21, 4))
+    token_NB1 = torch.randint(3, 90, (steps, 2, 1))
+    given, logits = [], []
+
+    def replayed(function, *args):
+        if function is not step_module._forward:
+            return function(*args)
+        if not given:
+            given.extend(tensor.clone() for tensor in args[2:])
+            with recording:
+                logits.append(function(*args[:2], *given))
+        else:
+            for place, tensor in zip(given, args[2:], strict=True):
+                place.copy_(tensor)
+            recording.replay()
+        return logits[0].clone()
+
+    found = []
+    for run in (None, replayed):
+        with longthink.make_cache(model, policy=policy, budget=64) as cache, torch.no_grad():
+            model(ids, attention_mask=mask, past_key_values=cache)
+            step = DecodeStep(model, cache, compile=False)
+            step._run = run or step._run
+            found.append([step(token_B1) for token_B1 in token_NB1])
+            assert cache.num_evicted > 0
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow

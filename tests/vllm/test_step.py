@@ -15,6 +15,7 @@ from longthink.vllm.builder import BoundedBuilder
 from longthink.vllm.pool import PagePool, Rows, page_bytes
 from longthink.vllm.spec import BoundedSpec
 from longthink.vllm.step import DecodeStep
+from tests.recording import Recording
 
 LAYERS, BLOCKS, HEADS, KV_HEADS, DIM, PAGE = 2, 40, 4, 2, 32, 16
 PROMPTS, DECODE_PAGES = (5, 37), 4
@@ -75,7 +76,12 @@ def test_compiled_blocks_are_slots(spec, by_cpu):
     check_blocks_are_slots(spec, by_cpu, compiles=True)
 
 
-def check_blocks_are_slots(spec, by_cpu, *, compiles):
+@pytest.mark.parametrize("spec", POLICIES)
+def test_what_the_layers_do_can_be_recorded_once_and_replayed(spec):
+    check_blocks_are_slots(spec, by_cpu=False, compiles=False, recording=Recording())
+
+
+def check_blocks_are_slots(spec, by_cpu, *, compiles, recording=None):
     policy = make_policy(spec)
     if by_cpu and policy.uses_weights:
         pytest.skip("vLLM's kernel gives no weights")
@@ -83,22 +89,28 @@ def check_blocks_are_slots(spec, by_cpu, *, compiles):
     pool = make_pool(policy, transposed=by_cpu)
     attend = CpuAttend(pool, SCALING, HEADS) if by_cpu else KernelAttend(pool, SCALING, compiles=compiles)
     policies = [policy.for_layer(layer) for layer in range(LAYERS)]
-    step = DecodeStep(pool, policies, attend, SCALING, None, 8, HEADS, compiles=compiles)
+    how = {"compiles": compiles, "keeps": recording is not None}
+    step = DecodeStep(pool, policies, attend, SCALING, None, 8, HEADS, **how)
     slots = [[LayerCache(p, Budget(decode_budget=DECODE_PAGES * PAGE)) for _ in PROMPTS] for p in policies]
     block_BP = torch.randperm(BLOCKS - 1)[:16].view(2, 8) + 1
     for row, length in enumerate(PROMPTS):
         read_prompt(step, slots, block_BP[row : row + 1], row, length)
+    drawn, out = torch.zeros(LAYERS, 2, HEADS + 2 * KV_HEADS, DIM), torch.zeros(LAYERS, 2, HEADS, DIM)
+    new = drawn.split([HEADS, KV_HEADS, KV_HEADS], 2)
     for later in range(9 * PAGE):
         positions = [length + later for length in PROMPTS]
-        new = torch.randn(LAYERS, 2, HEADS + 2 * KV_HEADS, DIM).split([HEADS, KV_HEADS, KV_HEADS], 2)
+        drawn.normal_()
         opens = torch.tensor([row for row, position in enumerate(positions) if position % PAGE == 0])
-        out = torch.zeros(LAYERS, 2, HEADS, DIM)
         rows = make_rows(block_BP, positions)
         with contextlib.nullcontext() if compiles else NoWaiting():
             begun = step.begin(rows, opening=opens if len(opens) else None, evicting=True)
-            for layer in range(LAYERS):
-                step.layer(begun, layer, tuple(x[layer] for x in new), out[layer])
-            step.finish(begun)
+            if recording is not None and later > 0:
+                recording.replay()
+            else:
+                with recording or contextlib.nullcontext():
+                    for layer in range(LAYERS):
+                        step.layer(begun, layer, tuple(x[layer] for x in new), out[layer])
+                    step.finish(begun)
         for layer, row in ((layer, row) for layer in range(LAYERS) for row in range(2)):
             wanted = slots[layer][row].attend(*(x[layer, row][None, :, None] for x in new), scaling=SCALING)
             torch.testing.assert_close(out[layer, row], wanted[0, :, 0], atol=2e-5, rtol=2e-5)
@@ -127,32 +139,65 @@ def read_prompt(step, slots, block_1P, row, length):
         torch.testing.assert_close(out, wanted[0].transpose(0, 1), atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("spec", POLICIES)
-def test_nothing_is_read_from_the_device_in_a_step(spec):
-    """The whole way of a step, from vLLM's batch to the last layer, on a device whose tensors have no values.
-
-    Whatever would make the host wait for a GPU raises here: a value, a copy to the host, a shape that depends on one.
-    """
-    policy, device = make_policy(spec), torch.device("meta")
+def make_builder(spec, device, **how):
+    policy = make_policy(spec)
     pool = make_pool(policy, transposed=False, device=device)
     policies = [policy.for_layer(layer) for layer in range(LAYERS)]
     options = dict(block_size=PAGE, num_kv_heads=KV_HEADS, head_size=DIM, dtype=torch.float32)
     kv_spec = BoundedSpec(**options, decode_blocks=DECODE_PAGES, max_prompt_tokens=64)
     names = [f"layers.{layer}.attn" for layer in range(LAYERS)]
     builder = BoundedBuilder(kv_spec, names, SimpleNamespace(), device)
-    builder._step = DecodeStep(pool, policies, KernelAttend(pool, SCALING), SCALING, None, 8, HEADS)
+    builder._step = DecodeStep(pool, policies, KernelAttend(pool, SCALING), SCALING, None, 8, HEADS, **how)
+    return builder, names
+
+
+def one_token_each(length, prompts, table):
+    """What vLLM's runner says of a batch."""
+    return SimpleNamespace(
+        num_reqs=len(length),
+        max_query_len=1,
+        seq_lens=length.to(table.device),
+        seq_lens_cpu_upper_bound=length,
+        rswa_prefix_lens=torch.tensor(prompts, device=table.device),
+        block_table_tensor=table,
+    )
+
+
+@pytest.mark.parametrize("spec", POLICIES)
+def test_nothing_is_read_from_the_device_in_a_step(spec):
+    """The whole way of a step, from vLLM's batch to the last layer, on a device whose tensors have no values.
+
+    Whatever would make the host wait for a GPU raises here: a value, a copy to the host, a shape that depends on one.
+    """
+    device = torch.device("meta")
+    builder, names = make_builder(spec, device, keeps=True)
+    table = torch.zeros(len(PROMPTS), BLOCKS, dtype=torch.int32, device=device)
     for later in (1, 12, 188, 190):  # no page opens, pages open, pages give way, none opens again
-        length = torch.tensor(PROMPTS) + later
-        batch = SimpleNamespace(
-            num_reqs=len(PROMPTS),
-            max_query_len=1,
-            seq_lens=length.to(device),
-            seq_lens_cpu_upper_bound=length,
-            rswa_prefix_lens=torch.tensor(PROMPTS, device=device),
-            block_table_tensor=torch.zeros(len(PROMPTS), BLOCKS, dtype=torch.int32, device=device),
-        )
-        found = builder.build(0, batch)
+        found = builder.build(0, one_token_each(torch.tensor(PROMPTS) + later, PROMPTS, table))
         for name in names:
             new = torch.zeros(len(PROMPTS), HEADS + 2 * KV_HEADS, DIM, device=device)
             out = torch.zeros(len(PROMPTS), HEADS, DIM, device=device)
             found.run(name, new.split([HEADS, KV_HEADS, KV_HEADS], 1), out)
+
+
+@pytest.mark.parametrize("spec", ["raas", "milestone:alpha=0.1"])
+def test_steps_of_a_gpu_have_one_shape_and_rows_without_a_token_touch_nothing(spec):
+    builder, names = make_builder(spec, torch.device("cpu"), keeps=True)
+    builder._keeps = True
+    # The third row fills up the batch: what its row of the table holds is left from before.
+    table = torch.randperm(BLOCKS - 1)[:36].view(3, 12).to(torch.int32) + 1
+    strange = table[2].long()
+    pool, seen = builder._step.pool, []
+    for later in (1, 12, 60, 61):
+        found = builder.build(0, one_token_each(torch.tensor([5 + later, 37 + later, 0]), (5, 37, 99), table))
+        _, begun = found.decode
+        read = (*begun.rows, begun.active_B, begun.block_LBK, *begun.plan)
+        seen.append([(tensor.shape, tensor.stride(), tensor.data_ptr()) for tensor in read])
+        before = pool._first.untyped_storage().tolist()
+        for name in names:
+            new = torch.randn(3, HEADS + 2 * KV_HEADS, DIM)
+            found.run(name, new.split([HEADS, KV_HEADS, KV_HEADS], 1), torch.zeros(3, HEADS, DIM))
+        assert pool._first.untyped_storage().tolist() != before
+        assert (pool.position_LXKT[:, strange] == 77 * 0x01010101).all()
+        assert (pool.keys_LXKTD[:, strange] == pool.keys_LXKTD[0, strange[0], 0, 0, 0]).all()
+    assert all(each == seen[0] for each in seen)

@@ -84,6 +84,8 @@ class BoundedBuilder(compat.AttentionMetadataBuilder):  # type: ignore[misc, unu
     ):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._page_size = kv_cache_spec.block_size
+        # A GPU's step can be recorded: shapes and places in memory stay the same.
+        self._keeps = device.type != "cpu"
         self._step: DecodeStep | None = None
         self._layer_names = sorted(layer_names, key=compat.layer_index)
         self._places = {name: place for place, name in enumerate(self._layer_names)}
@@ -106,7 +108,8 @@ class BoundedBuilder(compat.AttentionMetadataBuilder):  # type: ignore[misc, unu
         )
         policies = [policy.for_layer(compat.layer_index(name)) for name in self._layer_names]
         most = config.scheduler_config.max_num_seqs
-        return DecodeStep(pool, policies, attend, impl.scale, agree, most, impl.num_heads, compiles=compiles)
+        how = {"compiles": compiles, "keeps": self._keeps}
+        return DecodeStep(pool, policies, attend, impl.scale, agree, most, impl.num_heads, **how)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
@@ -125,8 +128,8 @@ class BoundedBuilder(compat.AttentionMetadataBuilder):  # type: ignore[misc, unu
 
     def _one_each(self, batch: Any, prompt_B: Tensor) -> _Tokens | None:
         """Where every request has one token, nothing has to be sorted, and nothing waits for the device."""
-        now_B, host_B = (x.long() - 1 for x in (batch.seq_lens, batch.seq_lens_cpu_upper_bound))
-        return self._tokens(batch, slice(None), now_B, host_B, prompt_B, None)
+        host_B = batch.seq_lens_cpu_upper_bound.long() - 1
+        return self._tokens(batch, slice(None), batch.seq_lens.long() - 1, host_B, prompt_B, None)
 
     def _tokens(
         self, batch: Any, index: Any, now_B: Tensor, host_B: Tensor, prompt_B: Tensor, tokens: Tensor | None
@@ -138,17 +141,21 @@ class BoundedBuilder(compat.AttentionMetadataBuilder):  # type: ignore[misc, unu
         index
             The requests.
         now_B, host_B
-            Positions of the tokens, on the device and on the host.
+            Positions of the tokens, on the device and on the host; -1 for a row that fills up a recorded batch.
         """
         page_size, spec = self._page_size, self.kv_cache_spec
-        longest = int(prompt_B.max()) if prompt_B.device.type == "cpu" else spec.max_prompt_tokens
-        # Two at least: a compiler would make a program of its own for one.
-        pages = max(min(int(host_B.max()) // page_size + 1, spec.cap(longest)), 2)
+        if self._keeps:
+            pages = min(spec.cap(spec.max_prompt_tokens), batch.block_table_tensor.shape[1])
+        else:
+            # Two at least: a compiler would make a program of its own for one.
+            pages = max(min(int(host_B.max()) // page_size + 1, spec.cap(int(prompt_B.max()))), 2)
         prompt_B = prompt_B.to(now_B.device, torch.int64, non_blocking=True)
         cap_B = (prompt_B + page_size - 1) // page_size + spec.decode_blocks
+        # Nobody's block is that of a row without a token.
         count_B = torch.minimum(now_B // page_size + 1, cap_B)
         slot_P = torch.arange(pages, device=now_B.device)
         block_BP = torch.where(slot_P < count_B[:, None], batch.block_table_tensor[index, :pages].long(), 0)
+        count_B, now_B = count_B.clamp(min=1), now_B.clamp(min=0)
         opens_B = host_B % page_size == 0
         opening = None
         evicting = int(host_B.max()) // page_size >= spec.cap(0)

@@ -67,6 +67,9 @@ class DecodeStep:
         Query heads.
     compiles
         Make programs of what the layers share.
+    keeps
+        Put what the layers read at the same place in memory in each step, so that what they do can be recorded once
+        and replayed, as a CUDA graph does.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class DecodeStep:
         heads: int,
         *,
         compiles: bool = False,
+        keeps: bool = False,
     ) -> None:
         self.pool, self.attend = pool, attend
         self._policies, self._scaling, self._agree = policies, scaling, agree
@@ -93,6 +97,7 @@ class DecodeStep:
             learns and not policy.uses_weights,
         )
         self._work = _Work(*map(own_program, _EAGER)) if compiles else _EAGER
+        self._kept = _Kept(max_rows) if keeps else None
         dtype, kept = pool.keys_LXKTD.dtype, (pool.layers, max_rows if self._learns_late else 0)
         self._query_LBHD = torch.zeros(*kept, heads, pool.dim, dtype=dtype, device=device)
         self._key_LBKD = torch.zeros(*kept, pool.heads, pool.dim, dtype=dtype, device=device)
@@ -115,7 +120,11 @@ class DecodeStep:
         layers = self._layers[span]
         block_LBK, plan = work.find(self.pool, self.attend, layers, rows.any_size())
         self.pool.write_positions(layers, block_LBK, rows.now_B)
-        return Begun(work, span, rows, rows.now_B >= rows.prompt_B, block_LBK, self.attend.ready(plan))
+        active_B = rows.now_B >= rows.prompt_B
+        if self._kept is not None and layer is None:
+            active_B, block_LBK = self._kept("own", active_B, block_LBK)
+            rows, plan = Rows(*self._kept("rows", *rows)), type(plan)(*self._kept("plan", *plan))
+        return Begun(work, span, rows, active_B, block_LBK, self.attend.ready(plan))
 
     def _turn(self, work: _Work, span: slice, rows: Rows, *, evicting: bool) -> None:
         pool = self.pool
@@ -165,6 +174,32 @@ class DecodeStep:
         step = Step(query_LBHD, weights_BKGS, self._scaling, self._agree)
         state = begun.work.learn(self.pool, self._policies[span.start], layers, rows, step)
         self.pool.store_state(layers, rows, state, begun.active_B)
+
+
+class _Kept:
+    """Tensors that lie at the same place in memory in every step of as many rows.
+
+    Parameters
+    ----------
+    max_rows
+        Most rows that a tensor may have.
+    """
+
+    def __init__(self, max_rows: int) -> None:
+        self._max_rows = max_rows
+        self._places: dict[tuple[str, int], Tensor] = {}
+
+    def __call__(self, name: str, *tensors: Tensor) -> list[Tensor]:
+        """Copy tensors to their places; rows are dimension 1 behind layers, else 0."""
+        kept = []
+        for index, tensor in enumerate(tensors):
+            dim = int(tensor.ndim > 2)
+            if (name, index) not in self._places:
+                shape = [*tensor.shape[:dim], self._max_rows, *tensor.shape[dim + 1 :]]
+                self._places[name, index] = tensor.new_zeros(shape)
+            place = self._places[name, index].narrow(dim, 0, tensor.shape[dim])
+            kept.append(place.copy_(tensor))
+        return kept
 
 
 # Functions of tensors, which a compiler makes programs of: nothing of the pool is written to.
