@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
@@ -33,7 +32,8 @@ class _NonFiniteGuard(LogitsProcessor):
     """Stops generation at the first NaN: its tokens would be noise that looks like an answer."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if bool(torch.isnan(scores).any()):
+        # The largest of numbers among which there is a NaN is NaN.
+        if scores.max().isnan():
             raise NonFiniteError(
                 f"the model's logits are NaN after {input_ids.shape[1]} tokens: its weights or inputs are damaged, "
                 "or the dtype is too narrow"

@@ -55,22 +55,31 @@ class StepLoop:
         kept: dict[str, list[Tensor]] = {"scores": [], "logits": []}
         wanted = [name for name in kept if getattr(generation_config, f"output_{name}")]
         running_B = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        text_BN, count = input_ids, input_ids.shape[1]
         while True:
             # The library's own processors expect float32, and may write into it.
-            logits_BV = logits_BV.to(torch.float32, copy=True)
-            scores_BV = logits_processor(input_ids, logits_BV)
+            logits_BV = logits_BV.to(torch.float32, copy=bool(wanted))
+            scores_BV = logits_BV
+            # What the list of them does, but that it looks at their signatures in each step.
+            for process in logits_processor:
+                scores_BV = process(input_ids, scores_BV)
             for name in wanted:
                 kept[name].append(scores_BV if name == "scores" else logits_BV)
             token_B = _choose(scores_BV, generation_config.do_sample)
             if ends:
                 token_B = torch.where(running_B, token_B, generation_config._pad_token_tensor)
-            input_ids = torch.cat([input_ids, token_B[:, None]], 1)
+            if count == text_BN.shape[1]:
+                text_BN = torch.cat([text_BN, torch.empty_like(text_BN)], 1)
+            text_BN[:, count] = token_B
+            count += 1
+            input_ids = text_BN[:, :count]
             if self._streamer is not None:
                 self._streamer.put(token_B.cpu())
             running_B &= ~stopping_criteria(input_ids, tuple(kept["scores"]))
             if not running_B.any():
                 break
             logits_BV = step(token_B[:, None])
+        input_ids = input_ids.clone()
         if self._streamer is not None:
             self._streamer.end()
         if not generation_config.return_dict_in_generate:
