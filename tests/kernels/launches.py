@@ -6,13 +6,14 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from longthink.kernels import triton_book, triton_step
+from longthink.kernels import triton_book, triton_replay, triton_step
 
 KERNELS = (
     (triton_step, "split_kernel"),
     (triton_step, "combine_kernel"),
     (triton_book, "bookkeep_kernel"),
     (triton_book, "move_kernel"),
+    (triton_replay, "replay_kernel"),
 )
 
 

@@ -12,7 +12,7 @@ if os.environ.get("TRITON_INTERPRET"):
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from longthink.kernels import triton_book, triton_step  # noqa: E402
+from longthink.kernels import Again, triton_book, triton_replay, triton_step  # noqa: E402
 from longthink.kernels.reference_step import Learn, Rule, Turn, Used  # noqa: E402
 from tests.kernels.cases import Shape, make_learn, make_pool, make_slots, new_token  # noqa: E402
 from tests.kernels.launches import recorded  # noqa: E402
@@ -109,6 +109,25 @@ def test_bookkeeping(r):
             triton_book.bookkeep(turn, Used(stamp, score, r))
         assert len(launches) == 1 and launches[0].grid == (28 * 3 * 4,)
         compile_launches(launches)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stamps", [False, True])
+def test_replay(stamps):
+    blocks, heads, groups, dim = 100, 4, 7, 128
+    keys = torch.zeros(blocks, heads, 16, dim, dtype=torch.bfloat16).transpose(1, 2)
+    ends = torch.zeros(blocks, heads, dim, dtype=torch.bfloat16)
+    position, row = torch.zeros(blocks, heads, 16, dtype=torch.int32), torch.zeros(3, dtype=torch.int64)
+    table, new = (
+        torch.zeros(3, 80, dtype=torch.int64),
+        torch.zeros(50, heads * groups, dim, dtype=torch.bfloat16),
+    )
+    learned = (ends, ends, torch.zeros(blocks, heads, 1, dtype=torch.int32), 0.5) if stamps else ()
+    again = Again(keys, keys, position, table, *[row] * 5, *learned)
+    with recorded() as launches:
+        triton_replay.replay(new, new[:, :heads], new[:, :heads], torch.zeros_like(new), again, 0.1)
+    assert len(launches) == 1 and launches[0].grid == (3 * heads,)
+    compile_launches(launches)
 
 
 @pytest.mark.slow

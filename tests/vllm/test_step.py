@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from longthink import kernels
 from longthink.cache import LayerCache
 from longthink.config import Budget
 from longthink.policies import make_policy
@@ -201,3 +202,58 @@ def test_steps_of_a_gpu_have_one_shape_and_rows_without_a_token_touch_nothing(sp
         assert (pool.position_LXKT[:, strange] == 77 * 0x01010101).all()
         assert (pool.keys_LXKTD[:, strange] == pool.keys_LXKTD[0, strange[0], 0, 0, 0]).all()
     assert all(each == seen[0] for each in seen)
+
+
+def several_tokens(begin, queries, prompts, table):
+    """What vLLM's runner says of a batch in which requests come with several tokens each."""
+    length = torch.tensor(begin) + torch.tensor(queries)
+    return SimpleNamespace(
+        num_reqs=len(length),
+        max_query_len=max(queries),
+        query_start_loc_cpu=torch.tensor([0, *queries]).cumsum(0),
+        seq_lens=length,
+        seq_lens_cpu_upper_bound=length,
+        rswa_prefix_lens=torch.tensor(prompts),
+        block_table_tensor=table,
+    )
+
+
+@pytest.mark.parametrize("spec", ["raas", "raas:sharing=layer", "recency:page_size=16"])
+def test_tokens_that_are_replayed_in_one_launch_are_those_of_the_loop(spec, monkeypatch):
+    """Prompts with tokens behind them, more of those, and a request that decodes in between."""
+    table = torch.randperm(BLOCKS - 1)[:36].view(3, 12).to(torch.int32) + 1
+    batches = (
+        ((0, 0, 0), (25, 60, 37), (5, 37, 37)),
+        ((25, 60, 37), (90, 1, 101), (5, 37, 37)),
+        ((115, 61, 138), (1, 70, 1), (5, 37, 37)),
+    )
+    found = []
+    for kernel in (False, True):
+        torch.manual_seed(5)
+        monkeypatch.setattr(kernels, "fuses_append", lambda tensor, kernel=kernel: kernel)
+        builder, names = make_builder(spec, torch.device("cpu"))
+        assert builder._step.replays == kernel
+        outs = []
+        for begin, queries, prompts in batches:
+            step = builder.build(0, several_tokens(begin, queries, prompts, table))
+            assert (step.again is not None, bool(step.replay)) == (kernel, not kernel)
+            for name in names:
+                new = torch.randn(sum(queries), HEADS + 2 * KV_HEADS, DIM).split(
+                    [HEADS, KV_HEADS, KV_HEADS], 1
+                )
+                outs.append(torch.zeros(sum(queries), HEADS, DIM))
+                step.run(name, new, outs[-1])
+        pool, blocks = builder._step.pool, table.unique().long()
+        # The loop empties a page as it opens it, the kernel as it reads.
+        empty = (pool.position_LXKT < 0).expand(-1, -1, KV_HEADS, -1)[..., None]
+        held = [tensor.masked_fill(empty, 0) for tensor in (pool.keys_LXKTD, pool.values_LXKTD)]
+        held += [pool.position_LXKT, *pool.state.values()]
+        found.append((outs, [tensor[:, blocks] for tensor in held]))
+    torch.testing.assert_close(found[1], found[0], atol=2e-5, rtol=2e-5)
+
+
+def test_policies_that_one_launch_can_replay(monkeypatch):
+    monkeypatch.setattr(kernels, "fuses_append", lambda tensor: True)
+    specs = {"raas": True, "raas:used=alpha": False, "raas:score=exact": False, "random": False, "fifo": True}
+    for spec, replays in (specs | {"milestone": False}).items():
+        assert make_builder(spec, torch.device("cpu"))[0]._step.replays == replays, spec

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from longthink.kernels import compiled, reference, reference_step
+from longthink.kernels import compiled, reference, reference_replay, reference_step
 from longthink.kernels.reference import (
     Rule,
     block_attention,
@@ -29,9 +29,11 @@ from longthink.kernels.reference import (
     top_fraction,
     top_pages,
 )
+from longthink.kernels.reference_replay import Again
 from longthink.kernels.reference_step import Learn, Pool, Slots, Turn, Used, entries
 
 __all__ = [
+    "Again",
     "Learn",
     "Pool",
     "Rule",
@@ -52,6 +54,7 @@ __all__ = [
     "lowest",
     "move_tokens",
     "page_mass",
+    "replay",
     "rotate_keys",
     "select_attention",
     "stamp_used",
@@ -157,3 +160,13 @@ def move_tokens(
     if _goes_to_triton(keys_BKSD):
         from longthink.kernels.triton_book import move_tokens as work
     work(keys_BKSD, values_BKSD, position_BKS, state_BKS, source_BKM, target_BKM)
+
+
+def replay(
+    query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, out_NHD: Tensor, again: Again, scaling: float
+) -> None:
+    """Decode tokens again, one after the other: see `reference_replay.replay`."""
+    work = reference_replay.replay
+    if _goes_to_triton(query_NHD):
+        from longthink.kernels.triton_replay import replay as work
+    work(query_NHD, key_NKD, value_NKD, out_NHD, again, scaling)

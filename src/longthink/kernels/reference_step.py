@@ -217,9 +217,8 @@ def resident_slots(cache: Slots | Pool, heads: int) -> tuple[Tensor, Tensor, Ten
     )
     token = torch.arange(keys.shape[2], device=keys.device)
     resident_BKS = (token < cache.length_B[:, None])[:, None].expand(-1, heads, -1)
-    # A block that is not the row's may hold anything, and zero times NaN is NaN.
-    keys, values = (x.masked_fill(~resident_BKS[..., None], 0) for x in (keys, values))
-    return keys, values, resident_BKS
+    # A block that is not the row's may hold anything, and zero times NaN is NaN; logits of its keys are not looked at.
+    return keys, values.masked_fill(~resident_BKS[..., None], 0), resident_BKS
 
 
 def _learn(

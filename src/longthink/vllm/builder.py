@@ -40,6 +40,8 @@ class StepMetadata:
     places: dict[str, int]
     decode: tuple[_Tokens, Begun] | None = None
     replay: tuple[_Tokens, ...] = ()
+    again: tuple[Rows, Tensor, Tensor] | None = None
+    """Rows with several tokens to replay where one launch does all: where those begin, and how many they are."""
     prompts: tuple[Prompts, Tensor, Any] | None = None
 
     def run(self, layer_name: str, new: New, out: Tensor) -> None:
@@ -51,6 +53,8 @@ class StepMetadata:
             step.attend.prompts(layer, prompts, plan, _take(new, tokens), part)
             out[tokens] = part
             step.pool.represent_prompt(layer, prompts.page_block_B, prompts.page_filled_B)
+        if self.again is not None:
+            step.replay(layer, *self.again, new, out)
         for one in self.replay:
             begun = step.begin(one.rows, opening=one.opening, evicting=one.evicting, layer=layer)
             self._decode(layer, one, begun, new, out)
@@ -179,14 +183,20 @@ class BoundedBuilder(compat.AttentionMetadataBuilder):  # type: ignore[misc, unu
         # The longest first, so that those that still have a token are always the first ones.
         replaying = replaying[np.argsort(-later[replaying], kind="stable")]
 
-        def one(rows: Any, behind: int) -> _Tokens:
+        def one(rows: Any, behind: Any) -> _Tokens:
             first, index = of_prompt[rows] + behind, torch.from_numpy(rows)
             position = torch.from_numpy(begin[rows] + first)
             tokens = self._here(starts[rows] + first)
             return self._tokens(batch, index, position.to(self.device), position, prompt[index], tokens)
 
-        most = int(later[replaying].max(initial=0))
-        found.replay = tuple(one(replaying[later[replaying] > behind], behind) for behind in range(most))
+        assert self._step is not None
+        if len(replaying) and self._step.replays:
+            last, count_B = one(replaying, later[replaying] - 1), self._here(later[replaying])
+            assert last.tokens is not None
+            found.again = (last.rows, last.tokens - count_B + 1, count_B)
+        else:
+            most = int(later[replaying].max(initial=0))
+            found.replay = tuple(one(replaying[later[replaying] > behind], behind) for behind in range(most))
         return one(decoding, 0) if len(decoding) else None
 
     def _prompts(

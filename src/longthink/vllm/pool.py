@@ -197,6 +197,26 @@ class PagePool:
             self.page_size, position_NKS, keys, values, now_N, prompt_N, cap_N, pages, kmin, kmax, state
         )
 
+    def of_blocks(self, layer: int, rows: Rows) -> PageTable:
+        """A layer's blocks themselves in the place of rows, for what works on them by block table."""
+        kmin, kmax = (
+            self._nothing(self._size[1]) if part is None else part[layer]
+            for part in (self.kmin_LXKD, self.kmax_LXKD)
+        )
+        return PageTable(
+            self.page_size,
+            self.position_LXKT[layer],
+            self.keys_LXKTD[layer],
+            self.values_LXKTD[layer],
+            rows.now_B,
+            rows.prompt_B,
+            rows.cap_B,
+            rows.block_BP.shape[1],
+            kmin,
+            kmax,
+            {name: tensor[layer] for name, tensor in self.state.items()},
+        )
+
     def _nothing(self, rows: int) -> Tensor:
         return self._first.new_empty(rows, self.heads, 0, self.dim)
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from longthink import kernels
 from longthink.cache.step import choose_slots
 from longthink.kernels.compiled import any_size, own_program
 from longthink.policies import Moves, Policy, Step
@@ -98,6 +99,8 @@ class DecodeStep:
         )
         self._work = _Work(*map(own_program, _EAGER)) if compiles else _EAGER
         self._kept = _Kept(max_rows) if keeps else None
+        self.replays = agree is None and kernels.fuses_append(pool.keys_LXKTD) and _replays(policies[0], pool)
+        """Whether `replay` can be called."""
         dtype, kept = pool.keys_LXKTD.dtype, (pool.layers, max_rows if self._learns_late else 0)
         self._query_LBHD = torch.zeros(*kept, heads, pool.dim, dtype=dtype, device=device)
         self._key_LBKD = torch.zeros(*kept, pool.heads, pool.dim, dtype=dtype, device=device)
@@ -166,6 +169,38 @@ class DecodeStep:
         for part in self._parts(span, apart=False):
             self._observe(begun, part, self._query_LBHD[part, :count], None)
 
+    def replay(
+        self, layer: int, rows: Rows, start_B: Tensor, count_B: Tensor, new: New, out_QHD: Tensor
+    ) -> None:
+        """Decode tokens of a layer again, one after the other, in one launch.
+
+        Parameters
+        ----------
+        rows
+            As they are for the last token of each.
+        start_B, count_B
+            Where each row's tokens begin among all, and how many they are.
+        """
+        table, policy = self.pool.of_blocks(layer, rows), self._policies[layer]
+        learned: tuple[Any, ...] = ()
+        if policy.uses_representatives:
+            used = policy.stamps(table, table.kmin_BKPD)
+            assert used is not None and used.r is not None
+            learned = (table.kmin_BKPD, table.kmax_BKPD, used.stamp_NKP, used.r)
+        again = kernels.Again(
+            table.keys_BKSD.transpose(1, 2),
+            table.values_BKSD.transpose(1, 2),
+            table.position_BKS,
+            rows.block_BP,
+            start_B,
+            count_B,
+            rows.now_B - count_B + 1,
+            policy.rule(table).pinned_B,
+            rows.cap_B,
+            *learned,
+        )
+        kernels.replay(*new, out_QHD, again, self._scaling)
+
     def _observe(self, begun: Begun, span: slice, query_LBHD: Tensor, weights_BKGS: Tensor | None) -> None:
         layers, rows = self._layers[span], begun.rows
         any_size(query_LBHD, 1)
@@ -174,6 +209,19 @@ class DecodeStep:
         step = Step(query_LBHD, weights_BKGS, self._scaling, self._agree)
         state = begun.work.learn(self.pool, self._policies[span.start], layers, rows, step)
         self.pool.store_state(layers, rows, state, begun.active_B)
+
+
+def _replays(policy: Policy, pool: PagePool) -> bool:
+    """Whether the kernel for it can decode a policy's tokens one after the other.
+
+    It knows two rules: the oldest page gives way, or the one with the oldest stamp, where pages are stamped that have
+    the best bounds.
+    """
+    kind, none = type(policy), torch.zeros(1, dtype=torch.int64, device=pool.position_LXKT.device)
+    if not policy.by_rule or kind.rule is not Policy.rule or kind.moves is not Policy.moves:
+        return False
+    table = pool.of_blocks(0, Rows(none[None], *[none] * 4))
+    return kind.observe is Policy.observe or policy.learn(table).kind == "bound"
 
 
 class _Kept:
