@@ -217,7 +217,7 @@ def resident_slots(cache: Slots | Pool, heads: int) -> tuple[Tensor, Tensor, Ten
     )
     token = torch.arange(keys.shape[2], device=keys.device)
     resident_BKS = (token < cache.length_B[:, None])[:, None].expand(-1, heads, -1)
-    # A block that is not the row's may hold anything, and zero times NaN is NaN; logits of its keys are not looked at.
+    # A block that is not the row's may hold anything, and zero times NaN is NaN. Nobody looks at the logits there.
     return keys, values.masked_fill(~resident_BKS[..., None], 0), resident_BKS
 
 

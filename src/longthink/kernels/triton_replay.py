@@ -42,6 +42,21 @@ def _widen(pointer, key, fresh, d, D: tl.constexpr, HIGH: tl.constexpr):
 
 
 @triton.jit
+def _append(
+    key, value, keys, values, low, high, token, offset, place, ends,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, STAMP: tl.constexpr,
+):  # fmt: skip
+    """Write a head's key and value, and widen the representative of its page."""
+    d = tl.arange(0, BLOCK_D)
+    k = tl.load(key + token * D + d, mask=d < D, other=0.0)
+    tl.store(keys + place + d, k, mask=d < D)
+    tl.store(values + place + d, tl.load(value + token * D + d, mask=d < D, other=0.0), mask=d < D)
+    if STAMP:
+        _widen(low + ends, k, offset == 0, d, D, False)
+        _widen(high + ends, k, offset == 0, d, D, True)
+
+
+@triton.jit
 def _attend(
     q, keys, values, block, tail, offset, used, stride_block, stride_token, scale,
     D: tl.constexpr, T: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -91,6 +106,27 @@ def _bounds(
 
 
 @triton.jit
+def _read(
+    query, out, keys, values, low, high, table, score, token, first, tail, offset, used, kv_block, kv_token,
+    low_block, scale, STAMP: tl.constexpr, G: tl.constexpr, D: tl.constexpr, T: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Attention of the query heads of a KV head, and their bounds."""
+    d, g = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_G)
+    place = (token * G + g[:, None]) * D + d[None, :]
+    real = (g < G)[:, None] & (d < D)[None, :]
+    q = tl.load(query + place, mask=real, other=0.0)
+    found = _attend(
+        q, keys, values, table, tail, offset, used, kv_block, kv_token, scale, D, T, BLOCK_G, BLOCK_S, BLOCK_D
+    )
+    tl.store(out + place, found.to(out.dtype.element_ty), mask=real)
+    if STAMP:
+        _bounds(q, low, high, table, score, used, low_block, first, G, D, BLOCK_G, 16, BLOCK_D)
+        # The next head, or the ranking, reads what other threads have written here.
+        tl.debug_barrier()
+
+
+@triton.jit
 def _used(score, page, now, slots, FRACTION: tl.constexpr, P: tl.constexpr, T: tl.constexpr):
     """Pages that the token at `now` used: see `reference.stamp_used`."""
     slot = tl.arange(0, P)
@@ -114,7 +150,7 @@ def replay_kernel(
     """All tokens of one row for one page table, which serves `HEADS` KV heads."""
     own = tl.program_id(0)
     row, mine = own // tables, own % tables
-    slot, d, g, within = tl.arange(0, P), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_G), tl.arange(0, T)
+    slot, within = tl.arange(0, P), tl.arange(0, T)
     table += row.to(tl.int64) * slots
     score += own.to(tl.int64) * slots
     block = tl.load(table + slot, mask=slot < slots, other=0)
@@ -132,43 +168,31 @@ def replay_kernel(
     for i in range(tokens):
         now = begin + i
         tail = _open(page, stamps if STAMP else page, tail, now, pinned, limit, T, P)
-        here, fresh = slot == tail, now % T == 0
+        here = slot == tail
         page = tl.where(here, now // T, page).to(tl.int32)
         used = tl.minimum(now // T + 1, limit)
         tail_block = tl.sum(tl.where(here, block, 0), 0)
         token = (tl.load(start + row) + i).to(tl.int64)
         for h in range(HEADS):
             head = mine * HEADS + h
-            k = tl.load(key + (token * kv_heads + head) * D + d, mask=d < D, other=0.0)
-            v = tl.load(value + (token * kv_heads + head) * D + d, mask=d < D, other=0.0)
-            place = tail_block * kv_block + (now % T) * kv_token + head * kv_head + d
-            tl.store(keys + place, k, mask=d < D)
-            tl.store(values + place, v, mask=d < D)
-            if STAMP:
-                place = tail_block * low_block + head * low_head
-                _widen(low + place, k, fresh, d, D, False)
-                _widen(high + place, k, fresh, d, D, True)
+            _append(
+                key, value, keys, values, low, high, token * kv_heads + head, now % T,
+                tail_block * kv_block + (now % T) * kv_token + head * kv_head,
+                tail_block * low_block + head * low_head, D, BLOCK_D, STAMP,
+            )  # fmt: skip
         # What other threads have written must be there.
         tl.debug_barrier()
         for h in range(HEADS):
             head = mine * HEADS + h
-            row_of = (token * kv_heads + head) * G + g
-            real = (g < G)[:, None] & (d < D)[None, :]
-            q = tl.load(query + row_of[:, None] * D + d[None, :], mask=real, other=0.0)
-            found = _attend(
-                q, keys + head * kv_head, values + head * kv_head, table, tail, now % T, used, kv_block,
-                kv_token, scale, D, T, BLOCK_G, BLOCK_S, BLOCK_D,
+            _read(
+                query, out, keys + head * kv_head, values + head * kv_head, low + head * low_head,
+                high + head * low_head, table, score, token * kv_heads + head, h == 0, tail, now % T, used,
+                kv_block, kv_token, low_block, scale, STAMP, G, D, T, BLOCK_G, BLOCK_S, BLOCK_D,
             )  # fmt: skip
-            tl.store(out + row_of[:, None] * D + d[None, :], found.to(out.dtype.element_ty), mask=real)
-            if STAMP:
-                shift = head * low_head
-                _bounds(
-                    q, low + shift, high + shift, table, score, used, low_block, h == 0, G, D, BLOCK_G, 16, BLOCK_D
-                )  # fmt: skip
-                tl.debug_barrier()
         if STAMP:
             stamps = tl.where(_used(score, page, now, slots, FRACTION, P, T), now, stamps).to(tl.int32)
-            tl.debug_barrier()
+        # The next token may take the place of one that others still read.
+        tl.debug_barrier()
     last = begin + tokens - 1
     held = page[:, None] * T + within[None, :]
     held = tl.where((page[:, None] >= 0) & (held <= last), held, -1)
