@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from longthink.kernels.triton_parts import MARGIN_LOG2, dot, is_best, least_of_best, rank_key
+from longthink.kernels.triton_parts import MARGIN_LOG2, attend_tile, dot, is_best, least_of_best, rank_key
 
 
 @triton.jit
@@ -179,14 +179,9 @@ def _attend(
         k = tl.load(keys + place[:, None] + d[None, :], mask=old, other=0.0)
         k = tl.where(is_new[:, None], key[None, :], k)
         logits = tl.where(resident[None, :], dot(query, tl.trans(k)) * scale, float("-inf"))
-        higher = tl.maximum(top, tl.max(logits, 1))
-        safe = tl.where(higher == float("-inf"), 0.0, higher)
-        shrink, weight = tl.exp2(top - safe), tl.exp2(logits - safe[:, None])
         v = tl.load(values + place[:, None] + d[None, :], mask=old, other=0.0)
         v = tl.where(is_new[:, None], value[None, :], v)
-        total = total * shrink + tl.sum(weight, 1)
-        out = out * shrink[:, None] + dot(weight.to(v.dtype), v)
-        top = higher
+        top, total, out = attend_tile(top, total, out, logits, v)
         if SCORE > 0:
             # What stands at the place of the new token may still be the position of another.
             far = resident & ~is_new & (held < now - near)

@@ -1,4 +1,4 @@
-"""Pieces that several Triton kernels share: places of pages, and choosing the best pages.
+"""Pieces that several Triton kernels share: products, softmax over tiles, and choosing the best pages.
 
 Shape suffixes: P page slots.
 """
@@ -19,6 +19,15 @@ def dot(a, b):
     if _INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def attend_tile(top, total, out, logits, v):
+    """Take a tile of logits (base 2) and values into a softmax: its maximum, its sum and its output so far."""
+    higher = tl.maximum(top, tl.max(logits, 1))
+    safe = tl.where(higher == float("-inf"), 0.0, higher)
+    shrink, weight = tl.exp2(top - safe), tl.exp2(logits - safe[:, None])
+    return higher, total * shrink + tl.sum(weight, 1), out * shrink[:, None] + dot(weight.to(v.dtype), v)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from longthink.kernels.reference_replay import Again
-from longthink.kernels.triton_parts import dot, is_best, least_of_best, rank_key
+from longthink.kernels.triton_parts import attend_tile, dot, is_best, least_of_best, rank_key
 
 _FAR = tl.constexpr(0x7FFFFFFF)
 _LOG2E = 1.4426950408889634
@@ -74,13 +74,8 @@ def _attend(
         real = held[:, None] & (d < D)[None, :]
         k = tl.load(keys + place[:, None] + d[None, :], mask=real, other=0.0)
         logits = tl.where(held[None, :], dot(q, tl.trans(k)) * scale, float("-inf"))
-        higher = tl.maximum(top, tl.max(logits, 1))
-        safe = tl.where(higher == float("-inf"), 0.0, higher)
-        shrink, weight = tl.exp2(top - safe), tl.exp2(logits - safe[:, None])
         v = tl.load(values + place[:, None] + d[None, :], mask=real, other=0.0)
-        total = total * shrink + tl.sum(weight, 1)
-        out = out * shrink[:, None] + dot(weight.to(v.dtype), v)
-        top = higher
+        top, total, out = attend_tile(top, total, out, logits, v)
     return out / tl.where(total == 0, 1.0, total)[:, None]
 
 
