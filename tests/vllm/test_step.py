@@ -257,3 +257,27 @@ def test_policies_that_one_launch_can_replay(monkeypatch):
     specs = {"raas": True, "raas:used=alpha": False, "raas:score=exact": False, "random": False, "fifo": True}
     for spec, replays in (specs | {"milestone": False}).items():
         assert make_builder(spec, torch.device("cpu"))[0]._step.replays == replays, spec
+
+
+def test_a_stage_of_a_pipeline_has_the_policies_of_its_own_layers():
+    """Each stage makes its steps alone; what a policy draws depends on the layer of the whole model."""
+    policy = make_policy("random:page_size=16")
+    pool = make_pool(policy, transposed=False)
+    impl = SimpleNamespace(scale=SCALING, num_heads=HEADS, head_size=DIM)
+    config = SimpleNamespace(
+        additional_config={"longthink": {"policy": "random", "decode_budget": 64}},
+        compilation_config=SimpleNamespace(mode=None, static_forward_context={}),
+        scheduler_config=SimpleNamespace(max_num_seqs=4),
+    )
+    options = dict(block_size=PAGE, num_kv_heads=KV_HEADS, head_size=DIM, dtype=torch.float32)
+    kv_spec = BoundedSpec(**options, decode_blocks=DECODE_PAGES, max_prompt_tokens=64)
+    drawn = []
+    for layer in (0, 5):
+        name = f"model.layers.{layer}.self_attn.attn"
+        config.compilation_config.static_forward_context = {
+            name: SimpleNamespace(impl=impl, kv_cache=pool._first)
+        }
+        step = BoundedBuilder(kv_spec, [name], config, torch.device("cpu"))._make_step()
+        assert step._policies == [policy.for_layer(layer)]
+        drawn.append(step._policies[0].seed)
+    assert drawn[0] != drawn[1]
