@@ -49,19 +49,18 @@ class Books:
         self._policy = layers[0].policy
         self.scores: list[Tensor] | list[None] = [None] * len(layers)
         """Where the scores of each layer's step go, BKP; None if nothing is learned from them for all layers."""
-        self._stores: list[SlotStore] = []
         self._views: list[Tensor] = []
         self.refresh()
 
     def refresh(self) -> None:
         """Join the tables, unless they are joined: rows and slots that come and go bring new tensors."""
-        self._stores = [layer.store for layer in self.layers]
-        held = [store.table.position_BKS for store in self._stores]
+        held = [layer.store.table.position_BKS for layer in self.layers]
         if not self._views or any(new is not old for new, old in zip(held, self._views, strict=True)):
             self._join()
 
     def _join(self) -> None:
-        stores, rows = self._stores, len(self._stores[0].tail_BK)
+        stores = [layer.store for layer in self.layers]
+        rows = len(stores[0].tail_BK)
         joined = [torch.cat(alike) for alike in zip(*(store.tensors()[2:] for store in stores), strict=True)]
         for i, store in enumerate(stores):
             kept = store.tensors()[:2]
@@ -98,7 +97,7 @@ class Books:
             kernels.bookkeep(self._turn(), self._policy.stamps(self._whole.table, self._score_NKP))
 
     def _turn(self) -> Turn:
-        whole, table, policy = self._whole.table, self._stores[0].table, self._policy
+        whole, table, policy = self._whole.table, self.layers[0].store.table, self._policy
         ranked = type(policy).priority is not Policy.priority
         return Turn(
             whole.position_BKS,

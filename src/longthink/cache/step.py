@@ -125,13 +125,12 @@ def decode_step(
     table.now_B.add_(1)
     query_BKGD = query_BHD.unflatten(1, (key_BKD.shape[1], -1))
     new_BKD = query_BKGD, key_BKD, value_BKD
-    if read is read_slots and kernels.fuses_append(query_BKGD) and policy.reads_by_bound:
+    fused = read is read_slots and kernels.fuses_append(query_BKGD)
+    if fused and policy.reads_by_bound:
         out_BKGD = kernels.select_attention(*new_BKD, store.slots, table.cap_B, scaling)
         return out_BKGD.flatten(1, 2)
-    if read is read_slots and kernels.fuses_append(query_BKGD) and reads_all(policy):
-        learn = policy.learn(table)
-        if score_BKP is not None:
-            learn = learn._replace(score_BKP=score_BKP)
+    if fused and reads_all(policy):
+        learn = policy.learn(table)._replace(score_BKP=score_BKP)
         out_BKGD, learned = kernels.step_attention(*new_BKD, store.slots, scaling, learn)
         if learn.state_BKS is not None or score_BKP is not None:
             return out_BKGD.flatten(1, 2)

@@ -229,11 +229,16 @@ def evictable_pages(page_BKP: Tensor, now_B: Tensor, prompt_B: Tensor, page_size
         oldest_B = now_B.div(page_size, rounding_mode="floor") - rule.recent_B
         evictable_BKP = evictable_BKP & (page_BKP <= oldest_B[:, None, None])
     if rule.keeper_B is not None:
-        first_B = (prompt_B + page_size - 1).div(page_size, rounding_mode="floor")
-        behind_BP = torch.arange(page_BKP.shape[-1], device=page_BKP.device) - first_B[:, None]
-        kept_BP = (behind_BP >= 0) & (behind_BP < rule.keeper_B[:, None])
+        kept_BP = keeper_slots(page_BKP.shape[-1], prompt_B, page_size, rule.keeper_B)
         evictable_BKP = evictable_BKP & ~kept_BP[:, None]
     return evictable_BKP
+
+
+def keeper_slots(slots: int, prompt_B: Tensor, page_size: int, keeper_B: Tensor) -> Tensor:
+    """Mark the first `keeper_B` page slots behind the prompt's, shape BP."""
+    first_B = (prompt_B + page_size - 1).div(page_size, rounding_mode="floor")
+    behind_BP = torch.arange(slots, device=prompt_B.device) - first_B[:, None]
+    return (behind_BP >= 0) & (behind_BP < keeper_B[:, None])
 
 
 def stamp_used(

@@ -11,15 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longthink.kernels.reference import (
-    Rule,
-    bound_scores,
-    decode_attention,
-    evictable_pages,
-    logical_pages,
-    lowest,
-    stamp_used,
-)
+from longthink.kernels.reference import Rule, evictable_pages, logical_pages, lowest, stamp_used
+from longthink.kernels.reference_step import Learn, Pool, step_attention
 
 
 class Again(NamedTuple):
@@ -82,36 +75,31 @@ def _one(
     scaling: float,
 ) -> Tensor:
     """Attention output of a token's heads that one table serves."""
-    query_KGD, key_KD, value_KD = new
-    now_B, prompt_B = again.first_B[row, None] + i, again.pinned_B[row, None]
+    now_B, pinned_B = again.first_B[row, None] + i, again.pinned_B[row, None]
     now, page_size, cap = int(now_B), again.keys_XTKD.shape[1], int(again.cap_B[row])
     blocks = again.block_BP[row, : min(now // page_size + 1, cap)].long()
-    held = again.position_XKT[blocks, table].flatten()[None, None]
-    page = logical_pages(held, page_size)
-    stamp = None if again.stamp_XK1 is None else again.stamp_XK1[blocks, table, 0][None, None].clone()
+    page = logical_pages(again.position_XKT[blocks, table].flatten()[None, None], page_size)
     slot = int((page == now // page_size).to(torch.int8).argmax())
     if now % page_size == 0:
-        evictable = evictable_pages(page, now_B, prompt_B, page_size, Rule(prompt_B))
-        victim = lowest(page if stamp is None else stamp, page, evictable)
-        slot = now // page_size if now // page_size < cap else int(victim)
+        worth = page if again.stamp_XK1 is None else again.stamp_XK1[blocks, table, 0][None, None]
+        evictable = evictable_pages(page, now_B, pinned_B, page_size, Rule(pinned_B))
+        slot = now // page_size if now // page_size < cap else int(lowest(worth, page, evictable))
         again.position_XKT[blocks[slot], table] = -1
     again.position_XKT[blocks[slot], table, now % page_size] = now
-    at = blocks[slot], now % page_size, heads
-    again.keys_XTKD[at] = key_KD.to(again.keys_XTKD.dtype)
-    again.values_XTKD[at] = value_KD.to(again.values_XTKD.dtype)
-    held = again.position_XKT[blocks, table].flatten()[None, None]
-    keys, values = (
-        x[blocks][:, :, heads].flatten(0, 1).transpose(0, 1)[None]
-        for x in (again.keys_XTKD, again.values_XTKD)
+    # Order means nothing to attention and stamps, and a `Pool` wants the page that is written to last.
+    blocks = torch.cat([blocks[:slot], blocks[slot + 1 :], blocks[slot, None]])
+    ends = (None if x is None else x[:, heads] for x in (again.kmin_XKD, again.kmax_XKD))
+    length_B = (len(blocks) - 1) * page_size + now_B % page_size + 1
+    pool = Pool(
+        again.keys_XTKD[:, :, heads], again.values_XTKD[:, :, heads], blocks[None, None], length_B, *ends
     )
-    keys, values = (x.masked_fill((held < 0)[..., None], 0) for x in (keys, values))
-    if stamp is not None:
-        assert again.kmin_XKD is not None and again.kmax_XKD is not None and again.stamp_XK1 is not None
-        for ends, extreme in ((again.kmin_XKD, torch.minimum), (again.kmax_XKD, torch.maximum)):
-            old = ends[blocks[slot], heads]
-            ends[blocks[slot], heads] = key_KD if now % page_size == 0 else extreme(old, key_KD.to(old.dtype))
-        low, high = (x[blocks][:, heads].transpose(0, 1)[None] for x in (again.kmin_XKD, again.kmax_XKD))
-        score = bound_scores(query_KGD[None], low, high).amax(2).amax(1, keepdim=True)
-        stamp_used(stamp, score, logical_pages(held, page_size), now_B, page_size, again.r, 0.0)
+    learn = Learn("nothing" if again.stamp_XK1 is None else "bound")
+    query_KGD, key_KD, value_KD = new
+    out_1KGD, score_1KP = step_attention(query_KGD[None], key_KD[None], value_KD[None], pool, scaling, learn)
+    if again.stamp_XK1 is not None:
+        assert score_1KP is not None
+        stamp = again.stamp_XK1[blocks, table, 0][None, None]
+        page = logical_pages(again.position_XKT[blocks, table].flatten()[None, None], page_size)
+        stamp_used(stamp, score_1KP.amax(1, keepdim=True), page, now_B, page_size, again.r, 0.0)
         again.stamp_XK1[blocks, table, 0] = stamp[0, 0]
-    return decode_attention(query_KGD[None], keys, values, held >= 0, scaling, with_weights=False)[0][0]
+    return out_1KGD[0]

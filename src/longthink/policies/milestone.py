@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from longthink.config import check_int, check_range
-from longthink.kernels import Learn, Rule, discriminant_scores
+from longthink.kernels import Learn, Rule, discriminant_scores, keeper_slots
 from longthink.policies.base import Moves, PageTable, Policy, Shape, Step
 from longthink.policies.registry import register
 
@@ -72,7 +72,7 @@ class Milestone(Policy):
 
     @override
     def rule(self, table: PageTable) -> Rule:
-        return super().rule(table)._replace(keeper_B=self._keepers(table)[1])
+        return super().rule(table)._replace(keeper_B=self._keepers(table))
 
     @override
     def moves(self, table: PageTable, slot_BK: Tensor, full_BK: Tensor) -> Moves:
@@ -99,25 +99,23 @@ class Milestone(Policy):
     def learn(self, table: PageTable) -> Learn:
         return Learn("marks", table.state["marked"], self.alpha, self.young // 2)
 
-    def _keepers(self, table: PageTable) -> tuple[Tensor, Tensor]:
-        """First keeper slot of each row, and how many there are."""
+    def _keepers(self, table: PageTable) -> Tensor:
+        """How many keeper slots each row has, B."""
         first_B = (table.prompt_B + self.page_size - 1).div(self.page_size, rounding_mode="floor")
         decode_B = table.cap_B - first_B
         count_B = (decode_B.double() * self.keep + 0.5 + 1e-9).floor().to(decode_B.dtype)
         young = -(-self.young // self.page_size)
-        return first_B, torch.minimum(count_B, (decode_B - young).clamp(min=0))
+        return torch.minimum(count_B, (decode_B - young).clamp(min=0))
 
     def _keeper_pages(self, table: PageTable) -> Tensor:
         """The slots behind the prompt's: the first ones that decode tokens fill, and never opened again. B1P."""
-        first_B, count_B = self._keepers(table)
-        slot = torch.arange(table.page_BKP.shape[-1], device=first_B.device)
-        behind_prompt = slot - first_B[:, None]
-        return ((behind_prompt >= 0) & (behind_prompt < count_B[:, None]))[:, None]
+        pages = table.page_BKP.shape[-1]
+        return keeper_slots(pages, table.prompt_B, self.page_size, self._keepers(table))[:, None]
 
     def _best(self, table: PageTable, candidate_BKS: Tensor) -> Tensor:
         """Mark the best candidates, as many as the keeper pages hold; ties go to the higher position."""
         score_BKS, T = self._scores(table), self.page_size
-        room_B = self._keepers(table)[1] * T
+        room_B = self._keepers(table) * T
         # The keeper pages and one more compete: never more than a page of tokens has to go.
         surplus_BK1 = candidate_BKS.sum(-1, keepdim=True) - room_B[:, None, None]
         last_BK1 = _smallest(score_BKS, candidate_BKS, T).gather(-1, (surplus_BK1 - 1).clamp(0, T - 1))

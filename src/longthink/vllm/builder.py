@@ -132,8 +132,8 @@ class BoundedBuilder(compat.AttentionMetadataBuilder):  # type: ignore[misc, unu
 
     def _one_each(self, batch: Any, prompt_B: Tensor) -> _Tokens | None:
         """Where every request has one token, nothing has to be sorted, and nothing waits for the device."""
-        host_B = batch.seq_lens_cpu_upper_bound.long() - 1
-        return self._tokens(batch, slice(None), batch.seq_lens.long() - 1, host_B, prompt_B, None)
+        now_B, host_B = (x.long() - 1 for x in (batch.seq_lens, batch.seq_lens_cpu_upper_bound))
+        return self._tokens(batch, slice(None), now_B, host_B, prompt_B, None)
 
     def _tokens(
         self, batch: Any, index: Any, now_B: Tensor, host_B: Tensor, prompt_B: Tensor, tokens: Tensor | None
