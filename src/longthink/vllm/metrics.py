@@ -55,8 +55,8 @@ class BoundedCacheLogger(PrometheusStatLogger):
         labels = self._labels(engine_idx)
         if scheduler_stats is not None:
             pool, resident = _gauges()
-            # One of the pool's blocks is a placeholder that no request ever holds.
-            pages = (self._vllm.cache_config.num_gpu_blocks or 1) - 1
+            # vLLM adds up the blocks of all engines. One of each is a placeholder that no request ever holds.
+            pages = (self._vllm.cache_config.num_gpu_blocks or 1) // len(self.engine_indexes) - 1
             pool.labels(*labels).set(pages)
             resident.labels(*labels).set(round(scheduler_stats.kv_cache_usage * pages))
         if iteration_stats is not None:
