@@ -71,6 +71,35 @@ def test_what_a_compiler_gets_is_the_same_in_narrow_formats_and_with_an_empty_ro
     torch.testing.assert_close(out.double(), wanted, atol=exact, rtol=2 * exact)
 
 
+@pytest.mark.parametrize("tables", [1, 3], ids=["one table", "a table for each head"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_pool_is_read_in_place(tables, dtype):
+    pages, tokens, heads, groups, dim = 3, 4, 3, 2, 8
+    query = torch.randn(2, heads, groups, dim, dtype=dtype)
+    keys, values = torch.randn(2, 9, tokens, heads, dim).to(dtype)
+    block = torch.stack([torch.randperm(8)[:pages] for _ in range(2 * tables)]).view(2, tables, pages)
+    length = torch.tensor([9, 3])
+    # Behind a row's tokens there are others' blocks, with anything in them.
+    keys[8], values[8] = torch.nan, torch.inf
+    block[1, :, 1:] = 8
+    out, weights = compiled.pool_attention(query, kernels.Pool(keys, values, block, length), 0.3)
+    assert out.dtype == dtype and not weights[1, :, :, 3:].any() and not weights[0, :, :, 9:].any()
+    exact = 2**-8 if dtype == torch.bfloat16 else 1e-9
+    for b in range(2):
+        for k in range(heads):
+            own = block[b, k % tables]
+            held_keys, held_values = (
+                x[own, :, k].flatten(0, 1)[: length[b]].tolist() for x in (keys, values)
+            )
+            for g in range(groups):
+                here = [True] * int(length[b])
+                slow, slow_weights = naive_attention(
+                    query[b, k, g].tolist(), held_keys, held_values, here, 0.3
+                )
+                assert out[b, k, g].tolist() == pytest.approx(slow, abs=exact, rel=exact)
+                assert weights[b, k, g, : length[b]].tolist() == pytest.approx(slow_weights, abs=1e-6)
+
+
 def test_block_attention_and_column_mass():
     query, key, value = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 8)
     query, key, value = query.double(), key.double(), value.double()

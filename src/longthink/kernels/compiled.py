@@ -4,7 +4,7 @@ They read each key once, also where it has to be looked up in a pool. That wins 
 thousands of them SDPA's blocks do. Without a compiler the sums would make a tensor of every product, so eager steps
 take `reference`, which is also the definition.
 
-Shape suffixes: see `reference`.
+Shape suffixes: see `reference` and `reference_step`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 
 from longthink.kernels.reference import masked_softmax, wide_dtype
+from longthink.kernels.reference_step import Pool
 
 FEW_ROWS = 4
 """Rows up to which sums of products are faster than what a library has for many: SDPA here, and linear layers."""
@@ -42,6 +43,36 @@ def decode_attention(
         # Narrow values are widened as they are read.
         out_BKGD = (weights_BKGS[..., None] * values_BKSD.to(wide)[:, :, None]).sum(-2)
     return out_BKGD.to(query_BKGD.dtype), weights_BKGS if with_weights else None
+
+
+def pool_attention(query_BKGD: Tensor, blocks: Pool, scaling: float) -> tuple[Tensor, Tensor]:
+    """Attention of one new token per row over the blocks of a pool, which are read where they lie.
+
+    The values of each page are summed up first: beside a sum over all tokens, which waits for itself, and beside a
+    matrix product, which needs a copy, that takes a half to a third of the time.
+
+    Returns
+    -------
+    tuple of Tensor
+        Output BKGD, and the softmax weights BKGS in the order of the block table, float32 or wider.
+    """
+    wide = wide_dtype(query_BKGD.dtype)
+    head_K1 = torch.arange(query_BKGD.shape[1], device=query_BKGD.device)[:, None]
+    # A block table that serves all heads, or one of each.
+    keys_BKPTD, values_BKPTD = (
+        pool.transpose(1, 2)[blocks.block_BKP, head_K1] for pool in (blocks.keys_XTKD, blocks.values_XTKD)
+    )
+    pages, tokens = keys_BKPTD.shape[2:4]
+    token_PT = torch.arange(pages * tokens, device=query_BKGD.device).view(-1, tokens)
+    held_B1PT = (token_PT < blocks.length_B[:, None, None])[:, None]
+    logits_BKGPT = (query_BKGD.to(wide)[:, :, :, None, None] * keys_BKPTD.to(wide)[:, :, None]).sum(
+        -1
+    ) * scaling
+    weights_BKGS = masked_softmax(logits_BKGPT.flatten(3), held_B1PT[:, :, None].flatten(3))
+    # A block that is not the row's may hold anything, and zero times NaN is NaN. Nobody looks at the logits there.
+    values_BKPTD = torch.where(held_B1PT[..., None], values_BKPTD.to(wide), 0)
+    page_BKGPD = (weights_BKGS.unflatten(-1, (-1, tokens))[..., None] * values_BKPTD[:, :, None]).sum(-2)
+    return page_BKGPD.sum(-2).to(query_BKGD.dtype), weights_BKGS
 
 
 def bound_scores(query_BKGD: Tensor, kmin_BKPD: Tensor, kmax_BKPD: Tensor) -> Tensor:

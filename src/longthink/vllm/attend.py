@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from longthink import kernels
-from longthink.kernels.compiled import any_size, own_program
-from longthink.kernels.reference_step import append, resident_slots
+from longthink.kernels.compiled import any_size, own_program, pool_attention
+from longthink.kernels.reference_step import append
 from longthink.vllm import compat
 from longthink.vllm.pool import PagePool, Rows
 
@@ -88,7 +88,7 @@ def tail_last(block_BP: Tensor, count_B: Tensor, tail_LBK: Tensor) -> Tensor:
 
 
 class _Plan(NamedTuple):
-    order_LBKP: Tensor
+    ends_LBK2: Tensor
     block_LBKP: Tensor
     length_B: Tensor
 
@@ -109,14 +109,15 @@ class KernelAttend:
     def __init__(self, pool: PagePool, scaling: float, *, compiles: bool = False) -> None:
         self._pool, self._scaling = pool, scaling
         self._learn = kernels.Learn("weights" if pool.policy.uses_weights else "nothing")
-        self._read = own_program(_read) if compiles else None
+        self._read = own_program(pool_attention) if compiles else None
 
     def plan(self, rows: Rows, tail_LBK: Tensor, block_LBK: Tensor) -> _Plan:
         """See `Attend`."""
         order = tail_last(rows.block_BP, rows.count_B, tail_LBK)
         block_LBKP = rows.block_BP[None, :, None].expand(order.shape).gather(3, order)
-        page_size = self._pool.page_size
-        return _Plan(order, block_LBKP, (rows.count_B - 1) * page_size + rows.now_B % page_size + 1)
+        page_size, last_LBK = self._pool.page_size, (rows.count_B - 1)[:, None].expand_as(tail_LBK)
+        length_B = (rows.count_B - 1) * page_size + rows.now_B % page_size + 1
+        return _Plan(torch.stack([tail_LBK, last_LBK], 3), block_LBKP, length_B)
 
     def ready(self, plan: _Plan) -> _Plan:
         """See `Attend`."""
@@ -141,18 +142,11 @@ class KernelAttend:
             append(blocks, key_BKD, value_BKD)
             any_size(blocks.block_BKP, 0, 2)
             any_size(blocks.length_B, 0)
-            out, weights = self._read(
-                any_size(query_BKGD, 0), blocks, self._scaling, self._learn.kind == "weights"
-            )
+            out, weights = self._read(any_size(query_BKGD, 0), blocks, self._scaling)
         out_BHD.copy_(out.flatten(1, 2))
-        if weights is None:
+        if weights is None or self._learn.kind == "nothing":
             return None
-        # Policies think in slots, which change places with nothing.
-        order = plan.order_LBKP[at][:, :, None, :, None].expand(*weights.shape[:3], -1, pool.page_size)
-        order = (
-            order if order.shape[1] == weights.shape[1] else order.expand(-1, weights.shape[1], -1, -1, -1)
-        )
-        return weights.unflatten(3, (-1, pool.page_size)).gather(3, order).flatten(3)
+        return _change_places(weights, plan.ends_LBK2[at], pool.page_size)
 
     def plan_prompts(self, prompts: Prompts) -> None:
         """See `Attend`."""
@@ -177,11 +171,12 @@ class KernelAttend:
             out_QHD[start:end] = out[0].transpose(0, 1)
 
 
-def _read(
-    query_BKGD: Tensor, blocks: kernels.Pool, scaling: float, with_weights: bool
-) -> tuple[Tensor, Tensor | None]:
-    keys, values, resident = resident_slots(blocks, query_BKGD.shape[1])
-    return kernels.decode_attention(query_BKGD, keys, values, resident, scaling, with_weights=with_weights)
+def _change_places(weights_BKGS: Tensor, ends_BK2: Tensor, page_size: int) -> Tensor:
+    """Put the weights of two pages in each other's place: policies think in slots, not in the order of reading."""
+    pages_BKGPT = weights_BKGS.unflatten(3, (-1, page_size))
+    index = ends_BK2[:, :, None, :, None].expand(*pages_BKGPT.shape[:3], 2, page_size)
+    pages_BKGPT.scatter_(3, index.flip(3), pages_BKGPT.gather(3, index))
+    return weights_BKGS
 
 
 class _CpuPlan(NamedTuple):
