@@ -33,7 +33,7 @@ test-fast: ready ## Run the quick tests (under 90 seconds)
 	$(TEST_ENV) $(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 # One worker: a server of vLLM has several processes of its own.
-test-vllm: ## Run the tests of the vLLM plugin against vLLM for the CPU, in .venv-vllm (a quarter of an hour and more)
+test-vllm: ## Run the tests of the vLLM plugin against vLLM for the CPU, in .venv-vllm (half an hour)
 	@scripts/setup.sh --quiet --vllm "$(VLLM_VENV)"
 	$(TEST_ENV) $(VLLM_VENV)/bin/python -m pytest tests/vllm $(PYTEST_ARGS)
 

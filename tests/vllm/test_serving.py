@@ -1,5 +1,6 @@
 """A real server with a bounded cache: what fits, what it says to a client, what it counts."""
 
+import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -111,7 +112,9 @@ def test_engines_side_by_side_have_pools_of_their_own(server, qwen2, tmp_path):
     """Data parallelism: the texts of one engine, and numbers of each."""
     prompts, held = range(2), []
     alone = [complete(server.client(), 2000, seed=seed).choices[0].token_ids for seed in prompts]
-    arguments = ("--max-model-len", 4096, *BOUNDED, *pool(1024), "--data-parallel-size", 2)
+    options = {"policy": "raas", "decode_budget": BUDGET, "max_prompt_tokens": LONGEST_PROMPT}
+    bounded = ("--attention-backend", "CUSTOM", "--additional-config", json.dumps({"longthink": options}))
+    arguments = ("--max-model-len", 4096, *bounded, *pool(1024), "--data-parallel-size", 2)
     with serve(qwen2, tmp_path / "log", *arguments, VLLM_ENABLE_V1_MULTIPROCESSING="1") as both:
 
         def numbers():
