@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 
 from longthink.kernels.reference import masked_softmax, wide_dtype
-from longthink.kernels.reference_step import Pool
+from longthink.kernels.reference_step import Pool, resident_slots
 
 FEW_ROWS = 4
 """Rows up to which sums of products are faster than what a library has for many: SDPA here, and linear layers."""
@@ -34,9 +34,7 @@ def decode_attention(
     with_weights: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of one new token per row: see `reference.decode_attention`."""
-    wide = wide_dtype(query_BKGD.dtype)
-    logits_BKGS = (query_BKGD.to(wide)[:, :, :, None] * keys_BKSD.to(wide)[:, :, None]).sum(-1) * scaling
-    weights_BKGS = masked_softmax(logits_BKGS, resident_BKS[:, :, None])
+    wide, weights_BKGS = wide_dtype(query_BKGD.dtype), _weights(query_BKGD, keys_BKSD, resident_BKS, scaling)
     if values_BKSD.dtype == wide:
         out_BKGD = weights_BKGS @ values_BKSD
     else:
@@ -56,23 +54,18 @@ def pool_attention(query_BKGD: Tensor, blocks: Pool, scaling: float) -> tuple[Te
     tuple of Tensor
         Output BKGD, and the softmax weights BKGS in the order of the block table, float32 or wider.
     """
-    wide = wide_dtype(query_BKGD.dtype)
-    head_K1 = torch.arange(query_BKGD.shape[1], device=query_BKGD.device)[:, None]
-    # A block table that serves all heads, or one of each.
-    keys_BKPTD, values_BKPTD = (
-        pool.transpose(1, 2)[blocks.block_BKP, head_K1] for pool in (blocks.keys_XTKD, blocks.values_XTKD)
-    )
-    pages, tokens = keys_BKPTD.shape[2:4]
-    token_PT = torch.arange(pages * tokens, device=query_BKGD.device).view(-1, tokens)
-    held_B1PT = (token_PT < blocks.length_B[:, None, None])[:, None]
-    logits_BKGPT = (query_BKGD.to(wide)[:, :, :, None, None] * keys_BKPTD.to(wide)[:, :, None]).sum(
-        -1
-    ) * scaling
-    weights_BKGS = masked_softmax(logits_BKGPT.flatten(3), held_B1PT[:, :, None].flatten(3))
-    # A block that is not the row's may hold anything, and zero times NaN is NaN. Nobody looks at the logits there.
-    values_BKPTD = torch.where(held_B1PT[..., None], values_BKPTD.to(wide), 0)
+    wide, tokens = wide_dtype(query_BKGD.dtype), blocks.values_XTKD.shape[1]
+    keys, values, resident = resident_slots(blocks, query_BKGD.shape[1])
+    weights_BKGS = _weights(query_BKGD, keys, resident, scaling)
+    values_BKPTD = values.to(wide).unflatten(2, (-1, tokens))
     page_BKGPD = (weights_BKGS.unflatten(-1, (-1, tokens))[..., None] * values_BKPTD[:, :, None]).sum(-2)
     return page_BKGPD.sum(-2).to(query_BKGD.dtype), weights_BKGS
+
+
+def _weights(query_BKGD: Tensor, keys_BKSD: Tensor, resident_BKS: Tensor, scaling: float) -> Tensor:
+    wide = wide_dtype(query_BKGD.dtype)
+    logits_BKGS = (query_BKGD.to(wide)[:, :, :, None] * keys_BKSD.to(wide)[:, :, None]).sum(-1) * scaling
+    return masked_softmax(logits_BKGS, resident_BKS[:, :, None])
 
 
 def bound_scores(query_BKGD: Tensor, kmin_BKPD: Tensor, kmax_BKPD: Tensor) -> Tensor:
