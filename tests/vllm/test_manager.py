@@ -13,7 +13,7 @@ from longthink.vllm.spec import BoundedSpec
 PAGE, DECODE_BLOCKS, POOL = 16, 3, 40
 
 
-def make_manager(reserve, shares_prompt=True):
+def make_manager(reserve, shares_prompt=True, queries=0):
     from vllm.v1.core.block_pool import BlockPool
 
     pool = BlockPool(num_gpu_blocks=POOL, enable_caching=True, hash_block_size=PAGE)
@@ -24,6 +24,7 @@ def make_manager(reserve, shares_prompt=True):
         dtype=torch.float32,
         decode_blocks=DECODE_BLOCKS,
         max_prompt_tokens=200,
+        query_blocks=queries,
         reserve=reserve,
         shares_prompt=shares_prompt,
     )
@@ -42,9 +43,10 @@ events = st.lists(
     events=events,
     prompts=st.fixed_dictionaries({name: st.integers(1, 90) for name in "abc"}),
     reserve=st.booleans(),
+    queries=st.sampled_from([0, 2]),
 )
-def test_no_request_exceeds_its_cap(events, prompts, reserve):
-    manager, pool = make_manager(reserve)
+def test_no_request_exceeds_its_cap(events, prompts, reserve, queries):
+    manager, pool = make_manager(reserve, queries=queries)
     free, seen = pool.get_num_free_blocks(), dict.fromkeys("abc", 0)
     for name, event, more in events:
         if event == "free":  # finished, or preempted: then it comes back with all it had
@@ -60,7 +62,8 @@ def test_no_request_exceeds_its_cap(events, prompts, reserve):
         assert len(new) == needed
         seen[name] = wanted
         cap = -(-prompts[name] // PAGE) + DECODE_BLOCKS
-        assert len(manager.req_to_blocks[name]) == (cap if reserve else min(cap, -(-wanted // PAGE)))
+        held = min(cap, -(-wanted // PAGE)) + (queries if wanted > prompts[name] else 0)
+        assert len(manager.req_to_blocks[name]) == (cap + queries if reserve else held)
     held = sum(len(blocks) for blocks in manager.req_to_blocks.values())
     assert held + pool.get_num_free_blocks() == free
 

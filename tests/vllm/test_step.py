@@ -13,7 +13,7 @@ from longthink.config import Budget
 from longthink.policies import make_policy
 from longthink.vllm.attend import CpuAttend, KernelAttend, Prompts
 from longthink.vllm.builder import BoundedBuilder
-from longthink.vllm.pool import PagePool, Rows, page_bytes
+from longthink.vllm.pool import PagePool, Rows, page_bytes, query_blocks
 from longthink.vllm.spec import BoundedSpec
 from longthink.vllm.step import DecodeStep
 from tests.recording import Recording
@@ -47,12 +47,12 @@ def make_pool(policy, *, transposed, device="cpu"):
     return PagePool(policy, caches, transposed=transposed)
 
 
-def make_rows(block_BP, positions):
+def make_rows(block_BP, query_BE, positions):
     now_B, prompt_B = torch.tensor(positions), torch.tensor(PROMPTS)
     cap_B = (prompt_B + PAGE - 1) // PAGE + DECODE_PAGES
     count_B = torch.minimum(now_B // PAGE + 1, cap_B)
     used = torch.arange(block_BP.shape[1]) < count_B[:, None]
-    return Rows(torch.where(used, block_BP, 0), now_B, prompt_B, cap_B, count_B)
+    return Rows(torch.where(used, block_BP, 0), now_B, prompt_B, cap_B, count_B, query_BE)
 
 
 POLICIES = [
@@ -72,7 +72,9 @@ def test_blocks_are_slots(spec, by_cpu):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("spec", "by_cpu"), [("raas", True), ("milestone:alpha=0.1", False)])
+@pytest.mark.parametrize(
+    ("spec", "by_cpu"), [("raas", True), ("milestone:alpha=0.1", True), ("milestone:alpha=0.1", False)]
+)
 def test_compiled_blocks_are_slots(spec, by_cpu):
     check_blocks_are_slots(spec, by_cpu, compiles=True)
 
@@ -84,8 +86,6 @@ def test_what_the_layers_do_can_be_recorded_once_and_replayed(spec):
 
 def check_blocks_are_slots(spec, by_cpu, *, compiles, recording=None):
     policy = make_policy(spec)
-    if by_cpu and policy.uses_weights:
-        pytest.skip("vLLM's kernel gives no weights")
     torch.manual_seed(0)
     pool = make_pool(policy, transposed=by_cpu)
     attend = CpuAttend(pool, SCALING, HEADS) if by_cpu else KernelAttend(pool, SCALING, compiles=compiles)
@@ -93,7 +93,8 @@ def check_blocks_are_slots(spec, by_cpu, *, compiles, recording=None):
     how = {"compiles": compiles, "keeps": recording is not None}
     step = DecodeStep(pool, policies, attend, SCALING, None, 8, HEADS, **how)
     slots = [[LayerCache(p, Budget(decode_budget=DECODE_PAGES * PAGE)) for _ in PROMPTS] for p in policies]
-    block_BP = torch.randperm(BLOCKS - 1)[:16].view(2, 8) + 1
+    queries = query_blocks(policy, HEADS, KV_HEADS)
+    query_BE, block_BP = (torch.randperm(BLOCKS - 1)[:18].view(2, 9) + 1).split([queries, 9 - queries], 1)
     for row, length in enumerate(PROMPTS):
         read_prompt(step, slots, block_BP[row : row + 1], row, length)
     drawn, out = torch.zeros(LAYERS, 2, HEADS + 2 * KV_HEADS, DIM), torch.zeros(LAYERS, 2, HEADS, DIM)
@@ -102,7 +103,7 @@ def check_blocks_are_slots(spec, by_cpu, *, compiles, recording=None):
         positions = [length + later for length in PROMPTS]
         drawn.normal_()
         opens = torch.tensor([row for row, position in enumerate(positions) if position % PAGE == 0])
-        rows = make_rows(block_BP, positions)
+        rows = make_rows(block_BP, query_BE, positions)
         with contextlib.nullcontext() if compiles else NoWaiting():
             begun = step.begin(rows, opening=opens if len(opens) else None, evicting=True)
             if recording is not None and later > 0:
@@ -145,7 +146,8 @@ def make_builder(spec, device, **how):
     pool = make_pool(policy, transposed=False, device=device)
     policies = [policy.for_layer(layer) for layer in range(LAYERS)]
     options = dict(block_size=PAGE, num_kv_heads=KV_HEADS, head_size=DIM, dtype=torch.float32)
-    kv_spec = BoundedSpec(**options, decode_blocks=DECODE_PAGES, max_prompt_tokens=64)
+    queries = query_blocks(policy, HEADS, KV_HEADS)
+    kv_spec = BoundedSpec(**options, decode_blocks=DECODE_PAGES, max_prompt_tokens=64, query_blocks=queries)
     names = [f"layers.{layer}.attn" for layer in range(LAYERS)]
     builder = BoundedBuilder(kv_spec, names, SimpleNamespace(), device)
     builder._step = DecodeStep(pool, policies, KernelAttend(pool, SCALING), SCALING, None, 8, HEADS, **how)

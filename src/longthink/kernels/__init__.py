@@ -18,7 +18,6 @@ from longthink.kernels.reference import (
     Rule,
     block_attention,
     column_mass,
-    discriminant_scores,
     evictable_pages,
     hash_priority,
     keeper_slots,
@@ -114,6 +113,15 @@ def bound_scores(query_BKGD: Tensor, kmin_BKPD: Tensor, kmax_BKPD: Tensor) -> Te
     """Quest's upper bound of the largest q.k in each page: see `reference.bound_scores`."""
     by_sums = query_BKGD.is_cpu and torch.compiler.is_compiling()
     return (compiled if by_sums else reference).bound_scores(query_BKGD, kmin_BKPD, kmax_BKPD)
+
+
+def discriminant_scores(
+    features_BKSD: Tensor, marked_BKS: Tensor, resident_BKS: Tensor, ridge: float
+) -> Tensor:
+    """How much each token looks like the marked ones: see `reference.discriminant_scores`."""
+    by_sums = features_BKSD.is_cpu and torch.compiler.is_compiling()
+    score = (compiled if by_sums else reference).discriminant_scores
+    return score(features_BKSD, marked_BKS, resident_BKS, ridge)
 
 
 def step_attention(

@@ -43,23 +43,18 @@ def decode_attention(
     return out_BKGD.to(query_BKGD.dtype), weights_BKGS if with_weights else None
 
 
-def pool_attention(query_BKGD: Tensor, blocks: Pool, scaling: float) -> tuple[Tensor, Tensor]:
+def pool_attention(query_BKGD: Tensor, blocks: Pool, scaling: float) -> Tensor:
     """Attention of one new token per row over the blocks of a pool, which are read where they lie.
 
     The values of each page are summed up first: beside a sum over all tokens, which waits for itself, and beside a
-    matrix product, which needs a copy, that takes a half to a third of the time.
-
-    Returns
-    -------
-    tuple of Tensor
-        Output BKGD, and the softmax weights BKGS in the order of the block table, float32 or wider.
+    matrix product, which needs a copy, that takes a half to a third of the time. Returns the output, BKGD.
     """
     wide, tokens = wide_dtype(query_BKGD.dtype), blocks.values_XTKD.shape[1]
     keys, values, resident = resident_slots(blocks, query_BKGD.shape[1])
     weights_BKGS = _weights(query_BKGD, keys, resident, scaling)
     values_BKPTD = values.to(wide).unflatten(2, (-1, tokens))
     page_BKGPD = (weights_BKGS.unflatten(-1, (-1, tokens))[..., None] * values_BKPTD[:, :, None]).sum(-2)
-    return page_BKGPD.sum(-2).to(query_BKGD.dtype), weights_BKGS
+    return page_BKGPD.sum(-2).to(query_BKGD.dtype)
 
 
 def _weights(query_BKGD: Tensor, keys_BKSD: Tensor, resident_BKS: Tensor, scaling: float) -> Tensor:
@@ -74,6 +69,31 @@ def bound_scores(query_BKGD: Tensor, kmin_BKPD: Tensor, kmax_BKPD: Tensor) -> Te
     query = query_BKGD.to(wide)[:, :, :, None]
     highest, lowest = (x.to(wide)[:, :, None] for x in (kmax_BKPD, kmin_BKPD))
     return (query.clamp(min=0) * highest + query.clamp(max=0) * lowest).sum(-1)
+
+
+def discriminant_scores(
+    features_BKSD: Tensor, marked_BKS: Tensor, resident_BKS: Tensor, ridge: float
+) -> Tensor:
+    """How much each token looks like the marked ones: see `reference.discriminant_scores`.
+
+    Goes through the features in the order in which they lie in memory, token by token or feature by feature.
+    """
+    x, tokens, features = features_BKSD.to(wide_dtype(features_BKSD.dtype)), 2, 3
+    if features_BKSD.stride(3) != 1:
+        x, tokens, features = x.transpose(2, 3), 3, 2
+    resident, marked = (
+        mask.unsqueeze(features).to(x.dtype) for mask in (resident_BKS, marked_BKS & resident_BKS)
+    )
+    count = resident.sum(tokens, keepdim=True).clamp(min=1)
+    x = (x - (x * resident).sum(tokens, keepdim=True) / count) * resident
+    across = x if features == 2 else x.transpose(2, 3)
+    covariance = across @ across.transpose(2, 3) / count
+    spread = covariance.diagonal(dim1=2, dim2=3).mean(-1, keepdim=True)
+    covariance = covariance + torch.diag_embed((ridge * spread + 1e-30).expand(*covariance.shape[:3]))
+    difference_BKD = (x * marked).sum(tokens) / marked.sum(tokens).clamp(min=1)
+    direction, _ = torch.linalg.solve_ex(covariance, difference_BKD[..., None])
+    score_BKS = (x * direction[..., 0].unsqueeze(tokens)).sum(features)
+    return score_BKS.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def own_program(function: Callable[..., Any], **how: Any) -> Any:

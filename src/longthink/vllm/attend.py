@@ -62,14 +62,8 @@ class Attend(Protocol):
     def ready(self, plan: Any) -> Any:
         """What is the same for all layers of a step."""
 
-    def decode(self, layer: int, at: int, plan: Any, new: New, out_BHD: Tensor) -> Tensor | None:
-        """Write one token of each row, and read; `at` is the layer's place in the plan.
-
-        Returns
-        -------
-        Tensor or None
-            The softmax weights over the page slots, BKGS, where the policy wants them.
-        """
+    def decode(self, layer: int, at: int, plan: Any, new: New, out_BHD: Tensor) -> None:
+        """Write one token of each row, and read; `at` is the layer's place in the plan."""
 
     def plan_prompts(self, prompts: Prompts) -> Any:
         """What is the same for all layers of a step."""
@@ -88,7 +82,6 @@ def tail_last(block_BP: Tensor, count_B: Tensor, tail_LBK: Tensor) -> Tensor:
 
 
 class _Plan(NamedTuple):
-    ends_LBK2: Tensor
     block_LBKP: Tensor
     length_B: Tensor
 
@@ -108,22 +101,20 @@ class KernelAttend:
 
     def __init__(self, pool: PagePool, scaling: float, *, compiles: bool = False) -> None:
         self._pool, self._scaling = pool, scaling
-        self._learn = kernels.Learn("weights" if pool.policy.uses_weights else "nothing")
         self._read = own_program(pool_attention) if compiles else None
 
     def plan(self, rows: Rows, tail_LBK: Tensor, block_LBK: Tensor) -> _Plan:
         """See `Attend`."""
         order = tail_last(rows.block_BP, rows.count_B, tail_LBK)
         block_LBKP = rows.block_BP[None, :, None].expand(order.shape).gather(3, order)
-        page_size, last_LBK = self._pool.page_size, (rows.count_B - 1)[:, None].expand_as(tail_LBK)
-        length_B = (rows.count_B - 1) * page_size + rows.now_B % page_size + 1
-        return _Plan(torch.stack([tail_LBK, last_LBK], 3), block_LBKP, length_B)
+        page_size = self._pool.page_size
+        return _Plan(block_LBKP, (rows.count_B - 1) * page_size + rows.now_B % page_size + 1)
 
     def ready(self, plan: _Plan) -> _Plan:
         """See `Attend`."""
         return plan
 
-    def decode(self, layer: int, at: int, plan: _Plan, new: New, out_BHD: Tensor) -> Tensor | None:
+    def decode(self, layer: int, at: int, plan: _Plan, new: New, out_BHD: Tensor) -> None:
         """See `Attend`."""
         pool = self._pool
         query_BHD, key_BKD, value_BKD = new
@@ -135,18 +126,13 @@ class KernelAttend:
         )
         query_BKGD = query_BHD.unflatten(1, (pool.heads, -1))
         if self._read is None:
-            out, weights = kernels.step_attention(
-                query_BKGD, key_BKD, value_BKD, blocks, self._scaling, self._learn
-            )
+            out, _ = kernels.step_attention(query_BKGD, key_BKD, value_BKD, blocks, self._scaling)
         else:
             append(blocks, key_BKD, value_BKD)
             any_size(blocks.block_BKP, 0, 2)
             any_size(blocks.length_B, 0)
-            out, weights = self._read(any_size(query_BKGD, 0), blocks, self._scaling)
+            out = self._read(any_size(query_BKGD, 0), blocks, self._scaling)
         out_BHD.copy_(out.flatten(1, 2))
-        if weights is None or self._learn.kind == "nothing":
-            return None
-        return _change_places(weights, plan.ends_LBK2[at], pool.page_size)
 
     def plan_prompts(self, prompts: Prompts) -> None:
         """See `Attend`."""
@@ -169,14 +155,6 @@ class KernelAttend:
             query = query_QHD[start:end].transpose(0, 1)[None]
             out = kernels.block_attention(query, keys, values, mask[None, None], self._scaling)
             out_QHD[start:end] = out[0].transpose(0, 1)
-
-
-def _change_places(weights_BKGS: Tensor, ends_BK2: Tensor, page_size: int) -> Tensor:
-    """Put the weights of two pages in each other's place: policies think in slots, not in the order of reading."""
-    pages_BKGPT = weights_BKGS.unflatten(3, (-1, page_size))
-    index = ends_BK2[:, :, None, :, None].expand(*pages_BKGPT.shape[:3], 2, page_size)
-    pages_BKGPT.scatter_(3, index.flip(3), pages_BKGPT.gather(3, index))
-    return weights_BKGS
 
 
 class _CpuPlan(NamedTuple):

@@ -11,7 +11,7 @@ from torch import Tensor
 from longthink.vllm import checks, compat
 from longthink.vllm.builder import BoundedBuilder, StepMetadata
 from longthink.vllm.config import PluginOptions
-from longthink.vllm.pool import page_bytes
+from longthink.vllm.pool import page_bytes, query_blocks
 from longthink.vllm.spec import BoundedSpec
 
 
@@ -23,8 +23,9 @@ class BoundedBackend(compat.AttentionBackend):  # type: ignore[misc, unused-igno
     # Where a token goes depends on the policy, so the runner's slots mean nothing behind the cap.
     forward_includes_kv_cache_update = True
 
-    model: ClassVar[tuple[PluginOptions, int]]
-    """Options and longest text of the model that was built last: specs are asked for outside of its configuration."""
+    model: ClassVar[tuple[PluginOptions, int, int]]
+    """Options, longest text and query heads of the model that was built last: specs are asked for outside of its
+    configuration."""
 
     @staticmethod
     def get_name() -> str:
@@ -65,7 +66,7 @@ class BoundedBackend(compat.AttentionBackend):  # type: ignore[misc, unused-igno
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
         """Bound what a layer keeps, and make room for the state of its pages."""
-        options, longest = cls.model
+        options, longest, heads = cls.model
         policy = options.make_policy(spec.block_size)
         kv_bytes = spec.unpadded_page_size_bytes
         known = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
@@ -78,6 +79,7 @@ class BoundedBackend(compat.AttentionBackend):  # type: ignore[misc, unused-igno
             },
             decode_blocks=options.budget.pages(0, spec.block_size),
             max_prompt_tokens=min(options.max_prompt_tokens or longest, longest),
+            query_blocks=query_blocks(policy, heads, spec.num_kv_heads),
             reserve=options.reserve,
             shares_prompt=policy.shares_prompt,
         )
@@ -99,7 +101,7 @@ class BoundedImpl(compat.AttentionImpl):  # type: ignore[misc, unused-ignore]
         self.sliding_window = None
         self.kv_sharing_target_layer_name = None
         options = PluginOptions.from_additional_config(config.additional_config)
-        BoundedBackend.model = (options, config.model_config.max_model_len)
+        BoundedBackend.model = (options, config.model_config.max_model_len, num_heads)
         compat.ask_for_prompt_lengths(config)
 
     def forward(

@@ -100,10 +100,10 @@ class BoundedBuilder(compat.AttentionMetadataBuilder):  # type: ignore[misc, unu
         policy = options.make_policy(self._page_size)
         caches = compat.kv_caches(config, self._layer_names)
         impl = config.compilation_config.static_forward_context[self._layer_names[0]].impl
-        on_cpu = self.device.type == "cpu" and not policy.uses_weights
+        on_cpu = self.device.type == "cpu"
         by_cpu = on_cpu and compat.cpu_kernel_serves(impl.head_size, self._page_size, caches[0].dtype)
         agree = compat.agree_over_ranks() if options.tp_sync else None
-        compiles = self.device.type == "cpu" and agree is None and compat.compiles(config)
+        compiles = on_cpu and agree is None and compat.compiles(config)
         pool = PagePool(policy, caches, transposed=by_cpu)
         attend: Attend = (
             CpuAttend(pool, impl.scale, impl.num_heads)
@@ -149,23 +149,42 @@ class BoundedBuilder(compat.AttentionMetadataBuilder):  # type: ignore[misc, unu
         """
         page_size, spec = self._page_size, self.kv_cache_spec
         if self._keeps:
-            pages = min(spec.cap(spec.max_prompt_tokens), batch.block_table_tensor.shape[1])
+            pages = min(
+                spec.cap(spec.max_prompt_tokens), batch.block_table_tensor.shape[1] - spec.query_blocks
+            )
         else:
             # Two at least: a compiler would make a program of its own for one.
             pages = max(min(int(host_B.max()) // page_size + 1, spec.cap(int(prompt_B.max()))), 2)
         prompt_B = prompt_B.to(now_B.device, torch.int64, non_blocking=True)
-        cap_B = (prompt_B + page_size - 1) // page_size + spec.decode_blocks
-        # Nobody's block is that of a row without a token.
+        first_B = (prompt_B + page_size - 1) // page_size
+        cap_B = first_B + spec.decode_blocks
         count_B = torch.minimum(now_B // page_size + 1, cap_B)
-        slot_P = torch.arange(pages, device=now_B.device)
-        block_BP = torch.where(slot_P < count_B[:, None], batch.block_table_tensor[index, :pages].long(), 0)
+        block_BP, query_BE = self._blocks_of_rows(
+            batch.block_table_tensor[index, : pages + spec.query_blocks].long(),
+            first_B,
+            count_B,
+            now_B >= prompt_B,
+        )
         count_B, now_B = count_B.clamp(min=1), now_B.clamp(min=0)
         opens_B = host_B % page_size == 0
         opening = None
         evicting = int(host_B.max()) // page_size >= spec.cap(0)
         if bool(opens_B.any()):
             opening = opens_B.nonzero()[:, 0].to(now_B.device, non_blocking=True)
-        return _Tokens(Rows(block_BP, now_B, prompt_B, cap_B, count_B), tokens, opening, evicting)
+        return _Tokens(Rows(block_BP, now_B, prompt_B, cap_B, count_B, query_BE), tokens, opening, evicting)
+
+    def _blocks_of_rows(
+        self, table_BX: Tensor, first_B: Tensor, count_B: Tensor, decodes_B: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Pages of the rows, and their blocks of queries, which stand behind the `first_B` pages of the prompts."""
+        queries, device = self.kv_cache_spec.query_blocks, table_BX.device
+        slot_P = torch.arange(table_BX.shape[1] - queries, device=device)
+        column_BP = slot_P + queries * (slot_P >= first_B[:, None])
+        # Nobody's block is that of a row without a token, and takes the query of a prompt's token that comes alone.
+        block_BP = torch.where(slot_P < count_B[:, None], table_BX.gather(1, column_BP), 0)
+        column_BE = first_B[:, None] + torch.arange(queries, device=device)
+        query_BE = table_BX.gather(1, column_BE.clamp(max=table_BX.shape[1] - 1))
+        return block_BP, torch.where(decodes_B[:, None], query_BE, 0)
 
     def _sort(self, found: StepMetadata, batch: Any, prompt: Tensor) -> _Tokens | None:
         """Tokens of prompts, tokens to replay, and tokens to decode."""

@@ -28,11 +28,13 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc, unused-ignore]
         self._prompts: OrderedDict[str, int] = OrderedDict()
 
     def _clip(self, request_id: str, num_tokens: int) -> int:
+        """As many tokens as would fill the blocks that the request shall hold."""
         prompt = self._prompts.get(request_id)
         if prompt is None:
             return num_tokens
-        most = self.kv_cache_spec.cap(prompt) * self.block_size
-        return most if self.kv_cache_spec.reserve else min(num_tokens, most)
+        spec = self.kv_cache_spec
+        blocks = spec.most_blocks(prompt) if spec.reserve else spec.blocks(prompt, num_tokens)
+        return blocks * self.block_size
 
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None

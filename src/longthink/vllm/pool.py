@@ -5,8 +5,12 @@ behind its keys and values: the representatives, the logical position of each to
 state belongs to a block, not to a request: it is there again when a prompt's blocks are found in the prefix cache,
 and is part of the size that vLLM plans with.
 
+A request also has blocks that hold no page: queries of the page that it is writing, for policies that learn from
+attention weights. Those are taken when the page is full, of all its tokens in one matrix product.
+
 Shape suffixes: L layers, X blocks, B rows, N rows of all layers (layer after layer), K KV heads (1 where a table
-serves a layer), P pages of a row, T tokens in a page, S = P x T, D head dim, M tokens moved.
+serves a layer), H query heads, P pages of a row, E its blocks of queries, R queries of a head in a block, T tokens in
+a page, S = P x T, D head dim, M tokens moved.
 """
 
 from __future__ import annotations
@@ -58,6 +62,11 @@ def page_bytes(policy: Policy, kv_heads: int, head_dim: int, dtype: torch.dtype,
     return _pieces(policy, kv_heads, head_dim, dtype, kv_bytes)[-1].offset
 
 
+def query_blocks(policy: Policy, heads: int, kv_heads: int) -> int:
+    """Blocks that a request needs for the queries of a page: they are as many numbers as `heads` keys or values."""
+    return -(-heads // (2 * kv_heads)) if policy.uses_weights else 0
+
+
 class Rows(NamedTuple):
     """Requests that take part in a step, with what their block tables mean.
 
@@ -71,6 +80,8 @@ class Rows(NamedTuple):
         Tokens of the prompt, and page slots that may be filled.
     count_B
         Page slots in use when the token has been written.
+    query_BE
+        Blocks for the queries of a page.
     """
 
     block_BP: Tensor
@@ -78,6 +89,7 @@ class Rows(NamedTuple):
     prompt_B: Tensor
     cap_B: Tensor
     count_B: Tensor
+    query_BE: Tensor
 
     def take(self, index: Tensor) -> Rows:
         """Some of the rows."""
@@ -134,6 +146,7 @@ class PagePool:
         )
         self.keys_LXKTD = keys.transpose(-1, -2) if transposed else keys
         self.values_LXKTD = values
+        self._query_LXRD = self._view(first.dtype, (2 * heads * tokens, dim), 0)
         state = {}
         for piece in _pieces(policy, heads, dim, first.dtype, heads * first.stride(1) * size):
             if piece.name != "end":
@@ -162,7 +175,14 @@ class PagePool:
     # Whole tables ------------------------------------------------------------------------------------------------
 
     def table(
-        self, layers: Tensor, rows: Rows, filled_B: Tensor, *, bounds: bool = False, vectors: bool = False
+        self,
+        layers: Tensor,
+        rows: Rows,
+        filled_B: Tensor,
+        *,
+        bounds: bool = False,
+        keys: bool = False,
+        values: bool = False,
     ) -> PageTable:
         """What the policy may see of some layers, gathered: N rows.
 
@@ -172,12 +192,12 @@ class PagePool:
             Page slots that hold something.
         bounds
             With the representatives, where the policy has them.
-        vectors
-            With all keys and values.
+        keys, values
+            With all of them.
         """
         at = (layers[:, None, None], rows.block_BP[None])
         pages = rows.block_BP.shape[1]
-        position_NKS = _by_table(self.position_LXKT[at])
+        position_NKS = _by_table(self.position_LXKT, at)
         slot_S = torch.arange(pages * self.page_size, device=filled_B.device)
         held_B1S = (slot_S < filled_B[:, None] * self.page_size)[:, None]
         position_NKS = torch.where(held_B1S.repeat(len(layers), 1, 1), position_NKS, -1)
@@ -187,14 +207,24 @@ class PagePool:
             else part[at].permute(0, 1, 3, 2, 4).flatten(0, 1)
             for part in (self.kmin_LXKD, self.kmax_LXKD)
         )
-        keys, values = (
-            _by_table(part[at]) if vectors else self._nothing(len(position_NKS))
-            for part in (self.keys_LXKTD, self.values_LXKTD)
+        keys_NKSD, values_NKSD = (
+            _by_table(part, at) if wanted else self._nothing(len(position_NKS))
+            for part, wanted in ((self.keys_LXKTD, keys), (self.values_LXKTD, values))
         )
         now_N, prompt_N, cap_N = (x.repeat(len(layers)) for x in (rows.now_B, rows.prompt_B, rows.cap_B))
-        state = {name: _by_table(tensor[at]) for name, tensor in self.state.items()}
+        state = {name: _by_table(tensor, at) for name, tensor in self.state.items()}
         return PageTable(
-            self.page_size, position_NKS, keys, values, now_N, prompt_N, cap_N, pages, kmin, kmax, state
+            self.page_size,
+            position_NKS,
+            keys_NKSD,
+            values_NKSD,
+            now_N,
+            prompt_N,
+            cap_N,
+            pages,
+            kmin,
+            kmax,
+            state,
         )
 
     def of_blocks(self, layer: int, rows: Rows) -> PageTable:
@@ -278,8 +308,7 @@ class PagePool:
 
     def widen(self, layers: Tensor, block_LBK: Tensor, now_B: Tensor, key_LBKD: Tensor) -> None:
         """Widen the representatives of the pages of new tokens; a page's first token starts them anew."""
-        if self.kmin_LXKD is None or self.kmax_LXKD is None:
-            return
+        assert self.kmin_LXKD is not None and self.kmax_LXKD is not None
         at = (
             layers[:, None, None],
             block_LBK.expand(-1, -1, self.heads),
@@ -288,6 +317,27 @@ class PagePool:
         first = (now_B % self.page_size == 0)[None, :, None, None]
         for part, extreme in ((self.kmin_LXKD, torch.minimum), (self.kmax_LXKD, torch.maximum)):
             part[at] = torch.where(first, key_LBKD, extreme(part[at], key_LBKD))
+
+    # Queries -----------------------------------------------------------------------------------------------------
+
+    def keep_queries(self, layers: Tensor, rows: Rows, query_LBHD: Tensor) -> None:
+        """Keep those of the tokens at `now_B`."""
+        within_B1 = (rows.now_B % self.page_size)[:, None]
+        block_B1H, place_B1H = self._query_places(rows, within_B1, query_LBHD.shape[2])
+        self._query_LXRD[layers[:, None, None], block_B1H[:, 0], place_B1H[:, 0]] = query_LBHD
+
+    def queries(self, layers: Tensor, rows: Rows, heads: int) -> Tensor:
+        """Those of a page's tokens, L x B x T x H x D."""
+        within_BT = torch.arange(self.page_size, device=rows.now_B.device).expand(len(rows.now_B), -1)
+        block_BTH, place_BTH = self._query_places(rows, within_BT, heads)
+        return self._query_LXRD[layers[:, None, None, None], block_BTH, place_BTH]
+
+    def _query_places(self, rows: Rows, within_BT: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+        """Block, and place in it, of each head's query for tokens of a page: head after head, token after token."""
+        at_BTH = within_BT[..., None] * heads + torch.arange(heads, device=within_BT.device)
+        room = self._query_LXRD.shape[2]
+        block_BM = rows.query_BE.gather(1, at_BTH.flatten(1) // room)
+        return block_BM.view(at_BTH.shape), at_BTH % room
 
     # The prompt --------------------------------------------------------------------------------------------------
 
@@ -311,6 +361,9 @@ class PagePool:
         self.kmax_LXKD[layer, block_B] = keys_BKTD.masked_fill(empty, -torch.inf).amax(2)
 
 
-def _by_table(gathered: Tensor) -> Tensor:
-    """L x B x P x K x n x ... as N x K x (P n) x ...: a policy's tensor."""
-    return gathered.transpose(2, 3).flatten(0, 1).flatten(2, 3)
+def _by_table(tensor: Tensor, at: tuple[Tensor, Tensor]) -> Tensor:
+    """L x X x K x n x ... at some blocks as N x K x (P n) x ...: a policy's tensor, in the order it has in memory."""
+    if tensor.stride(-1) != 1:  # keys that stand as D x T
+        pages_LBPKDT = tensor.transpose(-1, -2)[at]
+        return pages_LBPKDT.permute(0, 1, 3, 4, 2, 5).flatten(4, 5).flatten(0, 1).transpose(2, 3)
+    return tensor[at].transpose(2, 3).flatten(0, 1).flatten(2, 3)

@@ -1,7 +1,8 @@
 """One decode step over the blocks of a pool: pages turn before the layers run, policies learn when they have run.
 
 All layers share these two halves, so that a step costs few calls however many layers there are; between them a layer
-writes its tokens and reads its pages. Nothing here reads a value of the device.
+writes its tokens and reads its pages. Who learns from attention weights does so when a page is full, before it turns
+(`learning`). Nothing here reads a value of the device.
 
 Shape suffixes: see `longthink.vllm.pool`; H query heads, G query heads of a KV head.
 """
@@ -19,6 +20,7 @@ from longthink.cache.step import choose_slots
 from longthink.kernels.compiled import any_size, own_program
 from longthink.policies import Moves, Policy, Step
 from longthink.vllm.attend import Attend, New
+from longthink.vllm.learning import Learning, learn_page
 from longthink.vllm.pool import PagePool, Rows
 
 
@@ -91,19 +93,17 @@ class DecodeStep:
         device, policy = pool.position_LXKT.device, pool.policy
         self._layers = torch.arange(pool.layers, device=device)
         self._moves = type(policy).moves is not Policy.moves
-        # Weights are too many to keep: who learns from them does so layer by layer, the others when all have run.
-        learns = type(policy).observe is not Policy.observe
-        self._learns_early, self._learns_late = (
-            learns and policy.uses_weights,
-            learns and not policy.uses_weights,
-        )
+        self._learning = Learning(heads, scaling, agree) if policy.uses_weights else None
+        self._learns = type(policy).observe is not Policy.observe
         self._work = _Work(*map(own_program, _EAGER)) if compiles else _EAGER
         self._kept = _Kept(max_rows) if keeps else None
         self.replays = agree is None and kernels.fuses_append(pool.keys_LXKTD) and _replays(policies[0], pool)
         """Whether `replay` can be called."""
-        dtype, kept = pool.keys_LXKTD.dtype, (pool.layers, max_rows if self._learns_late else 0)
-        self._query_LBHD = torch.zeros(*kept, heads, pool.dim, dtype=dtype, device=device)
-        self._key_LBKD = torch.zeros(*kept, pool.heads, pool.dim, dtype=dtype, device=device)
+        self._widens, dtype = policy.uses_representatives, pool.keys_LXKTD.dtype
+        shapes = ((max_rows if self._learns else 0, heads), (max_rows if self._widens else 0, pool.heads))
+        self._query_LBHD, self._key_LBKD = (
+            torch.zeros(pool.layers, *shape, pool.dim, dtype=dtype, device=device) for shape in shapes
+        )
 
     def begin(self, rows: Rows, *, opening: Tensor | None, evicting: bool, layer: int | None = None) -> Begun:
         """Give each token a place, in all layers or in one.
@@ -130,19 +130,21 @@ class DecodeStep:
         return Begun(work, span, rows, active_B, block_LBK, self.attend.ready(plan))
 
     def _turn(self, work: _Work, span: slice, rows: Rows, *, evicting: bool) -> None:
-        pool = self.pool
-        if not evicting:
+        pool, learning = self.pool, self._learning
+        if not evicting and learning is None:
             # Slots fill in order while there are empty ones.
             slot_LBK = _filled(pool, rows)[None, :, None].expand(span.stop - span.start, -1, pool.tables)
             pool.open(self._layers[span], _blocks(rows, slot_LBK), rows.now_B)
             return
         # All vectors of all layers in one go would be too much.
-        for part in self._parts(span, apart=self._moves):
-            layers = self._layers[part]
-            block_LBK, moves = work.choose(pool, self._policies[part.start], layers, rows.any_size())
-            if moves is not None:
-                pool.move(layers, rows, moves)
-            pool.open(layers, block_LBK, rows.now_B)
+        for part in self._parts(span, apart=self._moves or learning is not None):
+            layers, policy = self._layers[part], self._policies[part.start]
+            turned = work.turn(pool, policy, layers, rows.any_size(), learning, evicting=evicting)
+            if learning is not None:
+                pool.store_state(layers, rows, turned.state, rows.now_B > rows.prompt_B)
+            if turned.moves is not None:
+                pool.move(layers, rows, turned.moves)
+            pool.open(layers, turned.block_LBK, rows.now_B)
 
     def _parts(self, span: slice, *, apart: bool) -> list[slice]:
         """Layers that can be worked on in one go: those of one rule."""
@@ -152,22 +154,25 @@ class DecodeStep:
 
     def layer(self, begun: Begun, layer: int, new: New, out_BHD: Tensor) -> None:
         """Write the tokens of a layer and read its pages."""
-        weights_BKGS = self.attend.decode(layer, layer - begun.span.start, begun.plan, new, out_BHD)
-        if self._learns_late:
-            for kept, tensor in ((self._query_LBHD, new[0]), (self._key_LBKD, new[1])):
+        self.attend.decode(layer, layer - begun.span.start, begun.plan, new, out_BHD)
+        for wanted, kept, tensor in (
+            (self._learns, self._query_LBHD, new[0]),
+            (self._widens, self._key_LBKD, new[1]),
+        ):
+            if wanted:
                 kept[layer, : len(tensor)].copy_(tensor)
-        elif self._learns_early:
-            self._observe(begun, slice(layer, layer + 1), new[0][None], weights_BKGS)
 
     def finish(self, begun: Begun) -> None:
-        """Learn from the layers of the step, when all have run."""
-        if not self._learns_late:
-            return
+        """Learn from the layers of the step when all have run, or keep what is to be learned from."""
         rows, span = begun.rows, begun.span
-        count = len(rows.now_B)
-        self.pool.widen(self._layers[span], begun.block_LBK, rows.now_B, self._key_LBKD[span, :count])
-        for part in self._parts(span, apart=False):
-            self._observe(begun, part, self._query_LBHD[part, :count], None)
+        layers, count = self._layers[span], len(rows.now_B)
+        if self._widens:
+            self.pool.widen(layers, begun.block_LBK, rows.now_B, self._key_LBKD[span, :count])
+        if self._learning is not None:
+            self.pool.keep_queries(layers, rows, self._query_LBHD[span, :count])
+        elif self._learns:
+            for part in self._parts(span, apart=False):
+                self._observe(begun, part, self._query_LBHD[part, :count])
 
     def replay(
         self, layer: int, rows: Rows, start_B: Tensor, count_B: Tensor, new: New, out_QHD: Tensor
@@ -201,12 +206,9 @@ class DecodeStep:
         )
         kernels.replay(*new, out_QHD, again, self._scaling)
 
-    def _observe(self, begun: Begun, span: slice, query_LBHD: Tensor, weights_BKGS: Tensor | None) -> None:
+    def _observe(self, begun: Begun, span: slice, query_LBHD: Tensor) -> None:
         layers, rows = self._layers[span], begun.rows
-        any_size(query_LBHD, 1)
-        if weights_BKGS is not None:
-            any_size(weights_BKGS, 0, 3)
-        step = Step(query_LBHD, weights_BKGS, self._scaling, self._agree)
+        step = Step(any_size(query_LBHD, 1), None, self._scaling, self._agree)
         state = begun.work.learn(self.pool, self._policies[span.start], layers, rows, step)
         self.pool.store_state(layers, rows, state, begun.active_B)
 
@@ -220,7 +222,7 @@ def _replays(policy: Policy, pool: PagePool) -> bool:
     kind, none = type(policy), torch.zeros(1, dtype=torch.int64, device=pool.position_LXKT.device)
     if not policy.by_rule or kind.rule is not Policy.rule or kind.moves is not Policy.moves:
         return False
-    table = pool.of_blocks(0, Rows(none[None], *[none] * 4))
+    table = pool.of_blocks(0, Rows(none[None], none, none, none, none, none[None]))
     return kind.observe is Policy.observe or policy.learn(table).kind == "bound"
 
 
@@ -260,13 +262,25 @@ def _find(pool: PagePool, attend: Attend, layers: Tensor, rows: Rows) -> tuple[T
     return block_LBK, attend.plan(rows, tail_LBK, block_LBK)
 
 
-def _choose(pool: PagePool, policy: Policy, layers: Tensor, rows: Rows) -> tuple[Tensor, Moves | None]:
-    """Block that each token opens, L x B x K, and what leaves it before."""
-    vectors = type(policy).moves is not Policy.moves
-    table = pool.table(layers, rows, _filled(pool, rows), vectors=vectors)
+class _Turned(NamedTuple):
+    """The policy's state when it has learned, the block that each token opens (L x B x K), what leaves it before."""
+
+    state: dict[str, Tensor]
+    block_LBK: Tensor
+    moves: Moves | None
+
+
+def _turn(
+    pool: PagePool, policy: Policy, layers: Tensor, rows: Rows, learning: Learning | None, *, evicting: bool
+) -> _Turned:
+    vectors = evicting and type(policy).moves is not Policy.moves
+    keys = vectors or learning is not None
+    table = pool.table(layers, rows, _filled(pool, rows), keys=keys, values=vectors)
+    if learning is not None:
+        learn_page(policy, table, pool.queries(layers, rows, learning.heads).flatten(0, 1), learning)
     opens_N = torch.ones_like(table.now_B, dtype=torch.bool)
-    slot_NK, moves = choose_slots(policy, table, opens_N, evicts=True)
-    return _blocks(rows, slot_NK.unflatten(0, (len(layers), -1))), moves
+    slot_NK, moves = choose_slots(policy, table, opens_N, evicts=evicting)
+    return _Turned(table.state, _blocks(rows, slot_NK.unflatten(0, (len(layers), -1))), moves)
 
 
 def _learn(pool: PagePool, policy: Policy, layers: Tensor, rows: Rows, step: Step) -> dict[str, Tensor]:
@@ -289,7 +303,7 @@ def _blocks(rows: Rows, slot_LBK: Tensor) -> Tensor:
 
 class _Work(NamedTuple):
     find: Any = _find
-    choose: Any = _choose
+    turn: Any = _turn
     learn: Any = _learn
 
 
