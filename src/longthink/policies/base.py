@@ -174,6 +174,11 @@ class Policy(ABC):
         return False
 
     @property
+    def keeps_maxima(self) -> bool:
+        """Whether each number of the state is the largest that any step gave it: then their order does not matter."""
+        return False
+
+    @property
     def uses_vectors(self) -> bool:
         """Whether what is kept or read depends on queries, keys or values, beyond the attention weights.
 

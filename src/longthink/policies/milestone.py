@@ -63,6 +63,11 @@ class Milestone(Policy):
 
     @property
     @override
+    def keeps_maxima(self) -> bool:
+        return True
+
+    @property
+    @override
     def uses_vectors(self) -> bool:
         return True
 

@@ -84,6 +84,11 @@ class RaaS(Policy):
 
     @property
     @override
+    def keeps_maxima(self) -> bool:
+        return True
+
+    @property
+    @override
     def shares_prompt(self) -> bool:
         return self.pin_prompt
 

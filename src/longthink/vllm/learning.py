@@ -5,7 +5,7 @@ So the queries of a page are kept until it is full: a matrix product of them wit
 would have shown, because what is resident does not change while a page is written, but for the page's own tokens.
 
 Shape suffixes: N rows of all layers (layer after layer), K KV heads, T tokens in a page, H query heads, G query heads
-of a KV head, S token slots, D head dim.
+of a KV head, M some of them side by side, S token slots, D head dim.
 """
 
 from __future__ import annotations
@@ -30,30 +30,41 @@ class Learning(NamedTuple):
 
 
 def learn_page(policy: Policy, table: PageTable, query_NTHD: Tensor, learning: Learning) -> None:
-    """Let a policy observe the steps of the page that ended just before `now_B`, one after the other.
+    """Let a policy observe the steps of the page that ended just before `now_B`, side by side.
 
     Parameters
     ----------
+    policy
+        One whose state is of maxima (`Policy.keeps_maxima`).
     table
         What is there when the page is full, with keys; its state is replaced.
     query_NTHD
         The queries of the page's tokens. Those of a prompt's tokens are not looked at.
     """
     tokens, keys_NKSD = table.page_size, table.keys_BKSD.to(wide_dtype(table.keys_BKSD.dtype))
-    query_NKTGD = query_NTHD.unflatten(2, (keys_NKSD.shape[1], -1)).transpose(1, 2)
-    within_T = torch.arange(tokens, device=table.now_B.device)
-    now_TN = (table.now_B - tokens + within_T[:, None]).to(table.position_BKS.dtype)
-    position_TNKS = torch.where(table.position_BKS <= now_TN[..., None, None], table.position_BKS, -1)
-    logits_NKMS = query_NKTGD.flatten(2, 3).to(keys_NKSD.dtype) @ keys_NKSD.transpose(2, 3) * learning.scaling
-    away_NKT1S = (position_TNKS < 0).permute(1, 2, 0, 3)[:, :, :, None]
-    logits_NKTGS = logits_NKMS.unflatten(2, (tokens, -1)).masked_fill(away_NKT1S, -torch.inf)
-    weights_NKTGS = logits_NKTGS.softmax(-1)
-    for at in range(tokens):
-        now_N = now_TN[at]
-        state = {name: tensor.clone() for name, tensor in table.state.items()}
-        then = dataclasses.replace(table, now_B=now_N, position_BKS=position_TNKS[at], state=state)
-        step = Step(query_NKTGD[:, :, at], weights_NKTGS[:, :, at], learning.scaling, learning.agree)
-        policy.observe(then, step)
-        for name, before in table.state.items():
-            taught_N = (now_N >= table.prompt_B).view(-1, *[1] * (before.ndim - 1))
-            table.state[name] = torch.where(taught_N, state[name], before)
+    query_NTKGD = query_NTHD.unflatten(2, (keys_NKSD.shape[1], -1))
+    query_NKMD = query_NTKGD.transpose(1, 2).flatten(2, 3).to(keys_NKSD.dtype)
+    logits_NKMS = query_NKMD @ keys_NKSD.transpose(2, 3) * learning.scaling
+    logits_NTKGS = logits_NKMS.unflatten(2, (tokens, -1)).transpose(1, 2)
+
+    position_NKS, within_T = table.position_BKS, torch.arange(tokens, device=table.now_B.device)
+    now_NT = (table.now_B[:, None] - tokens + within_T).to(position_NKS.dtype)
+    there_NTKS = (position_NKS[:, None] >= 0) & (position_NKS[:, None] <= now_NT[..., None, None])
+    weights_NTKGS = logits_NTKGS.masked_fill(~there_NTKS[:, :, :, None], -torch.inf).softmax(-1)
+
+    each = {name: tensor.repeat_interleave(tokens, 0) for name, tensor in table.state.items()}
+    steps = dataclasses.replace(
+        table,
+        position_BKS=torch.where(there_NTKS, position_NKS[:, None], -1).flatten(0, 1),
+        keys_BKSD=keys_NKSD[:0],
+        now_B=now_NT.flatten(),
+        prompt_B=table.prompt_B.repeat_interleave(tokens),
+        cap_B=table.cap_B.repeat_interleave(tokens),
+        state={name: tensor.clone() for name, tensor in each.items()},
+    )
+    step = Step(query_NTKGD.flatten(0, 1), weights_NTKGS.flatten(0, 1), learning.scaling, learning.agree)
+    policy.observe(steps, step)
+    decodes_M = steps.now_B >= steps.prompt_B
+    for name, before in each.items():
+        after = torch.where(decodes_M.view(-1, *[1] * (before.ndim - 1)), steps.state[name], before)
+        table.state[name] = after.unflatten(0, (-1, tokens)).amax(1)
