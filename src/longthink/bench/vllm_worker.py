@@ -20,8 +20,8 @@ IN_FLIGHT = "in flight"
 """`Point.way` for: how many of `Point.rows` requests run side by side."""
 FULL = "full pool"
 """`Point.way` for: all requests of the context that the pool has room for, after `IN_FLIGHT`."""
-FULL_STEPS = 8
-"""Steps in a turn of such requests: few, as dense ones are soon too long for the pool."""
+FULL_STEPS = 16
+"""Steps in a turn of such requests: each opens a page in it, and dense ones are not yet too long for the pool."""
 SETTINGS = {
     # The engine in this process, whose CPU time is what counts.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -84,20 +84,24 @@ class _Engine:
         """Requests that wait for pages."""
         return len(self._scheduler.waiting)
 
-    def add(self, tokens: int) -> None:
-        """Take in a request with a prompt of so many random tokens; its answer goes on as long as there is room."""
+    def add(self, requests: int, tokens: int) -> None:
+        """Take in requests with prompts of so many random tokens, or a few less; answers go on while there is room.
+
+        Requests of one length would open all their pages in the same step, which those of a server do not.
+        """
         import torch
 
         from vllm import SamplingParams
 
-        drawn = torch.randint(
-            3, _VOCABULARY, (tokens,), generator=torch.Generator().manual_seed(self._numbers)
-        )
-        self._numbers += 1
-        sampling = SamplingParams(
-            temperature=0, max_tokens=self.longest - tokens, ignore_eos=True, detokenize=False
-        )
-        self._inner.add_request(str(self._numbers), {"prompt_token_ids": drawn.tolist()}, sampling)
+        for length in (tokens - number % _PAGE for number in range(requests)):
+            drawn = torch.randint(
+                3, _VOCABULARY, (length,), generator=torch.Generator().manual_seed(self._numbers)
+            )
+            self._numbers += 1
+            sampling = SamplingParams(
+                temperature=0, max_tokens=self.longest - tokens, ignore_eos=True, detokenize=False
+            )
+            self._inner.add_request(str(self._numbers), {"prompt_token_ids": drawn.tolist()}, sampling)
 
     def step(self) -> None:
         """One step of the engine."""
@@ -118,8 +122,7 @@ class _Decoding:
         prompt = point.prompt if engine.bounded else point.context
         if not engine.bounded or not engine.running:
             engine.clear()
-            for _ in range(point.rows):
-                engine.add(prompt)
+            engine.add(point.rows, prompt)
         while len(engine.running) < point.rows or _shortest(engine) <= max(point.context, prompt):
             engine.step()
 
@@ -137,8 +140,7 @@ class _InFlight:
     def __init__(self, engine: _Engine, point: Point) -> None:
         engine.clear()
         prompt = point.prompt if engine.bounded else point.context
-        for _ in range(point.rows):
-            engine.add(prompt)
+        engine.add(point.rows, prompt)
         # A bounded one holds all it ever will once it has filled its budget; a dense one is as long as it gets.
         full = prompt + point.budget + _PAGE if engine.bounded else prompt
         steady, before = 0, None
