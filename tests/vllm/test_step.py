@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from longthink import kernels
 from longthink.cache import LayerCache
 from longthink.config import Budget
-from longthink.policies import make_policy
+from longthink.policies import Policy, make_policy
 from longthink.vllm.attend import CpuAttend, KernelAttend, Prompts
 from longthink.vllm.builder import BoundedBuilder
 from longthink.vllm.pool import PagePool, Rows, page_bytes, query_blocks
@@ -55,6 +55,22 @@ def make_rows(block_BP, query_BE, positions):
     return Rows(torch.where(used, block_BP, 0), now_B, prompt_B, cap_B, count_B, query_BE)
 
 
+class Worth(Policy):
+    """Adds up what the steps teach, so that they must be observed in order."""
+
+    name = "worth"
+    uses_weights = True
+
+    def init_state(self, shape, device):
+        return {"worth": torch.zeros(shape.B, shape.K, shape.P, device=device)}
+
+    def priority(self, table):
+        return table.state["worth"]
+
+    def observe(self, table, step):
+        table.state["worth"].mul_(0.9).add_(kernels.page_mass(step.weights_BKGS, table.page_size).amax(2))
+
+
 POLICIES = [
     "raas",
     "raas:sharing=layer",
@@ -66,7 +82,7 @@ POLICIES = [
 
 
 @pytest.mark.parametrize("by_cpu", [False, True])
-@pytest.mark.parametrize("spec", POLICIES)
+@pytest.mark.parametrize("spec", [*POLICIES, Worth()])
 def test_blocks_are_slots(spec, by_cpu):
     check_blocks_are_slots(spec, by_cpu, compiles=False)
 
@@ -85,7 +101,7 @@ def test_what_the_layers_do_can_be_recorded_once_and_replayed(spec):
 
 
 def check_blocks_are_slots(spec, by_cpu, *, compiles, recording=None):
-    policy = make_policy(spec)
+    policy = make_policy(spec) if isinstance(spec, str) else spec
     torch.manual_seed(0)
     pool = make_pool(policy, transposed=by_cpu)
     attend = CpuAttend(pool, SCALING, HEADS) if by_cpu else KernelAttend(pool, SCALING, compiles=compiles)

@@ -175,7 +175,7 @@ class Policy(ABC):
 
     @property
     def keeps_maxima(self) -> bool:
-        """Whether each number of the state is the largest that any step gave it: then their order does not matter."""
+        """Whether the state holds the largest that any step gave: steps may then be observed side by side."""
         return False
 
     @property

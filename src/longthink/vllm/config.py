@@ -125,7 +125,6 @@ def check_policy(policy: Policy) -> None:
         "learns from the prompt's attention": policy.uses_prefill_mass,
         "reads only some of its pages": type(policy).select is not Policy.select,
         "learns from weights and from representatives": policy.uses_weights and policy.uses_representatives,
-        "learns from weights what is no maximum": policy.uses_weights and not policy.keeps_maxima,
         "turns keys inside the cache": type(policy).key_shift is not Policy.key_shift,
     }
     for obstacle, there in obstacles.items():

@@ -30,12 +30,10 @@ class Learning(NamedTuple):
 
 
 def learn_page(policy: Policy, table: PageTable, query_NTHD: Tensor, learning: Learning) -> None:
-    """Let a policy observe the steps of the page that ended just before `now_B`, side by side.
+    """Let a policy observe the steps of the page that ended just before `now_B`: in order, or side by side if it may.
 
     Parameters
     ----------
-    policy
-        One whose state is of maxima (`Policy.keeps_maxima`).
     table
         What is there when the page is full, with keys; its state is replaced.
     query_NTHD
@@ -47,24 +45,38 @@ def learn_page(policy: Policy, table: PageTable, query_NTHD: Tensor, learning: L
     logits_NKMS = query_NKMD @ keys_NKSD.transpose(2, 3) * learning.scaling
     logits_NTKGS = logits_NKMS.unflatten(2, (tokens, -1)).transpose(1, 2)
 
-    position_NKS, within_T = table.position_BKS, torch.arange(tokens, device=table.now_B.device)
-    now_NT = (table.now_B[:, None] - tokens + within_T).to(position_NKS.dtype)
-    there_NTKS = (position_NKS[:, None] >= 0) & (position_NKS[:, None] <= now_NT[..., None, None])
+    position_N1KS, within_T = table.position_BKS[:, None], torch.arange(tokens, device=table.now_B.device)
+    now_NT = (table.now_B[:, None] - tokens + within_T).to(position_N1KS.dtype)
+    there_NTKS = (position_N1KS >= 0) & (position_N1KS <= now_NT[..., None, None])
     weights_NTKGS = logits_NTKGS.masked_fill(~there_NTKS[:, :, :, None], -torch.inf).softmax(-1)
+    position_NTKS = torch.where(there_NTKS, position_N1KS, -1)
+    many = tokens if policy.keeps_maxima else 1
+    for first in range(0, tokens, many):
+        part = (slice(None), slice(first, first + many))
+        step = Step(
+            query_NTKGD[part].flatten(0, 1),
+            weights_NTKGS[part].flatten(0, 1),
+            learning.scaling,
+            learning.agree,
+        )
+        _observe(policy, table, now_NT[part], position_NTKS[part], step)
 
-    each = {name: tensor.repeat_interleave(tokens, 0) for name, tensor in table.state.items()}
+
+def _observe(policy: Policy, table: PageTable, now_NT: Tensor, position_NTKS: Tensor, step: Step) -> None:
+    """Observe steps that begin with the same state, and keep the largest of each number."""
+    many = now_NT.shape[1]
+    each = {name: tensor.repeat_interleave(many, 0) for name, tensor in table.state.items()}
     steps = dataclasses.replace(
         table,
-        position_BKS=torch.where(there_NTKS, position_NKS[:, None], -1).flatten(0, 1),
-        keys_BKSD=keys_NKSD[:0],
+        position_BKS=position_NTKS.flatten(0, 1),
+        keys_BKSD=table.keys_BKSD[:0],
         now_B=now_NT.flatten(),
-        prompt_B=table.prompt_B.repeat_interleave(tokens),
-        cap_B=table.cap_B.repeat_interleave(tokens),
+        prompt_B=table.prompt_B.repeat_interleave(many),
+        cap_B=table.cap_B.repeat_interleave(many),
         state={name: tensor.clone() for name, tensor in each.items()},
     )
-    step = Step(query_NTKGD.flatten(0, 1), weights_NTKGS.flatten(0, 1), learning.scaling, learning.agree)
     policy.observe(steps, step)
     decodes_M = steps.now_B >= steps.prompt_B
     for name, before in each.items():
         after = torch.where(decodes_M.view(-1, *[1] * (before.ndim - 1)), steps.state[name], before)
-        table.state[name] = after.unflatten(0, (-1, tokens)).amax(1)
+        table.state[name] = after.unflatten(0, (-1, many)).amax(1)
