@@ -41,13 +41,9 @@ class BoundedSpec(FullAttentionSpec):  # type: ignore[misc, unused-ignore]
         """Whether prompts go into the prefix cache."""
         return self.shares_prompt
 
-    def prompt_pages(self, prompt_tokens: int) -> int:
-        """Pages of a prompt."""
-        return -(-prompt_tokens // self.block_size)
-
     def cap(self, prompt_tokens: int) -> int:
         """Most pages that a request with such a prompt holds."""
-        return self.prompt_pages(prompt_tokens) + self.decode_blocks
+        return -(-prompt_tokens // self.block_size) + self.decode_blocks
 
     def blocks(self, prompt_tokens: int, tokens: int) -> int:
         """Blocks that a request with such a prompt holds when it has so many tokens."""
