@@ -68,7 +68,7 @@ class Worth(Policy):
         return table.state["worth"]
 
     def observe(self, table, step):
-        table.state["worth"].mul_(0.9).add_(kernels.page_mass(step.weights_BKGS, table.page_size).amax(2))
+        table.state["worth"].mul_(-0.9).add_(kernels.page_mass(step.weights_BKGS, table.page_size).amax(2))
 
 
 POLICIES = [
