@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 
-from longthink.kernels.reference import masked_softmax, wide_dtype
+from longthink.kernels.reference import discriminant_direction, masked_softmax, wide_dtype
 from longthink.kernels.reference_step import Pool, resident_slots
 
 FEW_ROWS = 4
@@ -88,10 +88,8 @@ def discriminant_scores(
     x = (x - (x * resident).sum(tokens, keepdim=True) / count) * resident
     across = x if features == 2 else x.transpose(2, 3)
     covariance = across @ across.transpose(2, 3) / count
-    spread = covariance.diagonal(dim1=2, dim2=3).mean(-1, keepdim=True)
-    covariance = covariance + torch.diag_embed((ridge * spread + 1e-30).expand(*covariance.shape[:3]))
     difference_BKD = (x * marked).sum(tokens) / marked.sum(tokens).clamp(min=1)
-    direction, _ = torch.linalg.solve_ex(covariance, difference_BKD[..., None])
+    direction = discriminant_direction(covariance, difference_BKD[..., None], ridge)
     score_BKS = (x * direction[..., 0].unsqueeze(tokens)).sum(features)
     return score_BKS.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 

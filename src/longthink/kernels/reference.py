@@ -324,13 +324,18 @@ def discriminant_scores(
     count = resident.sum(-1, keepdim=True).clamp(min=1)
     x = (x - resident @ x / count).mul_(resident.transpose(2, 3))
     covariance = x.transpose(2, 3) @ x / count
-    spread = covariance.diagonal(dim1=2, dim2=3).mean(-1, keepdim=True)
-    # The tiny number keeps a table of equal tokens from being singular.
-    covariance = covariance + torch.diag_embed((ridge * spread + 1e-30).expand(*x.shape[:2], x.shape[3]))
     difference = marked @ x / marked.sum(-1, keepdim=True).clamp(min=1)
-    direction, _ = torch.linalg.solve_ex(covariance, difference.transpose(2, 3))
+    direction = discriminant_direction(covariance, difference.transpose(2, 3), ridge)
     score_BK1S = direction.transpose(2, 3) @ x.transpose(2, 3)
     return score_BK1S[:, :, 0].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def discriminant_direction(covariance_BKDD: Tensor, difference_BKD1: Tensor, ridge: float) -> Tensor:
+    """Solve ``(C + ridge * trace(C) / D * I) w = difference`` for w, shape BKD1: see `discriminant_scores`."""
+    spread = covariance_BKDD.diagonal(dim1=2, dim2=3).mean(-1, keepdim=True)
+    # The tiny number keeps a table of equal tokens from being singular.
+    ridge_BKD = (ridge * spread + 1e-30).expand(*covariance_BKDD.shape[:3])
+    return torch.linalg.solve_ex(covariance_BKDD + torch.diag_embed(ridge_BKD), difference_BKD1)[0]
 
 
 def rotate_keys(keys_BKND: Tensor, shift_B: Tensor, inv_freq_D: Tensor) -> Tensor:

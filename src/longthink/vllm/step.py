@@ -140,7 +140,7 @@ class DecodeStep:
         for part in self._parts(span, apart=self._moves or learning is not None):
             layers, policy = self._layers[part], self._policies[part.start]
             turned = work.turn(pool, policy, layers, rows.any_size(), learning, evicting=evicting)
-            if learning is not None:
+            if turned.state is not None:
                 pool.store_state(layers, rows, turned.state, rows.now_B > rows.prompt_B)
             if turned.moves is not None:
                 pool.move(layers, rows, turned.moves)
@@ -155,12 +155,11 @@ class DecodeStep:
     def layer(self, begun: Begun, layer: int, new: New, out_BHD: Tensor) -> None:
         """Write the tokens of a layer and read its pages."""
         self.attend.decode(layer, layer - begun.span.start, begun.plan, new, out_BHD)
-        for wanted, kept, tensor in (
-            (self._learns, self._query_LBHD, new[0]),
-            (self._widens, self._key_LBKD, new[1]),
-        ):
-            if wanted:
-                kept[layer, : len(tensor)].copy_(tensor)
+        count = len(out_BHD)
+        if self._learns:
+            self._query_LBHD[layer, :count].copy_(new[0])
+        if self._widens:
+            self._key_LBKD[layer, :count].copy_(new[1])
 
     def finish(self, begun: Begun) -> None:
         """Learn from the layers of the step when all have run, or keep what is to be learned from."""
@@ -263,9 +262,9 @@ def _find(pool: PagePool, attend: Attend, layers: Tensor, rows: Rows) -> tuple[T
 
 
 class _Turned(NamedTuple):
-    """The policy's state when it has learned, the block that each token opens (L x B x K), what leaves it before."""
+    """The policy's state if it has learned, the block that each token opens (L x B x K), what leaves it before."""
 
-    state: dict[str, Tensor]
+    state: dict[str, Tensor] | None
     block_LBK: Tensor
     moves: Moves | None
 
@@ -280,7 +279,8 @@ def _turn(
         learn_page(policy, table, pool.queries(layers, rows, learning.heads).flatten(0, 1), learning)
     opens_N = torch.ones_like(table.now_B, dtype=torch.bool)
     slot_NK, moves = choose_slots(policy, table, opens_N, evicts=evicting)
-    return _Turned(table.state, _blocks(rows, slot_NK.unflatten(0, (len(layers), -1))), moves)
+    state = None if learning is None else table.state
+    return _Turned(state, _blocks(rows, slot_NK.unflatten(0, (len(layers), -1))), moves)
 
 
 def _learn(pool: PagePool, policy: Policy, layers: Tensor, rows: Rows, step: Step) -> dict[str, Tensor]:
