@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from longthink.policies import (
         H2O,
         Dense,
-        Fifo,
+        Milestone,
         Policy,
         Quest,
         RaaS,
@@ -44,8 +44,8 @@ __all__ = [
     "Dense",
     "Engine",
     "EngineError",
-    "Fifo",
     "LongthinkError",
+    "Milestone",
     "NonFiniteError",
     "PagedCache",
     "Policy",
@@ -82,8 +82,8 @@ __getattr__ = lazy_names(
         "hf": ("Engine", "PagedCache", "Sampling", "generate", "make_cache"),
         "policies": (
             "Dense",
-            "Fifo",
             "H2O",
+            "Milestone",
             "Policy",
             "Quest",
             "RaaS",

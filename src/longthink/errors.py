@@ -18,6 +18,13 @@ class UnknownPolicyError(LongthinkError, ValueError):
     """No policy of that name is registered."""
 
 
+class UndeclaredNeedError(LongthinkError, ValueError):
+    """A policy reads what it has not declared in `needs`, and what the cache therefore does not provide."""
+
+    def __init__(self, need: str, what: str) -> None:
+        super().__init__(f'a policy that reads {what} must declare it: add "{need}" to its `needs`')
+
+
 class UnsupportedModelError(LongthinkError, ValueError):
     """The model has layers that a bounded page cache cannot serve right."""
 

@@ -11,7 +11,7 @@ from longthink.analyze.summary import Mean
 from longthink.analyze.whatif import BELADY, OPTIMUM
 from longthink.cache.store import SlotStore
 from longthink.config import Budget, check_choice, check_range
-from longthink.policies import Policy, make_policy
+from longthink.policies import Policy, grows, make_policy
 
 MEASURES = ("lookups", "recall")
 
@@ -110,7 +110,7 @@ def advise(
         if row.policy in (BELADY, OPTIMUM) or kept is None or row.no_room or kept < 1 - loss:
             continue
         policy = make_policy(row.policy)
-        if policy.grows:
+        if grows(policy):
             continue
         kv_bytes, metadata_bytes = request_bytes(
             policy, Budget(budget=row.budget, decode_budget=row.decode_budget), shape
@@ -134,7 +134,7 @@ def request_bytes(policy: Policy, budget: Budget, shape: Shape) -> tuple[int, in
     for layer in range(shape.layers):
         mine = policy.for_layer(layer)
         longest = -(-shape.tokens // mine.page_size)
-        pages = longest if mine.grows else min(longest, budget.pages(shape.prompt, mine.page_size))
+        pages = longest if grows(mine) else min(longest, budget.pages(shape.prompt, mine.page_size))
         none = torch.empty(1, shape.kv_heads, 0, shape.head_dim, dtype=shape.dtype, device="meta")
         keys, values, *others = SlotStore(mine, none, [pages], pages).tensors()
         kv_bytes += keys.nbytes + values.nbytes

@@ -24,7 +24,7 @@ from typing_extensions import override
 
 from longthink.analyze.store import Step, Trace
 from longthink.errors import needs_extra
-from longthink.policies import PAGE_SIZES, PageTable, Policy
+from longthink.policies import PAGE_SIZES, PageTable, Policy, TrimsPrompt
 
 MAX_PAGES = 2048
 MAX_CELLS = 1 << 28
@@ -90,7 +90,7 @@ def used_pages(trace: Trace, step: Step, page_size: int, use: float) -> NDArray[
 
 
 @dataclass(frozen=True, kw_only=True)
-class Belady(Policy):
+class Belady(Policy, TrimsPrompt):
     """Evict the page whose next use is farthest, prompt included; ties go to the lowest page. Only for replay."""
 
     name: ClassVar[str] = "belady"
@@ -117,7 +117,7 @@ class Belady(Policy):
         ]
 
     @override
-    def priority(self, table: PageTable) -> Tensor:
+    def worth(self, table: PageTable) -> Tensor:
         return -self._next(table.page_BKP)
 
     def _next(self, page_BKP: Tensor) -> Tensor:

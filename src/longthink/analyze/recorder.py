@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -53,15 +53,13 @@ class Prompt:
 class Recording(Dense):
     """Dense, with an ear at the attention: a policy may see the exact weights of every step."""
 
-    uses_prefill_mass: ClassVar[bool] = True
-
     tape: _Tape = field(repr=False, compare=False)
     layer: int = 0
 
     @property
     @override
-    def uses_weights(self) -> bool:
-        return True
+    def needs(self) -> frozenset[str]:
+        return frozenset({"weights", "prompt_mass", "vectors"})
 
     @override
     def for_layer(self, layer_idx: int) -> Self:

@@ -25,7 +25,7 @@ from longthink.analyze.store import Step, Trace
 from longthink.cache.replay import ReplayedLayers
 from longthink.config import Budget
 from longthink.errors import TraceError
-from longthink.policies import Policy
+from longthink.policies import Policy, grows, needs_budget, policy_spec, reads_vectors
 
 BELADY, OPTIMUM = "belady", "optimum"
 """Names of the two that know the future; see `longthink.analyze.clairvoyant`."""
@@ -84,14 +84,14 @@ def check_replayable(policy: Policy, trace: Trace) -> None:
     TraceError
         Naming the option of ``longthink trace`` that records what is missing.
     """
-    if policy.uses_vectors and not trace.header.vectors:
+    if reads_vectors(policy) and not trace.header.vectors:
         raise TraceError(
-            f"policy {policy.spec()!r} looks at queries, keys or values, and the trace of {trace.header.task} "
+            f"policy {policy_spec(policy)!r} looks at queries, keys or values, and the trace of {trace.header.task} "
             f"{trace.header.problem} holds none: record with --with-vectors"
         )
     if policy.page_size % trace.header.page_size:
         raise TraceError(
-            f"policy {policy.spec()!r} has pages of {policy.page_size} tokens, and the trace pages of "
+            f"policy {policy_spec(policy)!r} has pages of {policy.page_size} tokens, and the trace pages of "
             f"{trace.header.page_size}: record with --page-size 1, or a divisor of the policy's"
         )
 
@@ -129,7 +129,7 @@ def what_if(
     header = trace.header
     future = Future(trace, header.page_size, rules.use)
     lanes = [_Lane(trace, policy, budgets, future) for policy in policies]
-    sizes = [policy.page_size for policy in policies if policy.needs_budget] or [header.page_size]
+    sizes = [policy.page_size for policy in policies if needs_budget(policy)] or [header.page_size]
     beladies = []
     if clairvoyant:
         own = future if min(sizes) == header.page_size else Future(trace, min(sizes), rules.use)
@@ -202,8 +202,8 @@ class _Lane:
     def __init__(self, trace: Trace, policy: Policy, budgets: Sequence[Budget], future: Future) -> None:
         header = trace.header
         self.trace, self.policy, self.future = trace, policy, future
-        self.name = BELADY if isinstance(policy, Belady) else policy.spec()
-        self.budgets: list[Budget | None] = list(budgets) if policy.needs_budget else [None]
+        self.name = BELADY if isinstance(policy, Belady) else policy_spec(policy)
+        self.budgets: list[Budget | None] = list(budgets) if needs_budget(policy) else [None]
         self.fits = [budget for budget in self.budgets if self._has_room(budget)]
         groups: dict[Policy, list[int]] = {}
         for layer in range(header.layers):
@@ -223,7 +223,7 @@ class _Lane:
 
     def _has_room(self, budget: Budget | None) -> bool:
         prompt = self.trace.header.prompt_tokens
-        if budget is None or self.policy.grows:
+        if budget is None or grows(self.policy):
             return True
         return budget.pages(prompt, self.policy.page_size) >= self.policy.required_pages(prompt)
 
@@ -235,7 +235,7 @@ class _Lane:
         mass_LKN = mass.unflatten(0, (header.layers, header.kv_heads))
         keys, values = (
             torch.zeros(*mass_LKN.shape, 0)
-            if made is None or not self.policy.uses_vectors
+            if made is None or not reads_vectors(self.policy)
             else torch.from_numpy(made).view(*mass_LKN.shape, -1)
             for made in (prompt.key, prompt.value)
         )
@@ -245,7 +245,7 @@ class _Lane:
     def step(self, step: Step, vectors: _Vectors, lookups_M: NDArray[np.bool_]) -> None:
         header = self.trace.header
         kept_CLH = np.empty((len(self.fits), header.layers, header.heads), dtype=np.float32)
-        if not self.policy.uses_vectors:
+        if not reads_vectors(self.policy):
             vectors = vectors.without()
         for part, (layers, replayed) in enumerate(self.parts):
             given = vectors if len(layers) == header.layers else _Vectors(*(one[layers] for one in vectors))
@@ -263,7 +263,7 @@ class _Lane:
         (layers, replayed), size = self.parts[part], self.trace.header.page_size
         before, gone = self.before[part], self.gone_CLKP
         opens, fills = now % self.policy.page_size == 0, (now + 1) % self.policy.page_size == 0
-        if replayed.policy.grows or not (opens or fills or before is None):
+        if grows(replayed.policy) or not (opens or fills or before is None):
             return
         assert replayed.position_BKS is not None
         position = replayed.position_BKS.unflatten(0, (-1, len(layers))).expand(-1, -1, gone.shape[2], -1)

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from longthink.config import check_int
 from longthink.errors import BenchError
-from longthink.kernels import Learn, Slots, step_attention
 
 PAGE = 16
 HEADS = {"Qwen2.5-7B": (28, 4, 128), "Qwen2.5-1.5B": (12, 2, 128)}
@@ -117,21 +116,25 @@ def ours(learn: str) -> Callable[[Case, torch.device], Callable[[], Any]]:
     """Return what makes a step of a full cache with what this kind of policy asks for."""
 
     def make(case: Case, device: torch.device) -> Callable[[], Any]:
+        from longthink.accelerators import attention
+        from longthink.kernels.triton_decode import Slots
+
         query_BHD, keys, values = _tensors(case, device)
         query_BKGD = query_BHD.unflatten(1, (case.kv_heads, -1))
         shape = (case.rows, case.kv_heads, case.tokens)
         position = torch.arange(case.tokens, dtype=torch.int32, device=device).expand(shape).contiguous()
         now = torch.full((case.rows,), case.tokens - 1, device=device)
         tail = torch.full(shape[:2], case.tokens // PAGE - 1, device=device)
-        state = torch.zeros(shape, dtype=torch.int8, device=device) if learn == "marks" else None
-        representatives: tuple[Tensor, ...] = ()
+        key_bounds: tuple[Tensor, ...] = ()
+        wanted = {"nothing": attention.NOTHING, "bound": attention.BOUND, "mass": attention.MASS}.get(learn)
         if learn == "bound":
             paged = keys.unflatten(2, (-1, PAGE))
-            representatives = (paged.amin(3), paged.amax(3))
-        slots = Slots(keys, values, position, tail, now, PAGE, *representatives)
+            key_bounds = (paged.amin(3), paged.amax(3))
+        if wanted is None:
+            wanted = attention.marks(torch.zeros(shape, dtype=torch.int8, device=device), 0.5, PAGE)
+        slots = Slots(keys, values, position, tail, now, PAGE, *key_bounds)
         key, value = keys[:, :, -1].clone(), values[:, :, -1].clone()
-        scaling, wanted = case.dim**-0.5, Learn(learn, state, 0.5, PAGE)
-        return lambda: step_attention(query_BKGD, key, value, slots, scaling, wanted)
+        return lambda: attention.step_attention(query_BKGD, key, value, slots, case.dim**-0.5, wanted)
 
     return make
 

@@ -25,7 +25,7 @@ from longthink.config import Budget
 from longthink.errors import UnsupportedFeatureError
 from longthink.hf import DecodeStep, PagedCache
 from longthink.hf.support import check_model
-from longthink.policies import Policy, make_policy
+from longthink.policies import Policy, make_policy, needs_budget, policy_spec
 
 
 class System(ABC):
@@ -134,9 +134,9 @@ class PagedSystem(System):
         compiled: bool = False,
     ) -> None:
         super().__init__(model, prompt_BN)
-        self.name = " ".join(filter(None, [policy.spec(), kv_dtype, "compiled" if compiled else None]))
+        self.name = " ".join(filter(None, [policy_spec(policy), kv_dtype, "compiled" if compiled else None]))
         self.policy = policy
-        self.budget = budget if policy.needs_budget else None
+        self.budget = budget if needs_budget(policy) else None
         self.kv_dtype = kv_dtype
         self.compiled = compiled
         self._step: DecodeStep | None = None

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from longthink.bench.peers.protocol import Point, serve
-from longthink.policies import make_policy
+from longthink.policies import make_policy, needs_budget
 from longthink.vllm.config import KEY
 from longthink.vllm.versions import installed
 
@@ -46,7 +46,7 @@ class _Engine:
         from vllm import LLM
 
         self.policy = make_policy(point.system)
-        self.bounded = self.policy.needs_budget
+        self.bounded = needs_budget(self.policy)
         self.longest = point.prompt + point.steps
         self.pool_tokens = _LONG_REQUESTS * (self.longest + _SPARE)
         arguments: dict[str, Any] = {"block_size": _PAGE} if self.bounded else {}

@@ -1,6 +1,5 @@
 """Fixed page slots and the decode step over them, independent of any model library."""
 
-from longthink.cache.books import Books, group_books
-from longthink.cache.layer import LayerCache
+from longthink.cache.layer import FusedStep, LayerCache
 
-__all__ = ["Books", "LayerCache", "group_books"]
+__all__ = ["FusedStep", "LayerCache"]

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from longthink.cache.layer import LayerCache
+from longthink.cache.step import evictable_pages
 from longthink.cache.store import SlotStore
 from longthink.config import check_int
 from longthink.errors import CacheStateError, UnsupportedFeatureError
+from longthink.policies import grows
 
 
 def fast_forward(layer: LayerCache, tokens: int, *, heads: int, generator: torch.Generator) -> None:
@@ -49,7 +51,7 @@ def fast_forward(layer: LayerCache, tokens: int, *, heads: int, generator: torch
     store = layer._store
     if store is None or len(set(layer._lengths)) != 1:
         raise CacheStateError("fast_forward needs a cache that has read a prompt, with rows of equal length")
-    if layer.policy.grows:
+    if grows(layer.policy):
         _grow(layer, store, tokens, generator)
         return
     page_size, seen = layer.policy.page_size, layer._lengths[0] - int(store.table.prompt_B[0])
@@ -84,9 +86,9 @@ def _grow(layer: LayerCache, store: SlotStore, tokens: int, generator: torch.Gen
     for tensor in (store.keys_BKSD, store.values_BKSD):
         tensor[:, :, old:new] = made_up(tensor[:, :, :old], tokens, generator)
     table.position_BKS[:, :, old:new] = torch.arange(old, new, device=table.position_BKS.device)
-    table.now_B.fill_(new - 1)
+    table.now_B.fill_(new)
     store.tail_BK.fill_((new - 1) // page_size)
-    store._represent()
+    store.compute_key_bounds()
     layer._lengths = [new] * rows
     layer._decoding = layer._decoding or tokens > 0
 
@@ -96,7 +98,7 @@ def _set_clock(layer: LayerCache, store: SlotStore, jump: int) -> None:
     table = store.table
     page_BKP = table.page_BKP
     far = torch.iinfo(page_BKP.dtype).max
-    first_BK1 = torch.where(layer.policy.evictable(table), page_BKP, far).amin(-1, keepdim=True)
+    first_BK1 = torch.where(evictable_pages(layer.policy, table), page_BKP, far).amin(-1, keepdim=True)
     moves_BKS = (page_BKP >= first_BK1).repeat_interleave(table.page_size, -1) & table.resident_BKS
     table.position_BKS += moves_BKS * jump
     table.now_B += jump

@@ -6,6 +6,9 @@ D head dim, N columns that a block of queries may read.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -15,7 +18,29 @@ from longthink.cache.step import New, Read, decode_step, read_slots, turn_pages
 from longthink.cache.store import SlotStore
 from longthink.config import Budget
 from longthink.errors import BudgetError, CacheStateError, UnsupportedFeatureError, UnsupportedModelError
-from longthink.policies import Policy
+from longthink.policies import (
+    NEEDS,
+    Policy,
+    ShiftsKeys,
+    TrimsPrompt,
+    grows,
+    needs_budget,
+    policy_spec,
+)
+
+
+class FusedStep(Protocol):
+    """A layer's decode step by kernels that were made for one policy class: see `longthink.accelerators`."""
+
+    def __init__(self, policy: Policy) -> None: ...
+
+    def serves(self, store: SlotStore) -> bool:
+        """Whether the kernels run where the slots are."""
+        ...
+
+    def step(self, store: SlotStore, new: New, scaling: float) -> Tensor:
+        """Do what `decode_step` does for the policy."""
+        ...
 
 
 class LayerCache:
@@ -34,11 +59,16 @@ class LayerCache:
         RoPE frequencies of the keys, for policies that number tokens inside the cache.
     kv_dtype
         Format that keys and values are kept in; None for that of the model.
+    fused
+        Decode steps by exact class of policy, taken where they serve the slots. A subclass of such a policy may
+        override any hook, so it never takes them.
 
     Raises
     ------
     BudgetError
         If the policy needs a budget and there is none.
+    ValueError
+        If the policy declares a need that there is not.
     """
 
     _read: Read = staticmethod(read_slots)
@@ -50,9 +80,15 @@ class LayerCache:
         *,
         inv_freq_D: Tensor | None = None,
         kv_dtype: torch.dtype | None = None,
+        fused: Mapping[type[Policy], type[FusedStep]] | None = None,
     ) -> None:
-        if budget is None and policy.needs_budget:
+        if budget is None and needs_budget(policy):
             raise BudgetError(f"policy {policy.name!r} needs a budget: give budget=... or decode_budget=...")
+        if unknown := policy.needs.difference(NEEDS):
+            raise ValueError(f"policy {policy.name!r} needs {sorted(unknown)}: allowed is {', '.join(NEEDS)}")
+        fused_step = (fused or {}).get(type(policy))
+        self.fused = None if fused_step is None else fused_step(policy)
+        """The policy's own kernels, where there are any."""
         self.policy = policy
         self.budget = budget
         self.kv_dtype = kv_dtype
@@ -85,7 +121,12 @@ class LayerCache:
     @property
     def next_position_B(self) -> Tensor:
         """Logical position of each row's next token, on the device of the cache."""
-        return self.store.table.now_B + 1
+        return self.store.table.now_B.clone()
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether steps are taken by the policy's own kernels."""
+        return self.fused is not None and self.fused.serves(self.store)
 
     @property
     def sizes(self) -> tuple[torch.Size, int]:
@@ -162,7 +203,7 @@ class LayerCache:
             return
         needed = max(self._lengths) // self.policy.page_size + 1
         # What grows keeps some room, or it would be copied again at the next page.
-        self._store.release(needed + needed // 2 if self.policy.grows else max(self._caps))
+        self._store.release(needed + needed // 2 if grows(self.policy) else max(self._caps))
         self.renewed()
 
     # Attention ----------------------------------------------------------------------------------------------
@@ -182,7 +223,7 @@ class LayerCache:
         """
         if self._store is None:
             self._pieces = PromptPieces(columns)
-        elif self.policy.needs_budget and self._takes_as_prompt(columns):
+        elif needs_budget(self.policy) and self._takes_as_prompt(columns):
             raise UnsupportedFeatureError("more prompt behind a prompt: read it without prefill_chunk_size")
 
     def attend(
@@ -238,9 +279,9 @@ class LayerCache:
     def _takes_as_prompt(self, new_tokens: int) -> bool:
         if self._store is None:
             return True
-        if not self.policy.needs_budget:
+        if not needs_budget(self.policy):
             return new_tokens > 1
-        keeps_all = self.policy.pins_prompt or self.policy.grows
+        keeps_all = self.policy.pins_prompt or grows(self.policy)
         return not self._decoding and new_tokens > 1 and keeps_all
 
     # The prompt ---------------------------------------------------------------------------------------------
@@ -274,7 +315,7 @@ class LayerCache:
         mask_B1QN = None if plain else causal_mask(readable_BN, columns)
         out_BHQD = kernels.block_attention(query_BHQD, keys_BKND, values_BKND, mask_B1QN, scaling)
         mass_BKN = None
-        if self.policy.uses_prefill_mass:
+        if "prompt_mass" in self.policy.needs:
             mask = causal_mask(readable_BN, columns) if mask_B1QN is None else mask_B1QN
             mass_BKN = kernels.column_mass(query_BHQD, keys_BKND, mask, read_BQ, scaling)
             mass_BKN = pieces.add_mass(mass_BKN) if pieces else mass_BKN
@@ -294,7 +335,7 @@ class LayerCache:
         mass_BKN: Tensor | None,
     ) -> None:
         """Put the prompt into slots; from here on the block is part of the cache."""
-        pages = -(-max(lengths) // self.policy.page_size) if self.policy.grows else max(caps)
+        pages = -(-max(lengths) // self.policy.page_size) if grows(self.policy) else max(caps)
         if self._store is None:
             self._store = SlotStore(self.policy, key_BKQD, caps, pages, self.kv_dtype)
         old_slots = self._store.table.position_BKS.shape[-1] if self._lengths else 0
@@ -302,9 +343,11 @@ class LayerCache:
         self._store.set_caps(caps)
         table = self._store.table
         table.prompt_B.copy_(torch.tensor(lengths))
-        table.now_B.copy_(table.prompt_B - 1)
+        table.now_B.copy_(table.prompt_B)
         mass_BKQ = None if mass_BKN is None else mass_BKN[..., old_slots:]
-        kept_BKQ = self.policy.trim(position_BQ, table.prompt_B, table.cap_B, mass_BKQ)
+        kept_BKQ = None
+        if isinstance(self.policy, TrimsPrompt):
+            kept_BKQ = self.policy.trim(position_BQ, table.prompt_B, table.cap_B, mass_BKQ)
         source_BKS = self._store.fill(key_BKQD, value_BKQD, position_BQ, kept_BKQ)
         mass_BKS = None
         if mass_BKN is not None and mass_BKQ is not None:
@@ -312,16 +355,16 @@ class LayerCache:
             mass_BKS[..., :old_slots] += mass_BKN[..., :old_slots]
         self.policy.admit(table, mass_BKS)
         self._lengths, self._caps = lengths, caps
-        shift = self.policy.key_shift(table)
-        if shift is not None:
-            self._store.sinks_BKND = self._store.keys_BKSD[:, :, : shift[0]].clone()
+        if isinstance(self.policy, ShiftsKeys) and self.policy.shifted_tokens():
+            count = self.policy.shifted_tokens()
+            self._store.shifted_BKND = self._store.keys_BKSD[:, :, :count].clone()
             self._store.inv_freq_D = self._checked_frequencies().to(key_BKQD.device)
 
     def _checked_frequencies(self) -> Tensor:
         if self._inv_freq_D is None:
             raise UnsupportedModelError(
-                f"policy {self.policy.spec()!r} turns keys inside the cache and needs the model's RoPE frequencies, "
-                "which this model does not offer; use streaming_llm:positions=logical"
+                f"policy {policy_spec(self.policy)!r} turns keys inside the cache and needs the model's RoPE "
+                "frequencies, which this model does not offer; use streaming_llm:positions=logical"
             )
         return self._inv_freq_D
 
@@ -363,7 +406,7 @@ class LayerCache:
             return None
         self._reserve(max(self._lengths))
         pages = (length // page_size + 1 for length in lengths)
-        return not self.policy.grows and any(page > cap for page, cap in zip(pages, self._caps, strict=True))
+        return not grows(self.policy) and any(page > cap for page, cap in zip(pages, self._caps, strict=True))
 
     def prepare_compile(self) -> None:
         """Tell the compiler which sizes differ between caches of the same policy and budget, and what stays put."""
@@ -371,8 +414,8 @@ class LayerCache:
         for tensor in self.store.tensors():
             if tensor.device.type == "cuda":
                 torch._dynamo.mark_static_address(tensor)
-            varies = self.policy.grows or self.budget is None or self.budget.decode_budget is not None
-            if varies and tensor.ndim > 2 and tensor is not self.store.sinks_BKND:
+            varies = grows(self.policy) or self.budget is None or self.budget.decode_budget is not None
+            if varies and tensor.ndim > 2 and tensor is not self.store.shifted_BKND:
                 torch._dynamo.maybe_mark_dynamic(tensor, 2)
 
     def renewed(self) -> None:
@@ -384,17 +427,16 @@ class LayerCache:
         """Open pages where the step that has begun needs them: tensors alone, for a compiler."""
         turn_pages(self.policy, self.store, evicts=evicts)
 
-    def step(self, new: New, scaling: float, score_BKP: Tensor | None = None) -> Tensor:
-        """Take in the token of the step that has begun, and return its attention output: tensors alone.
-
-        What is learned from scores is left to `Books` where they have a place to go.
-        """
-        return decode_step(self.policy, self.store, new, scaling, self._read, score_BKP)
+    def step(self, new: New, scaling: float) -> Tensor:
+        """Take in the token of the step that has begun, and return its attention output: tensors alone."""
+        if self.fused is not None and self.fused.serves(self.store):
+            return self.fused.step(self.store, new, scaling)
+        return decode_step(self.policy, self.store, new, scaling, self._read)
 
     def _reserve(self, tokens: int) -> None:
         """Have slots for so many tokens, where the cache grows."""
         needed = -(-tokens // self.policy.page_size)
-        if self.policy.grows and needed > self.store.pages:
+        if grows(self.policy) and needed > self.store.pages:
             # A quarter more, and at most 1024 tokens, of which each step reads all: the copy in between is not felt.
             self.store.reserve(needed + min(self.store.pages // 4, 1024 // self.policy.page_size))
             self.renewed()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longthink.config import Budget
 from longthink.errors import BudgetError, CacheStateError
-from longthink.policies import Policy
+from longthink.policies import Policy, needs_budget
 
 
 def page_caps(policy: Policy, budget: Budget | None, lengths: list[int]) -> list[int]:
@@ -22,7 +22,7 @@ def page_caps(policy: Policy, budget: Budget | None, lengths: list[int]) -> list
         If one does not fit.
     """
     page_size = policy.page_size
-    if budget is None or not policy.needs_budget:
+    if budget is None or not needs_budget(policy):
         return [-(-length // page_size) for length in lengths]
     caps = [budget.pages(length, page_size) for length in lengths]
     for length, cap in zip(lengths, caps, strict=True):

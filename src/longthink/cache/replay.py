@@ -19,7 +19,7 @@ from longthink.cache.prompt import page_caps
 from longthink.cache.store import SlotStore
 from longthink.config import Budget
 from longthink.errors import CacheStateError
-from longthink.policies import Policy
+from longthink.policies import Policy, SelectsPages
 
 
 class ReplayedLayers(LayerCache):
@@ -54,7 +54,7 @@ class ReplayedLayers(LayerCache):
         lengths = [prompt] * len(self._budget_B)
         position_BN = torch.arange(prompt).expand(len(lengths), -1)
         keys, values, mass = (self._for_rows(tensor) for tensor in (keys_LKND, values_LKND, mass_LKN))
-        seen = mass if self.policy.uses_prefill_mass else None
+        seen = mass if "prompt_mass" in self.policy.needs else None
         # Nothing to turn: no key is multiplied with a query here.
         self._inv_freq_D = torch.zeros(keys.shape[-1] // 2)
         caps = [page_caps(self.policy, budget, [prompt])[0] for budget in self._budget_B]
@@ -87,7 +87,7 @@ class ReplayedLayers(LayerCache):
         """Read the trace in place of the slots."""
         del scaling
         table, tokens = store.table, self._attention_LKGN.shape[-1]
-        selected_BKR = policy.select(table, query_BKGD)
+        selected_BKR = policy.select(table, query_BKGD) if isinstance(policy, SelectsPages) else None
         position_BKS = table.position_BKS
         if selected_BKR is not None:
             within = torch.arange(table.page_size)
@@ -101,7 +101,7 @@ class ReplayedLayers(LayerCache):
         held_BKGS = held.flatten(0, 1)
         self._kept_BKG = held_BKGS.sum(-1)
         weights = None
-        if policy.uses_weights:
+        if "weights" in policy.needs:
             tiny = torch.finfo(held_BKGS.dtype).tiny
             weights = held_BKGS / self._kept_BKG[..., None].clamp(min=tiny)
         # Nobody reads the output: what the model makes of it was recorded.

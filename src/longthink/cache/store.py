@@ -1,7 +1,7 @@
 """Page slots of one layer: the only place where a token's keys and values can be.
 
 Shape suffixes: B batch rows, K KV heads (1 in tables that a whole layer shares), P page slots, T tokens in a page,
-S = P * T token slots, D head dim, Q columns of a prompt block, M tokens moved, R pages read, N sink slots.
+S = P * T token slots, D head dim, Q columns of a prompt block, M tokens moved, R pages read, N first token slots.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from longthink import kernels
-from longthink.kernels import Slots, entries
-from longthink.policies import Moves, PageTable, Policy, Shape
+from longthink.kernels import At, entries
+from longthink.policies import Moves, PageTable, Policy, Shape, page_tables
 
 
 class SlotStore:
@@ -23,7 +23,7 @@ class SlotStore:
     Parameters
     ----------
     policy
-        Says how many tables the layer has and what state they carry.
+        Says how many tables the layer has, what state they carry and what the policy may see.
     key_BKQD
         Any keys of the layer: they give rows, KV heads, head dim, dtype and device.
     cap_B
@@ -44,45 +44,37 @@ class SlotStore:
     ) -> None:
         key_BKQD = key_BKQD[:, :, :0].to(dtype or key_BKQD.dtype)
         rows, kv_heads, _, head_dim = key_BKQD.shape
-        tables, tokens, device = policy.tables(kv_heads), pages * policy.page_size, key_BKQD.device
+        tables, tokens, device = page_tables(policy, kv_heads), pages * policy.page_size, key_BKQD.device
         self.tail_BK = torch.zeros(rows, tables, dtype=torch.int64, device=device)
-        representatives = key_BKQD.new_zeros(
-            rows, kv_heads, pages if policy.uses_representatives else 0, head_dim
-        )
+        self.keys_BKSD = key_BKQD.new_zeros(rows, kv_heads, tokens, head_dim)
+        self.values_BKSD = key_BKQD.new_zeros(rows, kv_heads, tokens, head_dim)
+        self._shows_vectors = "vectors" in policy.needs
+        bounded = pages if "key_bounds" in policy.needs else 0
+        self.kmin_BKPD = key_BKQD.new_zeros(rows, kv_heads, bounded, head_dim)
+        self.kmax_BKPD = key_BKQD.new_zeros(rows, kv_heads, bounded, head_dim)
+        self.shifted_BKND: Tensor | None = None
+        """The first keys as they were written, where the policy shifts them (`ShiftsKeys`)."""
+        self.inv_freq_D: Tensor | None = None
         self.table = PageTable(
             page_size=policy.page_size,
             position_BKS=torch.full((rows, tables, tokens), -1, dtype=torch.int32, device=device),
-            keys_BKSD=key_BKQD.new_zeros(rows, kv_heads, tokens, head_dim),
-            values_BKSD=key_BKQD.new_zeros(rows, kv_heads, tokens, head_dim),
-            now_B=torch.full((rows,), -1, dtype=torch.int64, device=device),
+            now_B=torch.zeros(rows, dtype=torch.int64, device=device),
             prompt_B=torch.zeros(rows, dtype=torch.int64, device=device),
             cap_B=torch.tensor(cap_B, dtype=torch.int64, device=device),
             cap=max(cap_B),
-            kmin_BKPD=representatives,
-            kmax_BKPD=representatives.clone(),
             state=policy.init_state(Shape(rows, tables, pages, policy.page_size), device),
         )
-        self.sinks_BKND: Tensor | None = None
-        """The first keys as they came, where the policy turns them (`Policy.key_shift`)."""
-        self.inv_freq_D: Tensor | None = None
+        self._show()
+
+    def _show(self) -> None:
+        """Let the policy see what it has declared."""
+        self.table.vectors = (self.keys_BKSD, self.values_BKSD) if self._shows_vectors else None
+        self.table.key_bounds = (self.kmin_BKPD, self.kmax_BKPD) if self.has_key_bounds else None
 
     @property
-    def keys_BKSD(self) -> Tensor:
-        """Keys in the token slots."""
-        return self.table.keys_BKSD
-
-    @property
-    def values_BKSD(self) -> Tensor:
-        """Values in the token slots."""
-        return self.table.values_BKSD
-
-    @property
-    def slots(self) -> Slots:
-        """The slots as the fused kernels take them."""
-        table = self.table
-        bounds = (table.kmin_BKPD, table.kmax_BKPD) if table.kmin_BKPD.shape[2] else (None, None)
-        held = (self.keys_BKSD, self.values_BKSD, table.position_BKS, self.tail_BK, table.now_B)
-        return Slots(*held, table.page_size, *bounds)
+    def has_key_bounds(self) -> bool:
+        """Whether the bounds of each page's keys are kept."""
+        return self.kmin_BKPD.shape[2] > 0
 
     @property
     def pages(self) -> int:
@@ -99,14 +91,17 @@ class SlotStore:
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor, of which dimension 0 counts rows, by what `change` makes of it."""
         table = self.table
-        for field in ("keys_BKSD", "values_BKSD"):
-            setattr(table, field, change(getattr(table, field)))
-        self.tail_BK = change(self.tail_BK)
-        for field in ("position_BKS", "now_B", "prompt_B", "cap_B", "kmin_BKPD", "kmax_BKPD"):
-            setattr(table, field, change(getattr(table, field)))
+        for owner, fields in (
+            (self, ("keys_BKSD", "values_BKSD", "tail_BK")),
+            (table, ("position_BKS", "now_B", "prompt_B", "cap_B")),
+            (self, ("kmin_BKPD", "kmax_BKPD")),
+        ):
+            for name in fields:
+                setattr(owner, name, change(getattr(owner, name)))
         table.state = {name: change(tensor) for name, tensor in table.state.items()}
-        if self.sinks_BKND is not None:
-            self.sinks_BKND = change(self.sinks_BKND)
+        if self.shifted_BKND is not None:
+            self.shifted_BKND = change(self.shifted_BKND)
+        self._show()
 
     def tensors(self) -> list[Tensor]:
         """Every tensor of the store, keys and values first."""
@@ -124,20 +119,20 @@ class SlotStore:
         more = pages - self.pages
         if more <= 0:
             return
-        table, tokens = self.table, more * self.table.page_size
-        table.keys_BKSD = pad(table.keys_BKSD, (0, 0, 0, tokens))
-        table.values_BKSD = pad(table.values_BKSD, (0, 0, 0, tokens))
-        old_pages = self.pages
+        table, tokens, old_pages = self.table, more * self.table.page_size, self.pages
+        self.keys_BKSD = pad(self.keys_BKSD, (0, 0, 0, tokens))
+        self.values_BKSD = pad(self.values_BKSD, (0, 0, 0, tokens))
+        if self.has_key_bounds:
+            self.kmin_BKPD = pad(self.kmin_BKPD, (0, 0, 0, more))
+            self.kmax_BKPD = pad(self.kmax_BKPD, (0, 0, 0, more))
         table.position_BKS = pad(table.position_BKS, (0, tokens), value=-1)
-        if table.kmin_BKPD.shape[2]:
-            table.kmin_BKPD = pad(table.kmin_BKPD, (0, 0, 0, more))
-            table.kmax_BKPD = pad(table.kmax_BKPD, (0, 0, 0, more))
         for name, tensor in table.state.items():
             grown = tensor.new_zeros(
                 *tensor.shape[:2], tensor.shape[2] // old_pages * pages, *tensor.shape[3:]
             )
             grown[:, :, : tensor.shape[2]] = tensor
             table.state[name] = grown
+        self._show()
 
     def release(self, pages: int) -> None:
         """Give back the page slots behind the first `pages`, which must be empty in all rows."""
@@ -146,7 +141,7 @@ class SlotStore:
             return
 
         def shorten(tensor: Tensor) -> Tensor:
-            if tensor.ndim <= 2 or tensor is self.sinks_BKND:
+            if tensor.ndim <= 2 or tensor is self.shifted_BKND:
                 return tensor
             # A copy, because a view would keep the memory.
             return tensor[:, :, : tensor.shape[2] // old_pages * pages].clone()
@@ -206,24 +201,24 @@ class SlotStore:
         self.values_BKSD.copy_(
             torch.where(filled_BKS[..., None], value_BKQD.gather(2, index), self.values_BKSD)
         )
-        self._represent()
+        self.compute_key_bounds()
         self.tail_BK.copy_(table.page_BKP.argmax(-1))
         return source_BKS
 
-    def _represent(self) -> None:
-        """Take the representatives of all pages from their keys."""
-        table = self.table
-        if not table.kmin_BKPD.shape[2]:
+    def compute_key_bounds(self) -> None:
+        """Take the bounds of all pages from their keys."""
+        if not self.has_key_bounds:
             return
+        table = self.table
         keys = self.keys_BKSD.unflatten(2, (-1, table.page_size))
         resident = table.resident_BKS.unflatten(-1, (-1, table.page_size))[..., None]
         empty = ~resident.any(-2)
-        for representative, extreme, neutral in (
-            (table.kmin_BKPD, torch.amin, torch.inf),
-            (table.kmax_BKPD, torch.amax, -torch.inf),
+        for bound, extreme, neutral in (
+            (self.kmin_BKPD, torch.amin, torch.inf),
+            (self.kmax_BKPD, torch.amax, -torch.inf),
         ):
             found = extreme(torch.where(resident, keys, neutral), -2)
-            representative.copy_(found.masked_fill(empty, 0))
+            bound.copy_(found.masked_fill(empty, 0))
 
     # One token ----------------------------------------------------------------------------------------------
 
@@ -231,12 +226,13 @@ class SlotStore:
         """Carry tokens to other slots, with position and token state; then empty the slots they came from."""
         table = self.table
         tokens = table.position_BKS.shape[-1]
-        states = [tensor for tensor in table.state.values() if tensor.shape[2] == tokens]
-        # The kernel takes one state of one number a token, which is all that a policy of ours has.
-        first = states.pop() if states and states[-1].ndim == 3 else None
-        for tensor in states:
-            tensor[entries(moves.target_BKM, tensor)] = tensor[entries(moves.source_BKM, tensor)]
-        kernels.move_tokens(self.keys_BKSD, self.values_BKSD, table.position_BKS, first, *moves)
+        per_token = [tensor for tensor in table.state.values() if tensor.shape[2] == tokens]
+
+        def carried(tensor: Tensor) -> tuple[Tensor, kernels.Index, kernels.Index]:
+            return tensor, entries(moves.source_BKM, tensor), entries(moves.target_BKM, tensor)
+
+        contents = [carried(tensor) for tensor in (self.keys_BKSD, self.values_BKSD, *per_token)]
+        kernels.move_tokens(carried(table.position_BKS), contents)
 
     def open(self, slot_BK: Tensor, opens_B: Tensor) -> None:
         """Empty the named slots, where the row opens a page, and make them the tail."""
@@ -245,34 +241,28 @@ class SlotStore:
         self.tail_BK.copy_(slot_BK)
         within = torch.arange(page_size, device=slot_BK.device)
         tokens_BKT = slot_BK[..., None] * page_size + within
-        # Old numbers go as well: a NaN left behind would reach the output through its zero weight.
-        zeroed = (self.keys_BKSD, self.values_BKSD, *table.state.values())
-        for tensor, empty in ((table.position_BKS, -1), *((tensor, 0) for tensor in zeroed)):
-            place = entries(tokens_BKT if tensor.shape[2] != self.pages else slot_BK[..., None], tensor)
-            opens = opens_B.view(-1, *[1] * (tensor.ndim - 1))
-            tensor[place] = torch.where(opens, empty, tensor[place])
 
-    def write(self, key_BKD: Tensor, value_BKD: Tensor) -> None:
+        def opened(tensor: Tensor) -> At:
+            per_page = tensor.shape[2] == self.pages
+            return At(tensor, entries(slot_BK[..., None] if per_page else tokens_BKT, tensor))
+
+        contents = [opened(tensor) for tensor in (self.keys_BKSD, self.values_BKSD, *table.state.values())]
+        kernels.empty(opened(table.position_BKS), contents, opens_B)
+
+    def append(self, key_BKD: Tensor, value_BKD: Tensor) -> None:
         """Write the token of position `now_B` into the tail."""
         table = self.table
         offset_B = table.now_B % table.page_size
         token_BK1 = (self.tail_BK * table.page_size + offset_B[:, None])[..., None]
-        place = entries(token_BK1, self.keys_BKSD)
-        self.keys_BKSD[place] = key_BKD[:, :, None].to(self.keys_BKSD.dtype)
-        self.values_BKSD[place] = value_BKD[:, :, None].to(self.values_BKSD.dtype)
+        key_BK1D, value_BK1D = key_BKD[:, :, None], value_BKD[:, :, None]
+        at = entries(token_BK1, self.keys_BKSD)
+        kernels.append(At(self.keys_BKSD, at), At(self.values_BKSD, at), key_BK1D, value_BK1D)
         position = table.now_B.to(torch.int32)[:, None, None].expand_as(token_BK1)
         table.position_BKS[entries(token_BK1, table.position_BKS)] = position
-
-    def widen(self, key_BKD: Tensor) -> None:
-        """Widen the tail's representatives by the key of position `now_B`; a page's first key starts them anew."""
-        table = self.table
-        if not table.kmin_BKPD.shape[2]:
-            return
-        page = entries(self.tail_BK[..., None], table.kmin_BKPD)
-        first = (table.now_B % table.page_size == 0)[:, None, None, None]
-        for representative, extreme in ((table.kmin_BKPD, torch.minimum), (table.kmax_BKPD, torch.maximum)):
-            key = key_BKD[:, :, None].to(representative.dtype)
-            representative[page] = torch.where(first, key, extreme(representative[page], key))
+        if self.has_key_bounds:
+            page = entries(self.tail_BK[..., None], self.kmin_BKPD)
+            first = (offset_B == 0)[:, None, None, None]
+            kernels.widen(At(self.kmin_BKPD, page), At(self.kmax_BKPD, page), key_BK1D, first)
 
     def read(self, slot_BKR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Keys, values and residency of the named pages; a negative slot reads as empty."""
@@ -281,5 +271,5 @@ class SlotStore:
         token_BKS = (slot_BKR.clamp(min=0)[..., None] * page_size + within).flatten(2)
         wanted = (slot_BKR >= 0).repeat_interleave(page_size, -1)
         resident = (table.position_BKS[entries(token_BKS, table.position_BKS)] >= 0) & wanted
-        place = entries(token_BKS, self.keys_BKSD)
-        return self.keys_BKSD[place], self.values_BKSD[place], resident
+        at = entries(token_BKS, self.keys_BKSD)
+        return self.keys_BKSD[at], self.values_BKSD[at], resident

@@ -16,7 +16,7 @@ from cyclopts import App, Parameter
 from longthink.bench.models import RANDOM
 from longthink.bench.plan import BASELINES, Plan, Report
 from longthink.cli.errors import EXIT_INTERRUPTED
-from longthink.cli.options import BudgetOptions, ModelOptions, Switch, policy_list
+from longthink.cli.options import BudgetOptions, ModelOptions, Switch, policy_specs
 from longthink.cli.progress import Task, progress
 from longthink.cli.terminal import note, write_json
 from longthink.config import Budget
@@ -91,12 +91,12 @@ class BenchOptions(BudgetOptions, ModelOptions):
 
     def plan(self, **more: Any) -> Plan:
         """Return what to measure; the budget is 1024 where none is given."""
-        policies = policy_list(self.policies) if self.policies else []
+        policies = policy_specs(self.policies) if self.policies else []
         return Plan(
             model=self.model,
             device=self.device,
             dtype=self.dtype,
-            policies=tuple(dict.fromkeys(policy.spec() for policy in policies)),
+            policies=tuple(dict.fromkeys(policies)),
             baselines=tuple(dict.fromkeys(words(self.baselines))),
             budget=Budget(**(self.given_budget or {"budget": DEFAULT_BUDGET})),
             lengths=tuple(integer("lengths", word) for word in words(self.lengths)),

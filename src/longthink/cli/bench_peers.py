@@ -14,7 +14,7 @@ from cyclopts import Parameter
 from longthink.bench.peers.plan import PEERS, POLICIES, QUICK, PeersPlan
 from longthink.cli.bench import conditions, load, open_store, words
 from longthink.cli.errors import EXIT_INTERRUPTED
-from longthink.cli.options import Switch, policy_list
+from longthink.cli.options import Switch, policy_specs
 from longthink.cli.progress import progress
 from longthink.cli.terminal import note, write_json
 from longthink.config import check_choice
@@ -64,7 +64,7 @@ class PeersOptions:
                 check_choice("peers", name, tuple(PEERS))
             values["peers"] = tuple(PEERS[name] for name in dict.fromkeys(words(self.peers)))
         if self.policies is not None:
-            values["policies"] = tuple(policy.spec() for policy in policy_list(self.policies))
+            values["policies"] = tuple(policy_specs(self.policies))
         if self.rounds is not None:
             values["rounds"] = self.rounds
         return PeersPlan(**values)

@@ -10,7 +10,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from longthink.cli.bench import conditions, integer, load, words
-from longthink.cli.options import Switch, policy_list
+from longthink.cli.options import Switch, policy_specs
 from longthink.cli.progress import progress
 from longthink.cli.terminal import write_json
 
@@ -62,7 +62,7 @@ def vllm(
     if document is not None and document.suffix != ".md":
         raise ValueError(f"document={str(document)!r} must end in .md")
     plan = ServingPlan(
-        policies=tuple(policy.spec() for policy in policy_list(policies)),
+        policies=tuple(policy_specs(policies)),
         contexts=sorted(integer("contexts", word) for word in words(contexts)),
         budget=budget,
         rows=rows,

@@ -147,12 +147,14 @@ def _problem_name(options: ProblemOptions) -> str:
 
 def _budget(options: GenerateOptions, policy: Policy) -> dict[str, Any]:
     """Return the budget arguments of ``make_cache``, choosing one where none is given."""
+    from longthink.policies import needs_budget
+
     chosen = options.given_budget
     if chosen:
         from longthink import Budget
 
         Budget(**chosen)
-    elif policy.needs_budget:
+    elif needs_budget(policy):
         chosen = {"decode_budget": DECODE_BUDGET_BUILTIN if options.model == REASONER else DECODE_BUDGET}
         note(
             f"no budget given: keeping {chosen['decode_budget']} tokens on top of the prompt (--decode-budget)"

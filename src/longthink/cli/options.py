@@ -122,3 +122,16 @@ def policy_list(text: str) -> "list[Policy]":
     if not policies:
         raise ValueError("policies is empty: name at least one")
     return policies
+
+
+def policy_specs(text: str) -> list[str]:
+    """Texts of the policies of a list, each in its shortest form.
+
+    Raises
+    ------
+    ValueError
+        As `policy_list` does.
+    """
+    from longthink.policies import policy_spec
+
+    return [policy_spec(policy) for policy in policy_list(text)]

@@ -35,11 +35,11 @@ def policies(*, json: Switch = False) -> int:
 def _describe(cls: type[Policy]) -> dict[str, Any]:
     return {
         "name": cls.name,
-        "time": cls.time,
-        "memory": cls.memory,
-        "keeps": cls.keeps,
+        "time": cls.info.time,
+        "memory": cls.info.memory,
+        "keeps": cls.info.keeps,
         "options": {option.name: option.default for option in dataclasses.fields(cls)},
-        "source": cls.source,
+        "source": cls.info.source,
     }
 
 

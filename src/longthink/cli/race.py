@@ -52,7 +52,9 @@ class Runner:
     @property
     def name(self) -> str:
         """The policy as a person writes it."""
-        return self.policy.spec()
+        from longthink.policies import policy_spec
+
+        return policy_spec(self.policy)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,11 +106,12 @@ def run_policy(
         Called after every token.
     """
     from longthink import make_cache
+    from longthink.policies import needs_budget
 
     every = max(1, limit // SAMPLES)
     clock = time.perf_counter()
     with make_cache(
-        loaded.model, policy=runner.policy, **(budget if runner.policy.needs_budget else {})
+        loaded.model, policy=runner.policy, **(budget if needs_budget(runner.policy) else {})
     ) as cache:
 
         def on_text(text: str) -> None:

@@ -18,7 +18,7 @@ from longthink.config import DEFAULT_POLICY, check_int
 from longthink.errors import UnsupportedFeatureError, needs_extra
 from longthink.hf import generate, make_cache
 from longthink.models import load_model
-from longthink.policies import Policy, make_policy
+from longthink.policies import Policy, make_policy, policy_budget, policy_to_dict
 
 with needs_extra("lm-eval"):
     import lm_eval.models  # noqa: F401  (the registry learns its own models first)
@@ -97,7 +97,7 @@ class LongthinkLM(HFLM):
                 f"policy, budget, decode_budget, revision, device, dtype, batch_size, {', '.join(_PASSED_ON)}"
             )
         self.policy = make_policy(policy)
-        self.budget = self.policy.make_budget(budget, decode_budget)
+        self.budget = policy_budget(self.policy, budget, decode_budget)
         # The command line hands it over as text.
         rows = int(batch_size) if isinstance(batch_size, str) and batch_size.isdecimal() else batch_size
         check_int("batch_size", rows, 1)  # type: ignore[arg-type]  # "auto" is refused here
@@ -161,7 +161,7 @@ class LongthinkLM(HFLM):
             "model_dtype": self.model.dtype,
             "model_device": str(self.model.device),
             "model_revision": self._loaded.revision,
-            "longthink_policy": self.policy.to_dict(),
+            "longthink_policy": policy_to_dict(self.policy),
             **{f"longthink_{name}": value for name, value in self._budget_arguments.items()},
             "longthink_kv_bytes_peak": self.kv_bytes_peak,
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from longthink.config import Budget, check_choice, check_int, check_sampling
 from longthink.errors import BudgetError
 from longthink.evaluate.tasks import Item, Task, load_tasks
 from longthink.models import REASONER
-from longthink.policies import Policy, make_policy
+from longthink.policies import Policy, make_policy, needs_budget, policy_spec, policy_to_dict
 from longthink.results.records import Setup
 
 BUILTIN_ROWS = 32
@@ -162,24 +163,26 @@ class Plan:
                 for seed in self.sampling_seeds:
                     if seed != self.sampling_seeds[0] and not self._is_random(policy):
                         continue
-                    found.append((policy.spec(), seed, _lane(policy, budget, seed)))
+                    found.append((policy_spec(policy), seed, _lane(policy, budget, seed)))
         return list(dict.fromkeys(found))
 
     def _is_random(self, policy: Policy) -> bool:
         return self.temperature > 0 or hasattr(policy, "seed")
 
     def _budgets(self, policy: Policy) -> list[Budget | None]:
-        if not policy.needs_budget:
+        if not needs_budget(policy):
             return [None]
         budgets = [Budget(budget=value) for value in self.budgets]
         budgets += [Budget(decode_budget=value) for value in self.decode_budgets]
         if not budgets:
-            raise BudgetError(f"policy {policy.spec()!r} needs a budget: give budgets or decode_budgets")
+            raise BudgetError(
+                f"policy {policy_spec(policy)!r} needs a budget: give budgets or decode_budgets"
+            )
         for budget in budgets:
             required = policy.required_pages(1)
             if budget.pages(1, policy.page_size) < required:
                 raise BudgetError(
-                    f"{budget} is too small for policy {policy.spec()!r} with any prompt: allowed is >= "
+                    f"{budget} is too small for policy {policy_spec(policy)!r} with any prompt: allowed is >= "
                     f"{required * policy.page_size}"
                 )
         return list(budgets)
@@ -221,7 +224,7 @@ class Plan:
             revision=identity.revision,
             dtype=identity.dtype,
             policy=cell.policy,
-            switches=json.dumps(make_policy(cell.lane.policy).to_dict(), sort_keys=True),
+            switches=json.dumps(policy_to_dict(make_policy(cell.lane.policy)), sort_keys=True),
             budget=cell.lane.budget,
             decode_budget=cell.lane.decode_budget,
             task=cell.task,
@@ -236,7 +239,7 @@ class Plan:
 def _lane(policy: Policy, budget: Budget | None, seed: int) -> Lane:
     """Lane of a policy; its own seed counts from the seed of the cell."""
     if hasattr(policy, "seed"):
-        policy = policy.with_options(seed=policy.seed + seed)
+        policy = dataclasses.replace(policy, seed=policy.seed + seed)  # type: ignore[call-arg]
     if budget is None:
-        return Lane(policy.spec(), None, None)
-    return Lane(policy.spec(), budget.budget, budget.decode_budget)
+        return Lane(policy_spec(policy), None, None)
+    return Lane(policy_spec(policy), budget.budget, budget.decode_budget)

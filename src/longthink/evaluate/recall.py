@@ -18,7 +18,7 @@ from torch import Tensor
 
 from longthink.hf import make_cache
 from longthink.models import load_model
-from longthink.policies import Policy, make_policy
+from longthink.policies import Policy, make_policy, needs_budget, policy_spec
 from longthink.reasoner import make_problem
 from longthink.reasoner.profiles import PROFILES
 
@@ -63,7 +63,7 @@ def attention_recall(
         up (see `CONFIDENT`), 1 if there is no such step.
     """
     kept: list[Tensor] = []
-    with make_cache(model, policy=policy, budget=budget if policy.needs_budget else None) as cache:
+    with make_cache(model, policy=policy, budget=budget if needs_budget(policy) else None) as cache:
         model(text_N[None, :prompt], past_key_values=cache, use_cache=True)
         for now in range(prompt, len(text_N)):
             model(text_N[None, now : now + 1], past_key_values=cache, use_cache=True)
@@ -112,7 +112,7 @@ def measure(
                     attention_recall(loaded.model, text_N, len(prompt_N), attention_LHNN, policy, budget)
                 )
     return [
-        {"policy": policy.spec(), "budget": budget, "problems": len(shares)}
+        {"policy": policy_spec(policy), "budget": budget, "problems": len(shares)}
         | {name: sum(share[name] for share in shares) / len(shares) for name in shares[0]}
         for (policy, budget), shares in zip(cells, found, strict=True)
     ]

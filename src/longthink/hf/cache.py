@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -12,12 +12,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from longthink.cache import LayerCache
+from longthink.accelerators import fused_steps
+from longthink.cache import FusedStep, LayerCache
 from longthink.config import DEFAULT_POLICY, KV_DTYPES, Budget, check_choice, check_int
 from longthink.errors import CacheStateError, UnsupportedFeatureError
 from longthink.hf.attention import IMPLEMENTATION, install, mark, uninstall
 from longthink.hf.support import check_model, rope_frequencies
-from longthink.policies import Policy, make_policy
+from longthink.policies import Policy, make_policy, policy_budget, policy_to_dict
 
 
 class PagedLayer(CacheLayerMixin):
@@ -112,6 +113,8 @@ class PagedCache(Cache):
         Rows it is meant for; other numbers are refused. None takes any.
     kv_dtype
         Format that keys and values are kept in, one of `longthink.config.KV_DTYPES`; None for the model's own.
+    fused
+        Decode steps by exact class of policy; None for those that there are for the model's device.
     """
 
     def __init__(
@@ -121,8 +124,10 @@ class PagedCache(Cache):
         budget: Budget | None,
         batch_size: int | None = None,
         kv_dtype: str | None = None,
+        fused: Mapping[type[Policy], type[FusedStep]] | None = None,
     ) -> None:
         self.policy = policy
+        self._fused = fused_steps(model.device) if fused is None else fused
         self.kv_dtype = kv_dtype
         self.budget = budget
         self._rows = batch_size
@@ -132,7 +137,7 @@ class PagedCache(Cache):
         count = model.config.get_text_config(decoder=True).num_hidden_layers
         dtype = None if kv_dtype is None else getattr(torch, kv_dtype)
         slots = [
-            LayerCache(policy.for_layer(i), budget, inv_freq_D=frequencies, kv_dtype=dtype)
+            LayerCache(policy.for_layer(i), budget, inv_freq_D=frequencies, kv_dtype=dtype, fused=self._fused)
             for i in range(count)
         ]
         super().__init__(layers=[PagedLayer(layer) for layer in slots])
@@ -267,7 +272,7 @@ class PagedCache(Cache):
         model = self._model()
         if model is None:
             raise CacheStateError("the model of this cache is gone")
-        return PagedCache(model, self.policy, self.budget, kv_dtype=self.kv_dtype)
+        return PagedCache(model, self.policy, self.budget, kv_dtype=self.kv_dtype, fused=self._fused)
 
     def adopt(self, row: int, other: PagedCache) -> None:
         """Make a row what the only row of another cache is; the number of rows as `row` adds one.
@@ -327,7 +332,7 @@ class PagedCache(Cache):
     def summary(self) -> dict[str, Any]:
         """Policy, budget and what is held, ready for JSON."""
         return {
-            "policy": self.policy.to_dict(),
+            "policy": policy_to_dict(self.policy),
             "budget": None if self.budget is None else self.budget.budget,
             "decode_budget": None if self.budget is None else self.budget.decode_budget,
             "kv_dtype": self.kv_dtype,
@@ -380,4 +385,4 @@ def make_cache(
     if kv_dtype is not None:
         check_choice("kv_dtype", kv_dtype, KV_DTYPES)
     check_model(model)
-    return PagedCache(model, policy, policy.make_budget(budget, decode_budget), batch_size, kv_dtype)
+    return PagedCache(model, policy, policy_budget(policy, budget, decode_budget), batch_size, kv_dtype)

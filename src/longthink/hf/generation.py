@@ -13,7 +13,7 @@ from longthink.errors import NonFiniteError, UnsupportedFeatureError
 from longthink.hf.cache import PagedCache, make_cache
 from longthink.hf.loop import NEEDS_LIBRARY, StepLoop
 from longthink.hf.step import Compile, check_compile, compiles
-from longthink.policies import Policy, make_policy
+from longthink.policies import Policy, make_policy, policy_spec
 
 # Options of `model.generate` that a bounded cache cannot serve, and the values that leave them off.
 _REFUSED = {
@@ -182,5 +182,5 @@ def _check_live_cache(
         raise ValueError(f"past_key_values has kv_dtype={cache.kv_dtype!r}, not {kv_dtype!r}")
     if policy != DEFAULT_POLICY and make_policy(policy) != cache.policy:
         raise ValueError(
-            f"past_key_values has policy {cache.policy.spec()!r}, not {make_policy(policy).spec()!r}"
+            f"past_key_values has policy {policy_spec(cache.policy)!r}, not {policy_spec(make_policy(policy))!r}"
         )

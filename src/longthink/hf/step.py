@@ -21,14 +21,15 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.compiler import nested_compile_region
 from transformers import PreTrainedModel
 
-from longthink.cache import Books, LayerCache, group_books
-from longthink.cache.step import save_tokens
+from longthink.accelerators import group_layers
+from longthink.cache import LayerCache
 from longthink.config import check_choice
 from longthink.errors import UnsupportedFeatureError
 from longthink.hf.attention import mark
 from longthink.hf.cache import PagedCache
 from longthink.hf.linears import few_rows_backend
 from longthink.kernels.compiled import own_program, without_guards
+from longthink.policies import grows, policy_spec
 
 Compile = Literal["auto"] | bool
 
@@ -43,8 +44,6 @@ class _StepLayer:
 
     def __init__(self, slots: LayerCache) -> None:
         self.slots = slots
-        self.score: Tensor | None = None
-        """Where the scores of its pages go, if its books are kept with those of other layers."""
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scaling: float | None
@@ -52,11 +51,11 @@ class _StepLayer:
         """Attention output of one new token, B x H x 1 x D; all rows take part."""
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         new = query[:, :, 0], key[:, :, 0], value[:, :, 0]
-        return self.slots.step(new, scaling, self.score)[:, :, None]
+        return self.slots.step(new, scaling)[:, :, None]
 
     def turn_pages(self) -> Tensor:
         """Open the pages of the step that has begun, and return a tensor."""
-        self.slots.turn_pages(evicts=not self.slots.policy.grows)
+        self.slots.turn_pages(evicts=not grows(self.slots.policy))
         return self.slots.next_position_B
 
 
@@ -79,18 +78,9 @@ class _StepCache:
     def __init__(self, cache: PagedCache, device: torch.device) -> None:
         kind = _AlikeLayer if device.type == "cpu" else _StepLayer
         self.layers = [kind(layer.slots) for layer in cache.layers]
-        self.books: list[Books] = group_books([layer.slots for layer in cache.layers])
-        self.booked = [
-            [layer for layer in self.layers if layer.slots in books.layers] for books in self.books
-        ]
-        self.unbooked = [layer for layer in self.layers if not any(layer in alike for alike in self.booked)]
-
-    def refresh(self) -> None:
-        """Follow what has changed in the cache since the last step, on the host."""
-        for books, alike in zip(self.books, self.booked, strict=True):
-            books.refresh()
-            for layer, score in zip(alike, books.scores, strict=True):
-                layer.score = score
+        self.groups = group_layers([layer.slots for layer in cache.layers])
+        grouped = [slots for group in self.groups for slots in group.layers]
+        self.ungrouped = [layer for layer in self.layers if layer.slots not in grouped]
 
     def update(
         self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -116,11 +106,10 @@ def _forward(model: PreTrainedModel, cache: _StepCache, token_B1: Tensor, positi
 
 
 def _turn(cache: _StepCache, full: list[list[Tensor]]) -> list[Tensor]:
-    """Open the pages of the step that has begun, in the layers of which no kernel does it for all."""
-    for alike, full_LBK in zip(cache.booked, full, strict=True):
-        for layer, full_BK in zip(alike, full_LBK, strict=False):
-            save_tokens(layer.slots.policy, layer.slots.store, full_BK)
-    return [layer.turn_pages() for layer in cache.unbooked]
+    """Open the pages of the step that has begun, as far as no kernel has done it for all layers of a group."""
+    for group, full_LBK in zip(cache.groups, full, strict=True):
+        group.save_tokens(full_LBK)
+    return [layer.turn_pages() for layer in cache.ungrouped]
 
 
 class _Programs:
@@ -142,7 +131,7 @@ _programs: weakref.WeakKeyDictionary[PreTrainedModel, dict[Hashable, _Programs]]
 
 def _key(cache: PagedCache, rows: int) -> Hashable:
     """What a program is made for: policy and budget say all shapes, as what depends on a prompt is dynamic."""
-    return type(cache.policy), cache.policy.spec(), cache.budget, cache.kv_dtype, rows
+    return cache.policy, cache.budget, cache.kv_dtype, rows
 
 
 def check_compile(compile: Compile) -> None:
@@ -222,7 +211,7 @@ class DecodeStep:
                 _log.warning(
                     "compiling the decode step of policy %r: its first tokens take about a minute longer, "
                     "later calls of this shape do not (compile=False decodes at once)",
-                    cache.policy.spec(),
+                    policy_spec(cache.policy),
                 )
                 of_model[key] = _Programs(model.device)
             self._programs = of_model[key]
@@ -233,13 +222,14 @@ class DecodeStep:
     def __call__(self, token_B1: Tensor) -> Tensor:
         """Logits after these tokens, B x V."""
         opens, view = self._cache.begin_step(len(token_B1)), self._view
-        view.refresh()
+        for group in view.groups:
+            group.refresh()
         if opens:
-            self._run(_turn, view, [books.name_slots() for books in view.books])
+            self._run(_turn, view, [group.choose_slots() for group in view.groups])
         position_B1 = self._cache.layers[0].slots.next_position_B[:, None]
         logits_BV: Tensor = self._run(_forward, self._model, view, token_B1, position_B1)
-        for books in view.books:
-            books.stamp()
+        for group in view.groups:
+            group.learn()
         self._cache.end_step()
         return logits_BV
 
@@ -261,7 +251,9 @@ class DecodeStep:
         except TorchDynamoException as error:
             # The compiler has failed before anything ran: the same step can go on without it.
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            what = f"the decode step of policy {self._cache.policy.spec()!r} cannot be compiled ({reason})"
+            what = (
+                f"the decode step of policy {policy_spec(self._cache.policy)!r} cannot be compiled ({reason})"
+            )
             if self._asked is True:
                 raise UnsupportedFeatureError(f"{what}: give compile=False or 'auto'") from error
             _log.warning("%s: it runs without", what)

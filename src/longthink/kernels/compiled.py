@@ -1,10 +1,10 @@
-"""What a compiled step does its own way on a CPU: sums of products, of which the compiler makes loops.
+"""What a compiled step does its own way on a CPU: sums of products, which the compiler turns into loops.
 
-They read each key once, also where it has to be looked up in a pool. That wins for a budget's slots; beside many
-thousands of them SDPA's blocks do. Without a compiler the sums would make a tensor of every product, so eager steps
-take `reference`, which is also the definition.
+They read each key once, also through a block table. That wins for the slots of a budget; over many thousands of them
+SDPA's blocks are faster. Without a compiler the sums would materialise every product, so eager steps take
+`reference`, which is also the definition.
 
-Shape suffixes: see `reference` and `reference_step`.
+Shape suffixes: see `reference`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 
-from longthink.kernels.reference import discriminant_direction, masked_softmax, wide_dtype
-from longthink.kernels.reference_step import Pool, resident_slots
+from longthink.kernels.reference import PagedKV, gather_blocks, masked_softmax, wide_dtype
 
 FEW_ROWS = 4
 """Rows up to which sums of products are faster than what a library has for many: SDPA here, and linear layers."""
@@ -43,14 +42,14 @@ def decode_attention(
     return out_BKGD.to(query_BKGD.dtype), weights_BKGS if with_weights else None
 
 
-def pool_attention(query_BKGD: Tensor, blocks: Pool, scaling: float) -> Tensor:
-    """Attention of one new token per row over the blocks of a pool, which are read where they lie.
+def paged_attention(query_BKGD: Tensor, paged: PagedKV, scaling: float) -> Tensor:
+    """Attention over the blocks of a table, read in place: see `reference.paged_attention`.
 
-    The values of each page are summed up first: beside a sum over all tokens, which waits for itself, and beside a
-    matrix product, which needs a copy, that takes a half to a third of the time. Returns the output, BKGD.
+    The values of each page are summed first. That takes a half to a third of the time of one long sum, which waits
+    for itself, and of a matrix product, which needs a copy.
     """
-    wide, tokens = wide_dtype(query_BKGD.dtype), blocks.values_XTKD.shape[1]
-    keys, values, resident = resident_slots(blocks, query_BKGD.shape[1])
+    wide, tokens = wide_dtype(query_BKGD.dtype), paged.values_XTKD.shape[1]
+    keys, values, resident = gather_blocks(paged, query_BKGD.shape[1])
     weights_BKGS = _weights(query_BKGD, keys, resident, scaling)
     values_BKPTD = values.to(wide).unflatten(2, (-1, tokens))
     page_BKGPD = (weights_BKGS.unflatten(-1, (-1, tokens))[..., None] * values_BKPTD[:, :, None]).sum(-2)
@@ -69,29 +68,6 @@ def bound_scores(query_BKGD: Tensor, kmin_BKPD: Tensor, kmax_BKPD: Tensor) -> Te
     query = query_BKGD.to(wide)[:, :, :, None]
     highest, lowest = (x.to(wide)[:, :, None] for x in (kmax_BKPD, kmin_BKPD))
     return (query.clamp(min=0) * highest + query.clamp(max=0) * lowest).sum(-1)
-
-
-def discriminant_scores(
-    features_BKSD: Tensor, marked_BKS: Tensor, resident_BKS: Tensor, ridge: float
-) -> Tensor:
-    """How much each token looks like the marked ones: see `reference.discriminant_scores`.
-
-    Goes through the features in the order in which they lie in memory, token by token or feature by feature.
-    """
-    x, tokens, features = features_BKSD.to(wide_dtype(features_BKSD.dtype)), 2, 3
-    if features_BKSD.stride(3) != 1:
-        x, tokens, features = x.transpose(2, 3), 3, 2
-    resident, marked = (
-        mask.unsqueeze(features).to(x.dtype) for mask in (resident_BKS, marked_BKS & resident_BKS)
-    )
-    count = resident.sum(tokens, keepdim=True).clamp(min=1)
-    x = (x - (x * resident).sum(tokens, keepdim=True) / count) * resident
-    across = x if features == 2 else x.transpose(2, 3)
-    covariance = across @ across.transpose(2, 3) / count
-    difference_BKD = (x * marked).sum(tokens) / marked.sum(tokens).clamp(min=1)
-    direction = discriminant_direction(covariance, difference_BKD[..., None], ridge)
-    score_BKS = (x * direction[..., 0].unsqueeze(tokens)).sum(features)
-    return score_BKS.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def own_program(function: Callable[..., Any], **how: Any) -> Any:

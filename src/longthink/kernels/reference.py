@@ -1,8 +1,8 @@
-"""Reference kernels in torch: the definition that every faster kernel is tested against.
+"""Attention and page scores in plain torch: the definition that every faster kernel is tested against.
 
 Shape suffixes: B batch rows, H query heads, K KV heads (1 where one page table serves a whole layer),
-G query heads per KV head, Q query tokens, N key columns, P page slots, T tokens in a page, S = P * T token
-slots, D head dim, R pages read.
+G query heads per KV head, Q query tokens, N key columns, P page slots or pages of a block table, T tokens in a page,
+S = P * T token slots, D head dim, R pages read, X blocks of a pool.
 """
 
 from __future__ import annotations
@@ -13,28 +13,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-_MASK64 = (1 << 64) - 1
 _QUERIES_AT_ONCE = 256
 _COMPARED_AT_ONCE = 128
 """Page slots up to which comparing each with each is faster than sorting."""
 
 
-class Rule(NamedTuple):
-    """Which resident pages may give way: all that nothing here holds back.
+class PagedKV(NamedTuple):
+    """Physical blocks shared by all requests, and the block table of each: page p of row b is ``block_BKP[b, k, p]``.
 
-    Attributes
-    ----------
-    pinned_B
-        So many tokens at the start stay, in whole pages.
-    recent_B
-        Pages newer than this many pages before the present token stay; None where that holds none back.
-    keeper_B
-        So many slots behind the prompt's stay; None for none.
+    K of the block table is 1 where it serves all KV heads. `length_B` counts a row's tokens; only its last page is
+    partial.
     """
 
-    pinned_B: Tensor
-    recent_B: Tensor | None = None
-    keeper_B: Tensor | None = None
+    keys_XTKD: Tensor
+    values_XTKD: Tensor
+    block_BKP: Tensor
+    length_B: Tensor
 
 
 def block_attention(
@@ -138,6 +132,26 @@ def decode_attention(
     return out_BKGD, weights_BKGS if with_weights else None
 
 
+def paged_attention(query_BKGD: Tensor, paged: PagedKV, scaling: float) -> Tensor:
+    """Attention of one new token per row, already written, over the blocks of its table. Returns BKGD."""
+    keys, values, resident = gather_blocks(paged, query_BKGD.shape[1])
+    return decode_attention(query_BKGD, keys, values, resident, scaling, with_weights=False)[0]
+
+
+def gather_blocks(paged: PagedKV, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values of each row (BKSD), and whether a token is there (BKS)."""
+    block_BKP = paged.block_BKP.clamp(min=0).long()
+    head_K1 = torch.arange(heads, device=block_BKP.device)[:, None]
+    keys, values = (
+        pool.transpose(1, 2)[block_BKP, head_K1].flatten(2, 3)
+        for pool in (paged.keys_XTKD, paged.values_XTKD)
+    )
+    token = torch.arange(keys.shape[2], device=keys.device)
+    resident_BKS = (token < paged.length_B[:, None])[:, None].expand(-1, heads, -1)
+    # A block of another request may hold anything, and zero times NaN is NaN. The logits there are masked.
+    return keys, values.masked_fill(~resident_BKS[..., None], 0), resident_BKS
+
+
 def masked_softmax(logits: Tensor, mask: Tensor) -> Tensor:
     """Softmax over the last dimension where the mask is True; zeros where it is False."""
     floor = torch.finfo(logits.dtype).min
@@ -154,20 +168,6 @@ def bound_scores(query_BKGD: Tensor, kmin_BKPD: Tensor, kmax_BKPD: Tensor) -> Te
     query = query_BKGD.to(wide)
     highest = query.clamp(min=0) @ kmax_BKPD.to(wide).transpose(-1, -2)
     return highest + query.clamp(max=0) @ kmin_BKPD.to(wide).transpose(-1, -2)
-
-
-def logical_pages(position_BKS: Tensor, page_size: int) -> Tensor:
-    """Logical page in each slot (the largest position // page_size), -1 where the slot is empty. Shape BKP.
-
-    The maximum is taken in halves: a compiler makes vectors of slots of that, but scalar code of a maximum over a few
-    tokens. Page sizes are powers of two: a shift is exact, and much cheaper than a division.
-    """
-    last_BKPT, tokens = position_BKS.unflatten(-1, (-1, page_size)), page_size
-    while tokens > 1:
-        # By numbers that a compiler knows, where it does not know how many slots there are.
-        tokens //= 2
-        last_BKPT = torch.maximum(last_BKPT[..., :tokens], last_BKPT[..., tokens:])
-    return last_BKPT[..., 0] >> (page_size.bit_length() - 1)
 
 
 def page_mass(weights_BKGS: Tensor, page_size: int) -> Tensor:
@@ -222,45 +222,6 @@ def _order(score_BKP: Tensor, page_BKP: Tensor) -> Tensor:
     return by_page.gather(-1, score.gather(-1, by_page).argsort(dim=-1, descending=True, stable=True))
 
 
-def evictable_pages(page_BKP: Tensor, now_B: Tensor, prompt_B: Tensor, page_size: int, rule: Rule) -> Tensor:
-    """Mark the pages that may give way to the token at `now_B`, shape BKP."""
-    evictable_BKP = (page_BKP >= 0) & (page_BKP * page_size >= rule.pinned_B[:, None, None])
-    if rule.recent_B is not None:
-        oldest_B = now_B.div(page_size, rounding_mode="floor") - rule.recent_B
-        evictable_BKP = evictable_BKP & (page_BKP <= oldest_B[:, None, None])
-    if rule.keeper_B is not None:
-        kept_BP = keeper_slots(page_BKP.shape[-1], prompt_B, page_size, rule.keeper_B)
-        evictable_BKP = evictable_BKP & ~kept_BP[:, None]
-    return evictable_BKP
-
-
-def keeper_slots(slots: int, prompt_B: Tensor, page_size: int, keeper_B: Tensor) -> Tensor:
-    """Mark the first `keeper_B` page slots behind the prompt's, shape BP."""
-    first_B = (prompt_B + page_size - 1).div(page_size, rounding_mode="floor")
-    behind_BP = torch.arange(slots, device=prompt_B.device) - first_B[:, None]
-    return (behind_BP >= 0) & (behind_BP < keeper_B[:, None])
-
-
-def stamp_used(
-    stamp_BKP: Tensor,
-    score_BKP: Tensor,
-    page_BKP: Tensor,
-    now_B: Tensor,
-    page_size: int,
-    r: float | None,
-    alpha: float,
-) -> None:
-    """Give the pages that were used the stamp `now_B`, in place: RaaS (arXiv 2502.11147, section 3).
-
-    Used are the share `r` of the resident pages with the best scores, or where it is None those that score above
-    `alpha`; and the page of the present token.
-    """
-    now_B11 = now_B[:, None, None]
-    used_BKP = score_BKP > alpha if r is None else top_fraction(score_BKP, page_BKP, r)
-    used_BKP = used_BKP | (page_BKP == now_B11.div(page_size, rounding_mode="floor"))
-    stamp_BKP.copy_(torch.where(used_BKP & (page_BKP >= 0), now_B11.to(stamp_BKP.dtype), stamp_BKP))
-
-
 def lowest(priority_BKP: Tensor, page_BKP: Tensor, candidates_BKP: Tensor) -> Tensor:
     """Slot of the candidate with the smallest priority; ties go to the lowest logical page. Shape BK.
 
@@ -275,83 +236,6 @@ def lowest(priority_BKP: Tensor, page_BKP: Tensor, candidates_BKP: Tensor) -> Te
     smallest = torch.where(candidates_BKP, priority, worst).amin(-1, keepdim=True)
     tied_BKP = candidates_BKP & (priority == smallest)
     return torch.where(tied_BKP, page_BKP, torch.iinfo(page_BKP.dtype).max).argmin(-1)
-
-
-def hash_priority(seed: int, page_BKP: Tensor, now_B: Tensor) -> Tensor:
-    """Uniform pseudo-random integers that depend only on (seed, KV head, page, step), shape BKP.
-
-    A counter-based generator gives a row the same draws alone and in a batch. With all arithmetic modulo
-    2**64, ``mix`` the finaliser of splitmix64 (``z += 0x9E3779B97F4A7C15; z = (z ^ z >> 30) *
-    0xBF58476D1CE4E5B9; z = (z ^ z >> 27) * 0x94D049BB133111EB; z ^ z >> 31``, shifts unsigned) and ``h`` the
-    index of the KV head: ``x = mix(mix(mix(mix(seed) + h) + page) + now)``, of which the upper 32 bits count.
-    """
-    heads = torch.arange(page_BKP.shape[1], device=page_BKP.device)[:, None]
-    x = _mix(torch.tensor(_signed(seed & _MASK64), device=page_BKP.device))
-    x = _mix(x + heads)
-    x = _mix(x + page_BKP.long())
-    x = _mix(x + now_B[:, None, None])
-    return _shift(x, 32)
-
-
-def _mix(x: Tensor) -> Tensor:
-    x = x + _signed(0x9E3779B97F4A7C15)
-    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
-    return x ^ _shift(x, 31)
-
-
-def _shift(x: Tensor, bits: int) -> Tensor:
-    """Shift right as if the int64 were unsigned."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >= 1 << 63 else value
-
-
-def discriminant_scores(
-    features_BKSD: Tensor, marked_BKS: Tensor, resident_BKS: Tensor, ridge: float
-) -> Tensor:
-    """How much each token looks like the marked ones and unlike the rest: a linear discriminant, shape BKS.
-
-    With mean m and covariance C of the resident tokens' features, mean b of the marked ones and D features, the score
-    of token x is ``(x - m) . w`` with ``(C + ridge * trace(C) / D * I) w = b - m``: ridge regression of the mark, up
-    to a factor. All scores are 0 where nothing is marked or numbers are broken.
-    """
-    x = features_BKSD.to(wide_dtype(features_BKSD.dtype))
-    # Sums over tokens are products with a row of ones and zeros: no copy of the features but the centred one.
-    resident, marked = (mask[:, :, None].to(x.dtype) for mask in (resident_BKS, marked_BKS & resident_BKS))
-    count = resident.sum(-1, keepdim=True).clamp(min=1)
-    x = (x - resident @ x / count).mul_(resident.transpose(2, 3))
-    covariance = x.transpose(2, 3) @ x / count
-    difference = marked @ x / marked.sum(-1, keepdim=True).clamp(min=1)
-    direction = discriminant_direction(covariance, difference.transpose(2, 3), ridge)
-    score_BK1S = direction.transpose(2, 3) @ x.transpose(2, 3)
-    return score_BK1S[:, :, 0].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-
-
-def discriminant_direction(covariance_BKDD: Tensor, difference_BKD1: Tensor, ridge: float) -> Tensor:
-    """Solve ``(C + ridge * trace(C) / D * I) w = difference`` for w, shape BKD1: see `discriminant_scores`."""
-    spread = covariance_BKDD.diagonal(dim1=2, dim2=3).mean(-1, keepdim=True)
-    # The tiny number keeps a table of equal tokens from being singular.
-    ridge_BKD = (ridge * spread + 1e-30).expand(*covariance_BKDD.shape[:3])
-    return torch.linalg.solve_ex(covariance_BKDD + torch.diag_embed(ridge_BKD), difference_BKD1)[0]
-
-
-def rotate_keys(keys_BKND: Tensor, shift_B: Tensor, inv_freq_D: Tensor) -> Tensor:
-    """Turn keys that carry RoPE as if they stood `shift` positions later (half-split layout).
-
-    Parameters
-    ----------
-    inv_freq_D
-        Rotation per position of each of the D / 2 frequency pairs.
-    """
-    angle = shift_B.to(torch.float64)[:, None] * inv_freq_D.to(torch.float64)
-    angle = torch.cat([angle, angle], -1)[:, None, None]
-    keys = keys_BKND.to(wide_dtype(keys_BKND.dtype))
-    first, second = keys.chunk(2, -1)
-    turned = keys * angle.cos().to(keys.dtype) + torch.cat([-second, first], -1) * angle.sin().to(keys.dtype)
-    return turned.to(keys_BKND.dtype)
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,9 +1,9 @@
-"""Split-KV decode attention in Triton: append, read, learn. `reference_step` is the definition.
+"""Split-KV decode attention in Triton: append, read, learn. `triton_decode` launches it.
 
 A program of the split kernel serves one row, one KV head with its whole group of query heads, and a run of pages.
 The same code reads page slots and block pools: only the place of a page differs. Logits are in units of log2.
 
-Shape suffixes: see `reference_step`; C splits.
+Shape suffixes: see `reference`; C splits.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def _page_scores(
     logits, total, far, token, start, end, score, score_stride, logit, tokens, log2_alpha,
     G: tl.constexpr, T: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, SCORE: tl.constexpr,
 ):  # fmt: skip
-    """Store what the combine needs of a tile: page sums, all logits, or those of pages that may hold a mark.
+    """Store what the combine needs of a tile: page sums, all logits, or logits of pages that may reach alpha.
 
     `total` is the log2 of the sum so far, so a share of it is never less than the share of the whole.
     """
@@ -202,7 +202,7 @@ def split_kernel(
     BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, TABLE: tl.constexpr, APPEND: tl.constexpr, BOUND: tl.constexpr,
     SCORE: tl.constexpr, SELECT: tl.constexpr, ATTEND: tl.constexpr,
 ):  # fmt: skip
-    """One row and KV head, and the tokens of one split; see `step_attention`."""
+    """One row and KV head, and the tokens of one split; see `triton_decode.split`."""
     row, head, split = tl.program_id(0) // heads, tl.program_id(0) % heads, tl.program_id(1)
     own = head * tables // heads
     g, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)

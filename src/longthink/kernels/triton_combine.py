@@ -1,6 +1,6 @@
 """The splits of an attention step become one, and logits become shares of the attention, in Triton.
 
-Shape suffixes: see `reference_step`; C splits.
+Shape suffixes: see `reference`; C splits.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def _token_states(
     state, now, tail, logit, score, total, count, first, step, alpha, log2_alpha, pages,
     G: tl.constexpr, T: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, LEARN: tl.constexpr,
 ):  # fmt: skip
-    """Marks (LEARN 4) or accumulated attention (5) of the tokens; the page of a new token starts from 0.
+    """Mark tokens that got more than alpha (LEARN 4), or add up what they got (5); a new token's page starts from 0.
 
-    For marks, logits stand only in pages whose largest is large enough, and are -inf at tokens that are not far.
+    For 4, logits stand only in pages whose largest is large enough, and are -inf at tokens that are not far.
     """
     g = tl.arange(0, BLOCK_G)
     for start in range(first, count, step):
@@ -48,8 +48,8 @@ def _token_states(
             top = tl.load(score + g[:, None] * pages + page[None, :], mask=read, other=float("-inf"))
             read = read & (top > total[:, None] + log2_alpha - MARGIN_LOG2)
             weight = tl.exp2(tl.load(where, mask=read, other=float("-inf")) - total[:, None])
-            marked = tl.max(weight, 0) > alpha
-            tl.store(state + token, marked.to(tl.int8), mask=marked | opened)
+            above = tl.max(weight, 0) > alpha
+            tl.store(state + token, above.to(tl.int8), mask=above | opened)
         else:
             weight = tl.exp2(tl.load(where, mask=read, other=float("-inf")) - total[:, None])
             old = tl.load(state + token, mask=live & ~opened, other=0.0)
@@ -66,7 +66,7 @@ def combine_kernel(
 ):  # fmt: skip
     """One row and KV head, and a slice of its output and of its pages or tokens.
 
-    LEARN: 0 nothing, 1 shares of pages, 2 of pages by their own sum, 3 of tokens, 4 marks, 5 accumulated attention.
+    LEARN: see `triton_decode.Learn.combine`.
     """
     begin, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     g, c, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_C), part * BLOCK_D + tl.arange(0, BLOCK_D)

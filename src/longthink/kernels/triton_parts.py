@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 MARGIN_LOG2 = tl.constexpr(1e-3)
-"""Slack for rounding where logits that can be no marks are left out; twice that where they are stored."""
+"""Slack for rounding where logits that cannot be above alpha are left out; twice that where they are stored."""
 _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 

@@ -1,8 +1,25 @@
-"""Policies: which page gives way. One file each; pure tensor functions over a `PageTable`."""
+"""Policies: which page leaves when the slots are full. One file each; pure tensor functions over a `PageTable`."""
 
-from longthink.policies.base import PAGE_SIZES, Moves, PageTable, Policy, Shape, Step
+from longthink.policies.base import (
+    NEEDS,
+    PAGE_SIZES,
+    Moves,
+    PageTable,
+    Policy,
+    PolicyInfo,
+    SavesTokens,
+    SelectsPages,
+    Shape,
+    SharesTable,
+    ShiftsKeys,
+    Step,
+    TrimsPrompt,
+    grows,
+    needs_budget,
+    page_tables,
+    reads_vectors,
+)
 from longthink.policies.dense import Dense
-from longthink.policies.fifo import Fifo
 from longthink.policies.h2o import H2O
 from longthink.policies.milestone import Milestone
 from longthink.policies.quest import Quest
@@ -13,30 +30,48 @@ from longthink.policies.registry import (
     available_policies,
     get_policy_class,
     make_policy,
+    policy_budget,
     policy_from_dict,
+    policy_spec,
+    policy_to_dict,
     register,
+    with_page_size,
 )
 from longthink.policies.streaming_llm import StreamingLLM
 
 __all__ = [
     "H2O",
+    "NEEDS",
     "PAGE_SIZES",
     "Dense",
-    "Fifo",
     "Milestone",
     "Moves",
     "PageTable",
     "Policy",
+    "PolicyInfo",
     "Quest",
     "RaaS",
     "Random",
     "Recency",
+    "SavesTokens",
+    "SelectsPages",
     "Shape",
+    "SharesTable",
+    "ShiftsKeys",
     "Step",
     "StreamingLLM",
+    "TrimsPrompt",
     "available_policies",
     "get_policy_class",
+    "grows",
     "make_policy",
+    "needs_budget",
+    "page_tables",
+    "policy_budget",
     "policy_from_dict",
+    "policy_spec",
+    "policy_to_dict",
+    "reads_vectors",
     "register",
+    "with_page_size",
 ]

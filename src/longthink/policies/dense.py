@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from typing_extensions import override
 
-from longthink.policies.base import Policy
+from longthink.policies.base import Policy, PolicyInfo
 from longthink.policies.registry import register
 
 
@@ -19,12 +19,13 @@ class Dense(Policy):
     Differs from the paper: there is none.
     """
 
-    time: ClassVar[str] = "O(N)"
-    memory: ClassVar[str] = "O(N)"
-    keeps: ClassVar[str] = "everything"
-    source: ClassVar[str] = "the transformer itself (arXiv 1706.03762)"
-    grows: ClassVar[bool] = True
-    needs_budget: ClassVar[bool] = False
+    info: ClassVar[PolicyInfo] = PolicyInfo(
+        time="O(N)",
+        memory="O(N)",
+        keeps="everything",
+        source="the transformer itself (arXiv 1706.03762)",
+    )
+    bounds = "nothing"
 
     @override
     def required_pages(self, prompt: int) -> int:

@@ -10,14 +10,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from longthink.config import check_choice, check_flag, check_range
-from longthink.kernels import Learn, Rule
-from longthink.policies.base import PageTable, Policy, Shape, Step
+from longthink.policies.base import PageTable, Policy, PolicyInfo, Shape, Step, TrimsPrompt
 from longthink.policies.registry import register
 
 
 @register("h2o")
 @dataclass(frozen=True, kw_only=True)
-class H2O(Policy):
+class H2O(Policy, TrimsPrompt):
     """Keep the tokens with the largest accumulated attention and the most recent ones (arXiv 2306.14048, alg. 1).
 
     Softmax attention is summed over the queries since a token entered the cache, prefill included, and over the
@@ -32,12 +31,12 @@ class H2O(Policy):
         Keep all prompt tokens and split only what is left of the budget (a control of ours; off in the paper).
     """
 
-    time: ClassVar[str] = "O(L)"
-    memory: ClassVar[str] = "O(L)"
-    keeps: ClassVar[str] = "most attended tokens + most recent tokens"
-    source: ClassVar[str] = "arXiv 2306.14048"
-    uses_prefill_mass: ClassVar[bool] = True
-    by_rule: ClassVar[bool] = True
+    info: ClassVar[PolicyInfo] = PolicyInfo(
+        time="O(L)",
+        memory="O(L)",
+        keeps="most attended tokens + most recent tokens",
+        source="arXiv 2306.14048",
+    )
 
     page_size: int = 1
     heavy: float = 0.5
@@ -55,8 +54,8 @@ class H2O(Policy):
 
     @property
     @override
-    def uses_weights(self) -> bool:
-        return True
+    def needs(self) -> frozenset[str]:
+        return frozenset({"weights", "prompt_mass"})
 
     @override
     def init_state(self, shape: Shape, device: torch.device) -> dict[str, Tensor]:
@@ -86,22 +85,21 @@ class H2O(Policy):
         table.state["mass"].add_(mass_BKS)
 
     @override
-    def rule(self, table: PageTable) -> Rule:
-        capacity_B = table.cap_B - table.prompt_B if self.pin_prompt else table.cap_B
-        return super().rule(table)._replace(recent_B=self._recent(capacity_B))
+    def protected(self, table: PageTable) -> Tensor:
+        newest_B = table.now_B - self.recent_pages(table)
+        return super().protected(table) | (table.page_BKP > newest_B[:, None, None])
 
     @override
-    def priority(self, table: PageTable) -> Tensor:
+    def worth(self, table: PageTable) -> Tensor:
         return table.state["mass"]
 
     @override
     def observe(self, table: PageTable, step: Step) -> None:
-        assert step.weights_BKGS is not None
         table.state["mass"].add_(step.weights_BKGS.sum(2))
 
-    @override
-    def learn(self, table: PageTable) -> Learn:
-        return Learn("heavy", table.state["mass"])
+    def recent_pages(self, table: PageTable) -> Tensor:
+        """How many of the most recent tokens each row protects, B."""
+        return self._recent(table.cap_B - table.prompt_B if self.pin_prompt else table.cap_B)
 
     def _recent(self, capacity_B: Tensor) -> Tensor:
         return capacity_B - (capacity_B.double() * self.heavy + 1e-9).floor().to(capacity_B.dtype)

@@ -10,14 +10,14 @@ from torch import Tensor
 from typing_extensions import override
 
 from longthink.config import check_int, check_range
-from longthink.kernels import Learn, Rule, discriminant_scores, keeper_slots
-from longthink.policies.base import Moves, PageTable, Policy, Shape, Step
+from longthink.kernels.reference import wide_dtype
+from longthink.policies.base import Moves, PageTable, Policy, PolicyInfo, SavesTokens, Shape, Step
 from longthink.policies.registry import register
 
 
 @register("milestone")
 @dataclass(frozen=True, kw_only=True)
-class Milestone(Policy):
+class Milestone(Policy, SavesTokens):
     """Keep the prompt, a window of young pages, and keeper pages of the tokens worth coming back to (our own).
 
     When the oldest young page leaves, its tokens and those of the keeper pages compete. A token is marked once a
@@ -38,11 +38,12 @@ class Milestone(Policy):
         Regularisation of the discriminant, a share of the features' mean variance.
     """
 
-    time: ClassVar[str] = "O(L)"
-    memory: ClassVar[str] = "O(L)"
-    keeps: ClassVar[str] = "prompt + recent pages + tokens like those that were read again"
-    source: ClassVar[str] = "longthink"
-    by_rule: ClassVar[bool] = True
+    info: ClassVar[PolicyInfo] = PolicyInfo(
+        time="O(L)",
+        memory="O(L)",
+        keeps="prompt + recent pages + tokens like those that were read again",
+        source="longthink",
+    )
 
     keep: float = 0.8
     young: int = 32
@@ -58,26 +59,16 @@ class Milestone(Policy):
 
     @property
     @override
-    def uses_weights(self) -> bool:
-        return True
-
-    @property
-    @override
-    def keeps_maxima(self) -> bool:
-        return True
-
-    @property
-    @override
-    def uses_vectors(self) -> bool:
-        return True
+    def needs(self) -> frozenset[str]:
+        return frozenset({"weights", "vectors"})
 
     @override
     def init_state(self, shape: Shape, device: torch.device) -> dict[str, Tensor]:
         return {"marked": torch.zeros(shape.B, shape.K, shape.P * shape.T, dtype=torch.int8, device=device)}
 
     @override
-    def rule(self, table: PageTable) -> Rule:
-        return super().rule(table)._replace(keeper_B=self._keepers(table))
+    def protected(self, table: PageTable) -> Tensor:
+        return super().protected(table) | self._keeper_pages(table)
 
     @override
     def moves(self, table: PageTable, slot_BK: Tensor, full_BK: Tensor) -> Moves:
@@ -95,16 +86,11 @@ class Milestone(Policy):
 
     @override
     def observe(self, table: PageTable, step: Step) -> None:
-        assert step.weights_BKGS is not None
         near_B = table.now_B - self.young // 2
         far_BKS = table.resident_BKS & (table.position_BKS < near_B[:, None, None])
         table.state["marked"].bitwise_or_((far_BKS & (step.weights_BKGS.amax(2) > self.alpha)).to(torch.int8))
 
-    @override
-    def learn(self, table: PageTable) -> Learn:
-        return Learn("marks", table.state["marked"], self.alpha, self.young // 2)
-
-    def _keepers(self, table: PageTable) -> Tensor:
+    def keepers(self, table: PageTable) -> Tensor:
         """How many keeper slots each row has, B."""
         first_B = (table.prompt_B + self.page_size - 1).div(self.page_size, rounding_mode="floor")
         decode_B = table.cap_B - first_B
@@ -114,13 +100,15 @@ class Milestone(Policy):
 
     def _keeper_pages(self, table: PageTable) -> Tensor:
         """The slots behind the prompt's: the first ones that decode tokens fill, and never opened again. B1P."""
-        pages = table.page_BKP.shape[-1]
-        return keeper_slots(pages, table.prompt_B, self.page_size, self._keepers(table))[:, None]
+        first_B = (table.prompt_B + self.page_size - 1).div(self.page_size, rounding_mode="floor")
+        slots = torch.arange(table.page_BKP.shape[-1], device=table.prompt_B.device)
+        behind_BP = slots - first_B[:, None]
+        return ((behind_BP >= 0) & (behind_BP < self.keepers(table)[:, None]))[:, None]
 
     def _best(self, table: PageTable, candidate_BKS: Tensor) -> Tensor:
         """Mark the best candidates, as many as the keeper pages hold; ties go to the higher position."""
         score_BKS, T = self._scores(table), self.page_size
-        room_B = self._keepers(table) * T
+        room_B = self.keepers(table) * T
         # The keeper pages and one more compete: never more than a page of tokens has to go.
         surplus_BK1 = candidate_BKS.sum(-1, keepdim=True) - room_B[:, None, None]
         last_BK1 = _smallest(score_BKS, candidate_BKS, T).gather(-1, (surplus_BK1 - 1).clamp(0, T - 1))
@@ -140,6 +128,38 @@ class Milestone(Policy):
             for features_BKSD in (table.keys_BKSD, table.values_BKSD)
         )
         return by_key_BKS + by_value_BKS
+
+
+def discriminant_scores(
+    features_BKSD: Tensor, marked_BKS: Tensor, resident_BKS: Tensor, ridge: float
+) -> Tensor:
+    """How much each token looks like the marked ones and unlike the rest: a linear discriminant, shape BKS.
+
+    With mean m and covariance C of the resident tokens' features, mean b of the marked ones and D features, the score
+    of token x is ``(x - m) . w`` with ``(C + ridge * trace(C) / D * I) w = b - m``: ridge regression of the mark, up
+    to a factor. All scores are 0 where nothing is marked or numbers are broken.
+
+    Sums go through the features in the order in which they lie in memory, token by token or feature by feature: a
+    compiler makes loops of them that need no copy.
+    """
+    x, tokens, features = features_BKSD.to(wide_dtype(features_BKSD.dtype)), 2, 3
+    if features_BKSD.stride(3) != 1:
+        x, tokens, features = x.transpose(2, 3), 3, 2
+    resident, marked = (
+        mask.unsqueeze(features).to(x.dtype) for mask in (resident_BKS, marked_BKS & resident_BKS)
+    )
+    count = resident.sum(tokens, keepdim=True).clamp(min=1)
+    x = (x - (x * resident).sum(tokens, keepdim=True) / count) * resident
+    across = x if features == 2 else x.transpose(2, 3)
+    covariance_BKDD = across @ across.transpose(2, 3) / count
+    difference_BKD = (x * marked).sum(tokens) / marked.sum(tokens).clamp(min=1)
+    spread_BK1 = covariance_BKDD.diagonal(dim1=2, dim2=3).mean(-1, keepdim=True)
+    # The tiny number keeps a table of equal tokens from being singular.
+    ridge_BKD = (ridge * spread_BK1 + 1e-30).expand_as(difference_BKD)
+    ridged_BKDD = covariance_BKDD + torch.diag_embed(ridge_BKD)
+    direction_BKD1 = torch.linalg.solve_ex(ridged_BKDD, difference_BKD[..., None])[0]
+    score_BKS = (x * direction_BKD1[..., 0].unsqueeze(tokens)).sum(features)
+    return score_BKS.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _smallest(value_BKS: Tensor, of_BKS: Tensor, count: int) -> Tensor:

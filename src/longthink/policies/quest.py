@@ -11,14 +11,14 @@ from typing_extensions import override
 
 from longthink.config import check_int
 from longthink.kernels import bound_scores, top_pages
-from longthink.policies.base import PageTable, Policy
+from longthink.policies.base import PageTable, Policy, PolicyInfo, SelectsPages
 from longthink.policies.dense import Dense
 from longthink.policies.registry import register
 
 
 @register("quest")
 @dataclass(frozen=True, kw_only=True)
-class Quest(Policy):
+class Quest(Policy, SelectsPages):
     """Keep everything and read per step and KV head the pages with the highest bound (arXiv 2406.10774).
 
     Differs from the paper: one choice per KV head (maximum over its query heads), because a KV head's pages are
@@ -30,12 +30,13 @@ class Quest(Policy):
         Number of first layers left dense.
     """
 
-    time: ClassVar[str] = "O(L)"
-    memory: ClassVar[str] = "O(N)"
-    keeps: ClassVar[str] = "everything; reads the best pages"
-    source: ClassVar[str] = "arXiv 2406.10774"
-    grows: ClassVar[bool] = True
-    reads_by_bound: ClassVar[bool] = True
+    info: ClassVar[PolicyInfo] = PolicyInfo(
+        time="O(L)",
+        memory="O(N)",
+        keeps="everything; reads the best pages",
+        source="arXiv 2406.10774",
+    )
+    bounds = "reads"
 
     dense_layers: int = 0
 
@@ -45,8 +46,8 @@ class Quest(Policy):
 
     @property
     @override
-    def uses_representatives(self) -> bool:
-        return True
+    def needs(self) -> frozenset[str]:
+        return frozenset({"key_bounds"})
 
     @override
     def required_pages(self, prompt: int) -> int:

@@ -10,15 +10,15 @@ from torch import Tensor
 from typing_extensions import override
 
 from longthink.config import check_choice, check_flag, check_int, check_range
-from longthink.kernels import Learn, Used, bound_scores, page_mass, stamp_used
-from longthink.policies.base import PageTable, Policy, Shape, Step
+from longthink.kernels import bound_scores, page_mass, top_fraction
+from longthink.policies.base import PageTable, Policy, PolicyInfo, Shape, SharesTable, Step, TrimsPrompt
 from longthink.policies.dense import Dense
 from longthink.policies.registry import register
 
 
 @register("raas")
 @dataclass(frozen=True, kw_only=True)
-class RaaS(Policy):
+class RaaS(Policy, TrimsPrompt, SharesTable):
     """Stamp the pages that a query uses with the current step; evict the oldest stamp (arXiv 2502.11147, sec. 3).
 
     Differs from the paper: scores are reduced over the query heads of a KV head (maximum), without which no
@@ -43,11 +43,12 @@ class RaaS(Policy):
         Number of first layers left dense.
     """
 
-    time: ClassVar[str] = "O(L)"
-    memory: ClassVar[str] = "O(L)"
-    keeps: ClassVar[str] = "prompt + most recently used pages"
-    source: ClassVar[str] = "arXiv 2502.11147"
-    by_rule: ClassVar[bool] = True
+    info: ClassVar[PolicyInfo] = PolicyInfo(
+        time="O(L)",
+        memory="O(L)",
+        keeps="prompt + most recently used pages",
+        source="arXiv 2502.11147",
+    )
 
     r: float = 0.5
     used: str = "top_r"
@@ -74,23 +75,8 @@ class RaaS(Policy):
 
     @property
     @override
-    def uses_representatives(self) -> bool:
-        return self.score == "bound"
-
-    @property
-    @override
-    def uses_weights(self) -> bool:
-        return self.score == "exact"
-
-    @property
-    @override
-    def keeps_maxima(self) -> bool:
-        return True
-
-    @property
-    @override
-    def shares_prompt(self) -> bool:
-        return self.pin_prompt
+    def needs(self) -> frozenset[str]:
+        return frozenset({"key_bounds" if self.score == "bound" else "weights"})
 
     @override
     def tables(self, kv_heads: int) -> int:
@@ -120,38 +106,27 @@ class RaaS(Policy):
         table.state["stamp"].copy_(last_BKP.clamp(min=0))
 
     @override
-    def priority(self, table: PageTable) -> Tensor:
+    def worth(self, table: PageTable) -> Tensor:
         return table.state["stamp"]
 
     @override
-    def stamps(self, table: PageTable, score_BKP: Tensor) -> Used:
-        r = self.r if self.used == "top_r" else None
-        return Used(table.state["stamp"], score_BKP, r, self.alpha)
-
-    @override
     def observe(self, table: PageTable, step: Step) -> None:
-        page_BKP = table.page_BKP
-        used = self.stamps(table, self._scores(table, step, page_BKP))
-        stamp_used(used.stamp_NKP, used.score_NKP, page_BKP, table.now_B, self.page_size, used.r, used.alpha)
-
-    @override
-    def learn(self, table: PageTable) -> Learn:
         if self.score == "exact":
-            return Learn("mass")
-        return Learn("bound_share" if self.used == "alpha" else "bound")
-
-    def _scores(self, table: PageTable, step: Step, page_BKP: Tensor) -> Tensor:
-        """Score of each page slot, the maximum over the query heads that share its table."""
-        score_BKP = step.score_BKP
-        if score_BKP is None and step.weights_BKGS is not None:
-            score_BKP = page_mass(step.weights_BKGS, self.page_size).amax(2)
-        elif score_BKP is None:
+            score_BKGP = page_mass(step.weights_BKGS, self.page_size)
+        else:
             score_BKGP = bound_scores(step.query_BKGD, table.kmin_BKPD, table.kmax_BKPD)
             if self.used == "alpha":
-                empty = (page_BKP < 0)[:, :, None]
+                empty = (table.page_BKP < 0)[:, :, None]
                 score_BKGP = (score_BKGP * step.scaling).masked_fill(empty, -torch.inf).softmax(-1)
-            score_BKP = score_BKGP.amax(2)
-        if self.sharing == "kv_head":
-            return score_BKP
-        score_B1P = score_BKP.amax(1, keepdim=True)
-        return score_B1P if step.agree is None else step.agree(score_B1P)
+        score_BKP = score_BKGP.amax(2)
+        self.stamp(table, step.max_over_heads(score_BKP) if self.sharing == "layer" else score_BKP)
+
+    def stamp(self, table: PageTable, score_BKP: Tensor) -> None:
+        """Give the pages that were used the stamp `now_B`: those with the best scores, and that of the new token."""
+        stamp_BKP, page_BKP, now_B11 = table.state["stamp"], table.page_BKP, table.now_B[:, None, None]
+        if self.used == "top_r":
+            used_BKP = top_fraction(score_BKP, page_BKP, self.r)
+        else:
+            used_BKP = score_BKP > self.alpha
+        used_BKP = used_BKP | (page_BKP == now_B11.div(self.page_size, rounding_mode="floor"))
+        stamp_BKP.copy_(torch.where(used_BKP & (page_BKP >= 0), now_B11.to(stamp_BKP.dtype), stamp_BKP))

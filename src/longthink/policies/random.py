@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
 from longthink.config import check_int
-from longthink.kernels import hash_priority
-from longthink.policies.base import PageTable, Policy
+from longthink.policies.base import PageTable, Policy, PolicyInfo
 from longthink.policies.registry import register
 
 
@@ -28,10 +28,12 @@ class Random(Policy):
         Seed of the draws.
     """
 
-    time: ClassVar[str] = "O(L)"
-    memory: ClassVar[str] = "O(L)"
-    keeps: ClassVar[str] = "prompt + random pages"
-    source: ClassVar[str] = "control (arXiv 2609.03430)"
+    info: ClassVar[PolicyInfo] = PolicyInfo(
+        time="O(L)",
+        memory="O(L)",
+        keeps="prompt + random pages",
+        source="control (arXiv 2609.03430)",
+    )
 
     seed: int = 0
 
@@ -44,5 +46,40 @@ class Random(Policy):
         return replace(self, seed=(self.seed + 1_000_003 * layer_idx) % (1 << 63))
 
     @override
-    def priority(self, table: PageTable) -> Tensor:
-        return hash_priority(self.seed, table.page_BKP, table.now_B)
+    def worth(self, table: PageTable) -> Tensor:
+        return draws(self.seed, table.page_BKP, table.now_B)
+
+
+_MASK64 = (1 << 64) - 1
+
+
+def draws(seed: int, page_BKP: Tensor, now_B: Tensor) -> Tensor:
+    """Uniform pseudo-random integers that depend only on (seed, KV head, page, step), shape BKP.
+
+    A counter-based generator gives a row the same draws alone and in a batch. With all arithmetic modulo
+    2**64, ``mix`` the finaliser of splitmix64 (``z += 0x9E3779B97F4A7C15; z = (z ^ z >> 30) *
+    0xBF58476D1CE4E5B9; z = (z ^ z >> 27) * 0x94D049BB133111EB; z ^ z >> 31``, shifts unsigned) and ``h`` the
+    index of the KV head: ``x = mix(mix(mix(mix(seed) + h) + page) + now)``, of which the upper 32 bits count.
+    """
+    heads = torch.arange(page_BKP.shape[1], device=page_BKP.device)[:, None]
+    x = _mix(torch.tensor(_signed(seed & _MASK64), device=page_BKP.device))
+    x = _mix(x + heads)
+    x = _mix(x + page_BKP.long())
+    x = _mix(x + now_B[:, None, None])
+    return _shift(x, 32)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = x + _signed(0x9E3779B97F4A7C15)
+    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Shift right as if the int64 were unsigned."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value

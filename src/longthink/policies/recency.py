@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from longthink.policies.base import Policy
+from longthink.policies.base import Policy, PolicyInfo
 from longthink.policies.registry import register
 
 
@@ -14,13 +14,15 @@ from longthink.policies.registry import register
 class Recency(Policy):
     """Keep the prompt and the most recent tokens, one by one (page size 1): what a policy must beat.
 
-    Differs from the paper: a control of ours (elsewhere "prefix sliding").
+    With ``page_size=16`` it evicts whole pages in the order in which they were written, as RaaS does that calls every
+    page used; ``fifo`` is short for that. Differs from the paper: a control of ours (elsewhere "prefix sliding").
     """
 
-    time: ClassVar[str] = "O(L)"
-    memory: ClassVar[str] = "O(L)"
-    keeps: ClassVar[str] = "prompt + most recent tokens"
-    source: ClassVar[str] = "control"
-    by_rule: ClassVar[bool] = True
+    info: ClassVar[PolicyInfo] = PolicyInfo(
+        time="O(L)",
+        memory="O(L)",
+        keeps="prompt + most recent tokens",
+        source="control",
+    )
 
     page_size: int = 1

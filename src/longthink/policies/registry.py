@@ -1,4 +1,8 @@
-"""Which policies there are: the built-in ones and those of other packages (entry point `longthink.policies`)."""
+"""Which policies there are: the built-in ones and those of other packages (entry point `longthink.policies`).
+
+A policy as text is its name and its options, ``raas:r=0.25:score=exact``. An option that is itself a policy stands in
+parentheses: ``keep_first:steps=64:then=(raas:r=0.25)``.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,13 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any, TypeVar, get_type_hints
 
-from longthink.errors import UnknownPolicyError
-from longthink.policies.base import Policy
+from longthink.config import Budget
+from longthink.errors import BudgetError, UnknownPolicyError
+from longthink.policies.base import Policy, needs_budget
 
 ENTRY_POINTS = "longthink.policies"
+ALIASES = {"fifo": ("recency", {"page_size": "16"})}
+"""Names that stand for another policy with some of its options."""
 _REGISTRY: dict[str, type[Policy]] = {}
 _P = TypeVar("_P", bound=type[Policy])
 
@@ -54,7 +61,7 @@ def get_policy_class(name: str) -> type[Policy]:
             cls = entry.load()
             if not (isinstance(cls, type) and issubclass(cls, Policy)):
                 raise UnknownPolicyError(
-                    f"entry point {entry.value!r} of policy {name!r} is no subclass of Policy"
+                    f"entry point {entry.value!r} of policy {name!r} is not a subclass of Policy"
                 )
             register(name)(cls)
     if name not in _REGISTRY:
@@ -76,25 +83,101 @@ def make_policy(spec: str | Policy) -> Policy:
         return spec
     if not isinstance(spec, str):
         raise ValueError(f"policy={spec!r} must be a name such as 'raas' or a Policy object")
-    name, *parts = spec.split(":")
+    name, *parts = _split(spec)
     options = {}
     for part in parts:
         field, separator, text = part.partition("=")
         if not separator:
             raise ValueError(f"policy option {part!r} of {spec!r} must read field=value")
         options[field] = text
+    if name in ALIASES:
+        name, defaults = ALIASES[name]
+        options = defaults | options
     cls = get_policy_class(name)
     _check_fields(cls, options)
     types = get_type_hints(cls)
     return cls(**{field: _parse(field, text, types[field]) for field, text in options.items()})
 
 
+def policy_spec(policy: Policy) -> str:
+    """Shortest text that `make_policy` turns into this policy, such as ``raas:r=0.25``."""
+    changed = [
+        f"{f.name}=({policy_spec(value)})" if isinstance(value, Policy) else f"{f.name}={value}"
+        for f in dataclasses.fields(policy)
+        if (value := getattr(policy, f.name)) != f.default
+    ]
+    return ":".join([policy.name, *changed])
+
+
+def policy_to_dict(policy: Policy) -> dict[str, Any]:
+    """All options as JSON-ready values; `policy_from_dict` reads it back."""
+    options = {f.name: getattr(policy, f.name) for f in dataclasses.fields(policy)}
+    return {"name": policy.name} | {
+        field: policy_to_dict(value) if isinstance(value, Policy) else value
+        for field, value in options.items()
+    }
+
+
 def policy_from_dict(values: dict[str, Any]) -> Policy:
-    """Policy from what `Policy.to_dict` returned."""
-    options = dict(values)
-    cls = get_policy_class(options.pop("name", ""))
+    """Policy from what `policy_to_dict` returned."""
+    options: dict[str, Any] = {
+        field: policy_from_dict(value) if isinstance(value, dict) else value
+        for field, value in values.items()
+    }
+    name: str = options.pop("name", "")
+    if name in ALIASES:  # rows that were stored while it was a policy of its own
+        name = ALIASES[name][0]
+    cls = get_policy_class(name)
     _check_fields(cls, options)
     return cls(**options)
+
+
+def policy_budget(
+    policy: Policy, budget: int | None = None, decode_budget: int | None = None
+) -> Budget | None:
+    """Return the budget of these many tokens, or None where the policy keeps everything.
+
+    Raises
+    ------
+    BudgetError
+        If the policy needs a budget and none is given, or the other way round.
+    ValueError
+        If both are given, or one is out of range.
+    """
+    given = budget is not None or decode_budget is not None
+    if given and not needs_budget(policy):
+        raise BudgetError(f"policy {policy.name!r} keeps everything: give neither budget nor decode_budget")
+    if not given and needs_budget(policy):
+        raise BudgetError(f"policy {policy.name!r} needs a budget: give budget=... or decode_budget=...")
+    return Budget(budget=budget, decode_budget=decode_budget) if given else None
+
+
+def with_page_size(policy: Policy, page_size: int) -> Policy:
+    """Return the policy, and any that it wraps, with another page size.
+
+    Raises
+    ------
+    ValueError
+        If one of them cannot have pages of that size.
+    """
+    wrapped = {
+        f.name: with_page_size(value, page_size)
+        for f in dataclasses.fields(policy)
+        if isinstance(value := getattr(policy, f.name), Policy)
+    }
+    return dataclasses.replace(policy, page_size=page_size, **wrapped)
+
+
+def _split(spec: str) -> list[str]:
+    """Split a text at the colons outside of parentheses."""
+    parts, depth = [""], 0
+    for letter in spec:
+        depth += (letter == "(") - (letter == ")")
+        if letter == ":" and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
 
 
 def _check_fields(cls: type[Policy], options: dict[str, Any]) -> None:
@@ -108,6 +191,8 @@ def _check_fields(cls: type[Policy], options: dict[str, Any]) -> None:
 
 def _parse(field: str, text: str, kind: Any) -> Any:
     """Value of an option from its text, by the type of its dataclass field."""
+    if isinstance(kind, type) and issubclass(kind, Policy):
+        return make_policy(text.removeprefix("(").removesuffix(")"))
     if kind is bool:
         if text.lower() not in ("true", "false"):
             raise ValueError(f"{field}={text!r} must be true or false")

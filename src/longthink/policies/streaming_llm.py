@@ -10,14 +10,14 @@ from torch import Tensor
 from typing_extensions import override
 
 from longthink.config import check_choice, check_int
-from longthink.kernels import Rule
-from longthink.policies.base import PageTable, Policy
+from longthink.kernels.reference import wide_dtype
+from longthink.policies.base import PageTable, Policy, PolicyInfo, ShiftsKeys, TrimsPrompt, holds_first
 from longthink.policies.registry import register
 
 
 @register("streaming_llm")
 @dataclass(frozen=True, kw_only=True)
-class StreamingLLM(Policy):
+class StreamingLLM(Policy, TrimsPrompt, ShiftsKeys):
     """Keep the first `sinks` tokens and the most recent ``budget - sinks`` (arXiv 2309.17453, section 3.2).
 
     Differs from the paper: nothing with ``positions="cache"``. The authors number the tokens inside the cache by
@@ -32,10 +32,12 @@ class StreamingLLM(Policy):
         distance, which grows with the text.
     """
 
-    time: ClassVar[str] = "O(L)"
-    memory: ClassVar[str] = "O(L)"
-    keeps: ClassVar[str] = "attention sinks + most recent tokens"
-    source: ClassVar[str] = "arXiv 2309.17453"
+    info: ClassVar[PolicyInfo] = PolicyInfo(
+        time="O(L)",
+        memory="O(L)",
+        keeps="attention sinks + most recent tokens",
+        source="arXiv 2309.17453",
+    )
 
     page_size: int = 1
     sinks: int = 4
@@ -62,11 +64,29 @@ class StreamingLLM(Policy):
         return kept_BQ[:, None]
 
     @override
-    def rule(self, table: PageTable) -> Rule:
-        return Rule(torch.full_like(table.prompt_B, self.sinks))
+    def protected(self, table: PageTable) -> Tensor:
+        return holds_first(table, torch.full_like(table.prompt_B, self.sinks))
 
     @override
-    def key_shift(self, table: PageTable) -> tuple[int, Tensor] | None:
-        if self.positions == "logical" or self.sinks == 0:
-            return None
-        return self.sinks, (table.now_B + 1 - table.cap_B).clamp(min=0).to(torch.int64)
+    def shifted_tokens(self) -> int:
+        return self.sinks if self.positions == "cache" else 0
+
+    @override
+    def shift_keys(self, table: PageTable, keys_BKND: Tensor, inv_freq_D: Tensor) -> Tensor:
+        return rotate_keys(keys_BKND, (table.now_B + 1 - table.cap_B).clamp(min=0), inv_freq_D)
+
+
+def rotate_keys(keys_BKND: Tensor, shift_B: Tensor, inv_freq_D: Tensor) -> Tensor:
+    """Turn keys that carry RoPE as if they stood `shift` positions later (half-split layout).
+
+    Parameters
+    ----------
+    inv_freq_D
+        Rotation per position of each of the D / 2 frequency pairs.
+    """
+    angle = shift_B.to(torch.float64)[:, None] * inv_freq_D.to(torch.float64)
+    angle = torch.cat([angle, angle], -1)[:, None, None]
+    keys = keys_BKND.to(wide_dtype(keys_BKND.dtype))
+    first, second = keys.chunk(2, -1)
+    turned = keys * angle.cos().to(keys.dtype) + torch.cat([-second, first], -1) * angle.sin().to(keys.dtype)
+    return turned.to(keys_BKND.dtype)

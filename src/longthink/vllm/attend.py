@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from longthink import kernels
-from longthink.kernels.compiled import any_size, own_program, pool_attention
-from longthink.kernels.reference_step import append
+from longthink.kernels.compiled import any_size, own_program
 from longthink.vllm import compat
 from longthink.vllm.pool import PagePool, Rows
 
@@ -84,6 +83,8 @@ def tail_last(block_BP: Tensor, count_B: Tensor, tail_LBK: Tensor) -> Tensor:
 class _Plan(NamedTuple):
     block_LBKP: Tensor
     length_B: Tensor
+    block_LBK: Tensor
+    offset_B: Tensor
 
 
 class KernelAttend:
@@ -101,14 +102,15 @@ class KernelAttend:
 
     def __init__(self, pool: PagePool, scaling: float, *, compiles: bool = False) -> None:
         self._pool, self._scaling = pool, scaling
-        self._read = own_program(pool_attention) if compiles else None
+        self._read = own_program(kernels.paged_attention) if compiles else None
 
     def plan(self, rows: Rows, tail_LBK: Tensor, block_LBK: Tensor) -> _Plan:
         """See `Attend`."""
         order = tail_last(rows.block_BP, rows.count_B, tail_LBK)
         block_LBKP = rows.block_BP[None, :, None].expand(order.shape).gather(3, order)
         page_size = self._pool.page_size
-        return _Plan(block_LBKP, (rows.count_B - 1) * page_size + rows.now_B % page_size + 1)
+        offset_B = rows.now_B % page_size
+        return _Plan(block_LBKP, (rows.count_B - 1) * page_size + offset_B + 1, block_LBK, offset_B)
 
     def ready(self, plan: _Plan) -> _Plan:
         """See `Attend`."""
@@ -118,7 +120,8 @@ class KernelAttend:
         """See `Attend`."""
         pool = self._pool
         query_BHD, key_BKD, value_BKD = new
-        blocks = kernels.Pool(
+        pool.append(layer, plan.block_LBK[at], plan.offset_B, key_BKD, value_BKD)
+        paged = kernels.PagedKV(
             pool.keys_LXKTD[layer].transpose(1, 2),
             pool.values_LXKTD[layer].transpose(1, 2),
             plan.block_LBKP[at],
@@ -126,12 +129,11 @@ class KernelAttend:
         )
         query_BKGD = query_BHD.unflatten(1, (pool.heads, -1))
         if self._read is None:
-            out, _ = kernels.step_attention(query_BKGD, key_BKD, value_BKD, blocks, self._scaling)
+            out = kernels.paged_attention(query_BKGD, paged, self._scaling)
         else:
-            append(blocks, key_BKD, value_BKD)
-            any_size(blocks.block_BKP, 0, 2)
-            any_size(blocks.length_B, 0)
-            out = self._read(any_size(query_BKGD, 0), blocks, self._scaling)
+            any_size(paged.block_BKP, 0, 2)
+            any_size(paged.length_B, 0)
+            out = self._read(any_size(query_BKGD, 0), paged, self._scaling)
         out_BHD.copy_(out.flatten(1, 2))
 
     def plan_prompts(self, prompts: Prompts) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longthink.vllm import checks, compat
 from longthink.vllm.builder import BoundedBuilder, StepMetadata
-from longthink.vllm.config import PluginOptions
+from longthink.vllm.config import PluginOptions, shares_prompt
 from longthink.vllm.pool import page_bytes, query_blocks
 from longthink.vllm.spec import BoundedSpec
 
@@ -81,7 +81,7 @@ class BoundedBackend(compat.AttentionBackend):  # type: ignore[misc, unused-igno
             max_prompt_tokens=min(options.max_prompt_tokens or longest, longest),
             query_blocks=query_blocks(policy, heads, spec.num_kv_heads),
             reserve=options.reserve,
-            shares_prompt=policy.shares_prompt,
+            shares_prompt=shares_prompt(policy),
         )
 
 

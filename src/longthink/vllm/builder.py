@@ -17,7 +17,7 @@ from torch import Tensor
 
 from longthink.vllm import compat
 from longthink.vllm.attend import Attend, CpuAttend, KernelAttend, New, Prompts
-from longthink.vllm.config import PluginOptions
+from longthink.vllm.config import PluginOptions, layer_policies
 from longthink.vllm.pool import PagePool, Rows
 from longthink.vllm.spec import BoundedSpec
 from longthink.vllm.step import Begun, DecodeStep
@@ -40,8 +40,6 @@ class StepMetadata:
     places: dict[str, int]
     decode: tuple[_Tokens, Begun] | None = None
     replay: tuple[_Tokens, ...] = ()
-    again: tuple[Rows, Tensor, Tensor] | None = None
-    """Rows with several tokens to replay where one launch does all: where those begin, and how many they are."""
     prompts: tuple[Prompts, Tensor, Any] | None = None
 
     def run(self, layer_name: str, new: New, out: Tensor) -> None:
@@ -53,8 +51,6 @@ class StepMetadata:
             step.attend.prompts(layer, prompts, plan, _take(new, tokens), part)
             out[tokens] = part
             step.pool.represent_prompt(layer, prompts.page_block_B, prompts.page_filled_B)
-        if self.again is not None:
-            step.replay(layer, *self.again, new, out)
         for one in self.replay:
             begun = step.begin(one.rows, opening=one.opening, evicting=one.evicting, layer=layer)
             self._decode(layer, one, begun, new, out)
@@ -110,7 +106,7 @@ class BoundedBuilder(compat.AttentionMetadataBuilder):  # type: ignore[misc, unu
             if by_cpu
             else KernelAttend(pool, impl.scale, compiles=compiles)
         )
-        policies = [policy.for_layer(compat.layer_index(name)) for name in self._layer_names]
+        policies = layer_policies(policy, map(compat.layer_index, self._layer_names))
         most = config.scheduler_config.max_num_seqs
         how = {"compiles": compiles, "keeps": self._keeps}
         return DecodeStep(pool, policies, attend, impl.scale, agree, most, impl.num_heads, **how)
@@ -209,13 +205,8 @@ class BoundedBuilder(compat.AttentionMetadataBuilder):  # type: ignore[misc, unu
             return self._tokens(batch, index, position.to(self.device), position, prompt[index], tokens)
 
         assert self._step is not None
-        if len(replaying) and self._step.replays:
-            last, count_B = one(replaying, later[replaying] - 1), self._here(later[replaying])
-            assert last.tokens is not None
-            found.again = (last.rows, last.tokens - count_B + 1, count_B)
-        else:
-            most = int(later[replaying].max(initial=0))
-            found.replay = tuple(one(replaying[later[replaying] > behind], behind) for behind in range(most))
+        most = int(later[replaying].max(initial=0))
+        found.replay = tuple(one(replaying[later[replaying] > behind], behind) for behind in range(most))
         return one(decoding, 0) if len(decoding) else None
 
     def _prompts(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from longthink.errors import UnsupportedFeatureError, UnsupportedModelError
-from longthink.vllm.config import KEY, PluginOptions
+from longthink.vllm.config import KEY, PluginOptions, layer_policies
 from longthink.vllm.versions import installed, supported_range
 
 if TYPE_CHECKING:
@@ -59,7 +59,9 @@ def check_config(config: VllmConfig) -> None:
     """
     check_version()
     _refuse(UnsupportedFeatureError, (way(config) for way in _CONFIG))
-    PluginOptions.from_additional_config(config.additional_config).make_policy(config.cache_config.block_size)
+    options = PluginOptions.from_additional_config(config.additional_config)
+    policy = options.make_policy(config.cache_config.block_size)
+    layer_policies(policy, range(getattr(config.model_config.hf_text_config, "num_hidden_layers", 1)))
 
 
 def check_layer(

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+import torch
+
 from longthink.config import Budget, check_flag, check_int
-from longthink.errors import UnsupportedFeatureError
-from longthink.policies import PAGE_SIZES, Policy, make_policy
+from longthink.errors import BudgetError, UnsupportedFeatureError
+from longthink.policies import (
+    PAGE_SIZES,
+    Policy,
+    RaaS,
+    SelectsPages,
+    Shape,
+    ShiftsKeys,
+    grows,
+    make_policy,
+    page_tables,
+    policy_spec,
+    with_page_size,
+)
 
 KEY = "longthink"
 """Where the options stand in vLLM's additional configuration."""
@@ -97,6 +111,8 @@ class PluginOptions:
             If the block size is none that pages can have, or the policy names another page size.
         UnsupportedFeatureError
             If the policy cannot work inside vLLM.
+        BudgetError
+            If the decode budget is too small for the policy.
         """
         if block_size not in PAGE_SIZES:
             sizes = ", ".join(map(str, PAGE_SIZES))
@@ -108,7 +124,15 @@ class PluginOptions:
                 f"policy {self.policy!r} names page_size={policy.page_size}, but a page is a block of vLLM: "
                 f"give --block-size {policy.page_size}, or no page size"
             )
-        return policy.with_options(page_size=block_size)
+        policy = with_page_size(policy, block_size)
+        for prompt in range(1, block_size + 1):
+            required, cap = policy.required_pages(prompt), self.budget.pages(prompt, block_size)
+            if required > cap:
+                raise BudgetError(
+                    f"decode_budget={self.decode_budget} is too small for policy {self.policy!r}: allowed is >= "
+                    f"{self.decode_budget + (required - cap) * block_size}"
+                )
+        return policy
 
     @property
     def budget(self) -> Budget:
@@ -119,17 +143,55 @@ class PluginOptions:
 def check_policy(policy: Policy) -> None:
     """Raise `UnsupportedFeatureError` unless the policy overwrites pages in place and leaves the prompt alone."""
     obstacles = {
-        "keeps everything": not policy.needs_budget or policy.grows,
+        "keeps everything": grows(policy),
         "may evict the prompt": not policy.pins_prompt,
-        "has layers without a bound": policy.for_layer(0) != policy and not policy.for_layer(0).needs_budget,
-        "learns from the prompt's attention": policy.uses_prefill_mass,
-        "reads only some of its pages": type(policy).select is not Policy.select,
-        "learns from weights and from representatives": policy.uses_weights and policy.uses_representatives,
-        "turns keys inside the cache": type(policy).key_shift is not Policy.key_shift,
+        "learns from the prompt's attention": "prompt_mass" in policy.needs,
+        "reads only some of its pages": isinstance(policy, SelectsPages),
+        "learns from weights and from the bounds of keys": {"weights", "key_bounds"} <= policy.needs,
+        "turns keys inside the cache": isinstance(policy, ShiftsKeys),
     }
     for obstacle, there in obstacles.items():
         if there:
             raise UnsupportedFeatureError(
-                f"policy {policy.spec()!r} {obstacle}, which vLLM's blocks do not allow: "
+                f"policy {policy_spec(policy)!r} {obstacle}, which vLLM's blocks do not allow: "
                 "there are raas, milestone, recency, fifo and random"
             )
+
+
+def layer_policies(policy: Policy, layers: Iterable[int]) -> list[Policy]:
+    """Policies of some layers, which all see and keep the same in a block.
+
+    Raises
+    ------
+    UnsupportedFeatureError
+        If one cannot work inside vLLM beside the others.
+    """
+    found = [policy.for_layer(layer) for layer in layers]
+    for mine in found:
+        if grows(mine):
+            raise UnsupportedFeatureError(
+                f"policy {policy_spec(policy)!r} has layers without a bound, which vLLM's blocks do not allow"
+            )
+        check_policy(mine)
+        if _block_layout(mine) != _block_layout(policy):
+            raise UnsupportedFeatureError(
+                f"policy {policy_spec(policy)!r} has layers that need or keep something else than others, which "
+                "vLLM's blocks do not allow"
+            )
+    return found
+
+
+def _block_layout(policy: Policy) -> object:
+    """What a block of the policy holds."""
+    state = policy.init_state(Shape(1, 2, 1, policy.page_size), torch.device("meta"))
+    kept = {name: (tensor.dtype, tensor.shape) for name, tensor in state.items()}
+    return policy.page_size, policy.needs, page_tables(policy, 2), kept
+
+
+def shares_prompt(policy: Policy) -> bool:
+    """Whether requests with the same prompt may share its blocks: what is learned of prompt pages must not matter.
+
+    That is known of policies without state, and of RaaS, whose stamps of pinned pages are never looked at.
+    """
+    stateless = not policy.init_state(Shape(1, 1, 1, policy.page_size), torch.device("meta"))
+    return stateless or type(policy) is RaaS

@@ -18,7 +18,11 @@ import torch
 from torch import Tensor
 
 from longthink.kernels.reference import wide_dtype
-from longthink.policies import PageTable, Policy, Step
+from longthink.policies import Milestone, PageTable, Policy, RaaS, Step, reads_vectors
+
+SIDE_BY_SIDE: frozenset[type[Policy]] = frozenset({Milestone, RaaS})
+"""Policies, by exact class, whose state is the largest of what any step gave, and which see nothing but weights when
+they learn from weights: their steps can be observed at once. All others see one step after the other."""
 
 
 class Learning(NamedTuple):
@@ -26,20 +30,24 @@ class Learning(NamedTuple):
 
     heads: int
     scaling: float
-    agree: Callable[[Tensor], Tensor] | None
+    over_ranks: Callable[[Tensor], Tensor] | None
 
 
-def learn_page(policy: Policy, table: PageTable, query_NTHD: Tensor, learning: Learning) -> None:
+def learn_page(
+    policy: Policy, table: PageTable, keys_NKSD: Tensor, query_NTHD: Tensor, learning: Learning
+) -> None:
     """Let a policy observe the steps of the page that ended just before `now_B`: in order, or side by side if it may.
 
     Parameters
     ----------
     table
-        What is there when the page is full, with keys; its state is replaced.
+        What is there when the page is full; its state is replaced.
+    keys_NKSD
+        The keys of those tokens.
     query_NTHD
         The queries of the page's tokens. Those of a prompt's tokens are not looked at.
     """
-    tokens, keys_NKSD = table.page_size, table.keys_BKSD.to(wide_dtype(table.keys_BKSD.dtype))
+    tokens, keys_NKSD = table.page_size, keys_NKSD.to(wide_dtype(keys_NKSD.dtype))
     query_NTKGD = query_NTHD.unflatten(2, (keys_NKSD.shape[1], -1))
     query_NKMD = query_NTKGD.transpose(1, 2).flatten(2, 3).to(keys_NKSD.dtype)
     logits_NKMS = query_NKMD @ keys_NKSD.transpose(2, 3) * learning.scaling
@@ -50,14 +58,15 @@ def learn_page(policy: Policy, table: PageTable, query_NTHD: Tensor, learning: L
     there_NTKS = (position_N1KS >= 0) & (position_N1KS <= now_NT[..., None, None])
     weights_NTKGS = logits_NTKGS.masked_fill(~there_NTKS[:, :, :, None], -torch.inf).softmax(-1)
     position_NTKS = torch.where(there_NTKS, position_N1KS, -1)
-    many = tokens if policy.keeps_maxima else 1
+    many = tokens if type(policy) in SIDE_BY_SIDE else 1
+    shown_NTKGD = query_NTKGD if reads_vectors(policy) else None
     for first in range(0, tokens, many):
         part = (slice(None), slice(first, first + many))
         step = Step(
-            query_NTKGD[part].flatten(0, 1),
+            None if shown_NTKGD is None else shown_NTKGD[part].flatten(0, 1),
             weights_NTKGS[part].flatten(0, 1),
             learning.scaling,
-            learning.agree,
+            learning.over_ranks,
         )
         _observe(policy, table, now_NT[part], position_NTKS[part], step)
 
@@ -69,7 +78,7 @@ def _observe(policy: Policy, table: PageTable, now_NT: Tensor, position_NTKS: Te
     steps = dataclasses.replace(
         table,
         position_BKS=position_NTKS.flatten(0, 1),
-        keys_BKSD=table.keys_BKSD[:0],
+        vectors=_written(table, position_NTKS),
         now_B=now_NT.flatten(),
         prompt_B=table.prompt_B.repeat_interleave(many),
         cap_B=table.cap_B.repeat_interleave(many),
@@ -80,3 +89,12 @@ def _observe(policy: Policy, table: PageTable, now_NT: Tensor, position_NTKS: Te
     for name, before in each.items():
         after = torch.where(decodes_M.view(-1, *[1] * (before.ndim - 1)), steps.state[name], before)
         table.state[name] = after.unflatten(0, (-1, many)).amax(1)
+
+
+def _written(table: PageTable, position_NTKS: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Keys and values as they were in one step: zeros where later tokens of the page are going to be."""
+    if table.vectors is None or position_NTKS.shape[1] > 1:
+        return None
+    later_NKS1 = (position_NTKS[:, 0] < 0)[..., None]
+    keys, values = (part.masked_fill(later_NKS1, 0) for part in table.vectors)
+    return keys, values

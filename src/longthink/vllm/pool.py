@@ -21,9 +21,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from longthink import kernels
 from longthink.errors import UnsupportedFeatureError
+from longthink.kernels import At, Index
 from longthink.kernels.compiled import any_size
-from longthink.policies import Moves, PageTable, Policy, Shape
+from longthink.policies import Moves, PageTable, Policy, Shape, page_tables
 
 _ALIGNED = 8
 """Bytes that every piece of state, and every block, begins at a multiple of."""
@@ -41,9 +43,9 @@ class _Piece:
 
 def _pieces(policy: Policy, kv_heads: int, head_dim: int, dtype: torch.dtype, start: int) -> list[_Piece]:
     """State of a page, from byte `start` on; the last piece has no bytes and says where it ends."""
-    tables = policy.tables(kv_heads)
+    tables = page_tables(policy, kv_heads)
     wanted: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
-    if policy.uses_representatives:
+    if "key_bounds" in policy.needs:
         wanted += [(name, dtype, (kv_heads, head_dim)) for name in ("kmin", "kmax")]
     wanted.append(("position", torch.int32, (tables, policy.page_size)))
     state = policy.init_state(Shape(1, tables, 1, policy.page_size), torch.device("meta"))
@@ -64,7 +66,7 @@ def page_bytes(policy: Policy, kv_heads: int, head_dim: int, dtype: torch.dtype,
 
 def query_blocks(policy: Policy, heads: int, kv_heads: int) -> int:
     """Blocks that a request needs for the queries of a page: they are as many numbers as `heads` keys or values."""
-    return -(-heads // (2 * kv_heads)) if policy.uses_weights else 0
+    return -(-heads // (2 * kv_heads)) if "weights" in policy.needs else 0
 
 
 class Rows(NamedTuple):
@@ -130,7 +132,7 @@ class PagePool:
                     "the layers' KV caches are not evenly spaced in one piece of memory"
                 )
         self.policy, self.page_size, self.heads, self.dim = policy, tokens, heads, dim
-        self.tables = policy.tables(heads)
+        self.tables = page_tables(policy, heads)
         self._first, self._start, self._apart = first, start, apart
         self._block = first.stride(0) * size
         self._size = (len(caches), blocks)
@@ -174,26 +176,15 @@ class PagePool:
 
     # Whole tables ------------------------------------------------------------------------------------------------
 
-    def table(
-        self,
-        layers: Tensor,
-        rows: Rows,
-        filled_B: Tensor,
-        *,
-        bounds: bool = False,
-        keys: bool = False,
-        values: bool = False,
-    ) -> PageTable:
+    def table(self, layers: Tensor, rows: Rows, filled_B: Tensor) -> PageTable:
         """What the policy may see of some layers, gathered: N rows.
+
+        What it does not look at costs nothing in a compiled step, where the compiler leaves it out.
 
         Parameters
         ----------
         filled_B
             Page slots that hold something.
-        bounds
-            With the representatives, where the policy has them.
-        keys, values
-            With all of them.
         """
         at = (layers[:, None, None], rows.block_BP[None])
         pages = rows.block_BP.shape[1]
@@ -201,54 +192,28 @@ class PagePool:
         slot_S = torch.arange(pages * self.page_size, device=filled_B.device)
         held_B1S = (slot_S < filled_B[:, None] * self.page_size)[:, None]
         position_NKS = torch.where(held_B1S.repeat(len(layers), 1, 1), position_NKS, -1)
-        kmin, kmax = (
-            self._nothing(len(position_NKS))
-            if part is None or not bounds
-            else part[at].permute(0, 1, 3, 2, 4).flatten(0, 1)
-            for part in (self.kmin_LXKD, self.kmax_LXKD)
-        )
-        keys_NKSD, values_NKSD = (
-            _by_table(part, at) if wanted else self._nothing(len(position_NKS))
-            for part, wanted in ((self.keys_LXKTD, keys), (self.values_LXKTD, values))
-        )
+        vectors = key_bounds = None
+        if "vectors" in self.policy.needs:
+            vectors = self.vectors(layers, rows, position_NKS)
+        if self.kmin_LXKD is not None and self.kmax_LXKD is not None:
+            kmin, kmax = (
+                part[at].permute(0, 1, 3, 2, 4).flatten(0, 1) for part in (self.kmin_LXKD, self.kmax_LXKD)
+            )
+            key_bounds = (kmin, kmax)
         now_N, prompt_N, cap_N = (x.repeat(len(layers)) for x in (rows.now_B, rows.prompt_B, rows.cap_B))
         state = {name: _by_table(tensor, at) for name, tensor in self.state.items()}
         return PageTable(
-            self.page_size,
-            position_NKS,
-            keys_NKSD,
-            values_NKSD,
-            now_N,
-            prompt_N,
-            cap_N,
-            pages,
-            kmin,
-            kmax,
-            state,
+            self.page_size, position_NKS, now_N, prompt_N, cap_N, pages, state, vectors, key_bounds
         )
 
-    def of_blocks(self, layer: int, rows: Rows) -> PageTable:
-        """A layer's blocks themselves in the place of rows, for what works on them by block table."""
-        kmin, kmax = (
-            self._nothing(self._size[1]) if part is None else part[layer]
-            for part in (self.kmin_LXKD, self.kmax_LXKD)
+    def vectors(self, layers: Tensor, rows: Rows, position_NKS: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of some layers, gathered (NKSD): zeros where no token is, as in slots."""
+        at = (layers[:, None, None], rows.block_BP[None])
+        nothing_NKS1 = (position_NKS < 0)[..., None]
+        keys, values = (
+            _by_table(part, at).masked_fill(nothing_NKS1, 0) for part in (self.keys_LXKTD, self.values_LXKTD)
         )
-        return PageTable(
-            self.page_size,
-            self.position_LXKT[layer],
-            self.keys_LXKTD[layer],
-            self.values_LXKTD[layer],
-            rows.now_B,
-            rows.prompt_B,
-            rows.cap_B,
-            rows.block_BP.shape[1],
-            kmin,
-            kmax,
-            {name: tensor[layer] for name, tensor in self.state.items()},
-        )
-
-    def _nothing(self, rows: int) -> Tensor:
-        return self._first.new_empty(rows, self.heads, 0, self.dim)
+        return keys, values
 
     def store_state(self, layers: Tensor, rows: Rows, state: dict[str, Tensor], active_B: Tensor) -> None:
         """Take over the state of a table where rows are active."""
@@ -272,51 +237,60 @@ class PagePool:
 
     def open(self, layers: Tensor, block_LBK: Tensor, now_B: Tensor) -> None:
         """Empty pages for the tokens at `now_B`, the first ones of their pages."""
-        layer, table = layers[:, None, None], torch.arange(self.tables, device=now_B.device)
-        self.position_LXKT[layer, block_LBK, table] = -1
-        self.position_LXKT[layer, block_LBK, table, 0] = now_B.to(torch.int32)[None, :, None]
-        for tensor in self.state.values():
-            tensor[layer, block_LBK, table] = 0
-        # Old numbers go as well: a NaN left behind would reach the output through its zero weight.
-        head = torch.arange(self.heads, device=now_B.device)
-        for tensor in (self.keys_LXKTD, self.values_LXKTD):
-            tensor[layer, block_LBK.expand(-1, -1, self.heads), head] = 0
+        page, page_of_heads = (
+            self._pages(layers, block_LBK, self.tables),
+            self._pages(layers, block_LBK, self.heads),
+        )
+        contents = [At(tensor, page) for tensor in self.state.values()]
+        contents += [At(tensor, page_of_heads) for tensor in (self.keys_LXKTD, self.values_LXKTD)]
+        kernels.empty(At(self.position_LXKT, page), contents)
+        self.write_positions(layers, block_LBK, now_B)
 
     def move(self, layers: Tensor, rows: Rows, moves: Moves) -> None:
-        """Carry tokens to other slots, with position and state; the pages they leave are opened next."""
+        """Carry tokens to other slots, with position and state; the slots they leave are empty."""
         shape = (len(layers), -1, *moves.source_BKM.shape[1:])
         source, target = (index.view(shape) for index in moves)
         row = torch.arange(len(rows.now_B), device=source.device)[:, None, None]
 
-        def place(index: Tensor, tables: int) -> tuple[Tensor, ...]:
+        def place(index: Tensor, tables: int) -> Index:
             index = index.expand(-1, -1, tables, -1)
             table = torch.arange(tables, device=index.device)[:, None]
             block = rows.block_BP[row, index // self.page_size]
             return layers.view(-1, 1, 1, 1), block, table, index % self.page_size
 
+        def carried(tensor: Tensor) -> tuple[Tensor, Index, Index]:
+            return tensor, place(source, tensor.shape[2]), place(target, tensor.shape[2])
+
         per_token = [tensor for tensor in self.state.values() if tensor.shape[3] == self.page_size]
-        for tensor in (self.keys_LXKTD, self.values_LXKTD, *per_token):
-            tables = tensor.shape[2]
-            tensor[place(target, tables)] = tensor[place(source, tables)]
-        self.position_LXKT[place(target, self.tables)] = self.position_LXKT[place(source, self.tables)]
+        contents = [carried(tensor) for tensor in (self.keys_LXKTD, self.values_LXKTD, *per_token)]
+        kernels.move_tokens(carried(self.position_LXKT), contents)
 
     def write_positions(self, layers: Tensor, block_LBK: Tensor, now_B: Tensor) -> None:
         """Note where the tokens at `now_B` stand."""
-        table = torch.arange(self.tables, device=now_B.device)
-        at = (layers[:, None, None], block_LBK, table, (now_B % self.page_size)[None, :, None])
-        self.position_LXKT[at] = now_B.to(torch.int32)[None, :, None]
+        page = self._pages(layers, block_LBK, self.tables)
+        self.position_LXKT[(*page, (now_B % self.page_size)[None, :, None])] = now_B.to(torch.int32)[
+            None, :, None
+        ]
+
+    def append(
+        self, layer: int, block_BK: Tensor, offset_B: Tensor, key_BKD: Tensor, value_BKD: Tensor
+    ) -> None:
+        """Write the keys and values of a layer's new tokens."""
+        head = torch.arange(self.heads, device=block_BK.device)
+        at = (block_BK.expand(-1, self.heads), head, offset_B[:, None])
+        kernels.append(At(self.keys_LXKTD[layer], at), At(self.values_LXKTD[layer], at), key_BKD, value_BKD)
 
     def widen(self, layers: Tensor, block_LBK: Tensor, now_B: Tensor, key_LBKD: Tensor) -> None:
-        """Widen the representatives of the pages of new tokens; a page's first token starts them anew."""
+        """Widen the key bounds of the pages of new tokens."""
         assert self.kmin_LXKD is not None and self.kmax_LXKD is not None
-        at = (
-            layers[:, None, None],
-            block_LBK.expand(-1, -1, self.heads),
-            torch.arange(self.heads, device=now_B.device),
-        )
+        page = self._pages(layers, block_LBK, self.heads)
         first = (now_B % self.page_size == 0)[None, :, None, None]
-        for part, extreme in ((self.kmin_LXKD, torch.minimum), (self.kmax_LXKD, torch.maximum)):
-            part[at] = torch.where(first, key_LBKD, extreme(part[at], key_LBKD))
+        kernels.widen(At(self.kmin_LXKD, page), At(self.kmax_LXKD, page), key_LBKD, first)
+
+    def _pages(self, layers: Tensor, block_LBK: Tensor, tables: int) -> Index:
+        """Index of a page of each layer, row and table or KV head."""
+        table = torch.arange(tables, device=block_LBK.device)
+        return layers[:, None, None], block_LBK.expand(-1, -1, tables), table
 
     # Queries -----------------------------------------------------------------------------------------------------
 

@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from longthink import kernels
 from longthink.cache.step import choose_slots
 from longthink.kernels.compiled import any_size, own_program
-from longthink.policies import Moves, Policy, Step
+from longthink.policies import Moves, Policy, SavesTokens, Step, reads_vectors
 from longthink.vllm.attend import Attend, New
 from longthink.vllm.learning import Learning, learn_page
 from longthink.vllm.pool import PagePool, Rows
@@ -62,7 +61,7 @@ class DecodeStep:
         How a layer writes and reads.
     scaling
         Factor on q.k.
-    agree
+    over_ranks
         See `longthink.policies.Step`.
     max_rows
         Most requests in a step.
@@ -81,7 +80,7 @@ class DecodeStep:
         policies: list[Policy],
         attend: Attend,
         scaling: float,
-        agree: Callable[[Tensor], Tensor] | None,
+        over_ranks: Callable[[Tensor], Tensor] | None,
         max_rows: int,
         heads: int,
         *,
@@ -89,17 +88,16 @@ class DecodeStep:
         keeps: bool = False,
     ) -> None:
         self.pool, self.attend = pool, attend
-        self._policies, self._scaling, self._agree = policies, scaling, agree
+        self._policies, self._scaling, self._over_ranks = policies, scaling, over_ranks
         device, policy = pool.position_LXKT.device, pool.policy
         self._layers = torch.arange(pool.layers, device=device)
-        self._moves = type(policy).moves is not Policy.moves
-        self._learning = Learning(heads, scaling, agree) if policy.uses_weights else None
-        self._learns = type(policy).observe is not Policy.observe
+        self._moves = isinstance(policy, SavesTokens)
+        self._learning = Learning(heads, scaling, over_ranks) if "weights" in policy.needs else None
+        # All that a policy learns goes into its state.
+        self._learns = bool(pool.state)
         self._work = _Work(*map(own_program, _EAGER)) if compiles else _EAGER
         self._kept = _Kept(max_rows) if keeps else None
-        self.replays = agree is None and kernels.fuses_append(pool.keys_LXKTD) and _replays(policies[0], pool)
-        """Whether `replay` can be called."""
-        self._widens, dtype = policy.uses_representatives, pool.keys_LXKTD.dtype
+        self._widens, dtype = pool.kmin_LXKD is not None, pool.keys_LXKTD.dtype
         shapes = ((max_rows if self._learns else 0, heads), (max_rows if self._widens else 0, pool.heads))
         self._query_LBHD, self._key_LBKD = (
             torch.zeros(pool.layers, *shape, pool.dim, dtype=dtype, device=device) for shape in shapes
@@ -173,56 +171,11 @@ class DecodeStep:
             for part in self._parts(span, apart=False):
                 self._observe(begun, part, self._query_LBHD[part, :count])
 
-    def replay(
-        self, layer: int, rows: Rows, start_B: Tensor, count_B: Tensor, new: New, out_QHD: Tensor
-    ) -> None:
-        """Decode tokens of a layer again, one after the other, in one launch.
-
-        Parameters
-        ----------
-        rows
-            As they are for the last token of each.
-        start_B, count_B
-            Where each row's tokens begin among all, and how many they are.
-        """
-        table, policy = self.pool.of_blocks(layer, rows), self._policies[layer]
-        learned: tuple[Any, ...] = ()
-        if policy.uses_representatives:
-            used = policy.stamps(table, table.kmin_BKPD)
-            assert used is not None and used.r is not None
-            learned = (table.kmin_BKPD, table.kmax_BKPD, used.stamp_NKP, used.r)
-        again = kernels.Again(
-            table.keys_BKSD.transpose(1, 2),
-            table.values_BKSD.transpose(1, 2),
-            table.position_BKS,
-            rows.block_BP,
-            start_B,
-            count_B,
-            rows.now_B - count_B + 1,
-            policy.rule(table).pinned_B,
-            rows.cap_B,
-            *learned,
-        )
-        kernels.replay(*new, out_QHD, again, self._scaling)
-
     def _observe(self, begun: Begun, span: slice, query_LBHD: Tensor) -> None:
         layers, rows = self._layers[span], begun.rows
-        step = Step(any_size(query_LBHD, 1), None, self._scaling, self._agree)
+        step = Step(any_size(query_LBHD, 1), None, self._scaling, self._over_ranks)
         state = begun.work.learn(self.pool, self._policies[span.start], layers, rows, step)
         self.pool.store_state(layers, rows, state, begun.active_B)
-
-
-def _replays(policy: Policy, pool: PagePool) -> bool:
-    """Whether the kernel for it can decode a policy's tokens one after the other.
-
-    It knows two rules: the oldest page gives way, or the one with the oldest stamp, where pages are stamped that have
-    the best bounds.
-    """
-    kind, none = type(policy), torch.zeros(1, dtype=torch.int64, device=pool.position_LXKT.device)
-    if not policy.by_rule or kind.rule is not Policy.rule or kind.moves is not Policy.moves:
-        return False
-    table = pool.of_blocks(0, Rows(none[None], none, none, none, none, none[None]))
-    return kind.observe is Policy.observe or policy.learn(table).kind == "bound"
 
 
 class _Kept:
@@ -272,11 +225,11 @@ class _Turned(NamedTuple):
 def _turn(
     pool: PagePool, policy: Policy, layers: Tensor, rows: Rows, learning: Learning | None, *, evicting: bool
 ) -> _Turned:
-    vectors = evicting and type(policy).moves is not Policy.moves
-    keys = vectors or learning is not None
-    table = pool.table(layers, rows, _filled(pool, rows), keys=keys, values=vectors)
+    table = pool.table(layers, rows, _filled(pool, rows))
     if learning is not None:
-        learn_page(policy, table, pool.queries(layers, rows, learning.heads).flatten(0, 1), learning)
+        keys_NKSD, _ = table.vectors or pool.vectors(layers, rows, table.position_BKS)
+        query_NTHD = pool.queries(layers, rows, learning.heads).flatten(0, 1)
+        learn_page(policy, table, keys_NKSD, query_NTHD, learning)
     opens_N = torch.ones_like(table.now_B, dtype=torch.bool)
     slot_NK, moves = choose_slots(policy, table, opens_N, evicts=evicting)
     state = None if learning is None else table.state
@@ -285,9 +238,9 @@ def _turn(
 
 def _learn(pool: PagePool, policy: Policy, layers: Tensor, rows: Rows, step: Step) -> dict[str, Tensor]:
     """State of the policy after a step; its queries are those of all layers, L x B x H x D."""
-    table = pool.table(layers, rows, rows.count_B, bounds=True)
+    table = pool.table(layers, rows, rows.count_B)
     query_NKGD = step.query_BKGD.flatten(0, 1).unflatten(1, (pool.heads, -1))
-    policy.observe(table, step._replace(query_BKGD=query_NKGD))
+    policy.observe(table, step._replace(queries_BKGD=query_NKGD if reads_vectors(policy) else None))
     return table.state
 
 

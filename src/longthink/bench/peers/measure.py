@@ -24,7 +24,7 @@ from longthink.bench.peers.plan import (
 from longthink.bench.peers.protocol import THREADS, Point
 from longthink.bench.plan import BLOCK, new_run, quartiles
 from longthink.errors import BenchError
-from longthink.policies import make_policy
+from longthink.policies import make_policy, needs_budget
 from longthink.results.environment import hardware, versions
 from longthink.results.records import Measurement
 
@@ -249,7 +249,7 @@ def _row(
     plan: PeersPlan, scene: Scene, place: Place, run: str, ms: list[float], facts: dict[str, Any]
 ) -> Measurement:
     ours = place.system not in WORKERS and place.system != FLOOR
-    unbounded = place.system in KEEP_ALL or (ours and not make_policy(place.system).needs_budget)
+    unbounded = place.system in KEEP_ALL or (ours and not needs_budget(make_policy(place.system)))
     curve = [f"{place.rows} rows"] if scene.batch else []
     curve += ["beside"] if place.context != scene.places[0].context else []
     low, middle, high = quartiles(ms)

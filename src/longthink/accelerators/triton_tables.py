@@ -1,6 +1,7 @@
-"""What is done once for all layers, in Triton: stamps, the page that gives way, the token copies of a page turn.
+"""What is done once for all layers, in Triton: stamps, which page is evicted, the token copies of a page turn.
 
-Shape suffixes: see `reference_step`.
+Shape suffixes: N rows of all layers (layer after layer), B batch rows, K KV heads (1 where a table serves the whole
+layer), P page slots, M tokens moved.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longthink.kernels.reference_step import Turn, Used
+from longthink.accelerators.layers import Eviction, Stamping
+from longthink.cache.store import SlotStore
 from longthink.kernels.triton_parts import is_best, least_of_best, rank_key
+from longthink.policies import Moves
 
 _FAR = tl.constexpr(0x7FFFFFFF)
 
@@ -28,7 +31,7 @@ def _pages(position, slots, P: tl.constexpr, T: tl.constexpr):
 def _stamp(
     stamp, score, page, now, slots, shared, alpha, FRACTION: tl.constexpr, P: tl.constexpr, T: tl.constexpr
 ):
-    """Give the pages that were used the stamp `now`: see `RaaS.observe`. FRACTION is negative where alpha decides."""
+    """Give the pages that were used the stamp `now`: see `RaaS.stamp`. FRACTION is negative where alpha decides."""
     slot = tl.arange(0, P)
     worth = tl.load(score + slot, mask=slot < slots, other=float("-inf"))
     for head in range(1, shared):
@@ -49,51 +52,51 @@ def _stamp(
 
 
 @triton.jit
-def bookkeep_kernel(
-    position, tail, full, now, prompt, cap, pinned, recent, keeper, priority, stamp, score,
+def evict_kernel(
+    position, tail, full, now, prompt, cap, pinned, recent, kept, worths, stamp, score,
     rows, tables, slots, shared, alpha,
-    FRACTION: tl.constexpr, P: tl.constexpr, T: tl.constexpr, STAMP: tl.constexpr, PRIORITY: tl.constexpr,
-    RECENT: tl.constexpr, KEEPER: tl.constexpr,
+    FRACTION: tl.constexpr, P: tl.constexpr, T: tl.constexpr, STAMP: tl.constexpr, WORTH: tl.constexpr,
+    RECENT: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
-    """One page table of one row and layer. PRIORITY: 0 the page, 1 a tensor, 2 the stamps that were just set."""
+    """One page table of one row and layer. WORTH: 0 the page, 1 a tensor, 2 the stamps that were just set."""
     own = tl.program_id(0).to(tl.int64)
     row = own // tables % rows
     slot = tl.arange(0, P)
     page = _pages(position + own * slots * T, slots, P, T)
-    new = tl.load(now + row).to(tl.int32) + 1
+    new = tl.load(now + row).to(tl.int32)
     worth = page
     if STAMP:
         at = own * slots
         stamps = _stamp(stamp + at, score + at * shared, page, new - 1, slots, shared, alpha, FRACTION, P, T)
-        if PRIORITY == 2:
+        if WORTH == 2:
             worth = stamps
-    if PRIORITY == 1:
-        worth = tl.load(priority + own * slots + slot, mask=slot < slots, other=0)
+    if WORTH == 1:
+        worth = tl.load(worths + own * slots + slot, mask=slot < slots, other=0)
     may = (page >= 0) & (page * T >= tl.load(pinned + row))
     if RECENT:
         may = may & (page <= new // T - tl.load(recent + row))
-    if KEEPER:
+    if KEPT:
         behind = slot - (tl.load(prompt + row) + T - 1) // T
-        may = may & ((behind < 0) | (behind >= tl.load(keeper + row)))
+        may = may & ((behind < 0) | (behind >= tl.load(kept + row)))
     if worth.dtype.is_floating():
         worth = tl.where(worth != worth, float("-inf"), worth)
         least = tl.min(tl.where(may, worth, float("inf")), 0)
     else:
         least = tl.min(tl.where(may, worth, _FAR), 0)
     oldest = tl.where(may & (worth == least), page, _FAR)
-    victim = tl.argmin(oldest, 0)
+    evicted = tl.argmin(oldest, 0)
     held = tl.sum((page >= 0).to(tl.int32), 0)
     empty = tl.argmax(((page < 0) & (slot < slots)).to(tl.int32), 0)
     is_full = held >= tl.load(cap + row)
     opens = new % T == 0
-    tl.store(tail + own, tl.where(is_full, victim, empty).to(tl.int64), mask=opens)
+    tl.store(tail + own, tl.where(is_full, evicted, empty).to(tl.int64), mask=opens)
     tl.store(full + own, (is_full & opens).to(tl.int8))
 
 
 @triton.jit
 def move_kernel(
     keys, values, position, state, source, target, tokens, heads, tables, states, moves,
-    D: tl.constexpr, M: tl.constexpr, BLOCK_D: tl.constexpr, STATE: tl.constexpr,
+    D: tl.constexpr, M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One row and KV head: everything is read before anything is written."""
     own = tl.program_id(0).to(tl.int64)
@@ -114,47 +117,53 @@ def move_kernel(
     place = tl.load(at + old, mask=moved, other=-1)
     tl.store(at + old, place * 0 - 1, mask=moved)
     tl.store(at + new, place, mask=moved)
-    if STATE:
-        at = state + table * tokens
-        tl.store(at + new, tl.load(at + old, mask=moved, other=0), mask=moved)
+    at = state + table * tokens
+    tl.store(at + new, tl.load(at + old, mask=moved, other=0), mask=moved)
 
 
-def bookkeep(turn: Turn, used: Used | None = None) -> Tensor:
-    """One launch for all layers: see `reference_step.bookkeep`. All tensors of tables must be contiguous."""
-    rows, (_, tables, tokens) = len(turn.now_B), turn.position_NKS.shape
-    slots = tokens // turn.page_size
-    none = turn.position_NKS
-    full_NK = torch.empty_like(turn.tail_NK, dtype=torch.bool)
-    stamp, score = (none, none) if used is None else (used.stamp_NKP, used.score_NKP)
-    fraction = -1.0 if used is None or used.r is None else used.r
-    by_stamp = used is not None and turn.priority_NKP is used.stamp_NKP
-    rule = turn.rule
-    optional = (none if x is None else x for x in (rule.recent_B, rule.keeper_B, turn.priority_NKP))
-    bookkeep_kernel[(turn.tail_NK.numel(),)](
-        turn.position_NKS, turn.tail_NK, full_NK.view(torch.int8), turn.now_B, turn.prompt_B,
-        turn.cap_B, rule.pinned_B, *optional, stamp, score, rows, tables, slots,
-        1 if used is None else score.shape[1] // tables, 0.0 if used is None else used.alpha,
-        FRACTION=fraction, P=triton.next_power_of_2(slots), T=turn.page_size, STAMP=used is not None,
-        PRIORITY=2 if by_stamp else int(turn.priority_NKP is not None), RECENT=rule.recent_B is not None,
-        KEEPER=rule.keeper_B is not None, num_warps=4,
+def evict(whole: SlotStore, first: SlotStore, eviction: Eviction, stamping: Stamping | None = None) -> Tensor:
+    """Between two steps: stamp the pages that the last one used, and choose the slot of the next token's page.
+
+    Where the next token opens a page, the tail becomes the first empty slot or, where the cap is reached, the slot
+    of the page that is evicted. It keeps what it holds until a token is written there.
+
+    Parameters
+    ----------
+    whole
+        Page tables of all layers, contiguous.
+    first
+        Those of the first layer: what is the same in all layers is read there.
+
+    Returns
+    -------
+    Tensor
+        True where a page is evicted, NK.
+    """
+    table, position_NKS = first.table, whole.table.position_BKS
+    rows, (_, tables, tokens) = len(table.now_B), position_NKS.shape
+    slots, none = tokens // table.page_size, position_NKS
+    full_NK = torch.empty_like(whole.tail_BK, dtype=torch.bool)
+    stamp, score = (none, none) if stamping is None else (stamping.stamp_NKP, stamping.score_NKP)
+    fraction = -1.0 if stamping is None or stamping.r is None else stamping.r
+    by_stamp = stamping is not None and eviction.worth_NKP is stamping.stamp_NKP
+    optional = (none if x is None else x for x in (eviction.recent_B, eviction.kept_B, eviction.worth_NKP))
+    evict_kernel[(whole.tail_BK.numel(),)](
+        position_NKS, whole.tail_BK, full_NK.view(torch.int8), table.now_B, table.prompt_B, table.cap_B,
+        eviction.pinned_B, *optional, stamp, score, rows, tables, slots,
+        1 if stamping is None else score.shape[1] // tables, 0.0 if stamping is None else stamping.alpha,
+        FRACTION=fraction, P=triton.next_power_of_2(slots), T=table.page_size, STAMP=stamping is not None,
+        WORTH=2 if by_stamp else int(eviction.worth_NKP is not None), RECENT=eviction.recent_B is not None,
+        KEPT=eviction.kept_B is not None, num_warps=4,
     )  # fmt: skip
     return full_NK
 
 
-def move_tokens(
-    keys_BKSD: Tensor,
-    values_BKSD: Tensor,
-    position_BKS: Tensor,
-    state_BKS: Tensor | None,
-    source_BKM: Tensor,
-    target_BKM: Tensor,
-) -> None:
-    """One launch: see `reference_step.move_tokens`. All tensors must be contiguous; rows may be of several layers."""
-    rows, heads, tokens, dim = keys_BKSD.shape
-    tables, moves = source_BKM.shape[1:]
+def move_tokens(store: SlotStore, moves: Moves, state_BKS: Tensor) -> None:
+    """Carry tokens to other slots, with position and their entry of `state_BKS`, in one launch."""
+    rows, heads, tokens, dim = store.keys_BKSD.shape
+    tables, count = moves.source_BKM.shape[1:]
     move_kernel[(rows * heads,)](
-        keys_BKSD, values_BKSD, position_BKS, position_BKS if state_BKS is None else state_BKS,
-        source_BKM.contiguous(), target_BKM.contiguous(), tokens, heads, tables, tables, moves,
-        D=dim, M=triton.next_power_of_2(moves), BLOCK_D=triton.next_power_of_2(dim), STATE=state_BKS is not None,
-        num_warps=4,
+        store.keys_BKSD, store.values_BKSD, store.table.position_BKS, state_BKS,
+        moves.source_BKM.contiguous(), moves.target_BKM.contiguous(), tokens, heads, tables, tables, count,
+        D=dim, M=triton.next_power_of_2(count), BLOCK_D=triton.next_power_of_2(dim), num_warps=4,
     )  # fmt: skip

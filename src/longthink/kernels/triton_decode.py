@@ -1,19 +1,22 @@
-"""The fused attention of `reference_step` on the GPU: two kernels a layer and step (three for `select_attention`).
+"""Decode attention on a GPU: split-KV in one launch, the splits combined in another.
 
-Shape suffixes: see `reference_step`; C splits.
+`decode_attention` and `paged_attention` only read. What else the two kernels can do on the way (append, page scores,
+logits, per-token sums) is for `longthink.accelerators`, through `split` and `combine`.
+
+Shape suffixes: see `reference`; C splits.
 """
 
 from __future__ import annotations
 
 from functools import cache as remember
 from math import inf, log2
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from longthink.kernels.reference_step import Learn, Pool, Slots
+from longthink.kernels.reference import PagedKV
 from longthink.kernels.triton_attention import split_kernel
 from longthink.kernels.triton_combine import combine_kernel
 
@@ -21,12 +24,49 @@ LOG2E = 1.4426950408889634
 PROGRAMS_PER_PROCESSOR = 4
 """Split programs that a multiprocessor shall have: enough to hide the latency of memory."""
 
-_SCORE = {"mass": 1, "weights": 2, "heavy": 2, "marks": 3}
-_BOUND = {"bound": 1, "bound_share": 2}
-_COMBINE = {"mass": 1, "bound_share": 2, "weights": 3, "marks": 4, "heavy": 5}
+
+class Slots(NamedTuple):
+    """Page slots of one layer, and where the new token goes: `tail_BK` is its page slot, `now_B` its position.
+
+    `kmin_BKPD` and `kmax_BKPD` are the pages' key bounds, given exactly where page scores by bound are wanted.
+    """
+
+    keys_BKSD: Tensor
+    values_BKSD: Tensor
+    position_BKS: Tensor
+    tail_BK: Tensor
+    now_B: Tensor
+    page_size: int
+    kmin_BKPD: Tensor | None = None
+    kmax_BKPD: Tensor | None = None
 
 
-class _Work(NamedTuple):
+class Learn(NamedTuple):
+    """What the kernels write beside the output.
+
+    Attributes
+    ----------
+    score
+        Of the split: 0 nothing, 1 page sums, 2 all logits, 3 the logits of pages in which a token farther than `near`
+        may have got more than `alpha` of a query's attention.
+    combine
+        Of the combine: 0 nothing, 1 the share of each page (maximum over the group), 2 the same of page scores by
+        their own sum, 3 softmax weights, 4 a 1 in `state_BKS` where such a token did get more than `alpha` (int8),
+        5 the attention of each token, summed over the group, added to `state_BKS` (float32). 4 and 5 start a new page
+        from 0.
+    bound
+        Page scores from the key bounds: 0 none, 1 the maximum over the group, 2 of each query head.
+    """
+
+    score: int = 0
+    combine: int = 0
+    bound: int = 0
+    state_BKS: Tensor | None = None
+    alpha: float = 0.0
+    near: int = 0
+
+
+class Work(NamedTuple):
     """Tensors of one layer's step as the kernels want them, and how the tokens are split."""
 
     query: Tensor
@@ -39,48 +79,6 @@ class _Work(NamedTuple):
     block: int
 
 
-def step_attention(
-    query_BKGD: Tensor,
-    key_BKD: Tensor,
-    value_BKD: Tensor,
-    cache: Slots | Pool,
-    scaling: float,
-    learn: Learn | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Append, attention and learning in two launches: see `reference_step.step_attention`."""
-    learn = Learn() if learn is None else learn
-    work = _work(query_BKGD, key_BKD, value_BKD, cache)
-    rows, heads, groups, _ = query_BKGD.shape
-    pages, kind = work.tokens // work.page_size, learn.kind
-    assert kind not in ("marks", "heavy") or (isinstance(cache, Slots) and learn.state_BKS is not None)
-    per_page = learn.score_BKP
-    if per_page is None and kind in ("mass", *_BOUND):
-        per_page = _floats(query_BKGD, (rows, heads, pages))
-    score = query_BKGD if per_page is None else per_page
-    if kind in ("mass", "marks", "bound_share"):
-        score = _floats(query_BKGD, (rows, heads, groups, pages))
-    logit = _floats(query_BKGD, (rows, heads, groups, work.tokens)) if _SCORE.get(kind, 0) > 1 else query_BKGD
-    partial, share = _split(
-        work, cache, score, logit, scaling, learn, APPEND=True, BOUND=_BOUND.get(kind, 0),
-        SCORE=_SCORE.get(kind, 0), SELECT=False, ATTEND=True,
-    )  # fmt: skip
-    result = score if per_page is None else per_page
-    out = _combine(work, cache, partial, share, logit, score, result, learn)
-    return out.to(query_BKGD.dtype), logit if kind == "weights" else per_page
-
-
-def select_attention(
-    query_BKGD: Tensor, key_BKD: Tensor, value_BKD: Tensor, slots: Slots, cap_B: Tensor, scaling: float
-) -> Tensor:
-    """Append and bounds, then attention over the best pages, in three launches: see `reference_step`."""
-    work = _work(query_BKGD, key_BKD, value_BKD, slots)
-    score = _floats(query_BKGD, (*query_BKGD.shape[:2], work.tokens // work.page_size))
-    given = work, slots, score, score, scaling, Learn(), cap_B
-    _split(*given, SCORE=0, APPEND=True, BOUND=1, SELECT=False, ATTEND=False)
-    partial, share = _split(*given, SCORE=0, APPEND=False, BOUND=0, SELECT=True, ATTEND=True)
-    return _combine(work, slots, partial, share, score, score, score, Learn()).to(query_BKGD.dtype)
-
-
 def decode_attention(
     query_BKGD: Tensor,
     keys_BKSD: Tensor,
@@ -90,22 +88,27 @@ def decode_attention(
     *,
     with_weights: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention without an append: see `reference.decode_attention`."""
+    """Attention over slots: see `reference.decode_attention`."""
     rows, heads, groups, _ = query_BKGD.shape
-    nobody = query_BKGD.new_zeros(rows, heads, dtype=torch.int64)
-    slots = Slots(keys_BKSD, values_BKSD, resident_BKS.to(torch.int32) - 1, nobody, nobody[:, 0], 1)
-    work = _work(query_BKGD, query_BKGD[:, :, 0], query_BKGD[:, :, 0], slots)
-    logit = _floats(query_BKGD, (rows, heads, groups, work.tokens)) if with_weights else query_BKGD
-    partial, share = _split(
-        work, slots, query_BKGD, logit, scaling, Learn(), APPEND=False, BOUND=0, SCORE=2 * with_weights, SELECT=False,
-        ATTEND=True,
-    )  # fmt: skip
-    learn = Learn("weights" if with_weights else "nothing")
-    out = _combine(work, slots, partial, share, logit, query_BKGD, query_BKGD, learn)
+    nowhere = query_BKGD.new_zeros(rows, heads, dtype=torch.int64)
+    slots = Slots(keys_BKSD, values_BKSD, resident_BKS.to(torch.int32) - 1, nowhere, nowhere[:, 0], 1)
+    work = plan_work(query_BKGD, query_BKGD[:, :, 0], query_BKGD[:, :, 0], slots)
+    logit = floats(query_BKGD, (rows, heads, groups, work.tokens)) if with_weights else query_BKGD
+    learn = Learn(score=2, combine=3) if with_weights else Learn()
+    partial, share = split(work, slots, query_BKGD, logit, scaling, learn)
+    out = combine(work, slots, partial, share, logit, query_BKGD, query_BKGD, learn)
     return out.to(query_BKGD.dtype), logit if with_weights else None
 
 
-def _work(query: Tensor, key: Tensor, value: Tensor, cache: Slots | Pool) -> _Work:
+def paged_attention(query_BKGD: Tensor, paged: PagedKV, scaling: float) -> Tensor:
+    """Attention over the blocks of a table: see `reference.paged_attention`."""
+    work, none = plan_work(query_BKGD, query_BKGD[:, :, 0], query_BKGD[:, :, 0], paged), query_BKGD
+    partial, share = split(work, paged, none, none, scaling, Learn())
+    return combine(work, paged, partial, share, none, none, none, Learn()).to(query_BKGD.dtype)
+
+
+def plan_work(query: Tensor, key: Tensor, value: Tensor, cache: Slots | PagedKV) -> Work:
+    """Lay out a launch: formats, and how many splits of how many tokens."""
     if isinstance(cache, Slots):
         tokens, page_size = cache.keys_BKSD.shape[2], cache.page_size
         keys, values = cache.keys_BKSD, cache.values_BKSD
@@ -121,22 +124,31 @@ def _work(query: Tensor, key: Tensor, value: Tensor, cache: Slots | Pool) -> _Wo
     # Where the cache is narrower than the model, the query is narrowed: a tensor core takes one format.
     query, key, value = (x.to(keys.dtype).contiguous() for x in (query, key, value))
     splits = triton.cdiv(blocks, per_split)
-    return _Work(query, key, value, tokens, page_size, per_split * block, splits, block)
+    return Work(query, key, value, tokens, page_size, per_split * block, splits, block)
 
 
-def _split(
-    work: _Work,
-    cache: Slots | Pool,
+def split(
+    work: Work,
+    cache: Slots | PagedKV,
     score: Tensor,
     logit: Tensor,
     scaling: float,
     learn: Learn,
     cap: Tensor | None = None,
-    **flags: Any,
+    *,
+    append: bool = False,
+    attend: bool = True,
 ) -> tuple[Tensor, Tensor]:
+    """Launch the split kernel; with `cap`, it reads only that many pages of each row, those with the best `score`.
+
+    Returns
+    -------
+    tuple of Tensor
+        Output of each split, and log2 of its softmax sum.
+    """
     rows, heads, groups, dim = work.query.shape
-    partial = _floats(work.query, (rows, heads, work.splits, groups, dim))
-    share = _floats(work.query, (rows, heads, work.splits, groups))
+    partial = floats(work.query, (rows, heads, work.splits, groups, dim))
+    share = floats(work.query, (rows, heads, work.splits, groups))
     pages = work.tokens // work.page_size
     none = work.query
     if isinstance(cache, Slots):
@@ -147,11 +159,10 @@ def _split(
         held = (keys, values, position, cache.tail_BK.contiguous(), cache.now_B, none, none, low, high)
     else:
         keys, values = cache.keys_XTKD, cache.values_XTKD
-        low, high = (none if x is None else x for x in (cache.kmin_XKD, cache.kmax_XKD))
+        low = high = none
         block, token, head, _ = keys.stride()
-        low_block, low_head = low.stride()[:2]
         per_row, per_table, _ = cache.block_BKP.stride()
-        strides = (0, head, block, token, 0, per_table, 0, low_head, low_block, per_row)
+        strides = (0, head, block, token, 0, per_table, 0, 0, 0, per_row)
         held = (keys, values, none, none, none, cache.block_BKP, cache.length_B, low, high)
     split_kernel[(rows * heads, work.splits)](
         work.query, work.key, work.value, *held, none if cap is None else cap, score, logit, partial, share,
@@ -160,15 +171,16 @@ def _split(
         cache.tail_BK.shape[1] if isinstance(cache, Slots) else cache.block_BKP.shape[1],
         G=groups, D=dim, T=work.page_size, BLOCK_G=max(16, triton.next_power_of_2(groups)), BLOCK_S=work.block,
         BLOCK_D=max(16, triton.next_power_of_2(dim)),
-        BLOCK_P=triton.next_power_of_2(pages) if flags["SELECT"] else 1,
-        TABLE=isinstance(cache, Pool), num_warps=4, num_stages=2, **flags,
+        BLOCK_P=1 if cap is None else triton.next_power_of_2(pages), TABLE=isinstance(cache, PagedKV),
+        APPEND=append, BOUND=learn.bound, SCORE=learn.score, SELECT=cap is not None, ATTEND=attend,
+        num_warps=4, num_stages=2,
     )  # fmt: skip
     return partial, share
 
 
-def _combine(
-    work: _Work,
-    cache: Slots | Pool,
+def combine(
+    work: Work,
+    cache: Slots | PagedKV,
     partial: Tensor,
     share: Tensor,
     logit: Tensor,
@@ -176,9 +188,10 @@ def _combine(
     result: Tensor,
     learn: Learn,
 ) -> Tensor:
+    """Launch the combine kernel; it writes page scores to `result`, weights over the logits. Returns the output."""
     rows, heads, groups, dim = work.query.shape
     out = torch.empty_like(work.query)
-    pages, kind = work.tokens // work.page_size, _COMBINE.get(learn.kind, 0)
+    pages, kind = work.tokens // work.page_size, learn.combine
     state = now = tail = work.query
     if kind >= 4:
         assert isinstance(cache, Slots) and learn.state_BKS is not None and learn.state_BKS.is_contiguous()
@@ -188,17 +201,18 @@ def _combine(
     slice_of = 32
     combine_kernel[(rows * heads, triton.cdiv(dim, slice_of))](
         partial, share, out, logit, score, result, state, now, tail,
-        cache.length_B if isinstance(cache, Pool) else work.query, work.splits, work.tokens, pages, heads,
+        cache.length_B if isinstance(cache, PagedKV) else work.query, work.splits, work.tokens, pages, heads,
         learn.alpha, _log2(learn.alpha),
         G=groups, D=dim, T=work.page_size, BLOCK_G=triton.next_power_of_2(groups),
         BLOCK_C=triton.next_power_of_2(work.splits), BLOCK_D=slice_of,
         BLOCK_P=triton.next_power_of_2(pages) if kind == 2 else 1, BLOCK_N=128,
-        TABLE=isinstance(cache, Pool), LEARN=kind, num_warps=4,
+        TABLE=isinstance(cache, PagedKV), LEARN=kind, num_warps=4,
     )  # fmt: skip
     return out
 
 
-def _floats(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+def floats(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Uninitialised float32 memory on the device of a tensor."""
     return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 

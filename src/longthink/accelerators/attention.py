@@ -1,0 +1,92 @@
+"""A decode step's append, attention and scores in two launches a layer (three where pages are selected).
+
+Shape suffixes: B rows, K KV heads, G query heads per KV head, P page slots, S token slots, D head dim.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from longthink.cache.store import SlotStore
+from longthink.kernels.triton_decode import Learn, Slots, combine, floats, plan_work, split
+
+NOTHING = Learn()
+BOUND = Learn(bound=1)
+"""Key bound of each page, the maximum over the group, -inf where the page is empty."""
+BOUND_SHARE = Learn(bound=2, combine=2)
+"""The softmax over the pages of those bounds, the maximum over the group."""
+MASS = Learn(score=1, combine=1)
+"""Share of the attention that falls on each page, the maximum over the group."""
+
+
+def marks(state_BKS: Tensor, alpha: float, near: int) -> Learn:
+    """Write 1 where a token more than `near` tokens back got more than `alpha` of a query's attention (int8)."""
+    return Learn(score=3, combine=4, state_BKS=state_BKS, alpha=alpha, near=near)
+
+
+def sums(state_BKS: Tensor) -> Learn:
+    """Add up the attention of each token, summed over the group (float32)."""
+    return Learn(score=2, combine=5, state_BKS=state_BKS)
+
+
+def slots_of(store: SlotStore) -> Slots:
+    """The slots of a layer as the kernels take them."""
+    table = store.table
+    bounds = (store.kmin_BKPD, store.kmax_BKPD) if store.has_key_bounds else (None, None)
+    held = (store.keys_BKSD, store.values_BKSD, table.position_BKS, store.tail_BK, table.now_B)
+    return Slots(*held, table.page_size, *bounds)
+
+
+def step_attention(
+    query_BKGD: Tensor,
+    key_BKD: Tensor,
+    value_BKD: Tensor,
+    slots: Slots,
+    scaling: float,
+    learn: Learn = NOTHING,
+    score_BKP: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Append the token at `now_B`, read what is resident, and learn.
+
+    The page of a token at its offset 0 is opened anew: whatever it held is gone.
+
+    Parameters
+    ----------
+    score_BKP
+        Where page scores go (float32); None for a new tensor.
+
+    Returns
+    -------
+    tuple of Tensor
+        Output BKGD, and the page scores that `learn` asks for, or None.
+    """
+    work = plan_work(query_BKGD, key_BKD, value_BKD, slots)
+    rows, heads, groups, _ = query_BKGD.shape
+    pages = work.tokens // work.page_size
+    if not (learn.bound or learn.score == 1):
+        score_BKP = None
+    elif score_BKP is None:
+        score_BKP = floats(query_BKGD, (rows, heads, pages))
+    per_head = learn.bound == 2 or learn.score in (1, 3)
+    score = query_BKGD if score_BKP is None else score_BKP
+    if per_head:
+        score = floats(query_BKGD, (rows, heads, groups, pages))
+    logit = floats(query_BKGD, (rows, heads, groups, work.tokens)) if learn.score > 1 else query_BKGD
+    partial, share = split(work, slots, score, logit, scaling, learn, append=True)
+    result = score if score_BKP is None else score_BKP
+    out_BKGD = combine(work, slots, partial, share, logit, score, result, learn)
+    return out_BKGD.to(query_BKGD.dtype), score_BKP
+
+
+def select_attention(
+    query_BKGD: Tensor, key_BKD: Tensor, value_BKD: Tensor, slots: Slots, cap_B: Tensor, scaling: float
+) -> Tensor:
+    """Append the token at `now_B`, and read the tail and the pages with the highest bounds, `cap_B` in all. BKGD.
+
+    For caches that grow: slot p holds page p, so ties go to the lower slot.
+    """
+    work = plan_work(query_BKGD, key_BKD, value_BKD, slots)
+    score = floats(query_BKGD, (*query_BKGD.shape[:2], work.tokens // work.page_size))
+    split(work, slots, score, score, scaling, BOUND, append=True, attend=False)
+    partial, share = split(work, slots, score, score, scaling, NOTHING, cap_B)
+    return combine(work, slots, partial, share, score, score, score, NOTHING).to(query_BKGD.dtype)

@@ -1,0 +1,115 @@
+"""Page tables of alike layers side by side in memory, so that one kernel stamps and evicts for all of them.
+
+Only where a fused step serves the layers: otherwise each layer's `longthink.cache.step` does it.
+
+Shape suffixes: N rows of all layers (layer after layer), B batch rows, K KV heads (1 where a table serves the whole
+layer), P page slots, S token slots.
+"""
+
+from __future__ import annotations
+
+from copy import copy
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from longthink.accelerators import triton_tables
+from longthink.accelerators.layers import Eviction, FusedLayer
+from longthink.cache import LayerCache
+from longthink.cache.store import SlotStore
+from longthink.policies import SavesTokens
+
+
+def group_layers(layers: list[LayerCache]) -> list[LayerGroup]:
+    """Put the layers that a kernel can evict for together, those of one policy and shape."""
+    groups: dict[object, list[LayerCache]] = {}
+    for layer in layers:
+        if layer.is_fused and isinstance(layer.fused, FusedLayer) and layer.fused.grouped:
+            keys = layer.store.keys_BKSD
+            groups.setdefault((layer.policy, keys.shape, keys.device), []).append(layer)
+    return [LayerGroup(alike) for alike in groups.values()]
+
+
+class LayerGroup:
+    """Layers of one policy whose page tables are views of one tensor for each field.
+
+    In a step, `refresh` comes first, `choose_slots` before the first layer if a row opens a page, and `learn` after
+    the last layer. They are not part of what is compiled: a program takes no tensors that overlap in memory.
+
+    Parameters
+    ----------
+    layers
+        Layers of the same policy and shape that have read the same tokens.
+    """
+
+    def __init__(self, layers: list[LayerCache]) -> None:
+        self.layers = layers
+        self._policy = layers[0].policy
+        self._fused: list[FusedLayer] = [layer.fused for layer in layers]  # type: ignore[misc]
+        self._views: list[Tensor] = []
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Join the tables, unless they are joined: rows and slots that come and go bring new tensors."""
+        held = [layer.store.table.position_BKS for layer in self.layers]
+        if not self._views or any(new is not old for new, old in zip(held, self._views, strict=True)):
+            self._join()
+
+    def _join(self) -> None:
+        stores = [layer.store for layer in self.layers]
+        rows = len(stores[0].tail_BK)
+        joined = [torch.cat(alike) for alike in zip(*(store.tensors()[2:] for store in stores), strict=True)]
+        for i, store in enumerate(stores):
+            kept = store.tensors()[:2]
+            _replace(store, [*kept, *(tensor[i * rows : (i + 1) * rows] for tensor in joined)])
+        self._views = [store.table.position_BKS for store in stores]
+        for layer in self.layers:
+            layer.renewed()
+        # Keys and values of a layer stay where they are: nothing reads those of all layers at once.
+        self._whole = copy(stores[0])
+        self._whole.table = replace(stores[0].table)
+        _replace(self._whole, [tensor[:0] for tensor in stores[0].tensors()[:2]] + joined)
+        heads, pages = stores[0].keys_BKSD.shape[1], stores[0].pages
+        score_NKP = torch.empty(rows * len(stores), heads, pages, device=self._whole.tail_BK.device)
+        self._stamping = self._fused[0].stamping(self._whole.table, score_NKP)
+        scores = [None] * len(stores) if self._stamping is None else score_NKP.split(rows)
+        for fused, score_BKP in zip(self._fused, scores, strict=True):
+            fused.score_BKP = score_BKP
+
+    def choose_slots(self) -> list[Tensor]:
+        """Choose the slot of the next token's page, where it opens one; it is emptied as the token is written.
+
+        Returns
+        -------
+        list of Tensor
+            For each layer, if its policy saves tokens: where a page is evicted, BK, for `save_tokens`.
+        """
+        full_NK = triton_tables.evict(*self._tables())
+        return list(full_NK.chunk(len(self.layers))) if isinstance(self._policy, SavesTokens) else []
+
+    def learn(self) -> None:
+        """Stamp the pages by the scores of a step of all layers, in one launch."""
+        if self._stamping is not None:
+            triton_tables.evict(*self._tables(), self._stamping)
+
+    def _tables(self) -> tuple[SlotStore, SlotStore, Eviction]:
+        fused, first = self._fused[0], self.layers[0].store
+        worth_NKP = fused.eviction(self._whole.table).worth_NKP
+        return self._whole, first, fused.eviction(first.table)._replace(worth_NKP=worth_NKP)
+
+    def save_tokens(self, full_LBK: list[Tensor]) -> None:
+        """Save tokens of the pages that are evicted for the next token's, as `choose_slots` has returned them."""
+        for layer, full_BK in zip(self.layers, full_LBK, strict=False):
+            store, policy = layer.store, layer.policy
+            assert isinstance(policy, SavesTokens)
+            moves = policy.moves(store.table, store.tail_BK, full_BK)
+            if moves is not None:
+                (state_BKS,) = store.table.state.values()
+                triton_tables.move_tokens(store, moves, state_BKS)
+
+
+def _replace(store: SlotStore, tensors: list[Tensor]) -> None:
+    """Put these in the place of `SlotStore.tensors`, in that order."""
+    new = iter(tensors)
+    store.apply(lambda tensor: next(new))

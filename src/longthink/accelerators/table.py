@@ -1,0 +1,22 @@
+"""Which policies have fused decode steps."""
+
+from __future__ import annotations
+
+from longthink.accelerators.layers import (
+    FusedH2O,
+    FusedLayer,
+    FusedMilestone,
+    FusedQuest,
+    FusedRaaS,
+    FusedRecency,
+)
+from longthink.policies import H2O, Milestone, Policy, Quest, RaaS, Recency
+
+FUSED: dict[type[Policy], type[FusedLayer]] = {
+    H2O: FusedH2O,
+    Milestone: FusedMilestone,
+    Quest: FusedQuest,
+    RaaS: FusedRaaS,
+    Recency: FusedRecency,
+}
+"""By exact class: a subclass may override any hook, so it is not served by the kernels of its parent."""
