@@ -25,7 +25,7 @@ DOCS = ROOT / "docs"
 PEERS = SRC / "bench" / "peers"
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
-BUILT_IN = ("dense", "streaming_llm", "h2o", "quest", "raas", "recency", "random", "fifo", "milestone")
+BUILT_IN = ("dense", "streaming_llm", "h2o", "quest", "raas", "recency", "random", "milestone")
 
 python_files = sorted(
     path for folder in ("src", "tests", "scripts") for path in (ROOT / folder).rglob("*.py")
@@ -248,12 +248,12 @@ def test_policy_has_a_true_page(name):
     cls = get_policy_class(name)
     page = (DOCS / "policies" / f"{name}.md").read_text()
     defaults = {field.name: field.default for field in dataclasses.fields(cls)}
-    facts = (cls.keeps, *re.findall(r"arXiv \d+\.\d+", cls.source))
+    facts = (cls.info.keeps, *re.findall(r"arXiv \d+\.\d+", cls.info.source))
     assert page_faults(page, defaults.keys(), facts) == []
     for option, default in defaults.items():
         written = re.search(rf"^\| `{option}` \| (.+?) \|", page, re.MULTILINE)[1].strip("`")
         assert float(written) == default if type(default) in (int, float) else written == str(default).lower()
-    assert f"| {cls.time} | {cls.memory} |" in page
+    assert f"| {cls.info.time} | {cls.info.memory} |" in page
 
 
 def test_page_rule_sees_what_is_missing():

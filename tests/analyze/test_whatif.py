@@ -15,7 +15,7 @@ from longthink.analyze.whatif import BELADY, OPTIMUM
 from longthink.config import Budget
 from longthink.errors import TraceError
 from longthink.hf import make_cache
-from longthink.policies import make_policy
+from longthink.policies import make_policy, needs_budget
 from tests.analyze.making import dense, recorded, written
 from tests.models import build
 
@@ -107,7 +107,7 @@ def test_budgets_side_by_side_are_those_one_by_one(trace):
     alone = [
         one
         for policy in policies
-        for budget in (budgets if policy.needs_budget else budgets[:1])
+        for budget in (budgets if needs_budget(policy) else budgets[:1])
         for one in what_if(trace, [policy], [budget], clairvoyant=False)
     ]
     for one, other in zip(together, alone, strict=False):

@@ -8,7 +8,7 @@ from longthink.config import Budget
 
 LAYERS, KV_HEADS, DIM = 2, 2, 8
 MODEL = f"random:layers={LAYERS},hidden=32,heads=4,kv_heads={KV_HEADS},head_dim={DIM}"
-POLICIES = ("dense", "raas", "quest", "h2o", "streaming_llm", "recency", "random", "fifo")
+POLICIES = ("dense", "raas", "quest", "h2o", "streaming_llm", "recency", "random", "recency:page_size=16")
 PER_TOKEN = 2 * LAYERS * KV_HEADS * DIM * 4
 """Bytes of the keys and values of one token."""
 

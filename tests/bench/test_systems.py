@@ -10,7 +10,7 @@ from longthink.bench.systems import make_systems
 from longthink.errors import UnsupportedFeatureError
 from tests.bench.conftest import PER_TOKEN
 
-BOUNDED = ("raas", "h2o", "streaming_llm", "recency", "random", "fifo")
+BOUNDED = ("raas", "h2o", "streaming_llm", "recency", "random", "recency:page_size=16")
 
 
 def systems(loaded, plan, room=32, **changes):

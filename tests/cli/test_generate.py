@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from longthink import __version__
 from longthink.cli.terminal import write_text
-from longthink.policies import make_policy
+from longthink.policies import make_policy, policy_to_dict
 
 
 def reference(folder, prompt, count, **kwargs):
@@ -94,7 +94,7 @@ def test_json_is_one_complete_document(call, plain_model):
     assert record["tokens"] == {"prompt": 3, "generated": 50}
     assert record["stopped"] == "length"
     assert len(record["text"].split()) > 10
-    assert record["policy"] == make_policy("raas:r=0.25:page_size=4").to_dict()
+    assert record["policy"] == policy_to_dict(make_policy("raas:r=0.25:page_size=4"))
     assert (record["budget"], record["decode_budget"]) == (24, None)
     assert (
         record["bytes"]["kv_bytes"] == 2 * 2 * 2 * 24 * 16 * 4

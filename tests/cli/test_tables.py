@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from longthink import __version__
-from longthink.policies import Policy, available_policies, get_policy_class, register
+from longthink.policies import Policy, PolicyInfo, available_policies, get_policy_class, register
 from longthink.policies.registry import _REGISTRY
 
 
@@ -20,7 +20,7 @@ def test_policies_come_from_the_registry(call):
     for row in rows:
         cls = get_policy_class(row["name"])
         assert (row["time"], row["memory"], row["keeps"], row["source"]) == (
-            cls.time, cls.memory, cls.keeps, cls.source,
+            *cls.info,
         )  # fmt: skip
         assert row["options"] == {field.name: field.default for field in dataclasses.fields(cls)}
 
@@ -39,7 +39,7 @@ def test_policy_of_another_package_is_listed(call, monkeypatch):
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Mine(Policy):
-        time, memory, keeps, source = "O(1)", "O(1)", "[bold]nothing[/bold]", "my shed"
+        info = PolicyInfo("O(1)", "O(1)", "[bold]nothing[/bold]", "my shed")
 
     monkeypatch.setitem(_REGISTRY, "mine", Mine)
     register("mine")(Mine)

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import longthink
 from longthink.cache import LayerCache
 from longthink.config import Budget
+from longthink.policies import needs_budget
 from tests.hf.test_conformance import VARIANTS
 from tests.models import build, prompt
 
@@ -16,7 +17,7 @@ POLICIES = longthink.available_policies()
 
 
 def budget_of(policy, **given):
-    return given if longthink.make_policy(policy).needs_budget else {}
+    return given if needs_budget(longthink.make_policy(policy)) else {}
 
 
 def read(model, ids, mask, policy, budget, **options):

@@ -8,15 +8,15 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import longthink
-from longthink import kernels
 from longthink.hf import DecodeStep
 from longthink.hf import step as step_module
 from longthink.kernels.compiled import without_guards
-from longthink.policies import RaaS
+from longthink.policies import RaaS, grows
+from tests import fused
 from tests.models import EOS, PAD, build, prompt
 from tests.recording import Recording
 
-BOUNDED = [p for p in longthink.available_policies() if not longthink.make_policy(p).grows]
+BOUNDED = [p for p in longthink.available_policies() if not grows(longthink.make_policy(p))]
 BATCHES = ((5, 30), (18, 9), (40, 3))
 
 
@@ -66,9 +66,9 @@ def test_the_whole_compiler_writes_the_tokens_of_the_eager_step(policy, lengths)
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["raas", "raas:sharing=layer", "milestone", "h2o", "quest"])
 def test_the_step_of_a_gpu_is_one_program_as_well(policy, light_compiler, monkeypatch):
-    """Appending and reading as one call, and the books of all layers kept behind the program: here in torch."""
+    """Appending and reading as one call, and pages evicted for all layers behind the program: here in torch."""
     model = wide("qwen2", num_hidden_layers=3)
-    monkeypatch.setattr(kernels, "fuses_append", lambda tensor: True)
+    fused.force(monkeypatch)
     monkeypatch.setattr(step_module, "_AlikeLayer", step_module._StepLayer)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for seed, lengths in enumerate(BATCHES):
@@ -79,12 +79,13 @@ def test_the_step_of_a_gpu_is_one_program_as_well(policy, light_compiler, monkey
     assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("on_fused_route", [False, True])
 @pytest.mark.parametrize("policy", BOUNDED)
-def test_a_recorded_step_can_be_replayed(policy, fused, monkeypatch):
+def test_a_recorded_step_can_be_replayed(policy, on_fused_route, monkeypatch):
     """All state changes in place and every tensor keeps its place, or a CUDA graph would write other tokens."""
     model, recording, steps = build("qwen2"), Recording(), 60
-    monkeypatch.setattr(kernels, "fuses_append", lambda tensor: fused)
+    if on_fused_route:
+        fused.force(monkeypatch)
     ids, mask = prompt((21, 4))
     token_NB1 = torch.randint(3, 90, (steps, 2, 1))
     given, logits = [], []
@@ -278,7 +279,13 @@ def test_auto_compiles_only_where_it_pays_or_is_done_already(monkeypatch, light_
 
     def programs(**options):
         longthink.generate(
-            model, ids, policy="fifo", budget=64, do_sample=False, max_new_tokens=12, **options
+            model,
+            ids,
+            policy="recency:page_size=16",
+            budget=64,
+            do_sample=False,
+            max_new_tokens=12,
+            **options,
         )
         return counters["stats"]["unique_graphs"]
 
@@ -290,7 +297,7 @@ def test_auto_compiles_only_where_it_pays_or_is_done_already(monkeypatch, light_
     assert not caplog.text
     assert programs(num_beams=2) == 0
     assert programs() == 1
-    assert caplog.text.count("compiling the decode step of policy 'fifo'") == 1
+    assert caplog.text.count("compiling the decode step of policy 'recency:page_size=16'") == 1
     calls = []
     monkeypatch.setattr(step_module, "PAYS_FROM", 1000)
     run = DecodeStep._run
@@ -320,5 +327,7 @@ def test_bad_values_are_refused():
 
 def test_nothing_of_the_compiler_is_left_set(light_compiler):
     before = torch._dynamo.config.get_config_copy()
-    both(wide("qwen2", num_hidden_layers=1), (20,), policy="fifo", budget=64, max_new_tokens=3)
+    both(
+        wide("qwen2", num_hidden_layers=1), (20,), policy="recency:page_size=16", budget=64, max_new_tokens=3
+    )
     assert torch._dynamo.config.get_config_copy() == before

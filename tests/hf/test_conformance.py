@@ -6,10 +6,11 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 import longthink
+from longthink.policies import grows, needs_budget
 from tests.models import ARCHITECTURES, build, prompt
 
 POLICIES = longthink.available_policies()
-BOUNDED = [name for name in POLICIES if not longthink.make_policy(name).grows]
+BOUNDED = [name for name in POLICIES if not grows(longthink.make_policy(name))]
 VARIANTS = [
     "raas:score=exact",
     "raas:used=alpha:alpha=0.05",
@@ -25,7 +26,7 @@ VARIANTS = [
 
 
 def budget_for(policy: str, tokens: int) -> dict[str, int]:
-    return {"decode_budget": tokens} if longthink.make_policy(policy).needs_budget else {}
+    return {"decode_budget": tokens} if needs_budget(longthink.make_policy(policy)) else {}
 
 
 def greedy(model, ids, mask, new_tokens, **options):

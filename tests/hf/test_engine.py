@@ -16,6 +16,7 @@ import longthink
 from longthink.hf import Request
 from longthink.hf.batcher import Batcher, Job
 from longthink.hf.seats import Seats
+from longthink.policies import needs_budget
 from tests.hf.test_memory import live_bytes
 from tests.models import build, prompt
 
@@ -37,7 +38,7 @@ def ids(number):
 @cache
 def alone(number, policy="raas"):
     """Tokens of a prompt by `longthink.generate`."""
-    kept = {"decode_budget": 16} if longthink.make_policy(policy).needs_budget else {}
+    kept = {"decode_budget": 16} if needs_budget(longthink.make_policy(policy)) else {}
     out = longthink.generate(
         small(), torch.tensor([ids(number)]), policy=policy, max_new_tokens=LIMIT, do_sample=False, **kept
     )
@@ -45,7 +46,7 @@ def alone(number, policy="raas"):
 
 
 def engine(policy="raas", **options):
-    kept = {"decode_budget": 16} if longthink.make_policy(policy).needs_budget else {}
+    kept = {"decode_budget": 16} if needs_budget(longthink.make_policy(policy)) else {}
     return longthink.Engine(small(), **dict(policy=policy, seats=3) | kept | options)
 
 

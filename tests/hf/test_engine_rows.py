@@ -7,7 +7,7 @@ import torch
 
 import longthink
 from longthink.hf import Engine, Request, Sampling
-from longthink.policies import make_policy
+from longthink.policies import grows, make_policy, needs_budget
 from tests.hf.test_conformance import VARIANTS
 from tests.models import build, prompt
 
@@ -30,7 +30,7 @@ def requests(lengths=LENGTHS, limits=LIMITS, **more):
 
 
 def budget_of(policy, **given):
-    return longthink.Budget(**given) if make_policy(policy).needs_budget else None
+    return longthink.Budget(**given) if needs_budget(make_policy(policy)) else None
 
 
 def finished(model, asked, policy, budget, **options):
@@ -75,7 +75,7 @@ def assert_as_alone(model, policy, budget, seats=4, **options):
 def test_every_row_gets_the_tokens_that_it_gets_alone(architecture, policy):
     """Budgets count on top of the prompt, so each row has its own number of slots."""
     evicted = assert_as_alone(build(architecture), policy, budget_of(policy, decode_budget=24))
-    assert (evicted > 0) == (not make_policy(policy).grows)
+    assert (evicted > 0) == (not grows(make_policy(policy)))
 
 
 @pytest.mark.slow
@@ -125,7 +125,7 @@ def test_slots_stay_within_the_budget_and_memory_follows_the_rows():
     config = model.config
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
     asked = requests((200, *[10] * 8), (4, *[60] * 8))
-    done = stream(model, asked, "fifo", longthink.Budget(decode_budget=16), seats=2)
+    done = stream(model, asked, "recency:page_size=16", longthink.Budget(decode_budget=16), seats=2)
     # The long row has 13 pages and one more; as long as it is there its neighbour's row is as wide.
     assert done[0].kv_bytes_peak == done[1].kv_bytes_peak == 14 * 16 * per_token
     assert [done[i].kv_bytes_peak for i in range(2, 9)] == [2 * 16 * per_token] * 7

@@ -9,9 +9,10 @@ from transformers import StoppingCriteria
 import longthink
 from longthink.cache import LayerCache
 from longthink.config import Budget
+from longthink.policies import grows
 from tests.models import build, prompt
 
-BOUNDED = [p for p in longthink.available_policies() if not longthink.make_policy(p).grows]
+BOUNDED = [p for p in longthink.available_policies() if not grows(longthink.make_policy(p))]
 
 
 def live_bytes(*, without: torch.Tensor) -> int:

@@ -14,7 +14,8 @@ def quick_interpreter():
         return
     from triton.runtime import interpreter
 
-    from longthink.kernels import triton_step
+    from longthink.accelerators import attention
+    from longthink.kernels import triton_decode
 
     function, patched = interpreter.InterpretedFunction, set()
     run = function.run
@@ -29,13 +30,13 @@ def quick_interpreter():
             patched.add(self.fn.__module__)
         return self.rewrite()(*args, **kwargs)
 
+    def broken_floats(like, shape):
+        return torch.full(shape, float("nan"), dtype=torch.float32, device=like.device)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(function, "run", fresh_run)
         patch.setattr(function, "__call__", quick_call)
-        # What no program wrote is nothing that may be read.
-        patch.setattr(
-            triton_step,
-            "_floats",
-            lambda like, shape: torch.full(shape, float("nan"), dtype=torch.float32, device=like.device),
-        )
+        for module in (triton_decode, attention):
+            # What no program wrote is nothing that may be read.
+            patch.setattr(module, "floats", broken_floats)
         yield

@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from longthink.kernels import triton_book, triton_replay, triton_step
+from longthink.accelerators import triton_tables
+from longthink.kernels import triton_decode
 
 KERNELS = (
-    (triton_step, "split_kernel"),
-    (triton_step, "combine_kernel"),
-    (triton_book, "bookkeep_kernel"),
-    (triton_book, "move_kernel"),
-    (triton_replay, "replay_kernel"),
+    (triton_decode, "split_kernel"),
+    (triton_decode, "combine_kernel"),
+    (triton_tables, "evict_kernel"),
+    (triton_tables, "move_kernel"),
 )
 
 

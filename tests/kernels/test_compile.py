@@ -9,11 +9,11 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET"):
     pytest.skip("Triton interprets in this process and cannot compile", allow_module_level=True)
 
+from longthink.kernels.reference_step import Learn, Rule, Turn, Used  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from longthink.kernels import Again, triton_book, triton_replay, triton_step  # noqa: E402
-from longthink.kernels.reference_step import Learn, Rule, Turn, Used  # noqa: E402
 from tests.kernels.cases import Shape, make_learn, make_pool, make_slots, new_token  # noqa: E402
 from tests.kernels.launches import recorded  # noqa: E402
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from longthink.kernels.reference_step import LEARN, Turn, Used
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import longthink
@@ -13,7 +14,6 @@ from longthink import kernels
 from longthink.cache import LayerCache, group_books
 from longthink.cache.step import save_tokens
 from longthink.kernels import Rule
-from longthink.kernels.reference_step import LEARN, Turn, Used
 from tests.kernels.cases import Shape, make_learn, make_pool, make_slots, new_token
 
 LAYERS = 28

@@ -4,13 +4,13 @@ Shapes: B rows, H query heads, K KV heads, Q new columns, N tokens so far, D hea
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from longthink.cache import LayerCache
 from longthink.config import Budget
-from longthink.policies import get_policy_class
+from longthink.policies import make_policy
 from tests.oracle.base import Heads, Limit, RowOracle, Setting
 from tests.oracle.milestone import MilestoneOracle
 from tests.oracle.pages import QuestOracle, RaasOracle, RandomOracle, WindowOracle
@@ -59,7 +59,7 @@ class Case:
     seed: int = 0
 
     def make_layer(self) -> LayerCache:
-        policy = get_policy_class(self.policy)(**self.options)
+        policy = replace(make_policy(self.policy), **self.options)
         if self.budget is None and self.decode_budget is None:
             return LayerCache(policy)
         return LayerCache(policy, Budget(budget=self.budget, decode_budget=self.decode_budget))

@@ -32,8 +32,8 @@ class Promotion(Policy):
     page_size: int = PAGE
 
     @property
-    def uses_weights(self) -> bool:
-        return True
+    def needs(self) -> frozenset[str]:
+        return frozenset({"weights"})
 
     def required_pages(self, prompt: int) -> int:
         return -(-prompt // self.page_size) + 2
@@ -46,9 +46,9 @@ class Promotion(Policy):
         """The slot after those of the prompt: the first one that a decode token opens."""
         return (table.prompt_B + self.page_size - 1) // self.page_size
 
-    def evictable(self, table: PageTable) -> torch.Tensor:
+    def protected(self, table: PageTable) -> torch.Tensor:
         slots = torch.arange(table.page_BKP.shape[-1])
-        return super().evictable(table) & (slots != self.old_page_B(table)[:, None, None])
+        return super().protected(table) | (slots == self.old_page_B(table)[:, None, None])
 
     def moves(self, table: PageTable, slot_BK: torch.Tensor, full_BK: torch.Tensor) -> Moves:
         within = torch.arange(self.page_size)
@@ -69,7 +69,6 @@ class Promotion(Policy):
         return order.argsort(-1) < self.page_size
 
     def observe(self, table: PageTable, step: Step) -> None:
-        assert step.weights_BKGS is not None
         table.state["mass"] += step.weights_BKGS.sum(2)
 
 

@@ -5,13 +5,14 @@ import torch
 
 from longthink.cache import LayerCache
 from longthink.cache.forward import fast_forward
+from longthink.cache.step import evictable_pages
 from longthink.config import Budget
 from longthink.errors import CacheStateError, UnsupportedFeatureError
-from longthink.policies import Dense, available_policies, make_policy
+from longthink.policies import Dense, available_policies, make_policy, needs_budget
 
 HEADS, KV_HEADS, DIM, PROMPT, BUDGET = 4, 2, 8, 20, 64
 POLICIES = [*available_policies(), "raas:pin_prompt=False", "streaming_llm:sinks=24", "quest:page_size=4"]
-CONTIGUOUS = ["recency", "fifo", "streaming_llm"]
+CONTIGUOUS = ["recency", "recency:page_size=16", "streaming_llm"]
 LENGTHS = [1, 12, 45, 64, 100, 333]
 
 
@@ -21,7 +22,7 @@ def numbers(heads, tokens, seed):
 
 def prompted(policy):
     made = make_policy(policy)
-    budget = Budget(budget=BUDGET) if made.needs_budget else None
+    budget = Budget(budget=BUDGET) if needs_budget(made) else None
     layer = LayerCache(made, budget, inv_freq_D=torch.ones(DIM // 2))
     layer.attend(numbers(HEADS, PROMPT, 0), numbers(KV_HEADS, PROMPT, 1), numbers(KV_HEADS, PROMPT, 2))
     return layer
@@ -51,7 +52,7 @@ def cost(layer):
         "resident": table.resident_BKS.sum(-1).tolist(),
         "evicted": layer.num_evicted,
         "tail": table.page_BKP.amax(-1).tolist(),
-        "evictable": layer.policy.evictable(table).sum(-1).tolist(),
+        "evictable": evictable_pages(layer.policy, table).sum(-1).tolist(),
         "bytes": (layer.kv_bytes, layer.metadata_bytes),
         "decoding": layer._decoding,
     }
@@ -90,10 +91,10 @@ def test_many_short_ways_lead_where_one_long_way_does(policy):
 @pytest.mark.parametrize("policy", POLICIES)
 def test_representatives_cover_their_pages(policy):
     layer = forward(prompted(policy), 300)
-    table, size = layer._store.table, layer.policy.page_size
+    table, size, store = layer._store.table, layer.policy.page_size, layer._store
     keys = layer._store.keys_BKSD.unflatten(2, (-1, size))
     resident = table.resident_BKS.expand(-1, KV_HEADS, -1).unflatten(2, (-1, size))[..., None]
-    if table.kmin_BKPD.shape[2]:
+    if store.has_key_bounds:
         used = resident.any(3)
         assert (
             torch.where(resident, keys, torch.inf).amin(3)[used[..., 0]].equal(table.kmin_BKPD[used[..., 0]])

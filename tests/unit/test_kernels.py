@@ -10,6 +10,9 @@ from hypothesis import strategies as st
 from longthink import kernels
 from longthink.kernels import compiled
 from longthink.kernels.reference import masked_softmax
+from longthink.policies.milestone import discriminant_scores
+from longthink.policies.random import draws
+from longthink.policies.streaming_llm import rotate_keys
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +85,7 @@ def test_pool_is_read_in_place(tables, dtype):
     # Behind a row's tokens there are others' blocks, with anything in them.
     keys[8], values[8] = torch.nan, torch.inf
     block[1, :, 1:] = 8
-    out = compiled.pool_attention(query, kernels.Pool(keys, values, block, length), 0.3)
+    out = compiled.paged_attention(query, kernels.PagedKV(keys, values, block, length), 0.3)
     assert out.dtype == dtype
     exact = 2**-8 if dtype == torch.bfloat16 else 1e-9
     for b in range(2):
@@ -99,17 +102,27 @@ def test_pool_is_read_in_place(tables, dtype):
 
 @pytest.mark.parametrize("by_feature", [False, True], ids=["token by token", "feature by feature"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_the_discriminant_that_a_compiler_gets_is_the_same(dtype, by_feature):
+def test_the_discriminant_is_the_ridge_regression_of_its_definition(dtype, by_feature):
     features = (torch.randn(2, 3, 40, 8) * torch.arange(1, 9) + 5).to(dtype)
     marked, resident = torch.rand(2, 3, 40) < 0.2, torch.rand(2, 3, 40) < 0.8
     marked[0, 1], resident[1, 2], features[1, 0, 3] = False, False, torch.nan
-    wanted = kernels.discriminant_scores(features, marked, resident, 0.003)
     if by_feature:
         features = features.transpose(2, 3).contiguous().transpose(2, 3)
-    found = compiled.discriminant_scores(features, marked, resident, 0.003)
-    assert found.dtype == wanted.dtype and wanted.abs().max() > 1e-3
+    found = discriminant_scores(features, marked, resident, 0.003)
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     exact = 1e-9 if dtype == torch.float64 else 1e-3
-    torch.testing.assert_close(found, wanted, atol=exact, rtol=exact)
+    for row in range(2):
+        for head in range(3):
+            x, here = features[row, head].double(), resident[row, head]
+            chosen = here & marked[row, head]
+            wanted = torch.zeros(40, dtype=torch.float64)
+            if chosen.any() and not x.isnan().any():
+                centred = (x - x[here].mean(0)) * here[:, None]
+                covariance = centred.T @ centred / here.sum()
+                ridge = 0.003 * covariance.trace() / 8 * torch.eye(8, dtype=torch.float64)
+                wanted = centred @ torch.linalg.solve(covariance + ridge, centred[chosen].mean(0))
+                assert wanted.abs().max() > 1e-3
+            torch.testing.assert_close(found[row, head].double(), wanted, atol=exact, rtol=exact)
 
 
 def test_block_attention_and_column_mass():
@@ -191,7 +204,7 @@ def test_lowest_never_names_what_is_no_candidate():
     assert kernels.lowest(torch.full((1, 1, 4), torch.iinfo(torch.int64).max), page, candidates).item() == 1
 
 
-def test_hash_priority_is_splitmix64():
+def test_random_draws_are_splitmix64():
     word = (1 << 64) - 1
 
     def mix(z):
@@ -202,7 +215,7 @@ def test_hash_priority_is_splitmix64():
 
     page, now = torch.tensor([[[3, 0, -1], [1, 2, 7]]], dtype=torch.int32), torch.tensor([40])
     for seed in (0, 1, (1 << 63) - 1):
-        got = kernels.hash_priority(seed, page, now)
+        got = draws(seed, page, now)
         for head in range(2):
             for slot in range(3):
                 x = mix(mix(seed) + head)
@@ -210,9 +223,9 @@ def test_hash_priority_is_splitmix64():
                 assert got[0, head, slot].item() == mix((x + 40) & word) >> 32
 
 
-def test_hash_draws_are_uniform():
+def test_random_draws_are_uniform():
     page = torch.arange(8, dtype=torch.int32).expand(1, 1, 8)
-    drawn = [kernels.hash_priority(5, page, torch.tensor([step])).argmin().item() for step in range(4000)]
+    drawn = [draws(5, page, torch.tensor([step])).argmin().item() for step in range(4000)]
     counts = torch.tensor(drawn).bincount(minlength=8)
     # 4000 draws over 8 pages: 500 each, standard deviation 21.
     assert (counts - 500).abs().max() < 5 * 21
@@ -222,10 +235,10 @@ def test_rotated_keys_give_the_dot_products_of_the_new_distance():
     inv_freq = 1.0 / 100 ** (torch.arange(0, 8, 2).double() / 8)
 
     def turn(x, position):
-        return kernels.rotate_keys(x[None, None, None], torch.tensor([position]), inv_freq)[0, 0, 0]
+        return rotate_keys(x[None, None, None], torch.tensor([position]), inv_freq)[0, 0, 0]
 
     query, key = torch.randn(2, 8, dtype=torch.float64)
-    moved = kernels.rotate_keys(turn(key, 2)[None, None, None], torch.tensor([5]), inv_freq)[0, 0, 0]
+    moved = rotate_keys(turn(key, 2)[None, None, None], torch.tensor([5]), inv_freq)[0, 0, 0]
     torch.testing.assert_close(turn(query, 20) @ moved, turn(query, 13) @ key)
 
 

@@ -28,7 +28,8 @@ def installed(tmp_path_factory) -> Path:
         "--no-index",
     ]
     subprocess.run([*install, "--target", str(folder / "site"), str(folder)], check=True, timeout=120)
-    (folder / "my_policy.py").unlink()  # only the installed copy may be found
+    for name in ("my_policy.py", "keep_first.py"):
+        (folder / name).unlink()  # only the installed copy may be found
     return folder
 
 
@@ -67,8 +68,9 @@ def test_page_use_runs(installed):
 
 def test_registry_knows_it_by_its_entry_point(installed):
     code = (
-        "import longthink; p = longthink.make_policy('lrfu:decay=0.25:page_size=4');"
-        "print(longthink.available_policies()[-1], p.spec(), p.to_dict()['decay'])"
+        "import longthink; from longthink.policies import policy_spec, policy_to_dict;"
+        "p = longthink.make_policy('lrfu:decay=0.25:page_size=4');"
+        "print(longthink.available_policies()[-1], policy_spec(p), policy_to_dict(p)['decay'])"
     )
     assert run(installed, "-c", code).stdout.split() == ["lrfu", "lrfu:page_size=4:decay=0.25", "0.25"]
 

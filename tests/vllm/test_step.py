@@ -10,13 +10,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from longthink import kernels
 from longthink.cache import LayerCache
 from longthink.config import Budget
-from longthink.policies import Policy, make_policy
+from longthink.errors import UnsupportedFeatureError
+from longthink.policies import Policy, make_policy, with_page_size
 from longthink.vllm.attend import CpuAttend, KernelAttend, Prompts
 from longthink.vllm.builder import BoundedBuilder
+from longthink.vllm.config import check_policy, layer_policies
 from longthink.vllm.pool import PagePool, Rows, page_bytes, query_blocks
 from longthink.vllm.spec import BoundedSpec
 from longthink.vllm.step import DecodeStep
 from tests.recording import Recording
+from tests.variants import subclasses, wrappers
 
 LAYERS, BLOCKS, HEADS, KV_HEADS, DIM, PAGE = 2, 40, 4, 2, 32, 16
 PROMPTS, DECODE_PAGES = (5, 37), 4
@@ -55,16 +58,16 @@ def make_rows(block_BP, query_BE, positions):
     return Rows(torch.where(used, block_BP, 0), now_B, prompt_B, cap_B, count_B, query_BE)
 
 
-class Worth(Policy):
+class InOrder(Policy):
     """Adds up what the steps teach, so that they must be observed in order."""
 
-    name = "worth"
-    uses_weights = True
+    name = "in_order"
+    needs = frozenset({"weights"})
 
     def init_state(self, shape, device):
         return {"worth": torch.zeros(shape.B, shape.K, shape.P, device=device)}
 
-    def priority(self, table):
+    def worth(self, table):
         return table.state["worth"]
 
     def observe(self, table, step):
@@ -82,9 +85,43 @@ POLICIES = [
 
 
 @pytest.mark.parametrize("by_cpu", [False, True])
-@pytest.mark.parametrize("spec", [*POLICIES, Worth()])
+@pytest.mark.parametrize("spec", [*POLICIES, InOrder()])
 def test_blocks_are_slots(spec, by_cpu):
     check_blocks_are_slots(spec, by_cpu, compiles=False)
+
+
+def served() -> dict[str, Policy]:
+    """Subclasses and wrappers of built-in policies that vLLM does not refuse."""
+    found = {}
+    for name, policy in (*subclasses(), *wrappers()):
+        if policy.page_size > 1 or name.startswith(("recency", "keep_first: recency")):
+            policy = with_page_size(policy, PAGE)
+        try:
+            check_policy(policy)
+            layer_policies(policy, range(LAYERS))
+        except UnsupportedFeatureError:
+            continue
+        found[name] = policy
+    return found
+
+
+SERVED = served()
+
+
+def test_what_vllm_serves_of_subclasses():
+    """All hooks of the policies that it serves, but those that would need what blocks do not have."""
+    refused = {name for name, _ in (*subclasses(), *wrappers())} - SERVED.keys()
+    assert {name.split(": ")[0] for name in SERVED} == {
+        "raas", "raas exact", "raas layer", "milestone", "random", "recency", "keep_first"
+    }  # fmt: skip
+    assert {name for name in refused if name.startswith(("raas", "milestone"))} == {
+        f"{name}: for_layer" for name in ("raas", "raas exact", "raas layer", "milestone")
+    }
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_a_subclass_or_wrapper_is_right_in_blocks(name):
+    check_blocks_are_slots(SERVED[name], by_cpu=True, compiles=False)
 
 
 @pytest.mark.slow
@@ -220,61 +257,6 @@ def test_steps_of_a_gpu_have_one_shape_and_rows_without_a_token_touch_nothing(sp
         assert (pool.position_LXKT[:, strange] == 77 * 0x01010101).all()
         assert (pool.keys_LXKTD[:, strange] == pool.keys_LXKTD[0, strange[0], 0, 0, 0]).all()
     assert all(each == seen[0] for each in seen)
-
-
-def several_tokens(begin, queries, prompts, table):
-    """What vLLM's runner says of a batch in which requests come with several tokens each."""
-    length = torch.tensor(begin) + torch.tensor(queries)
-    return SimpleNamespace(
-        num_reqs=len(length),
-        max_query_len=max(queries),
-        query_start_loc_cpu=torch.tensor([0, *queries]).cumsum(0),
-        seq_lens=length,
-        seq_lens_cpu_upper_bound=length,
-        rswa_prefix_lens=torch.tensor(prompts),
-        block_table_tensor=table,
-    )
-
-
-@pytest.mark.parametrize("spec", ["raas", "raas:sharing=layer", "recency:page_size=16"])
-def test_tokens_that_are_replayed_in_one_launch_are_those_of_the_loop(spec, monkeypatch):
-    """Prompts with tokens behind them, more of those, and a request that decodes in between."""
-    table = torch.randperm(BLOCKS - 1)[:36].view(3, 12).to(torch.int32) + 1
-    batches = (
-        ((0, 0, 0), (25, 60, 37), (5, 37, 37)),
-        ((25, 60, 37), (90, 1, 101), (5, 37, 37)),
-        ((115, 61, 138), (1, 70, 1), (5, 37, 37)),
-    )
-    found = []
-    for kernel in (False, True):
-        torch.manual_seed(5)
-        monkeypatch.setattr(kernels, "fuses_append", lambda tensor, kernel=kernel: kernel)
-        builder, names = make_builder(spec, torch.device("cpu"))
-        assert builder._step.replays == kernel
-        outs = []
-        for begin, queries, prompts in batches:
-            step = builder.build(0, several_tokens(begin, queries, prompts, table))
-            assert (step.again is not None, bool(step.replay)) == (kernel, not kernel)
-            for name in names:
-                new = torch.randn(sum(queries), HEADS + 2 * KV_HEADS, DIM).split(
-                    [HEADS, KV_HEADS, KV_HEADS], 1
-                )
-                outs.append(torch.zeros(sum(queries), HEADS, DIM))
-                step.run(name, new, outs[-1])
-        pool, blocks = builder._step.pool, table.unique().long()
-        # The loop empties a page as it opens it, the kernel as it reads.
-        empty = (pool.position_LXKT < 0).expand(-1, -1, KV_HEADS, -1)[..., None]
-        held = [tensor.masked_fill(empty, 0) for tensor in (pool.keys_LXKTD, pool.values_LXKTD)]
-        held += [pool.position_LXKT, *pool.state.values()]
-        found.append((outs, [tensor[:, blocks] for tensor in held]))
-    torch.testing.assert_close(found[1], found[0], atol=2e-5, rtol=2e-5)
-
-
-def test_policies_that_one_launch_can_replay(monkeypatch):
-    monkeypatch.setattr(kernels, "fuses_append", lambda tensor: True)
-    specs = {"raas": True, "raas:used=alpha": False, "raas:score=exact": False, "random": False, "fifo": True}
-    for spec, replays in (specs | {"milestone": False}).items():
-        assert make_builder(spec, torch.device("cpu"))[0]._step.replays == replays, spec
 
 
 def test_a_stage_of_a_pipeline_has_the_policies_of_its_own_layers():

@@ -47,14 +47,19 @@ class LayerGroup:
         self.layers = layers
         self._policy = layers[0].policy
         self._fused: list[FusedLayer] = [layer.fused for layer in layers]  # type: ignore[misc]
-        self._views: list[Tensor] = []
-        self.refresh()
+        self._join()
 
     def refresh(self) -> None:
-        """Join the tables, unless they are joined: rows and slots that come and go bring new tensors."""
+        """Join the tables, unless they are joined: rows and slots that come and go bring new tensors.
+
+        From here to `learn`, the layers leave the scores of their pages to the group. In other steps, such as those of
+        the library's own loop, each layer learns from its own.
+        """
         held = [layer.store.table.position_BKS for layer in self.layers]
-        if not self._views or any(new is not old for new, old in zip(held, self._views, strict=True)):
+        if any(new is not old for new, old in zip(held, self._views, strict=True)):
             self._join()
+        for fused, score_BKP in zip(self._fused, self._scores, strict=True):
+            fused.score_BKP = score_BKP
 
     def _join(self) -> None:
         stores = [layer.store for layer in self.layers]
@@ -73,9 +78,7 @@ class LayerGroup:
         heads, pages = stores[0].keys_BKSD.shape[1], stores[0].pages
         score_NKP = torch.empty(rows * len(stores), heads, pages, device=self._whole.tail_BK.device)
         self._stamping = self._fused[0].stamping(self._whole.table, score_NKP)
-        scores = [None] * len(stores) if self._stamping is None else score_NKP.split(rows)
-        for fused, score_BKP in zip(self._fused, scores, strict=True):
-            fused.score_BKP = score_BKP
+        self._scores = [None] * len(stores) if self._stamping is None else score_NKP.split(rows)
 
     def choose_slots(self) -> list[Tensor]:
         """Choose the slot of the next token's page, where it opens one; it is emptied as the token is written.
@@ -92,6 +95,8 @@ class LayerGroup:
         """Stamp the pages by the scores of a step of all layers, in one launch."""
         if self._stamping is not None:
             triton_tables.evict(*self._tables(), self._stamping)
+        for fused in self._fused:
+            fused.score_BKP = None
 
     def _tables(self) -> tuple[SlotStore, SlotStore, Eviction]:
         fused, first = self._fused[0], self.layers[0].store

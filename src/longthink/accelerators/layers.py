@@ -65,7 +65,7 @@ class FusedLayer:
     def __init__(self, policy: Any) -> None:
         self.policy = policy
         self.score_BKP: Tensor | None = None
-        """Where the scores of a step's pages go, if a group learns from them for all layers."""
+        """Where the scores of this step's pages go, if a group learns from them for all layers."""
 
     def serves(self, store: SlotStore) -> bool:
         """Whether the kernels run where the slots are."""

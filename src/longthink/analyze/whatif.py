@@ -84,7 +84,7 @@ def check_replayable(policy: Policy, trace: Trace) -> None:
     TraceError
         Naming the option of ``longthink trace`` that records what is missing.
     """
-    if reads_vectors(policy) and not trace.header.vectors:
+    if reads_vectors(policy.needs) and not trace.header.vectors:
         raise TraceError(
             f"policy {policy_spec(policy)!r} looks at queries, keys or values, and the trace of {trace.header.task} "
             f"{trace.header.problem} holds none: record with --with-vectors"
@@ -235,7 +235,7 @@ class _Lane:
         mass_LKN = mass.unflatten(0, (header.layers, header.kv_heads))
         keys, values = (
             torch.zeros(*mass_LKN.shape, 0)
-            if made is None or not reads_vectors(self.policy)
+            if made is None or not reads_vectors(self.policy.needs)
             else torch.from_numpy(made).view(*mass_LKN.shape, -1)
             for made in (prompt.key, prompt.value)
         )
@@ -245,7 +245,7 @@ class _Lane:
     def step(self, step: Step, vectors: _Vectors, lookups_M: NDArray[np.bool_]) -> None:
         header = self.trace.header
         kept_CLH = np.empty((len(self.fits), header.layers, header.heads), dtype=np.float32)
-        if not reads_vectors(self.policy):
+        if not reads_vectors(self.policy.needs):
             vectors = vectors.without()
         for part, (layers, replayed) in enumerate(self.parts):
             given = vectors if len(layers) == header.layers else _Vectors(*(one[layers] for one in vectors))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from longthink import kernels
+from longthink.cache.holdings import Holdings
 from longthink.cache.prompt import PromptPieces, causal_mask, page_caps
 from longthink.cache.step import New, Read, decode_step, read_slots, turn_pages
 from longthink.cache.store import SlotStore
@@ -43,7 +44,7 @@ class FusedStep(Protocol):
         ...
 
 
-class LayerCache:
+class LayerCache(Holdings):
     """Bounded cache of one attention layer, for any number of rows.
 
     The prompt is attended densely; a decode step evicts, writes, reads and learns as the policy says. Rows count
@@ -108,12 +109,6 @@ class LayerCache:
     # What it holds ------------------------------------------------------------------------------------------
 
     @property
-    def store(self) -> SlotStore:
-        """The slots, of a cache that holds a prompt."""
-        assert self._store is not None
-        return self._store
-
-    @property
     def length_B(self) -> Tensor:
         """Tokens that each row has seen, padding not counted."""
         return torch.tensor(self._lengths, dtype=torch.int64)
@@ -132,49 +127,6 @@ class LayerCache:
     def sizes(self) -> tuple[torch.Size, int]:
         """Shape of the slots of keys and of values, and the largest cap: what changes when rows change hands."""
         return self.store.keys_BKSD.shape, self.store.table.cap
-
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes allocated for keys and values."""
-        held = [] if self._store is None else [self._store.keys_BKSD.nbytes, self._store.values_BKSD.nbytes]
-        return sum(held) + (self._pieces.nbytes if self._pieces else 0)
-
-    @property
-    def metadata_bytes(self) -> int:
-        """Bytes allocated for positions, representatives and the policy's state."""
-        return 0 if self._store is None else sum(tensor.nbytes for tensor in self._store.tensors()[2:])
-
-    @property
-    def dense_kv_bytes(self) -> int:
-        """Bytes that keys and values of all tokens seen would take."""
-        return sum(self.row_dense_kv_bytes(row) for row in range(len(self._lengths)))
-
-    @property
-    def num_evicted(self) -> int:
-        """Tokens seen and no longer resident, summed over rows and KV heads."""
-        return sum(self.row_evicted(row) for row in range(len(self._lengths)))
-
-    def row_dense_kv_bytes(self, row: int) -> int:
-        """Bytes that keys and values of all tokens that a row has seen would take."""
-        return 2 * self._lengths[row] * self.store.keys_BKSD[0, :, 0].nbytes
-
-    def row_evicted(self, row: int) -> int:
-        """Tokens that a row has seen and no longer holds, summed over KV heads."""
-        resident_KS = self.store.table.resident_BKS[row]
-        shared = self.store.keys_BKSD.shape[1] // len(resident_KS)
-        return (self._lengths[row] * len(resident_KS) - int(resident_KS.sum())) * shared
-
-    @property
-    def position_BKS(self) -> Tensor | None:
-        """Logical position in each token slot, -1 where there is none; K is 1 where a table serves the layer."""
-        return None if self._store is None else self._store.table.position_BKS
-
-    def resident_positions(self) -> list[list[list[int]]]:
-        """Logical positions that each row and KV head holds, in order."""
-        if self._store is None:
-            return []
-        position_BKS = self._store.table.position_BKS.expand(-1, self._store.keys_BKSD.shape[1], -1)
-        return [[sorted(p for p in head if p >= 0) for head in row] for row in position_BKS.tolist()]
 
     def select_rows(self, rows: Tensor) -> None:
         """Make row i what row ``rows[i]`` was (beam search, batch changes)."""

@@ -90,7 +90,7 @@ def read_slots(
         keys, values, resident = store.keys_BKSD, store.values_BKSD, table.resident_BKS
     resident = resident.expand(-1, keys.shape[1], -1)
     many = grows(policy) and selected_BKR is None
-    with_weights = "weights" in policy.needs
+    with_weights = "weights" in store.needs
     return kernels.decode_attention(
         query_BKGD, keys, values, resident, scaling, with_weights=with_weights, many=many
     )
@@ -117,7 +117,7 @@ def decode_step(
     if isinstance(policy, ShiftsKeys):
         _shift_keys(policy, store)
     out_BKGD, weights_BKGS = read(policy, store, query_BKGD, scaling)
-    shown_BKGD = query_BKGD if reads_vectors(policy) else None
+    shown_BKGD = query_BKGD if reads_vectors(store.needs) else None
     policy.observe(store.table, Step(shown_BKGD, weights_BKGS, scaling))
     store.table.now_B.add_(1)
     return out_BKGD.flatten(1, 2)

@@ -48,8 +48,9 @@ class SlotStore:
         self.tail_BK = torch.zeros(rows, tables, dtype=torch.int64, device=device)
         self.keys_BKSD = key_BKQD.new_zeros(rows, kv_heads, tokens, head_dim)
         self.values_BKSD = key_BKQD.new_zeros(rows, kv_heads, tokens, head_dim)
-        self._shows_vectors = "vectors" in policy.needs
-        bounded = pages if "key_bounds" in policy.needs else 0
+        # Asked once: a compiler need not follow what a subclass makes of it.
+        self.needs = policy.needs
+        bounded = pages if "key_bounds" in self.needs else 0
         self.kmin_BKPD = key_BKQD.new_zeros(rows, kv_heads, bounded, head_dim)
         self.kmax_BKPD = key_BKQD.new_zeros(rows, kv_heads, bounded, head_dim)
         self.shifted_BKND: Tensor | None = None
@@ -68,7 +69,7 @@ class SlotStore:
 
     def _show(self) -> None:
         """Let the policy see what it has declared."""
-        self.table.vectors = (self.keys_BKSD, self.values_BKSD) if self._shows_vectors else None
+        self.table.vectors = (self.keys_BKSD, self.values_BKSD) if "vectors" in self.needs else None
         self.table.key_bounds = (self.kmin_BKPD, self.kmax_BKPD) if self.has_key_bounds else None
 
     @property

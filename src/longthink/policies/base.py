@@ -257,9 +257,9 @@ def holds_first(table: PageTable, tokens_B: Tensor) -> Tensor:
     return table.page_BKP * table.page_size < tokens_B[:, None, None]
 
 
-def reads_vectors(policy: Policy) -> bool:
-    """Whether the policy may look at queries, keys or values, beyond the attention weights."""
-    return not policy.needs.isdisjoint(("vectors", "key_bounds"))
+def reads_vectors(needs: frozenset[str]) -> bool:
+    """Whether a policy with these needs may look at queries, keys or values, beyond the attention weights."""
+    return "vectors" in needs or "key_bounds" in needs
 
 
 def needs_budget(policy: Policy) -> bool:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from longthink.kernels.reference import wide_dtype
-from longthink.policies import Milestone, PageTable, Policy, RaaS, Step, reads_vectors
+from longthink.policies import Milestone, PageTable, Policy, RaaS, Step
 
 SIDE_BY_SIDE: frozenset[type[Policy]] = frozenset({Milestone, RaaS})
 """Policies, by exact class, whose state is the largest of what any step gave, and which see nothing but weights when
@@ -59,7 +59,8 @@ def learn_page(
     weights_NTKGS = logits_NTKGS.masked_fill(~there_NTKS[:, :, :, None], -torch.inf).softmax(-1)
     position_NTKS = torch.where(there_NTKS, position_N1KS, -1)
     many = tokens if type(policy) in SIDE_BY_SIDE else 1
-    shown_NTKGD = query_NTKGD if reads_vectors(policy) else None
+    shows_queries = table.vectors is not None or table.key_bounds is not None
+    shown_NTKGD = query_NTKGD if shows_queries else None
     for first in range(0, tokens, many):
         part = (slice(None), slice(first, first + many))
         step = Step(

@@ -132,7 +132,7 @@ class PagePool:
                     "the layers' KV caches are not evenly spaced in one piece of memory"
                 )
         self.policy, self.page_size, self.heads, self.dim = policy, tokens, heads, dim
-        self.tables = page_tables(policy, heads)
+        self.tables, self.needs = page_tables(policy, heads), policy.needs
         self._first, self._start, self._apart = first, start, apart
         self._block = first.stride(0) * size
         self._size = (len(caches), blocks)
@@ -193,7 +193,7 @@ class PagePool:
         held_B1S = (slot_S < filled_B[:, None] * self.page_size)[:, None]
         position_NKS = torch.where(held_B1S.repeat(len(layers), 1, 1), position_NKS, -1)
         vectors = key_bounds = None
-        if "vectors" in self.policy.needs:
+        if "vectors" in self.needs:
             vectors = self.vectors(layers, rows, position_NKS)
         if self.kmin_LXKD is not None and self.kmax_LXKD is not None:
             kmin, kmax = (

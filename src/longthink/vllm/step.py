@@ -240,7 +240,7 @@ def _learn(pool: PagePool, policy: Policy, layers: Tensor, rows: Rows, step: Ste
     """State of the policy after a step; its queries are those of all layers, L x B x H x D."""
     table = pool.table(layers, rows, rows.count_B)
     query_NKGD = step.query_BKGD.flatten(0, 1).unflatten(1, (pool.heads, -1))
-    policy.observe(table, step._replace(queries_BKGD=query_NKGD if reads_vectors(policy) else None))
+    policy.observe(table, step._replace(queries_BKGD=query_NKGD if reads_vectors(pool.needs) else None))
     return table.state
 
 
