@@ -1,5 +1,6 @@
 """Triton's interpreter, several times as fast, and with NaN in memory that nothing has written."""
 
+import gc
 import os
 
 import pytest
@@ -23,6 +24,11 @@ def quick_interpreter():
     def fresh_run(self, *args, **kwargs):
         patched.clear()
         return run(self, *args, **kwargs)
+
+    # Python maps and unmaps memory at each call that crosses a chunk of its stack: this frame asks for a large chunk.
+    fresh_run.__code__ = fresh_run.__code__.replace(co_stacksize=1 << 15)
+    # What was imported is never collected.
+    gc.freeze()
 
     def quick_call(self, *args, **kwargs):
         if self.fn.__module__ not in patched:

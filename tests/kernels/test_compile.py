@@ -9,12 +9,15 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET"):
     pytest.skip("Triton interprets in this process and cannot compile", allow_module_level=True)
 
-from longthink.kernels.reference_step import Learn, Rule, Turn, Used  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from longthink.kernels import Again, triton_book, triton_replay, triton_step  # noqa: E402
-from tests.kernels.cases import Shape, make_learn, make_pool, make_slots, new_token  # noqa: E402
+from longthink.accelerators import triton_tables  # noqa: E402
+from longthink.accelerators.table import FUSED  # noqa: E402
+from longthink.cache.store import SlotStore  # noqa: E402
+from longthink.kernels import triton_decode  # noqa: E402
+from longthink.policies import Moves, make_policy  # noqa: E402
+from tests.kernels.cases import Shape, changed, make_paged, make_store, new_token  # noqa: E402
 from tests.kernels.launches import recorded  # noqa: E402
 
 NAMES = {
@@ -55,93 +58,66 @@ def compile_launches(launches, capability=90):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "shape, kind, make",
+    ("spec", "shape", "launched"),
     [
-        (QWEN_7B, "bound", make_slots),
-        (QWEN_7B, "mass", make_slots),
-        (QWEN_7B, "marks", make_slots),
-        (QWEN_7B._replace(page_size=1, pages=1024), "heavy", make_slots),
-        (QWEN_7B, "mass", make_pool),
-        (WIDE, "bound_share", make_pool),
-        (WIDE, "weights", make_slots),
-        (FULL, "bound", make_slots),
+        ("raas", QWEN_7B, 2),
+        ("raas:score=exact", QWEN_7B, 2),
+        ("milestone", QWEN_7B, 2),
+        ("h2o", QWEN_7B._replace(pages=1024), 2),
+        ("quest", QWEN_7B, 3),
+        ("raas:used=alpha", WIDE, 2),
+        ("raas:sharing=layer", FULL, 2),
     ],
-    ids=lambda value: getattr(value, "__name__", str(value)),
+    ids=str,
 )
-def test_attention(shape, kind, make):
-    cache = make(shape, representatives="bound" in kind)
+def test_a_step(spec, shape, launched):
+    policy = make_policy(spec)
     with recorded() as launches:
-        triton_step.step_attention(*new_token(shape), cache, 0.1, make_learn(kind, cache, shape))
-    assert len(launches) == 2
-    compile_launches(launches, 80 if kind == "weights" else 90)
+        FUSED[type(policy)](policy).step(make_store(policy, shape), new_token(shape), 0.1)
+    assert len(launches) == launched
+    compile_launches(launches, 80 if policy.name == "h2o" else 90)
 
 
 @pytest.mark.slow
-def test_selection():
+@pytest.mark.parametrize(("shape", "capability"), [(QWEN_7B, 90), (WIDE, 80)], ids=str)
+def test_reading(shape, capability):
+    query = new_token(shape)[0].unflatten(1, (shape.heads, -1))
+    store = make_store(make_policy("fifo"), shape)
+    held = store.keys_BKSD, store.values_BKSD, store.table.resident_BKS
     with recorded() as launches:
-        triton_step.select_attention(*new_token(QWEN_7B), make_slots(QWEN_7B), torch.tensor([8]), 0.1)
-    assert len(launches) == 3
-    compile_launches(launches)
+        triton_decode.decode_attention(query, *held, 0.1, with_weights=True)
+        triton_decode.paged_attention(query, make_paged(shape, 16), 0.1)
+    assert len(launches) == 4
+    compile_launches(launches, capability)
 
 
 @pytest.mark.slow
-def test_plain_attention():
-    slots = make_slots(QWEN_7B)
+@pytest.mark.parametrize("spec", ["raas", "raas:used=alpha:sharing=layer", "milestone", "h2o", "fifo"])
+def test_tables_of_all_layers(spec):
+    policy, layers, rows, heads, pages = make_policy(spec), 28, 3, 4, 256
+    fused = FUSED[type(policy)](policy)
+    whole = SlotStore(policy, torch.zeros(layers * rows, heads, 0, 1), [pages] * layers * rows, pages)
+    first = changed(whole, lambda tensor: tensor[:rows])
+    tables = whole, first, fused.eviction(first.table, whole.table)
+    stamping = fused.stamping(whole.table, torch.zeros(layers * rows, heads, pages))
     with recorded() as launches:
-        resident = (slots.position_BKS >= 0).expand(-1, 4, -1)
-        triton_step.decode_attention(
-            new_token(QWEN_7B)[0], slots.keys_BKSD, slots.values_BKSD, resident, 0.1, with_weights=True
-        )
-    compile_launches(launches)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("r", [0.5, None])
-def test_bookkeeping(r):
-    position = torch.zeros(28 * 3, 4, 256 * 16, dtype=torch.int32)
-    stamp, score = torch.zeros(84, 4, 256, dtype=torch.int32), torch.zeros(84, 4, 256)
-    row = torch.zeros(3, dtype=torch.int64)
-    for priority in (None, stamp, score):
-        turn = Turn(
-            position, torch.zeros(84, 4, dtype=torch.int64), *[row] * 3, 16, Rule(row, row, row), priority
-        )
-        with recorded() as launches:
-            triton_book.bookkeep(turn, Used(stamp, score, r))
-        assert len(launches) == 1 and launches[0].grid == (28 * 3 * 4,)
-        compile_launches(launches)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stamps", [False, True])
-def test_replay(stamps):
-    blocks, heads, groups, dim = 100, 4, 7, 128
-    keys = torch.zeros(blocks, heads, 16, dim, dtype=torch.bfloat16).transpose(1, 2)
-    ends = torch.zeros(blocks, heads, dim, dtype=torch.bfloat16)
-    position, row = torch.zeros(blocks, heads, 16, dtype=torch.int32), torch.zeros(3, dtype=torch.int64)
-    table, new = (
-        torch.zeros(3, 80, dtype=torch.int64),
-        torch.zeros(50, heads * groups, dim, dtype=torch.bfloat16),
-    )
-    learned = (ends, ends, torch.zeros(blocks, heads, 1, dtype=torch.int32), 0.5) if stamps else ()
-    again = Again(keys, keys, position, table, *[row] * 5, *learned)
-    with recorded() as launches:
-        triton_replay.replay(new, new[:, :heads], new[:, :heads], torch.zeros_like(new), again, 0.1)
-    assert len(launches) == 1 and launches[0].grid == (3 * heads,)
-    compile_launches(launches)
+        triton_tables.evict(*tables)
+        triton_tables.evict(*tables, stamping)
+    assert [launch.grid for launch in launches] == [(whole.tail_BK.numel(),)] * 2
+    compile_launches(launches[: 1 if stamping is None else 2])
 
 
 @pytest.mark.slow
 def test_moves():
-    slots = make_slots(QWEN_7B)
-    state = torch.zeros(slots.position_BKS.shape, dtype=torch.int8)
-    index = torch.zeros(1, 4, 16, dtype=torch.int64)
+    store, index = make_store(make_policy("milestone"), QWEN_7B), torch.zeros(1, 4, 16, dtype=torch.int64)
     with recorded() as launches:
-        triton_book.move_tokens(slots.keys_BKSD, slots.values_BKSD, slots.position_BKS, state, index, index)
+        triton_tables.move_tokens(store, Moves(index, index), store.table.state["marked"])
     assert len(launches) == 1
     compile_launches(launches)
 
 
 def test_no_learning_needs_no_state():
+    policy = make_policy("fifo")
     with recorded() as launches:
-        triton_step.step_attention(*new_token(FULL), make_slots(FULL, representatives=False), 0.1, Learn())
+        FUSED[type(policy)](policy).step(make_store(policy, FULL), new_token(FULL), 0.1)
     assert launches[1].options["LEARN"] == 0

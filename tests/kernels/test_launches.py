@@ -6,17 +6,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from longthink.kernels.reference_step import LEARN, Turn, Used
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import longthink
-from longthink import kernels
-from longthink.cache import LayerCache, group_books
-from longthink.cache.step import save_tokens
-from longthink.kernels import Rule
-from tests.kernels.cases import Shape, make_learn, make_pool, make_slots, new_token
+from longthink import accelerators, kernels
+from longthink.cache import LayerCache
+from longthink.config import Budget
+from longthink.policies import Moves, SavesTokens, make_policy
+from tests.kernels.cases import Shape, make_paged, make_store, new_token
 
 LAYERS = 28
+GROUPED = (
+    "raas", "raas:used=alpha", "raas:score=exact", "raas:sharing=layer:pin_prompt=false", "milestone", "h2o",
+    "h2o:pin_prompt=true", "recency", "fifo",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -25,7 +27,7 @@ def launches(monkeypatch):
     pytest.importorskip("triton")
     from tests.kernels.launches import recorded
 
-    monkeypatch.setattr(kernels, "_goes_to_triton", lambda tensor: True)
+    monkeypatch.setattr(kernels, "runs_triton", lambda tensor: True)
     with recorded() as found:
         yield found
 
@@ -43,84 +45,83 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(
-    "spec",
-    [
-        "raas",
-        "raas:used=alpha",
-        "raas:score=exact",
-        "raas:sharing=layer",
-        "milestone",
-        "h2o",
-        "recency",
-        "fifo",
-    ],
-)
+def fused_layers(spec, prompt):
+    """Layers that have read a prompt, with the steps that there are on a GPU."""
+    policy = make_policy(spec)
+    fused = accelerators.fused_steps(torch.device("cpu"))
+    layers = [LayerCache(policy, Budget(decode_budget=64), fused=fused) for _ in range(LAYERS)]
+    for layer in layers:
+        layer.attend(*torch.randn(3, 1, 2, prompt, 8))
+    return layers
+
+
+@pytest.mark.parametrize("spec", GROUPED)
 @pytest.mark.parametrize("opens", [False, True])
 def test_a_step_of_the_cache_takes_at_most_three_launches_a_layer(spec, opens, launches):
-    policy = longthink.make_policy(spec)
-    layers = [LayerCache(policy, policy.make_budget(decode_budget=64)) for _ in range(LAYERS)]
-    for layer in layers:
-        layer.attend(*torch.randn(3, 1, 2, 15 + opens, 8))
-    (books,) = group_books(layers)
-    new = torch.randn(3, 1, 2, 8)
+    layers = fused_layers(spec, 15 + opens)
+    (group,) = accelerators.group_layers(layers)
+    new = tuple(torch.randn(3, 1, 2, 8))
     launches.clear()
     with Operations() as torch_too:
         opened = [layer.begin_step() is not None for layer in layers]
-        books.refresh()
+        group.refresh()
         if opened[0]:
-            for layer, full_BK in zip(layers, books.name_slots(), strict=False):
-                save_tokens(policy, layer.store, full_BK)
+            group.save_tokens(group.choose_slots())
         before = len(launches) + len(torch_too.names)
-        for layer, score in zip(layers, books.scores, strict=True):
-            layer.step(tuple(new), 0.1, score)
+        for layer in layers:
+            layer.step(new, 0.1)
         of_layers = len(launches) + len(torch_too.names) - before
-        books.stamp()
+        group.learn()
+    policy = layers[0].policy
     assert opened == [opens or policy.page_size == 1] * LAYERS
     assert of_layers == 3 * LAYERS
-    if policy.name != "milestone":  # whose discriminant is torch's
+    if not isinstance(policy, SavesTokens):  # the discriminant of milestone is torch's
         assert len(launches) + len(torch_too.names) - of_layers <= 10
 
 
-@pytest.mark.parametrize("kind", LEARN)
-def test_attention_and_what_is_learned_take_two_launches(launches, kind):
-    shape = Shape(rows=2)
-    slots = make_slots(shape, representatives="bound" in kind)
-    kernels.step_attention(*new_token(shape), slots, 0.1, make_learn(kind, slots, shape))
-    assert len(launches) == 2
-
-
-def test_the_books_of_all_layers_take_one_launch(launches):
-    table = torch.zeros(LAYERS * 2, 2, 6, dtype=torch.int32)
-    row = torch.zeros(2, dtype=torch.int64)
-    position = table.repeat_interleave(16, -1)
-    tail = torch.zeros(LAYERS * 2, 2, dtype=torch.int64)
-    kernels.bookkeep(
-        Turn(position, tail, *[row] * 3, 16, Rule(row), priority_NKP=table), Used(table, table.float(), 0.5)
-    )
-    assert len(launches) == 1 and launches[0].grid == (LAYERS * 2 * 2,)
-
-
-def test_other_calls(launches):
-    shape = Shape()
-    slots, pool = make_slots(shape), make_pool(shape)
-    kernels.select_attention(*new_token(shape), slots, torch.tensor([3]), 0.1)
+def test_selection_takes_three_launches(launches):
+    layers = fused_layers("quest", 15)
+    assert accelerators.group_layers(layers) == []
+    launches.clear()
+    layers[0].step(tuple(torch.randn(3, 1, 2, 8)), 0.1)
     assert len(launches) == 3
-    kernels.step_attention(*new_token(shape), pool, 0.1, kernels.Learn("bound"))
-    assert len(launches) == 5
-    resident = (slots.position_BKS >= 0).expand(-1, shape.heads, -1)
-    held = slots.keys_BKSD, slots.values_BKSD
-    kernels.decode_attention(new_token(shape)[0], *held, resident, 0.1, with_weights=False)
-    assert len(launches) == 7
-    index = torch.zeros(1, shape.heads, 16, dtype=torch.int64)
-    kernels.move_tokens(*held, slots.position_BKS, None, index, index)
-    assert len(launches) == 8
+
+
+def test_the_tables_of_all_layers_take_one_launch(launches):
+    (group,) = accelerators.group_layers(fused_layers("raas", 15))
+    for call in (group.choose_slots, group.learn):
+        launches.clear()
+        call()
+        assert len(launches) == 1 and launches[0].grid == (LAYERS * 2,)
+
+
+def test_tokens_of_a_layer_are_moved_in_one_launch(launches):
+    from longthink.accelerators.triton_tables import move_tokens
+
+    store = make_store(make_policy("milestone"), Shape())
+    index = torch.zeros(1, 2, 16, dtype=torch.int64)
+    move_tokens(store, Moves(index, index), store.table.state["marked"])
+    assert len(launches) == 1
+
+
+@pytest.mark.parametrize("with_weights", [False, True])
+def test_reading_takes_two_launches(launches, with_weights):
+    shape = Shape()
+    store, query = make_store(make_policy("fifo"), shape), new_token(shape)[0].unflatten(1, (shape.heads, -1))
+    held = store.keys_BKSD, store.values_BKSD, store.table.resident_BKS
+    kernels.decode_attention(query, *held, 0.1, with_weights=with_weights)
+    assert len(launches) == 2
+    kernels.paged_attention(query, make_paged(shape, 16), 0.1)
+    assert len(launches) == 4
 
 
 def test_splits_fill_the_device_and_cover_all_tokens(launches):
     for pages in (1, 5, 64, 1000):
         shape = Shape(pages=pages)
-        kernels.step_attention(*new_token(shape), make_slots(shape, representatives=False), 0.1)
+        held = make_store(make_policy("fifo"), shape)
+        held = held.keys_BKSD, held.values_BKSD, held.table.resident_BKS
+        query = new_token(shape)[0].unflatten(1, (shape.heads, -1))
+        kernels.decode_attention(query, *held, 0.1, with_weights=False)
         grid, arguments = launches[-2].grid, launches[-2].arguments
         names = dict(zip(launches[-2].kernel.arg_names, arguments, strict=False))
         assert (grid[1] - 1) * names["split_tokens"] < names["tokens"] <= grid[1] * names["split_tokens"]
@@ -130,20 +131,33 @@ def test_splits_fill_the_device_and_cover_all_tokens(launches):
 
 def test_only_tensors_on_a_gpu_go_to_triton():
     pytest.importorskip("triton")
-    assert not kernels._goes_to_triton(torch.zeros(1))
-    for dtype, goes in ((torch.float32, True), (torch.bfloat16, True), (torch.float64, False)):
-        assert kernels._goes_to_triton(SimpleNamespace(is_cuda=True, dtype=dtype)) == goes
+    for runs in (kernels.runs_triton, accelerators.available):
+        assert not runs(torch.zeros(1))
+        for dtype, goes in ((torch.float32, True), (torch.bfloat16, True), (torch.float64, False)):
+            assert runs(SimpleNamespace(is_cuda=True, dtype=dtype)) == goes
 
 
 def test_a_cpu_needs_no_triton():
-    code = (
-        "import sys, torch\nfrom longthink import kernels\n"
-        "q = torch.randn(1, 1, 2, 8); kv = torch.randn(1, 1, 16, 8)\n"
-        "kernels.decode_attention(q, kv, kv, torch.ones(1, 1, 16, dtype=torch.bool), 1.0, with_weights=True)\n"
-        "row = torch.zeros(1, dtype=torch.int64); position = torch.full((1, 1, 16), -1, dtype=torch.int32)\n"
-        "slots = kernels.Slots(kv, kv.clone(), position, row[None], row, 16)\n"
-        "kernels.step_attention(q, q[:, :, 0], q[:, :, 1], slots, 1.0)\n"
-        "print([name for name in sys.modules if name.startswith('longthink.kernels.triton')])"
-    )
+    """All policies decode where Triton cannot be imported, and where nothing else of the fused route is."""
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+import longthink
+from longthink import accelerators
+from longthink.cache import LayerCache
+from longthink.policies import available_policies, make_policy, needs_budget
+from longthink.config import Budget
+for name in available_policies():
+    policy = make_policy(name)
+    fused = accelerators.fused_steps(torch.device("cpu"))
+    budget = Budget(decode_budget=32) if needs_budget(policy) else None
+    layer = LayerCache(policy, budget, inv_freq_D=torch.ones(4), fused=fused)
+    for tokens in (20, 1):
+        layer.attend(*torch.randn(3, 1, 2, tokens, 8))
+    assert accelerators.group_layers([layer]) == []
+print([name for name in sys.modules if "triton_" in name and "longthink" in name])
+print([name for name in sys.modules if name.startswith("longthink.accelerators.")])
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.split() == ["[]", "[]"]

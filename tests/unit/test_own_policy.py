@@ -70,9 +70,10 @@ def test_registry_knows_it_by_its_entry_point(installed):
     code = (
         "import longthink; from longthink.policies import policy_spec, policy_to_dict;"
         "p = longthink.make_policy('lrfu:decay=0.25:page_size=4');"
-        "print(longthink.available_policies()[-1], policy_spec(p), policy_to_dict(p)['decay'])"
+        "print(*longthink.available_policies()[-2:], policy_spec(p), policy_to_dict(p)['decay'])"
     )
-    assert run(installed, "-c", code).stdout.split() == ["lrfu", "lrfu:page_size=4:decay=0.25", "0.25"]
+    found = run(installed, "-c", code).stdout.split()
+    assert found == ["keep_first", "lrfu", "lrfu:page_size=4:decay=0.25", "0.25"]
 
 
 def test_entry_point_that_is_no_policy_says_so(installed, tmp_path):
@@ -82,3 +83,17 @@ def test_entry_point_that_is_no_policy_says_so(installed, tmp_path):
     (broken / "entry_points.txt").write_text("[longthink.policies]\nbroken = json:loads\n")
     code = f"import sys; sys.path.append({str(broken.parent)!r}); import longthink; longthink.make_policy('broken')"
     assert "UnknownPolicyError: entry point 'json:loads'" in run(installed, "-c", code).stderr
+
+
+def test_a_policy_inside_a_policy_is_text_and_json(installed):
+    code = (
+        "import json; from longthink.policies import *;"
+        "p = make_policy('keep_first:steps=8:then=(raas:r=0.25:score=exact)');"
+        "assert policy_from_dict(json.loads(json.dumps(policy_to_dict(p)))) == p == make_policy(policy_spec(p));"
+        "print(policy_spec(p), with_page_size(p, 4).then.page_size)"
+    )
+    done = run(installed, "-c", code)
+    assert done.stdout.split() == ["keep_first:steps=8:then=(raas:r=0.25:score=exact)", "4"], done.stderr
+    for wrong, message in (("then=quest", "must pin the prompt"), ("then=recency", "page_size=16 must be")):
+        done = run(installed, "-c", f"import longthink; longthink.make_policy('keep_first:{wrong}')")
+        assert message in done.stderr

@@ -158,7 +158,8 @@ def check_blocks_are_slots(spec, by_cpu, *, compiles, recording=None):
         opens = torch.tensor([row for row, position in enumerate(positions) if position % PAGE == 0])
         rows = make_rows(block_BP, query_BE, positions)
         with contextlib.nullcontext() if compiles else NoWaiting():
-            begun = step.begin(rows, opening=opens if len(opens) else None, evicting=True)
+            starting = torch.arange(2) if later == 0 and step.admits else None
+            begun = step.begin(rows, opening=opens if len(opens) else None, evicting=True, starting=starting)
             if recording is not None and later > 0:
                 recording.replay()
             else:

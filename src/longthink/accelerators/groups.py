@@ -99,9 +99,8 @@ class LayerGroup:
             fused.score_BKP = None
 
     def _tables(self) -> tuple[SlotStore, SlotStore, Eviction]:
-        fused, first = self._fused[0], self.layers[0].store
-        worth_NKP = fused.eviction(self._whole.table).worth_NKP
-        return self._whole, first, fused.eviction(first.table)._replace(worth_NKP=worth_NKP)
+        first = self.layers[0].store
+        return self._whole, first, self._fused[0].eviction(first.table, self._whole.table)
 
     def save_tokens(self, full_LBK: list[Tensor]) -> None:
         """Save tokens of the pages that are evicted for the next token's, as `choose_slots` has returned them."""

@@ -92,8 +92,14 @@ class FusedLayer:
     def use_scores(self, table: PageTable, score_BKP: Tensor) -> None:
         """Learn from the scores of a step's pages, without a group."""
 
-    def eviction(self, table: PageTable) -> Eviction:
-        """Which page of a group's table is evicted."""
+    def eviction(self, table: PageTable, whole: PageTable) -> Eviction:
+        """Which page of a group's tables is evicted.
+
+        Parameters
+        ----------
+        table, whole
+            The first layer's, where what is the same in all layers is read, and that of all layers.
+        """
         return Eviction(table.prompt_B if self.policy.pins_prompt else torch.zeros_like(table.prompt_B))
 
     def stamping(self, table: PageTable, score_NKP: Tensor) -> Stamping | None:
@@ -121,8 +127,8 @@ class FusedRaaS(FusedLayer):
         self.policy.stamp(table, score_BKP.amax(1, keepdim=True) if shared else score_BKP)
 
     @override
-    def eviction(self, table: PageTable) -> Eviction:
-        return super().eviction(table)._replace(worth_NKP=table.state["stamp"])
+    def eviction(self, table: PageTable, whole: PageTable) -> Eviction:
+        return super().eviction(table, whole)._replace(worth_NKP=whole.state["stamp"])
 
     @override
     def stamping(self, table: PageTable, score_NKP: Tensor) -> Stamping:
@@ -138,8 +144,8 @@ class FusedMilestone(FusedLayer):
         return attention.marks(table.state["marked"], self.policy.alpha, self.policy.young // 2)
 
     @override
-    def eviction(self, table: PageTable) -> Eviction:
-        return super().eviction(table)._replace(kept_B=self.policy.keepers(table))
+    def eviction(self, table: PageTable, whole: PageTable) -> Eviction:
+        return super().eviction(table, whole)._replace(kept_B=self.policy.keepers(table))
 
 
 class FusedH2O(FusedLayer):
@@ -150,9 +156,9 @@ class FusedH2O(FusedLayer):
         return attention.sums(table.state["mass"])
 
     @override
-    def eviction(self, table: PageTable) -> Eviction:
+    def eviction(self, table: PageTable, whole: PageTable) -> Eviction:
         recent_B = self.policy.recent_pages(table)
-        return super().eviction(table)._replace(recent_B=recent_B, worth_NKP=table.state["mass"])
+        return super().eviction(table, whole)._replace(recent_B=recent_B, worth_NKP=whole.state["mass"])
 
 
 class FusedQuest(FusedLayer):

@@ -30,6 +30,13 @@ class _Tokens(NamedTuple):
     tokens: Tensor | None
     opening: Tensor | None
     evicting: bool
+    starting: Tensor | None
+
+    def begin(self, step: DecodeStep, layer: int | None = None) -> Begun:
+        """Begin it, in all layers or in one."""
+        return step.begin(
+            self.rows, opening=self.opening, evicting=self.evicting, starting=self.starting, layer=layer
+        )
 
 
 @dataclass
@@ -52,7 +59,7 @@ class StepMetadata:
             out[tokens] = part
             step.pool.represent_prompt(layer, prompts.page_block_B, prompts.page_filled_B)
         for one in self.replay:
-            begun = step.begin(one.rows, opening=one.opening, evicting=one.evicting, layer=layer)
+            begun = one.begin(step, layer)
             self._decode(layer, one, begun, new, out)
             step.finish(begun)
         if self.decode is not None:
@@ -122,8 +129,7 @@ class BoundedBuilder(compat.AttentionMetadataBuilder):  # type: ignore[misc, unu
         found = StepMetadata(self._step, self._places)
         one = self._one_each(batch, prompt) if batch.max_query_len == 1 else self._sort(found, batch, prompt)
         if one is not None:
-            begun = self._step.begin(one.rows, opening=one.opening, evicting=one.evicting)
-            found.decode = (one, begun)
+            found.decode = (one, one.begin(self._step))
         return found
 
     def _one_each(self, batch: Any, prompt_B: Tensor) -> _Tokens | None:
@@ -167,7 +173,14 @@ class BoundedBuilder(compat.AttentionMetadataBuilder):  # type: ignore[misc, unu
         evicting = int(host_B.max()) // page_size >= spec.cap(0)
         if bool(opens_B.any()):
             opening = opens_B.nonzero()[:, 0].to(now_B.device, non_blocking=True)
-        return _Tokens(Rows(block_BP, now_B, prompt_B, cap_B, count_B, query_BE), tokens, opening, evicting)
+        starting = None
+        assert self._step is not None
+        if self._step.admits:
+            # Only the device knows how long prompts are, so on a GPU this waits for it: policies of others only.
+            starts_B = (now_B == prompt_B) & (prompt_B > 0)
+            starting = starts_B.nonzero()[:, 0] if bool(starts_B.any()) else None
+        rows = Rows(block_BP, now_B, prompt_B, cap_B, count_B, query_BE)
+        return _Tokens(rows, tokens, opening, evicting, starting)
 
     def _blocks_of_rows(
         self, table_BX: Tensor, first_B: Tensor, count_B: Tensor, decodes_B: Tensor

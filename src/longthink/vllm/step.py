@@ -17,10 +17,14 @@ from torch import Tensor
 
 from longthink.cache.step import choose_slots
 from longthink.kernels.compiled import any_size, own_program
-from longthink.policies import Moves, Policy, SavesTokens, Step, reads_vectors
+from longthink.policies import Milestone, Moves, Policy, RaaS, SavesTokens, Step, reads_vectors
 from longthink.vllm.attend import Attend, New
 from longthink.vllm.learning import Learning, learn_page
 from longthink.vllm.pool import PagePool, Rows
+
+
+ADMITS_IN_VAIN: frozenset[type[Policy]] = frozenset({Milestone, RaaS})
+"""Policies, by exact class, that learn nothing from the prompt that matters while it is pinned."""
 
 
 class Begun(NamedTuple):
@@ -95,6 +99,8 @@ class DecodeStep:
         self._learning = Learning(heads, scaling, over_ranks) if "weights" in policy.needs else None
         # All that a policy learns goes into its state.
         self._learns = bool(pool.state)
+        self.admits = self._learns and type(policy) not in ADMITS_IN_VAIN
+        """Whether `begin` must be told of rows whose prompt has just been read."""
         self._work = _Work(*map(own_program, _EAGER)) if compiles else _EAGER
         self._kept = _Kept(max_rows) if keeps else None
         self._widens, dtype = pool.kmin_LXKD is not None, pool.keys_LXKTD.dtype
@@ -103,11 +109,21 @@ class DecodeStep:
             torch.zeros(pool.layers, *shape, pool.dim, dtype=dtype, device=device) for shape in shapes
         )
 
-    def begin(self, rows: Rows, *, opening: Tensor | None, evicting: bool, layer: int | None = None) -> Begun:
+    def begin(
+        self,
+        rows: Rows,
+        *,
+        opening: Tensor | None,
+        evicting: bool,
+        starting: Tensor | None = None,
+        layer: int | None = None,
+    ) -> Begun:
         """Give each token a place, in all layers or in one.
 
         Parameters
         ----------
+        starting
+            Indices of the rows whose token is the first one behind the prompt, if the step `admits`.
         opening
             Indices of the rows whose token opens a page; None if there is none.
         evicting
@@ -116,6 +132,8 @@ class DecodeStep:
         span = slice(0, self.pool.layers) if layer is None else slice(layer, layer + 1)
         # Steps of one layer are rare: a program for them would not pay.
         work = self._work if layer is None else _EAGER
+        if starting is not None:
+            self._admit(span, rows.take(starting))
         if opening is not None:
             self._turn(work, span, rows.take(opening), evicting=evicting)
         layers = self._layers[span]
@@ -126,6 +144,16 @@ class DecodeStep:
             active_B, block_LBK = self._kept("own", active_B, block_LBK)
             rows, plan = Rows(*self._kept("rows", *rows)), type(plan)(*self._kept("plan", *plan))
         return Begun(work, span, rows, active_B, block_LBK, self.attend.ready(plan))
+
+    def _admit(self, span: slice, rows: Rows) -> None:
+        """Let the policy see the prompts of some rows."""
+        pages_B = (rows.now_B + self.pool.page_size - 1) // self.pool.page_size
+        for part in self._parts(span, apart=True):
+            table = self.pool.table(self._layers[part], rows, pages_B)
+            self._policies[part.start].admit(table, None)
+            self.pool.store_state(
+                self._layers[part], rows, table.state, torch.ones_like(rows.now_B, dtype=torch.bool)
+            )
 
     def _turn(self, work: _Work, span: slice, rows: Rows, *, evicting: bool) -> None:
         pool, learning = self.pool, self._learning

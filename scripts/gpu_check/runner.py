@@ -1,0 +1,255 @@
+"""Runs parts side by side, each in a process of its own, and lets one at a time have the machine to itself.
+
+Most of a part's time goes by on one core, in a compiler. So several run at once; when one is ready to time something,
+it asks, and the others are stopped (SIGSTOP) until it has done. What stands still costs it none of its own limit.
+"""
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .parts import Part
+from .sheet import AGAIN
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTLE_S = 0.2
+"""Wait for what the stopped processes have still given to the GPU."""
+QUIET_S = 40.0
+"""Nobody has the machine for itself for longer: it may wait for one of those that it stopped."""
+
+
+@dataclass
+class Outcome:
+    """What became of a part: "done", "failed", "timed out", "skipped" or "no GPU"."""
+
+    part: Part
+    state: str
+    seconds: float = 0.0
+    note: str = ""
+    found: dict[str, Any] = field(default_factory=dict)
+
+
+class Job:
+    """A part that runs."""
+
+    def __init__(self, part: Part, folder: Path, environment: dict[str, str], limit_s: float) -> None:
+        self.part, self.limit_s = part, limit_s
+        stem = "".join(letter if letter.isalnum() else "-" for letter in part.name)
+        self.file, self.log = folder / f"{stem}.json", folder / f"{stem}.log"
+        self.stopped_s, self._stopped_at, self.tries = 0.0, None, 0
+        self._environment = environment
+        self._heard = b""
+        self.began = time.monotonic()
+        self.start()
+
+    def start(self) -> None:
+        """Start the process; a second one goes on where the first has left off."""
+        self.tries += 1
+        settings = json.dumps(self.part.settings)
+        command = [sys.executable, "-m", "scripts.gpu_check.worker", str(self.file), self.part.call, settings]
+        with self.log.open("a") as log:
+            # A group of its own can be stopped whole; in our session, it ends with us.
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=self._environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=log, process_group=0,
+            )  # fmt: skip
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that it had, those not counted in which it was stopped."""
+        now = time.monotonic()
+        stopped = self.stopped_s + (now - self._stopped_at if self._stopped_at else 0.0)
+        return now - self.began - stopped
+
+    def stop(self) -> None:
+        """Let it stand still."""
+        if self._stopped_at is None:
+            self._stopped_at = time.monotonic()
+            self._signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """Let it go on."""
+        if self._stopped_at is not None:
+            self.stopped_s += time.monotonic() - self._stopped_at
+            self._stopped_at = None
+            self._signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        """End it and what it has started."""
+        self._signal(signal.SIGKILL)
+        self.process.wait()
+
+    def answer(self) -> None:
+        """Tell it that the machine is its own."""
+        with suppress(BrokenPipeError):
+            os.write(self.process.stdin.fileno(), b"go\n")
+
+    def said(self) -> list[str]:
+        """Lines that it has written; there is something to read, or it is gone."""
+        self._heard += os.read(self.process.stdout.fileno(), 4096)
+        *lines, self._heard = self._heard.split(b"\n")
+        return [line.decode() for line in lines]
+
+    def _signal(self, number: int) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
+    def outcome(self, state: str, note: str) -> Outcome:
+        """Read what it has found."""
+        try:
+            found = json.loads(self.file.read_text())
+        except (OSError, ValueError):
+            found = {"rows": []}
+        if state == "done" and "skipped" in found:
+            state, note = "no GPU", found["skipped"]
+        return Outcome(self.part, state, round(self.seconds, 1), found.get("error", "") or note, found)
+
+
+class Runner:
+    """Runs parts until all are done or the time is up.
+
+    Parameters
+    ----------
+    folder
+        Where parts write their files and logs.
+    workers
+        Parts side by side.
+    deadline
+        Time of `time.monotonic` at which all ends.
+    report
+        Called with each outcome, as soon as there is one.
+    environment
+        Of the processes.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        workers: int,
+        deadline: float,
+        report: Callable[[Outcome], None],
+        environment: dict[str, str],
+    ) -> None:
+        self.folder, self.workers, self.deadline = folder, workers, deadline
+        self.report, self.environment = report, environment
+        self.gigabytes = 40.0
+        """Memory of the GPU to share out; the part that looks at it says how much there is."""
+        self._jobs: list[Job] = []
+        self._asking: list[Job] = []
+        self._alone: Job | None = None
+        self._alone_since = 0.0
+        self._pipes = selectors.DefaultSelector()
+
+    def run(self, parts: list[Part]) -> None:
+        """Run them; whatever happens, no process is left."""
+        waiting = list(parts)
+        try:
+            while waiting or self._jobs:
+                self._begin(waiting)
+                self._listen()
+                self._share()
+                self._end()
+        finally:
+            for job in list(self._jobs):
+                self._close(job, "timed out", "the check was ended")
+            for part in waiting:
+                self.report(Outcome(part, "skipped", note="the check was ended"))
+
+    def _begin(self, waiting: list[Part]) -> None:
+        if self._alone or self._asking:
+            return
+        for part in list(waiting):
+            left = self.deadline - time.monotonic()
+            if left < part.least_s:
+                waiting.remove(part)
+                note = f"{max(left, 0):.0f} s were left, it takes {part.least_s:.0f} at least"
+                self.report(Outcome(part, "skipped", note=note))
+                continue
+            free = self.gigabytes - sum(job.part.gigabytes for job in self._jobs)
+            if len(self._jobs) >= self.workers or (self._jobs and part.gigabytes > free):
+                continue
+            waiting.remove(part)
+            job = Job(part, self.folder, self.environment, part.limit_s)
+            self._jobs.append(job)
+            self._pipes.register(job.process.stdout, selectors.EVENT_READ, job)
+
+    def _listen(self) -> None:
+        for key, _ in self._pipes.select(timeout=0.1):
+            job: Job = key.data
+            lines = job.said()
+            if not lines:
+                # A process that has said its last is gone in a moment.
+                self._pipes.unregister(key.fileobj)
+                time.sleep(0.02)
+            for line in lines:
+                if line == "quiet":
+                    self._asking.append(job)
+                elif job is self._alone:
+                    self._alone = None
+
+    def _share(self) -> None:
+        """Give the machine to the next one that asks; when nobody does, let all go on."""
+        if self._alone and time.monotonic() - self._alone_since > QUIET_S:
+            self._alone = None
+        if self._alone:
+            return
+        if not self._asking:
+            for job in self._jobs:
+                job.go_on()
+            return
+        self._alone = self._asking.pop(0)
+        others = [job for job in self._jobs if job is not self._alone]
+        for job in others:
+            job.stop()
+        self._alone.go_on()
+        if others:
+            time.sleep(SETTLE_S)
+        self._alone_since = time.monotonic()
+        self._alone.answer()
+
+    def _end(self) -> None:
+        for job in list(self._jobs):
+            code = job.process.poll()
+            if code == AGAIN and job.tries < 5 and job.seconds < job.limit_s - 15:
+                self._hang_up(job)
+                job.start()
+                self._pipes.register(job.process.stdout, selectors.EVENT_READ, job)
+            elif code == 0:
+                self._close(job, "done", "")
+            elif code is not None:
+                how = f"exit code {code}" if code > 0 else f"ended by signal {-code}"
+                self._close(job, "failed", f"{how}; {_last_line(job.log)}")
+            elif time.monotonic() > self.deadline:
+                self._close(job, "timed out", "the time of the whole check was up")
+            elif job.seconds > job.limit_s:
+                self._close(job, "timed out", f"its limit is {job.limit_s:.0f} s")
+
+    def _close(self, job: Job, state: str, note: str) -> None:
+        job.kill()
+        self._hang_up(job)
+        self._jobs.remove(job)
+        self.report(job.outcome(state, note))
+
+    def _hang_up(self, job: Job) -> None:
+        """Forget what a process that is gone has asked for."""
+        if job.process.stdout in self._pipes.get_map():
+            self._pipes.unregister(job.process.stdout)
+        for pipe in (job.process.stdout, job.process.stdin):
+            pipe.close()
+        self._asking = [other for other in self._asking if other is not job]
+        if self._alone is job:
+            self._alone = None
+
+
+def _last_line(log: Path) -> str:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1][:200] if lines else "nothing in its log"

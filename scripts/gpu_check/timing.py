@@ -1,0 +1,86 @@
+"""Time of decode steps: blocks of a page each, of which one step opens pages."""
+
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .models import Head, seconds, synchronize
+from .sheet import Sheet
+
+BLOCK = 16
+"""Steps that are timed together: a page of the policies that are measured."""
+Decode = Callable[[int], None]
+"""Decodes so many tokens."""
+
+
+def time_steps(sheet: Sheet, decode: Decode, blocks: int) -> dict[str, float]:
+    """Milliseconds of a step, the pages that it opens included.
+
+    `host_ms` is the time until the host has launched a step. Where it is as long as the step, the device waits
+    for the host, and what kernels take does not show.
+    """
+    took, launched = [], []
+    with sheet.quiet():
+        decode(2 * BLOCK)
+        for _ in range(blocks):
+            synchronize()
+            started = time.perf_counter()
+            decode(BLOCK)
+            launched.append(time.perf_counter() - started)
+            synchronize()
+            took.append(time.perf_counter() - started)
+    return {
+        "ms": round(median(took) / BLOCK * 1e3, 4),
+        "ms_least": round(min(took) / BLOCK * 1e3, 4),
+        "ms_most": round(max(took) / BLOCK * 1e3, 4),
+        "host_ms": round(median(launched) / BLOCK * 1e3, 4),
+    }
+
+
+@torch.no_grad()
+def head_ms(sheet: Sheet, model: Any, token_B1: Tensor) -> float:
+    """Milliseconds of what a step does outside of the layers, as a CUDA graph where there is a GPU."""
+    head, token_B1 = Head(model), token_B1.clone()
+    run: Callable[[], Any] = lambda: head(token_B1)  # noqa: E731
+    if token_B1.is_cuda:
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            run()
+        torch.cuda.current_stream().wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        run = graph.replay
+    with sheet.quiet():
+        took = [seconds(lambda: [run() for _ in range(BLOCK)]) for _ in range(8)]
+    return round(median(took[2:]) / BLOCK * 1e3, 4)
+
+
+def kernel_times(decode: Decode, most: int = 15) -> list[dict[str, Any]]:
+    """The operations that take the longest, by the profiler: name, calls and milliseconds of a step."""
+    from torch.profiler import ProfilerActivity, profile
+
+    cuda = torch.cuda.is_available()
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as seen:
+        decode(BLOCK)
+        synchronize()
+    field = "self_device_time_total" if cuda else "self_cpu_time_total"
+    events = sorted(seen.key_averages(), key=lambda event: getattr(event, field), reverse=True)
+    return [
+        {
+            "name": event.key[:80],
+            "calls": round(event.count / BLOCK, 2),
+            "ms": round(getattr(event, field) / BLOCK / 1e3, 4),
+        }
+        for event in events[:most]
+    ]
+
+
+def scaled(ms: float, outside_ms: float, layers: int, whole: int) -> float:
+    """What a model of `whole` layers would take, if layers are alike: time outside of them counts once."""
+    return round(outside_ms + (ms - outside_ms) * whole / layers, 4)

@@ -1,0 +1,31 @@
+"""The process of one part: ``python -m scripts.gpu_check.worker FILE CALL SETTINGS``."""
+
+import importlib
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from .sheet import Sheet
+
+
+def main(file: str, call: str, settings: str) -> int:
+    """Do the work; an error goes into the file of the part, in full into its log."""
+    # What anybody prints belongs in the log: the pipe is for questions and answers.
+    say = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    sheet = Sheet(Path(file), json.loads(settings), say, sys.stdin)
+    module, _, function = call.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)(sheet) or 0
+    except Exception as error:
+        traceback.print_exc()
+        lines = str(error).strip().splitlines() or [""]
+        where = [line.strip() for line in traceback.format_tb(error.__traceback__)[-3:]]
+        sheet.put(error=f"{type(error).__name__}: {lines[0][:300]}", where=where)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:4]))
