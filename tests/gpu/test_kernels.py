@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 # Tests are collected where they are imported.
-from tests.kernels.interpreted_attention import (  # noqa: E402, F401
+from tests.kernels.interpreted_attention import (  # noqa: F401
     scores,
     test_a_cache_narrower_than_the_model,
     test_a_query_head_with_broken_numbers_leaves_the_others_of_its_group,

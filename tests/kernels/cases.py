@@ -36,6 +36,11 @@ class Shape(NamedTuple):
     offset: int | None = None
 
 
+def name(case: object) -> str:
+    """Part of a test's name."""
+    return "-".join(str(x).removeprefix("torch.") for x in (case if isinstance(case, Shape) else (case,)))
+
+
 def randoms(shape: Shape, *sizes: int) -> Tensor:
     generator = torch.Generator().manual_seed(shape.seed * 1000 + len(sizes) + sum(sizes))
     return torch.randn(sizes, generator=generator).to(shape.dtype)

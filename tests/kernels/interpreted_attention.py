@@ -21,6 +21,7 @@ from tests.kernels.cases import (
     changed,
     make_paged,
     make_store,
+    name,
     new_token,
     randoms,
     wide,
@@ -85,10 +86,6 @@ def scores(monkeypatch):
 
     monkeypatch.setattr(RaaS, "stamp", seeing)
     return seen
-
-
-def name(case):
-    return str(case) if isinstance(case, str | int) else "-".join(str(x).removeprefix("torch.") for x in case)
 
 
 def near(dtype):

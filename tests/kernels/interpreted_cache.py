@@ -103,9 +103,7 @@ def test_one_kernel_keeps_the_tables_of_all_layers(spec, model, made, monkeypatc
     policy = make_policy(spec)
     check(model, policy, monkeypatch)
     ours = [i for i in range(STEPS) if i not in THEIRS]
-    turns = sum(
-        any((n + i) % policy.page_size == 0 for n in PROMPTS[1 if i >= ALONE else 0 :]) for i in ours
-    )
+    turns = sum(any((n + i) % policy.page_size == 0 for n in PROMPTS[1 if i >= ALONE else 0 :]) for i in ours)
     stamps = len(ours) if policy.name == "raas" else 0
     assert made == {
         "step_attention": LAYERS * STEPS, "select_attention": 0, "decode_attention": 0,

@@ -17,7 +17,7 @@ from longthink.accelerators.table import FUSED  # noqa: E402
 from longthink.cache.store import SlotStore  # noqa: E402
 from longthink.kernels import triton_decode  # noqa: E402
 from longthink.policies import Moves, make_policy  # noqa: E402
-from tests.kernels.cases import Shape, changed, make_paged, make_store, new_token  # noqa: E402
+from tests.kernels.cases import Shape, changed, make_paged, make_store, name, new_token  # noqa: E402
 from tests.kernels.launches import recorded  # noqa: E402
 
 NAMES = {
@@ -68,7 +68,7 @@ def compile_launches(launches, capability=90):
         ("raas:used=alpha", WIDE, 2),
         ("raas:sharing=layer", FULL, 2),
     ],
-    ids=str,
+    ids=name,
 )
 def test_a_step(spec, shape, launched):
     policy = make_policy(spec)
@@ -79,7 +79,7 @@ def test_a_step(spec, shape, launched):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("shape", "capability"), [(QWEN_7B, 90), (WIDE, 80)], ids=str)
+@pytest.mark.parametrize(("shape", "capability"), [(QWEN_7B, 90), (WIDE, 80)], ids=name)
 def test_reading(shape, capability):
     query = new_token(shape)[0].unflatten(1, (shape.heads, -1))
     store = make_store(make_policy("fifo"), shape)

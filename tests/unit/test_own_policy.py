@@ -73,7 +73,7 @@ def test_registry_knows_it_by_its_entry_point(installed):
         "print(*longthink.available_policies()[-2:], policy_spec(p), policy_to_dict(p)['decay'])"
     )
     found = run(installed, "-c", code).stdout.split()
-    assert found == ["keep_first", "lrfu", "lrfu:page_size=4:decay=0.25", "0.25"]
+    assert found == ["lrfu", "keep_first", "lrfu:page_size=4:decay=0.25", "0.25"]
 
 
 def test_entry_point_that_is_no_policy_says_so(installed, tmp_path):

@@ -4,12 +4,17 @@ import dataclasses
 import json
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import longthink
+from longthink import policies
+from longthink.cache import LayerCache
 from longthink.config import Budget
+from longthink.errors import UndeclaredNeedError
 from longthink.policies import Policy, grows, policy_from_dict, policy_spec, policy_to_dict, register
+from longthink.policies.registry import _REGISTRY
 
 NAMES = longthink.available_policies()
 
@@ -83,3 +88,63 @@ def test_public_names_are_the_declared_ones():
     assert len(longthink.__all__) <= 30
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         longthink.nonsense  # noqa: B018
+
+
+def test_the_contract_is_small():
+    assert len([name for name in dir(Policy) if name[0] != "_"]) <= 16
+
+
+def test_every_registered_policy_is_exported():
+    ours = {name: cls for name, cls in _REGISTRY.items() if cls.__module__.startswith("longthink.")}
+    assert len(ours) >= 8
+    for cls in ours.values():
+        assert getattr(longthink, cls.__name__) is cls
+        assert cls.__name__ in longthink.__all__
+        assert getattr(policies, cls.__name__) is cls
+
+
+def test_a_subclass_does_not_pass_for_its_parent():
+    class Mine(longthink.RaaS):
+        pass
+
+    assert Mine.name == "Mine" and policy_spec(Mine(r=0.25)) == "Mine:r=0.25"
+    assert longthink.RaaS.name == "raas"
+
+
+def test_fifo_is_short_for_recency_in_pages():
+    assert longthink.make_policy("fifo") == longthink.Recency(page_size=16)
+    assert longthink.make_policy("fifo:page_size=4") == longthink.Recency(page_size=4)
+    assert policy_from_dict({"name": "fifo", "page_size": 8}) == longthink.Recency(page_size=8)
+
+
+def attend(policy: Policy) -> None:
+    layer = LayerCache(policy, Budget(decode_budget=8))
+    for tokens in (3, 1, 1):
+        layer.attend(*torch.randn(3, 1, 1, tokens, 4))
+
+
+READS = {
+    "vectors": lambda table, step: (table.keys_BKSD, table.values_BKSD, step.query_BKGD),
+    "key_bounds": lambda table, step: (table.kmin_BKPD, table.kmax_BKPD, step.query_BKGD),
+    "weights": lambda table, step: (step.weights_BKGS,),
+}
+
+
+@pytest.mark.parametrize("need", READS)
+def test_what_a_policy_has_not_declared_is_an_error_and_not_an_empty_tensor(need):
+    class Reads(longthink.Recency):
+        def observe(self, table, step):
+            assert all(tensor.numel() for tensor in READS[need](table, step))
+
+    with pytest.raises(UndeclaredNeedError, match=f'add "({need}|vectors)" to its `needs`'):
+        attend(Reads())
+    Reads.needs = frozenset({need})
+    attend(Reads())
+
+
+def test_an_unknown_need_is_refused_before_anything_runs():
+    class Wants(longthink.Recency):
+        needs = frozenset({"weigths"})
+
+    with pytest.raises(ValueError, match=r"needs \['weigths'\]: allowed is weights, key_bounds"):
+        attend(Wants())
