@@ -68,7 +68,8 @@ def make_store(policy: Policy, shape: Shape) -> SlotStore:
         offset = draw.randrange(size) if shape.offset is None else shape.offset
         store.table.now_B[row] = last * size + offset
         for table in range(paged.shape[1]):
-            slots = draw.sample(range(shape.pages), draw.randint(1, min(shape.pages, last + 1)))
+            most = min(shape.pages, last + 1)
+            slots = draw.sample(range(shape.pages), draw.randint(max(1, most // 2), most))
             pages = [last, *draw.sample(range(last), len(slots) - 1)]
             if grows(policy):
                 slots = pages = [last, *range(last)]

@@ -32,26 +32,26 @@ HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
 
 # Every value of every dimension, and most pairs of values.
 STEPS = [
-    ("fifo", Shape(groups=1, dim=64, rows=3, seed=1)),
-    ("fifo", Shape(groups=8, dim=256, heads=1, pages=4, dtype=BRAIN, seed=2)),
-    ("raas", Shape(groups=7, dim=128, dtype=BRAIN, seed=3)),
-    ("raas:sharing=layer", Shape(groups=4, dim=80, rows=3, seed=4)),
-    ("raas:page_size=8", Shape(groups=2, dim=96, pages=19, dtype=HALF, seed=5)),
-    ("raas:page_size=32:used=alpha:alpha=0.05", Shape(groups=2, dim=80, pages=3, dtype=HALF, seed=6)),
-    ("raas:used=alpha:alpha=0.05", Shape(groups=1, dim=128, rows=3, heads=1, seed=7)),
-    ("raas:used=alpha:alpha=0.05:sharing=layer", Shape(groups=2, pages=9, seed=20)),
-    ("raas", Shape(rows=4, heads=1, pages=3, seed=17, offset=0)),
-    ("raas:score=exact:sharing=layer", Shape(rows=2, pages=3, seed=18, offset=0)),
-    ("raas:score=exact:page_size=4", Shape(groups=7, pages=20, dtype=HALF, seed=8)),
-    ("raas:score=exact:used=alpha:alpha=0.1", Shape(groups=4, dim=96, rows=3, dtype=BRAIN, seed=9)),
-    ("raas:score=exact", Shape(groups=1, dim=256, heads=1, pages=3, seed=10)),
-    ("milestone:alpha=0.05:young=22", Shape(groups=2, rows=4, heads=1, pages=5, seed=19, offset=0)),
-    ("milestone:alpha=0.05:young=42", Shape(groups=7, dim=128, rows=3, heads=1, pages=9, seed=13)),
-    ("milestone:alpha=0.05:young=44", Shape(groups=4, dtype=HALF, seed=14)),
-    ("h2o", Shape(groups=2, dim=128, rows=3, heads=1, pages=40, dtype=BRAIN, seed=15)),
-    ("h2o", Shape(groups=8, dim=96, pages=70, seed=16)),
-    ("quest:page_size=4", Shape(groups=2, dim=80, rows=3, pages=20, seed=21)),
-    ("quest", Shape(groups=7, rows=2, heads=1, dtype=HALF, seed=22, offset=0)),
+    ("fifo", Shape(groups=1, dim=64, rows=3, seed=8)),
+    ("fifo", Shape(groups=8, dim=256, heads=1, pages=4, dtype=BRAIN, seed=3)),
+    ("raas", Shape(groups=7, dim=128, dtype=BRAIN, seed=6)),
+    ("raas:sharing=layer", Shape(groups=4, dim=80, rows=3, seed=3)),
+    ("raas:page_size=8", Shape(groups=2, dim=96, pages=19, dtype=HALF, seed=1)),
+    ("raas:page_size=32:used=alpha:alpha=0.05", Shape(groups=2, dim=80, pages=3, dtype=HALF, seed=3)),
+    ("raas:used=alpha:alpha=0.05", Shape(groups=1, dim=128, rows=3, heads=1, seed=4)),
+    ("raas:used=alpha:alpha=0.05:sharing=layer", Shape(groups=2, pages=9, seed=9)),
+    ("raas", Shape(rows=4, heads=1, pages=3, seed=3, offset=0)),
+    ("raas:score=exact:sharing=layer", Shape(rows=2, pages=3, seed=3, offset=0)),
+    ("raas:score=exact:page_size=4", Shape(groups=7, pages=20, dtype=HALF, seed=9)),
+    ("raas:score=exact:used=alpha:alpha=0.1", Shape(groups=4, dim=96, rows=3, dtype=BRAIN, seed=8)),
+    ("raas:score=exact", Shape(groups=1, dim=256, heads=1, pages=3, seed=4)),
+    ("milestone:alpha=0.05:young=22", Shape(groups=2, rows=4, heads=1, pages=5, seed=3, offset=0)),
+    ("milestone:alpha=0.05:young=42", Shape(groups=7, dim=128, rows=3, heads=1, pages=9, seed=2)),
+    ("milestone:alpha=0.05:young=44", Shape(groups=4, dtype=HALF, seed=6)),
+    ("h2o", Shape(groups=2, dim=128, rows=3, heads=1, pages=40, dtype=BRAIN, seed=2)),
+    ("h2o", Shape(groups=8, dim=96, pages=70, seed=3)),
+    ("quest:page_size=4", Shape(groups=2, dim=80, rows=3, pages=20, seed=2)),
+    ("quest", Shape(groups=7, rows=2, heads=1, dtype=HALF, seed=5, offset=0)),
 ]
 SLOTS = [
     Shape(groups=4, dim=80, rows=2, pages=150, seed=23),
@@ -117,13 +117,13 @@ def both(spec, shape, scores, spoil=lambda query, store: None):
 
 
 def compare(wanted: Stepped, got: Stepped, dtype):
-    torch.testing.assert_close(got.out_BHD.float(), wanted.out_BHD, **near(dtype))
+    torch.testing.assert_close(got.out_BHD.float(), wanted.out_BHD, **near(dtype), equal_nan=True)
     assert_same(got.store, wanted.store, learned=TOLERANCE[dtype])
     assert (got.score_BKP is None) == (wanted.score_BKP is None)
     if got.score_BKP is not None:
         empty_BKP = got.store.table.page_BKP < 0
         theirs, mine = (x.score_BKP.masked_fill(empty_BKP, 0) for x in (wanted, got))
-        torch.testing.assert_close(mine, theirs, **near(dtype))
+        torch.testing.assert_close(mine, theirs, **near(dtype), equal_nan=True)
 
 
 @pytest.mark.parametrize(("spec", "shape"), STEPS, ids=name)
@@ -170,23 +170,26 @@ def test_broken_numbers_stay_in_their_row(spec, scores):
     def spoil(query, store):
         query[1] = float("nan")
 
-    (_, whole), (_, got) = both(spec, shape, scores), both(spec, shape, scores, spoil)
-    for mine, theirs in zip((got.out_BHD, *got.store.tensors()), (whole.out_BHD, *whole.store.tensors()),
-                            strict=True):  # fmt: skip
+    (_, whole), (wanted, got) = both(spec, shape, scores), both(spec, shape, scores, spoil)
+    compare(wanted, got, FULL)
+    assert got.out_BHD[1].isnan().all() and torch.equal(got.out_BHD[0::2], whole.out_BHD[0::2])
+    for mine, theirs in zip(got.store.tensors(), whole.store.tensors(), strict=True):
         assert torch.equal(mine[0::2].nan_to_num(7.0), theirs[0::2].nan_to_num(7.0))
-    if got.score_BKP is not None:
-        assert torch.equal(got.score_BKP[0::2], whole.score_BKP[0::2])
-    assert got.out_BHD[1].isnan().all()
 
 
-def test_a_query_head_with_broken_numbers_leaves_the_others_of_its_group(scores):
-    shape = Shape(groups=3, heads=1, seed=32)
+@pytest.mark.parametrize(
+    "spec",
+    ["fifo", "raas", "raas:used=alpha", "raas:score=exact", "milestone:alpha=0.05:young=10", "h2o", "quest"],
+)
+def test_a_query_head_with_broken_numbers_leaves_the_others_of_its_group(spec, scores):
+    shape = Shape(groups=3, heads=1, seed=8)
 
     def spoil(query, store):
         query[0, 1, 5] = float("inf")
 
-    got, whole = both("fifo", shape, scores, spoil)[1].out_BHD, both("fifo", shape, scores)[1].out_BHD
-    assert got[0, 1].isnan().all() and torch.equal(got[0, 0::2], whole[0, 0::2])
+    wanted, got = both(spec, shape, scores, spoil)
+    compare(wanted, got, FULL)
+    assert got.out_BHD[0, 1].isnan().all() and got.out_BHD[0, 0::2].isfinite().all()
 
 
 def test_keys_of_minus_infinity_weigh_nothing(scores):

@@ -106,7 +106,7 @@ def test_tables(spec, data):
 
 
 @pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize("share, pages, best", [(0.3, 170, 51), (0.5, 7, 4), (0.1, 10, 1)])
+@pytest.mark.parametrize("share, pages, best", [(0.3, 170, 51), (0.07, 100, 7), (0.5, 7, 4)])
 def test_a_share_of_the_pages_counts_as_the_decimal_fraction(share, pages, best, ties):
     policy = make_policy(f"raas:page_size=1:r={share}")
     whole = SlotStore(policy, torch.zeros(LAYERS, 1, 0, 1), [pages] * LAYERS, pages)

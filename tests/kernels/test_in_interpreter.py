@@ -1,4 +1,4 @@
-"""The Triton kernels against their definition, in Triton's interpreter: the tests are in ``interpreted_*.py``.
+"""The Triton kernels against the general route, in Triton's interpreter: the tests are in ``interpreted_*.py``.
 
 Triton decides when it is imported whether it interprets, for the whole process; so each file has its own process.
 By hand: ``TRITON_INTERPRET=1 pytest tests/kernels/interpreted_attention.py``.

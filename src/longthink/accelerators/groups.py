@@ -52,8 +52,8 @@ class LayerGroup:
     def refresh(self) -> None:
         """Join the tables, unless they are joined: rows and slots that come and go bring new tensors.
 
-        From here to `learn`, the layers leave the scores of their pages to the group. In other steps, such as those of
-        the library's own loop, each layer learns from its own.
+        From here to `learn`, the layers leave the scores of their pages to the group. In other steps, such as those
+        of the library's own loop, each layer learns from its own.
         """
         held = [layer.store.table.position_BKS for layer in self.layers]
         if any(new is not old for new, old in zip(held, self._views, strict=True)):

@@ -11,7 +11,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from longthink.kernels.triton_parts import MARGIN_LOG2, attend_tile, dot, is_best, least_of_best, rank_key
+from longthink.kernels.triton_parts import (
+    MARGIN_LOG2,
+    attend_tile,
+    dot,
+    group_max,
+    is_best,
+    least_of_best,
+    rank_key,
+)
 
 
 @triton.jit
@@ -95,8 +103,7 @@ def _bounds(
             has = (tl.max(held, 1) >= 0) | is_tail
         bound = tl.where(has[None, :] & (g < G)[:, None], bound, float("-inf"))
         if BOUND == 1:
-            bound = tl.where(bound != bound, float("inf"), bound)
-            tl.store(score + page, tl.max(bound, 0), mask=live)
+            tl.store(score + page, group_max(bound), mask=live)
         else:
             where = score + g[:, None] * score_stride + page[None, :]
             tl.store(where, bound * scale, mask=(g < G)[:, None] & live[None, :])

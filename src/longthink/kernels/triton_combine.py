@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from longthink.kernels.triton_parts import MARGIN_LOG2
+from longthink.kernels.triton_parts import MARGIN_LOG2, group_max
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def _token_states(
             top = tl.load(score + g[:, None] * pages + page[None, :], mask=read, other=float("-inf"))
             read = read & (top > total[:, None] + log2_alpha - MARGIN_LOG2)
             weight = tl.exp2(tl.load(where, mask=read, other=float("-inf")) - total[:, None])
-            above = tl.max(weight, 0) > alpha
+            above = group_max(weight) > alpha
             tl.store(state + token, above.to(tl.int8), mask=above | opened)
         else:
             weight = tl.exp2(tl.load(where, mask=read, other=float("-inf")) - total[:, None])
@@ -93,7 +93,7 @@ def combine_kernel(
             seen = (g < G)[:, None] & (page * T < has)[None, :]
             found = tl.load(score + g[:, None] * pages + page[None, :], mask=seen, other=float("-inf"))
             shares = tl.where(seen, tl.exp2(found - total[:, None]), 0.0)
-            tl.store(result + begin * pages + page, tl.max(shares, 0), mask=page < pages)
+            tl.store(result + begin * pages + page, group_max(shares), mask=page < pages)
     if LEARN == 3:
         for start in range(first, tokens, step):
             token = start + tl.arange(0, BLOCK_N)

@@ -31,6 +31,13 @@ def attend_tile(top, total, out, logits, v):
 
 
 @triton.jit
+def group_max(x):
+    """Maximum over the query heads of a group; NaN where one of them is, as torch has it."""
+    broken = tl.max((x != x).to(tl.int32), 0) > 0
+    return tl.where(broken, float("nan"), tl.max(x, 0))
+
+
+@triton.jit
 def rank_key(score):
     """Return integers from 0 to 2**32 - 1 in the order of the scores; NaN is the largest, as torch sorts."""
     score = tl.where(score == 0, 0.0, score)  # the two zeros are a tie
