@@ -3,6 +3,8 @@ VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 WORKERS ?= 2
 PYTEST_ARGS ?=
+PYTHON ?= python3
+GPU_CHECK_ARGS ?=
 
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
@@ -12,7 +14,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE GOMP_SPI
   HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONFAULTHANDLER=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ready demo test test-fast test-vllm lint format build clean
+.PHONY: help setup ready demo test test-fast test-vllm gpu-check lint format build clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +38,10 @@ test-fast: ready ## Run the quick tests (under 90 seconds)
 test-vllm: ## Run the tests of the vLLM plugin against vLLM for the CPU, in .venv-vllm (half an hour)
 	@scripts/setup.sh --quiet --vllm "$(VLLM_VENV)"
 	$(TEST_ENV) $(VLLM_VENV)/bin/python -m pytest tests/vllm $(PYTEST_ARGS)
+
+# On a machine with a GPU: with its own Python, and without .venv.
+gpu-check: ## Test and time everything on this machine's GPU, in nine minutes (GPU_CHECK_ARGS=--self-test needs none)
+	$(PYTHON) scripts/gpu_check $(GPU_CHECK_ARGS)
 
 lint: ready ## Check style, types and the arrows between packages
 	@failed=0; for check in "ruff check --output-format concise ." "ruff format --check ." mypy "lint-imports --no-logo"; do \

@@ -1,18 +1,14 @@
 """The dense caches of transformers, beside which the policies stand."""
 
 import time
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 
 from longthink.bench.systems import CompiledSystem, DynamicSystem, System
 
 from .models import build, prompts, weight_bytes
-from .parts import LAYERS
-from .routes import all_layers_ms
 from .sheet import Sheet, note, seconds_since
-from .timing import BLOCK, head_ms, time_steps
+from .timing import BLOCK, all_layers_ms, head_ms, peak_bytes, start_of_peak, time_steps
 
 
 def measure_dense(sheet: Sheet) -> None:
@@ -20,19 +16,20 @@ def measure_dense(sheet: Sheet) -> None:
     asked = sheet.settings
     model = build(asked["shape"], asked["layers"])
     ids_BN = prompts(model, asked["rows"], asked["prompt"])
-    sheet.put(weight_bytes=weight_bytes(model), outside_ms=head_ms(sheet, model, ids_BN[:, :1]))
+    with sheet.quiet():
+        sheet.put(weight_bytes=weight_bytes(model), outside_ms=head_ms(model, ids_BN[:, :1]))
     for name, attention in (("sdpa", "sdpa"), ("flash", "flash_attention_2")):
         if name == "flash" and not has_flash():
             sheet.put(flash="not there: the package flash_attn is not installed or does not run here")
             continue
         model.set_attn_implementation(attention)
-        _measure(sheet, model, DynamicSystem(model, ids_BN), f"growing, {name}", asked["lengths"])
+        _measure(sheet, DynamicSystem(model, ids_BN), f"growing, {name}", asked["lengths"])
     model.set_attn_implementation("sdpa")
     if asked["compile"]:
         room = BLOCK * (asked["blocks"] + 6)
         for length in reversed(asked["lengths"]):
             system = CompiledSystem(model, ids_BN, room=room)
-            _measure(sheet, model, system, "fixed size, compiled, sdpa", [length])
+            _measure(sheet, system, "fixed size, compiled, sdpa", [length])
 
 
 def has_flash() -> bool:
@@ -42,7 +39,7 @@ def has_flash() -> bool:
     return torch.cuda.is_available() and is_flash_attn_2_available()
 
 
-def _measure(sheet: Sheet, model: Any, system: System, name: str, lengths: list[int]) -> None:
+def _measure(sheet: Sheet, system: System, name: str, lengths: list[int]) -> None:
     asked = sheet.settings
     try:
         for length in lengths:
@@ -50,17 +47,15 @@ def _measure(sheet: Sheet, model: Any, system: System, name: str, lengths: list[
             system.go_to(length - asked["prompt"] if length > asked["prompt"] else 0, fast=True)
             system.decode(2 * BLOCK)
             ready_s = seconds_since(started)
-            row = {key: asked[key] for key in ("shape", "layers", "rows")} | {
-                "cache": name,
-                "tokens": length,
-                "ready_s": ready_s,
-            }
-            row |= time_steps(sheet, system.decode, asked["blocks"])
+            row = {key: asked[key] for key in ("shape", "layers", "layers_of", "rows")}
+            row |= {"cache": name, "tokens": length, "ready_s": ready_s}
+            start_of_peak()
+            with sheet.quiet():
+                row |= time_steps(system.decode, asked["blocks"])
             row["ms_all_layers"] = all_layers_ms(row["ms"], sheet.found["outside_ms"], asked)
-            row |= {"kv_bytes": system.kv_bytes, "layers_of": LAYERS}
+            row["kv_bytes"] = system.kv_bytes
             row["gb_per_s"] = round((sheet.found["weight_bytes"] + system.kv_bytes) / row["ms"] / 1e6, 1)
-            row |= dict(_peak())
-            sheet.add(row)
+            sheet.add(row | {"peak_bytes": peak_bytes()})
     except Exception as error:
         # Too little memory for one length, or a compiler that gives up, takes nothing from the other caches.
         note(f"{name}: {error!r}")
@@ -69,9 +64,3 @@ def _measure(sheet: Sheet, model: Any, system: System, name: str, lengths: list[
         system.cache = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def _peak() -> Iterator[tuple[str, int]]:
-    if torch.cuda.is_available():
-        yield "peak_bytes", torch.cuda.max_memory_allocated()
-        torch.cuda.reset_peak_memory_stats()

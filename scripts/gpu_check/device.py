@@ -7,7 +7,6 @@ from statistics import median
 
 import torch
 
-from .models import device, seconds
 from .sheet import Sheet
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "pytest")
@@ -46,6 +45,8 @@ def machine() -> dict[str, object]:
 
 def copy_bandwidth(sheet: Sheet) -> float:
     """GB/s read and written by a copy that no cache of a GPU holds."""
+    from .models import device, seconds
+
     numbers = 1 << 30 if device().type == "cuda" else 1 << 22
     source = torch.empty(numbers, dtype=torch.bfloat16, device=device())
     target = torch.empty_like(source.normal_())

@@ -24,6 +24,12 @@ def missing(names: tuple[str, ...] | dict[str, str]) -> list[str]:
     return [name for name in names if find_spec(name) is None]
 
 
+def has_gpu() -> bool:
+    """Whether torch sees a GPU; asked in another process, because a GPU is not for this one."""
+    code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    return subprocess.run([sys.executable, "-c", code], stderr=subprocess.DEVNULL).returncode == 0
+
+
 def install(folder: Path, target: Path) -> list[str]:
     """Install what is missing from wheels in a folder into a folder of its own, and return what that was.
 

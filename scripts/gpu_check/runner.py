@@ -93,11 +93,11 @@ class Job:
         with suppress(BrokenPipeError):
             os.write(self.process.stdin.fileno(), b"go\n")
 
-    def said(self) -> list[str]:
-        """Lines that it has written; there is something to read, or it is gone."""
-        self._heard += os.read(self.process.stdout.fileno(), 4096)
-        *lines, self._heard = self._heard.split(b"\n")
-        return [line.decode() for line in lines]
+    def said(self) -> list[str] | None:
+        """Lines that it has written; None if it is gone."""
+        heard = os.read(self.process.stdout.fileno(), 4096)
+        *lines, self._heard = (self._heard + heard).split(b"\n")
+        return [line.decode() for line in lines] if heard else None
 
     def _signal(self, number: int) -> None:
         with suppress(ProcessLookupError):
@@ -111,7 +111,8 @@ class Job:
             found = {"rows": []}
         if state == "done" and "skipped" in found:
             state, note = "no GPU", found["skipped"]
-        return Outcome(self.part, state, round(self.seconds, 1), found.get("error", "") or note, found)
+        said = [found[name] for name in ("error", "compile_error") if name in found]
+        return Outcome(self.part, state, round(self.seconds, 1), "; ".join(said) or note, found)
 
 
 class Runner:
@@ -125,22 +126,13 @@ class Runner:
         Parts side by side.
     deadline
         Time of `time.monotonic` at which all ends.
-    report
-        Called with each outcome, as soon as there is one.
     environment
         Of the processes.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        workers: int,
-        deadline: float,
-        report: Callable[[Outcome], None],
-        environment: dict[str, str],
-    ) -> None:
+    def __init__(self, folder: Path, workers: int, deadline: float, environment: dict[str, str]) -> None:
         self.folder, self.workers, self.deadline = folder, workers, deadline
-        self.report, self.environment = report, environment
+        self.environment = environment
         self.gigabytes = 40.0
         """Memory of the GPU to share out; the part that looks at it says how much there is."""
         self._jobs: list[Job] = []
@@ -149,9 +141,9 @@ class Runner:
         self._alone_since = 0.0
         self._pipes = selectors.DefaultSelector()
 
-    def run(self, parts: list[Part]) -> None:
-        """Run them; whatever happens, no process is left."""
-        waiting = list(parts)
+    def run(self, parts: list[Part], report: Callable[[Outcome], None]) -> None:
+        """Run them, and report each outcome as soon as there is one; whatever happens, no process is left."""
+        waiting, self._report = list(parts), report
         try:
             while waiting or self._jobs:
                 self._begin(waiting)
@@ -162,7 +154,7 @@ class Runner:
             for job in list(self._jobs):
                 self._close(job, "timed out", "the check was ended")
             for part in waiting:
-                self.report(Outcome(part, "skipped", note="the check was ended"))
+                self._report(Outcome(part, "skipped", note="the check was ended"))
 
     def _begin(self, waiting: list[Part]) -> None:
         if self._alone or self._asking:
@@ -172,7 +164,7 @@ class Runner:
             if left < part.least_s:
                 waiting.remove(part)
                 note = f"{max(left, 0):.0f} s were left, it takes {part.least_s:.0f} at least"
-                self.report(Outcome(part, "skipped", note=note))
+                self._report(Outcome(part, "skipped", note=note))
                 continue
             free = self.gigabytes - sum(job.part.gigabytes for job in self._jobs)
             if len(self._jobs) >= self.workers or (self._jobs and part.gigabytes > free):
@@ -186,11 +178,11 @@ class Runner:
         for key, _ in self._pipes.select(timeout=0.1):
             job: Job = key.data
             lines = job.said()
-            if not lines:
+            if lines is None:
                 # A process that has said its last is gone in a moment.
                 self._pipes.unregister(key.fileobj)
                 time.sleep(0.02)
-            for line in lines:
+            for line in lines or ():
                 if line == "quiet":
                     self._asking.append(job)
                 elif job is self._alone:
@@ -237,7 +229,7 @@ class Runner:
         job.kill()
         self._hang_up(job)
         self._jobs.remove(job)
-        self.report(job.outcome(state, note))
+        self._report(job.outcome(state, note))
 
     def _hang_up(self, job: Job) -> None:
         """Forget what a process that is gone has asked for."""

@@ -4,7 +4,7 @@ import os
 import time
 from typing import Any
 
-from .sheet import AGAIN, Sheet, counts
+from .sheet import AGAIN, Sheet
 
 # What else this machine has installed for pytest is none of our business.
 os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
@@ -21,9 +21,12 @@ class Watch:
         self._written = 0.0
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
-        """Every so-maniest test is ours, but for those that were run already."""
+        """Every so-maniest test of a file is ours, but for those that were run already."""
         asked, done = self.sheet.settings, {row["test"] for row in self.sheet.found["rows"]}
-        mine = items[asked["shard"] :: asked["shards"]]
+        files: dict[Any, list[Any]] = {}
+        for item in items:
+            files.setdefault(item.path, []).append(item)
+        mine = [item for tests in files.values() for item in tests[asked["shard"] :: asked["shards"]]]
         items[:] = [item for item in mine if item.nodeid not in done]
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
@@ -57,15 +60,13 @@ def run_tests(sheet: Sheet) -> int:
     """Run the group; the exit code asks for a new process where this one lost the GPU."""
     import pytest
 
-    if sheet.settings.get("rehearse"):
-        os.environ["LONGTHINK_REHEARSE_GPU"] = "1"
-    watch = Watch(sheet)
+    # In a self-test they run on the CPU, as far as they can.
+    os.environ["LONGTHINK_REHEARSE_GPU"] = str(int(sheet.settings["rehearse"]))
+    watch, paths = Watch(sheet), [f"tests/gpu/test_{group}.py" for group in sheet.settings["groups"]]
     # `-p no:cacheprovider`: nothing is written beside what the check writes.
-    code = pytest.main(
-        [sheet.settings["path"], "-q", "-p", "no:cacheprovider", "--tb=short", "-m", "gpu"], plugins=[watch]
-    )
+    code = pytest.main([*paths, "-q", "-p", "no:cacheprovider", "--tb=short", "-m", "gpu"], plugins=[watch])
     sheet.found.pop("running", None)
-    sheet.put(counts=counts(sheet.found["rows"]))
+    sheet.put()
     if watch.again:
         return AGAIN
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED):

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .models import Head, seconds, synchronize
-from .sheet import Sheet
 
 BLOCK = 16
 """Steps that are timed together: a page of the policies that are measured."""
@@ -17,22 +16,21 @@ Decode = Callable[[int], None]
 """Decodes so many tokens."""
 
 
-def time_steps(sheet: Sheet, decode: Decode, blocks: int) -> dict[str, float]:
+def time_steps(decode: Decode, blocks: int) -> dict[str, float]:
     """Milliseconds of a step, the pages that it opens included.
 
     `host_ms` is the time until the host has launched a step. Where it is as long as the step, the device waits
     for the host, and what kernels take does not show.
     """
     took, launched = [], []
-    with sheet.quiet():
-        decode(2 * BLOCK)
-        for _ in range(blocks):
-            synchronize()
-            started = time.perf_counter()
-            decode(BLOCK)
-            launched.append(time.perf_counter() - started)
-            synchronize()
-            took.append(time.perf_counter() - started)
+    decode(2 * BLOCK)
+    for _ in range(blocks):
+        synchronize()
+        started = time.perf_counter()
+        decode(BLOCK)
+        launched.append(time.perf_counter() - started)
+        synchronize()
+        took.append(time.perf_counter() - started)
     return {
         "ms": round(median(took) / BLOCK * 1e3, 4),
         "ms_least": round(min(took) / BLOCK * 1e3, 4),
@@ -42,7 +40,7 @@ def time_steps(sheet: Sheet, decode: Decode, blocks: int) -> dict[str, float]:
 
 
 @torch.no_grad()
-def head_ms(sheet: Sheet, model: Any, token_B1: Tensor) -> float:
+def head_ms(model: Any, token_B1: Tensor) -> float:
     """Milliseconds of what a step does outside of the layers, as a CUDA graph where there is a GPU."""
     head, token_B1 = Head(model), token_B1.clone()
     run: Callable[[], Any] = lambda: head(token_B1)  # noqa: E731
@@ -56,8 +54,7 @@ def head_ms(sheet: Sheet, model: Any, token_B1: Tensor) -> float:
         with torch.cuda.graph(graph):
             run()
         run = graph.replay
-    with sheet.quiet():
-        took = [seconds(lambda: [run() for _ in range(BLOCK)]) for _ in range(8)]
+    took = [seconds(lambda: [run() for _ in range(BLOCK)]) for _ in range(8)]
     return round(median(took[2:]) / BLOCK * 1e3, 4)
 
 
@@ -81,6 +78,19 @@ def kernel_times(decode: Decode, most: int = 15) -> list[dict[str, Any]]:
     ]
 
 
-def scaled(ms: float, outside_ms: float, layers: int, whole: int) -> float:
-    """What a model of `whole` layers would take, if layers are alike: time outside of them counts once."""
-    return round(outside_ms + (ms - outside_ms) * whole / layers, 4)
+def all_layers_ms(ms: float, outside_ms: float, asked: dict[str, Any]) -> float:
+    """Milliseconds with all layers: measured, or scaled as if layers were alike; time outside of them counts once."""
+    if asked["layers"] == asked["layers_of"]:
+        return ms
+    return round(outside_ms + (ms - outside_ms) * asked["layers_of"] / asked["layers"], 4)
+
+
+def start_of_peak() -> None:
+    """Let `peak_bytes` count from here on."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_bytes() -> int | None:
+    """Most bytes that were allocated on the GPU; None where there is none."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None

@@ -28,4 +28,8 @@ def main(file: str, call: str, settings: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:4]))
+    status = main(*sys.argv[1:4])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # All is written. To end in order would mean to wait for the compiler's own processes, minutes at worst.
+    os._exit(status)

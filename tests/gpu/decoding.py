@@ -3,6 +3,7 @@
 Shape suffixes: B rows, H query heads, Q new tokens, N columns of text, V vocabulary.
 """
 
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from longthink.accelerators.table import FUSED
 from longthink.config import Budget
 from longthink.hf import DecodeStep, PagedCache
 from longthink.policies import Policy, make_policy, needs_budget
@@ -30,6 +30,10 @@ class Decoded(NamedTuple):
 
 def routes(specs: list[str]) -> list[tuple[str, str]]:
     """Every policy by the general route, and by the fused one where it has kernels."""
+    if find_spec("triton") is None:
+        return [(spec, "general") for spec in specs]
+    from longthink.accelerators.table import FUSED
+
     fused = [spec for spec in specs if type(make_policy(spec)) in FUSED]
     return [(spec, "general") for spec in specs] + [(spec, "fused") for spec in fused]
 

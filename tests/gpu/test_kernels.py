@@ -4,11 +4,15 @@ What the general route reads, it reads by a kernel as well on a GPU; that one is
 """
 
 import functools
+import os
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
+
+from longthink.accelerators import attention
+from longthink.kernels import triton_decode
 
 # Tests are collected where they are imported.
 from tests.kernels.interpreted_attention import (  # noqa: F401
@@ -30,18 +34,28 @@ try:
         test_moves,
         test_tables,
     )
-except ModuleNotFoundError as error:  # A bare machine may lack it; these tables are tested by whole models too.
+except ModuleNotFoundError as error:
+    # A bare machine may lack it; what these test, whole models test as well.
     assert error.name == "hypothesis"
 
 pytestmark = pytest.mark.gpu
 
 
+def broken_floats(like, shape):
+    """Memory that no program has written: if one reads it, it shows."""
+    return torch.full(shape, float("nan"), dtype=torch.float32, device=like.device)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def everything_on_the_gpu():
     """Make tensors, and the random numbers in them, on the GPU: the cases say nothing of a device."""
-    if not torch.cuda.is_available():
-        yield
-        return
-    with pytest.MonkeyPatch.context() as patch, torch.device("cuda"):
-        patch.setattr(torch, "Generator", functools.partial(torch.Generator, "cuda"))
+    if not torch.cuda.is_available() and not os.environ.get("TRITON_INTERPRET"):
+        pytest.skip(
+            "kernels run on a CUDA GPU, and there is none here (tests/kernels has Triton's interpreter)"
+        )
+    place = "cuda" if torch.cuda.is_available() else "cpu"
+    with pytest.MonkeyPatch.context() as patch, torch.device(place):
+        patch.setattr(torch, "Generator", functools.partial(torch.Generator, place))
+        for module in (triton_decode, attention):
+            patch.setattr(module, "floats", broken_floats)
         yield

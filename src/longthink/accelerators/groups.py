@@ -34,8 +34,8 @@ def group_layers(layers: list[LayerCache]) -> list[LayerGroup]:
 class LayerGroup:
     """Layers of one policy whose page tables are views of one tensor for each field.
 
-    In a step, `refresh` comes first, `choose_slots` before the first layer if a row opens a page, and `learn` after
-    the last layer. They are not part of what is compiled: a program takes no tensors that overlap in memory.
+    In a step, `refresh` comes first, `choose_slots` before the first layer if a row opens a page, `learn` after the
+    last layer, and `release` at the end. They are not part of what is compiled: a program takes no tensors that overlap in memory.
 
     Parameters
     ----------
@@ -52,7 +52,7 @@ class LayerGroup:
     def refresh(self) -> None:
         """Join the tables, unless they are joined: rows and slots that come and go bring new tensors.
 
-        From here to `learn`, the layers leave the scores of their pages to the group. In other steps, such as those
+        From here to `release`, the layers leave the scores of their pages to the group. In other steps, such as those
         of the library's own loop, each layer learns from its own.
         """
         held = [layer.store.table.position_BKS for layer in self.layers]
@@ -95,6 +95,9 @@ class LayerGroup:
         """Stamp the pages by the scores of a step of all layers, in one launch."""
         if self._stamping is not None:
             triton_tables.evict(*self._tables(), self._stamping)
+
+    def release(self) -> None:
+        """Let each layer learn from its own scores again: the step is over, or has failed."""
         for fused in self._fused:
             fused.score_BKP = None
 

@@ -222,14 +222,18 @@ class DecodeStep:
     def __call__(self, token_B1: Tensor) -> Tensor:
         """Logits after these tokens, B x V."""
         opens, view = self._cache.begin_step(len(token_B1)), self._view
-        for group in view.groups:
-            group.refresh()
-        if opens:
-            self._run(_turn, view, [group.choose_slots() for group in view.groups])
-        position_B1 = self._cache.layers[0].slots.next_position_B[:, None]
-        logits_BV: Tensor = self._run(_forward, self._model, view, token_B1, position_B1)
-        for group in view.groups:
-            group.learn()
+        try:
+            for group in view.groups:
+                group.refresh()
+            if opens:
+                self._run(_turn, view, [group.choose_slots() for group in view.groups])
+            position_B1 = self._cache.layers[0].slots.next_position_B[:, None]
+            logits_BV: Tensor = self._run(_forward, self._model, view, token_B1, position_B1)
+            for group in view.groups:
+                group.learn()
+        finally:
+            for group in view.groups:
+                group.release()
         self._cache.end_step()
         return logits_BV
 

@@ -148,8 +148,9 @@ def gather_blocks(paged: PagedKV, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     )
     token = torch.arange(keys.shape[2], device=keys.device)
     resident_BKS = (token < paged.length_B[:, None])[:, None].expand(-1, heads, -1)
-    # A block of another request may hold anything, and zero times NaN is NaN. The logits there are masked.
-    return keys, values.masked_fill(~resident_BKS[..., None], 0), resident_BKS
+    # A block of another request may hold anything, and zero times NaN, or NaN plus a mask, is NaN.
+    keys, values = (x.masked_fill(~resident_BKS[..., None], 0) for x in (keys, values))
+    return keys, values, resident_BKS
 
 
 def masked_softmax(logits: Tensor, mask: Tensor) -> Tensor:

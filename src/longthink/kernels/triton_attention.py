@@ -45,20 +45,19 @@ def _page_place(page, live, row, table, table_row, page_stride, TABLE: tl.conste
 @triton.jit
 def _append(
     keys, values, place, key, value, position, token, now, writes_position,
-    T: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TABLE: tl.constexpr,
+    T: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Write the new token; its page holds nothing behind it."""
     d = tl.arange(0, BLOCK_D)
     tl.store(keys + place + d, key, mask=d < D)
     tl.store(values + place + d, value, mask=d < D)
-    if not TABLE:
-        t = tl.arange(0, T)
-        within = token % T
-        tl.store(
-            position + token - within + t,
-            tl.where(t == within, now, -1),
-            mask=(t >= within) & writes_position,
-        )
+    t = tl.arange(0, T)
+    within = token % T
+    tl.store(
+        position + token - within + t,
+        tl.where(t == within, now, -1),
+        mask=(t >= within) & writes_position,
+    )
 
 
 @triton.jit
@@ -80,9 +79,9 @@ def _representative(pointer, place, is_tail, fresh, key, live, d, D: tl.constexp
 
 @triton.jit
 def _bounds(
-    query, key, kmin, kmax, position, score, score_stride, first, last, row, tail_page, fresh, table, table_row,
-    low_page, scale, G: tl.constexpr, D: tl.constexpr, T: tl.constexpr, BLOCK_G: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, TABLE: tl.constexpr, BOUND: tl.constexpr,
+    query, key, kmin, kmax, position, score, score_stride, first, last, tail_page, fresh, low_page, scale,
+    G: tl.constexpr, D: tl.constexpr, T: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr, BOUND: tl.constexpr,
 ):  # fmt: skip
     """Quest's bound of the pages from `first` to `last`; the page of the new token is widened first."""
     d, g = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_G)
@@ -90,17 +89,15 @@ def _bounds(
     for start in range(first, last, BLOCK_P):
         page = start + tl.arange(0, BLOCK_P)
         live = page < last
-        has = live & (page <= tail_page) if TABLE else live
-        place = _page_place(page, has, row, table, table_row, low_page, TABLE)
+        place = page.to(tl.int64) * low_page
         is_tail = page == tail_page
-        low = _representative(kmin, place, is_tail, fresh, key, has, d, D, False)
-        high = _representative(kmax, place, is_tail, fresh, key, has, d, D, True)
+        low = _representative(kmin, place, is_tail, fresh, key, live, d, D, False)
+        high = _representative(kmax, place, is_tail, fresh, key, live, d, D, True)
         bound = dot(up.to(high.dtype), tl.trans(high))
         bound += dot(down.to(low.dtype), tl.trans(low))
-        if not TABLE:
-            held = page[:, None] * T + tl.arange(0, T)[None, :]
-            held = tl.load(position + held, mask=live[:, None], other=-1)
-            has = (tl.max(held, 1) >= 0) | is_tail
+        held = page[:, None] * T + tl.arange(0, T)[None, :]
+        held = tl.load(position + held, mask=live[:, None], other=-1)
+        has = (tl.max(held, 1) >= 0) | is_tail
         bound = tl.where(has[None, :] & (g < G)[:, None], bound, float("-inf"))
         if BOUND == 1:
             tl.store(score + page, group_max(bound), mask=live)
@@ -209,7 +206,7 @@ def split_kernel(
     BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, TABLE: tl.constexpr, APPEND: tl.constexpr, BOUND: tl.constexpr,
     SCORE: tl.constexpr, SELECT: tl.constexpr, ATTEND: tl.constexpr,
 ):  # fmt: skip
-    """One row and KV head, and the tokens of one split; see `triton_decode.split`."""
+    """One row and KV head, and the tokens of one split; see `triton_decode.split`. With TABLE it only reads."""
     row, head, split = tl.program_id(0) // heads, tl.program_id(0) % heads, tl.program_id(1)
     own = head * tables // heads
     g, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
@@ -228,18 +225,16 @@ def split_kernel(
         table += own * own_table
     base = row.to(tl.int64) * kv_row + head * kv_head
     if (token_new >= start) & (token_new < end) & APPEND:
-        place = _page_place(token_new // T, True, row, table, table_row, kv_page, TABLE)
-        place += base + (token_new % T) * kv_token
+        place = base + (token_new // T).to(tl.int64) * kv_page + (token_new % T) * kv_token
         _append(
             keys, values, place, k, v, position, token_new, position_new, (head + 1) * tables % heads == 0,
-            T, D, BLOCK_D, TABLE,
+            T, D, BLOCK_D,
         )  # fmt: skip
     if BOUND > 0:
         low = row.to(tl.int64) * low_row + head * low_head
         _bounds(
-            q, k, kmin + low, kmax + low, position, score, score_stride, start // T, tl.cdiv(end, T), row,
-            token_new // T, token_new % T == 0, table, table_row, low_page, scale, G, D, T, BLOCK_G, 16, BLOCK_D,
-            TABLE, BOUND,
+            q, k, kmin + low, kmax + low, position, score, score_stride, start // T, tl.cdiv(end, T),
+            token_new // T, token_new % T == 0, low_page, scale, G, D, T, BLOCK_G, 16, BLOCK_D, BOUND,
         )  # fmt: skip
     if ATTEND:
         least, last = tl.zeros((), tl.int64), tl.zeros((), tl.int32)

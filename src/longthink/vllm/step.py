@@ -22,7 +22,6 @@ from longthink.vllm.attend import Attend, New
 from longthink.vllm.learning import Learning, learn_page
 from longthink.vllm.pool import PagePool, Rows
 
-
 ADMITS_IN_VAIN: frozenset[type[Policy]] = frozenset({Milestone, RaaS})
 """Policies, by exact class, that learn nothing from the prompt that matters while it is pinned."""
 
