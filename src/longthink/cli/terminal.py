@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
@@ -77,8 +78,9 @@ def err_console() -> Console:
 
 
 def note(message: str) -> None:
-    """Write one line for the user to standard error."""
-    print(one_line(message), file=sys.stderr, flush=True)
+    """Write one line for the user to standard error, if it can still be written to."""
+    with suppress(OSError):
+        print(one_line(message), file=sys.stderr, flush=True)
 
 
 def write_text(text: str) -> None:

@@ -15,11 +15,11 @@ from transformers.cache_utils import Cache
 from longthink.accelerators import fused_steps
 from longthink.cache import FusedStep, LayerCache
 from longthink.config import DEFAULT_POLICY, KV_DTYPES, Budget, check_choice, check_int
-from longthink.errors import CacheStateError, UnsupportedFeatureError, UnsupportedModelError
+from longthink.errors import BudgetError, CacheStateError, UnsupportedFeatureError, UnsupportedModelError
 from longthink.hf.layer import PagedLayer
 from longthink.hf.support import check_model, rope_frequencies
 from longthink.hf.tie import Tie, outside_inference
-from longthink.policies import Policy, make_policy, policy_budget, policy_to_dict
+from longthink.policies import Policy, make_policy, needs_budget, policy_budget, policy_spec, policy_to_dict
 
 
 class PagedCache(Cache):
@@ -66,6 +66,11 @@ class PagedCache(Cache):
             LayerCache(policy.for_layer(i), budget, inv_freq_D=frequencies, kv_dtype=dtype, fused=self._fused)
             for i in range(count)
         ]
+        if needs_budget(policy) and not any(needs_budget(layer.policy) for layer in slots):
+            raise BudgetError(
+                f"policy {policy_spec(policy)!r} keeps everything in all {count} layers of the model: the budget would "
+                "bound nothing"
+            )
         super().__init__(layers=[PagedLayer(layer, self.tie) for layer in slots])
         self.open()
 
