@@ -68,8 +68,8 @@ class PagedCache(Cache):
         ]
         if needs_budget(policy) and not any(needs_budget(layer.policy) for layer in slots):
             raise BudgetError(
-                f"policy {policy_spec(policy)!r} keeps everything in all {count} layers of the model: the budget would "
-                "bound nothing"
+                f"policy {policy_spec(policy)!r} keeps everything in all {count} layers of the model: the budget "
+                "would bound nothing"
             )
         super().__init__(layers=[PagedLayer(layer, self.tie) for layer in slots])
         self.open()
@@ -336,6 +336,10 @@ def make_cache(
     kv_dtype: str | None = None,
 ) -> PagedCache:
     """Cache for ``model.generate(..., past_key_values=cache)``, for any number of turns.
+
+    What it cannot serve it refuses when the model is called, but for one thing, of which a cache is told nothing: with
+    ``guidance_scale`` the library reads a second text in a cache of its own, which nothing bounds. `generate` refuses
+    that too.
 
     Parameters
     ----------
