@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -266,6 +267,20 @@ def test_compiled_model_is_told_apart(model, ids):
         longthink.generate(torch.compile(model, backend="eager"), ids, budget=64)
     with pytest.raises(longthink.UnsupportedModelError, match=r"model\.module"):
         longthink.generate(torch.nn.DataParallel(model), ids, budget=64)
+
+
+@pytest.mark.parametrize(
+    ("kind", "learns_prompts", "instead"),
+    [
+        ("LORA", False, r"give model\.get_base_model\(\)"),
+        ("PROMPT_TUNING", True, r"past_key_values=make_cache\(model\.get_base_model\(\)"),
+        ("PREFIX_TUNING", True, "vectors of no token"),
+    ],
+)
+def test_what_to_write_for_models_of_peft(ids, kind, learns_prompts, instead):
+    config = SimpleNamespace(peft_type=kind, is_prompt_learning=learns_prompts)
+    with pytest.raises(longthink.UnsupportedModelError, match=instead):
+        longthink.generate(SimpleNamespace(active_peft_config=config), ids, budget=64)
 
 
 @pytest.mark.slow

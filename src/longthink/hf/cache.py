@@ -337,9 +337,9 @@ def make_cache(
 ) -> PagedCache:
     """Cache for ``model.generate(..., past_key_values=cache)``, for any number of turns.
 
-    What it cannot serve it refuses when the model is called, but for one thing, of which a cache is told nothing: with
-    ``guidance_scale`` the library reads a second text in a cache of its own, which nothing bounds. `generate` refuses
-    that too.
+    What it cannot serve it refuses when the model is called. Of one thing a cache is told nothing: with
+    ``guidance_scale`` the library reads a second text in a cache of its own, which nothing bounds. Only `generate`
+    can refuse that.
 
     Parameters
     ----------

@@ -50,9 +50,11 @@ def _instead(model: Any) -> str:
             "torch.compile around the whole model would compile anew as the text grows"
         )
     if hasattr(model, "active_peft_config"):
-        if model.active_peft_config.is_prompt_learning:
-            return ": prompt and prefix tuning put vectors of no token before the text, which a policy cannot count"
-        return ": give model.get_base_model(), in which the adapters stay active"
+        if not model.active_peft_config.is_prompt_learning:
+            return ": give model.get_base_model(), in which the adapters stay active"
+        if model.active_peft_config.peft_type in ("PREFIX_TUNING", "CARTRIDGE"):
+            return ": prefix tuning fills the cache with vectors of no token, which a policy cannot count"
+        return ": call model.generate(..., past_key_values=make_cache(model.get_base_model(), ...))"
     if isinstance(getattr(model, "module", None), PreTrainedModel):
         return ": give the model inside (model.module)"
     return ""
