@@ -1,6 +1,8 @@
 """Bad input is one clear line on standard error and exit code 2, whoever noticed it."""
 
+import errno
 import shutil
+import sys
 
 import pytest
 
@@ -37,6 +39,27 @@ CASES = {
     "no such device": (
         "generate hello --model {model} --device abacus",
         "device 'abacus' cannot be used here",
+    ),
+    "policy option twice": (
+        "generate hello --policy raas:r=0.5:r=0.6",
+        "option 'r' of 'raas:r=0.5:r=0.6' is given twice",
+    ),
+    "nothing bounded": (
+        "generate hello --model {model} --policy raas:dense_layers=2 --budget 64",
+        "keeps everything in all 2 layers of the model",
+    ),
+    "argument not text": ("generate \udcff", r"argument 2 is not UTF-8 text: \xff"),
+    "lm-eval without a budget": (
+        "lm-eval --model longthink --model_args pretrained=reasoner,policy=raas --tasks gsm8k",
+        "policy 'raas' needs a budget",
+    ),
+    "lm-eval with a bad budget": (
+        "lm-eval run -M longthink -a policy=raas budget=0",
+        "budget=0 is out of range",
+    ),
+    "lm-eval in JSON": (
+        'lm-eval --model longthink --model_args {{"budget":8,"decode_budget":8}}',
+        "exactly one of",
     ),
     "no such folder": ("generate hello --model {missing}", "there is no such folder"),
     "folder without model": ("generate hello --model {folder}", "has no config.json"),
@@ -82,6 +105,44 @@ def test_one_clear_line(call, places, case):
     assert len(lines) == 1, err
     assert lines[0].startswith("longthink: ")
     assert message.format(**places) in lines[0]
+
+
+def test_lm_eval_is_not_loaded_for_what_can_be_refused_before(call, monkeypatch):
+    monkeypatch.setitem(sys.modules, "longthink.evaluate.harness", None)
+    assert "needs a budget" in call("lm-eval", "--model", "longthink")[2]
+    # Other models are none of our business, and a file may say more.
+    for words in (["--model", "hf"], ["--model", "longthink", "--config", "x.yaml"]):
+        assert "longthink.evaluate.harness" in call("lm-eval", *words)[2]
+
+
+@pytest.mark.parametrize(
+    ("closed", "words", "message"),
+    [
+        ("stdin", ["generate", "-"], "standard input is closed: give the prompt"),
+        ("stdout", ["policies"], "standard output is closed: send it"),
+    ],
+)
+def test_a_closed_stream_is_named(call, monkeypatch, closed, words, message):
+    monkeypatch.setattr(sys, closed, None)
+    code, _, err = call(*words)
+    assert code == 2
+    assert err.startswith(f"longthink: {message}") and err.count("\n") == 1
+
+
+def test_notes_do_not_go_where_results_go(call, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    code, out, _ = call("bogus")
+    assert (code, out) == (2, "")
+
+
+def test_a_full_disk_says_so(call, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("longthink.policies.available_policies", full)
+    code, _, err = call("policies")
+    assert code == 1
+    assert err == "longthink: No space left on device: make room and run the same command again\n"
 
 
 def test_unknown_policy_names_those_there_are(call):

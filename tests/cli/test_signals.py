@@ -74,6 +74,14 @@ def read_all(descriptor):
 
 
 @pytest.mark.slow
+def test_standard_output_on_a_full_disk(start):
+    with open("/dev/full", "w") as full:
+        process = start("policies", stdout=full)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert err.decode() == "longthink: No space left on device: make room and run the same command again\n"
+
+
 def test_model_text_cannot_command_the_terminal(start, tmp_path):
     """A model that says nothing but escape sequences: on a terminal they are shown, not obeyed."""
     evil = [f"\x1b]0;owned{i}\x07\x9b31m\r\u202e" for i in range(64)]

@@ -64,3 +64,8 @@ def test_every_command_explains_itself(call, command):
 
 if __name__ == "__main__":
     print("\n".join(surface(app) + surface(app.meta)[1:2]))
+
+
+def test_the_package_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "longthink", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("longthink ")

@@ -158,3 +158,16 @@ def test_doctor_sees_why_vllm_will_not_load_the_plugin(call, vllm_of, monkeypatc
     assert doctor_on_vllm(call)[0]["problem"] is None
     monkeypatch.setattr("importlib.metadata.entry_points", lambda **select: ())
     assert "install longthink again" in doctor_on_vllm(call)[0]["problem"]
+
+
+@pytest.mark.parametrize("width", ["40", "10"])
+def test_a_narrow_terminal_loses_nothing(call, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", width)
+    _, out, _ = call("policies")
+    squeezed = "".join(out.split())
+    assert "…" not in out
+    for row in json.loads(call("policies", "--json")[1]):
+        for text in (row["name"], row["memory"], row["keeps"], row["source"]):
+            assert "".join(text.split()) in squeezed
+        assert all(f"{name}={value}" in squeezed for name, value in row["options"].items())
+    assert all(len(line) <= int(width) for line in out.splitlines())

@@ -335,6 +335,9 @@ def test_prompts_without_room_and_broken_numbers_are_errors_of_the_stream():
         ([1.5], {}, "token=1.5 must be an integer"),
         (torch.ones(2, 3, dtype=torch.int64), {}, r"tokens of shape \(2, 3\)"),
         ([1], dict(max_new_tokens=0), "max_new_tokens=0"),
+        ([1], dict(sampling="hot"), "sampling='hot' must be a longthink.Sampling"),
+        ([1], dict(sampling=dict(temperature=1.0)), "must be a longthink.Sampling"),
+        ([1], dict(key=3), "key=3 must be a text"),
     ],
 )
 def test_requests_without_sense_are_refused_at_once(tokens, options, message):

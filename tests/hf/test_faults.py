@@ -120,6 +120,7 @@ def test_attention_sinks_are_refused_by_name():
         (dict(policy="raas:pin_prompt=maybe", budget=64), "pin_prompt='maybe' must be true or false"),
         (dict(policy="raas:r", budget=64), "must read field=value"),
         (dict(policy=3, budget=64), "policy=3 must be a name"),
+        (dict(policy="raas:r=0.5:r=0.6", budget=64), "option 'r' of 'raas:r=0.5:r=0.6' is given twice"),
     ],
 )
 def test_bad_arguments_name_field_value_and_range(model, options, message):
@@ -241,6 +242,9 @@ def test_changed_attention_implementation_is_noticed(model):
         model.set_attn_implementation("eager")
         with pytest.raises(longthink.CacheStateError, match="attention implementation was changed"):
             model.generate(prompt((5,))[0], past_key_values=cache, max_new_tokens=2)
+    # What was set last is what the caller wants.
+    assert model.config._attn_implementation == "eager"
+    model.set_attn_implementation("sdpa")
 
 
 def test_other_number_of_rows_is_refused(model):

@@ -12,7 +12,7 @@ from longthink.cli.analyze_options import RULES, RuleOptions, TraceOptions
 from longthink.cli.eval import budget_text
 from longthink.cli.models import load_model
 from longthink.cli.options import Switch, policy_list
-from longthink.cli.terminal import note, one_line, out_console, size_text, visible, write_json, write_text
+from longthink.cli.terminal import note, one_line, size_text, visible, write_json, write_table, write_text
 from longthink.cli.trace import record_traces
 from longthink.cli.whatif import budget_list, replay
 
@@ -216,7 +216,7 @@ def _print(best: Sequence[Advice], graded: dict[str, dict[str, Any]], options: A
         )
         + "\n"
     )
-    out_console().print(table)
+    write_table(table)
     if graded:
         write_text(f"Dense: {_right(graded[DENSE])} right.\n")
 

@@ -6,6 +6,7 @@ them, so that ``longthink --help`` answers at once.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -18,7 +19,7 @@ from longthink.cli.bench_peers import peers
 from longthink.cli.bench_vllm import vllm
 from longthink.cli.demo import demo
 from longthink.cli.doctor import doctor
-from longthink.cli.errors import guarded
+from longthink.cli.errors import check_surroundings, guarded
 from longthink.cli.eval import evaluate
 from longthink.cli.generate import generate
 from longthink.cli.harness import lm_eval
@@ -94,10 +95,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The words after ``longthink``; None takes them from ``sys.argv``.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if sys.stderr is None:
+        # Notes would go to standard output instead, into the middle of a JSON document.
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (open as long as the process is)
     if arguments is None:
         wait_passively(words)
 
     def action() -> int:
+        check_surroundings(words)
         result = app.meta(words, exit_on_error=False, print_error=False, result_action="return_value")
         return result if isinstance(result, int) else 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from longthink.cli.terminal import out_console, size_text, visible
+from longthink.cli.terminal import out_console, size_text, visible, write_table
 
 if TYPE_CHECKING:
     from longthink.bench.kernels import KernelTime
@@ -67,9 +67,8 @@ def _print(title: str, rows: Sequence[Measurement], cell: Callable[[Measurement]
     for system in dict.fromkeys(row.system for row in rows):
         at = {row.decode_tokens: cell(row) for row in rows if row.system == system}
         table.add_row(Text(visible(system)), *(at.get(length, "-") for length in lengths))
-    console = out_console()
-    console.print(title)
-    console.print(table)
+    out_console().print(title)
+    write_table(table)
 
 
 def _comparison(rows: Sequence[Measurement]) -> list[str]:

@@ -13,7 +13,16 @@ from longthink.cli.models import load_model
 from longthink.cli.options import BudgetOptions, ModelOptions, ProblemOptions, SizeName, Switch, policy_list
 from longthink.cli.progress import progress
 from longthink.cli.prompts import encode_prompt
-from longthink.cli.terminal import err_console, is_terminal, note, out_console, size_text, visible, write_json
+from longthink.cli.terminal import (
+    err_console,
+    is_terminal,
+    note,
+    out_console,
+    size_text,
+    visible,
+    write_json,
+    write_table,
+)
 from longthink.results.environment import versions
 
 if TYPE_CHECKING:
@@ -158,7 +167,7 @@ def _print_results(
     console = out_console()
     console.print()
     console.print(f"The right answer is {problem.answer}.", markup=False)
-    console.print(_result_table(runners, outcomes))
+    write_table(_result_table(runners, outcomes))
     console.print(
         f"ms/token: mean of the first → of the last {ENDS} tokens; in a model this small most of it is the loop "
         "around the model, not attention. resident: tokens held at the end, mean over layers and KV heads.",

@@ -12,7 +12,7 @@ from typing import Any
 
 from longthink.cli.errors import EXIT_FAILED
 from longthink.cli.options import Switch
-from longthink.cli.terminal import out_console, write_json
+from longthink.cli.terminal import out_console, write_json, write_table
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -152,7 +152,7 @@ def _print_report(report: dict[str, Any]) -> None:
         table.add_row(*(Text(cell) for cell in cells), style=None if row["ok"] else "bold red")
     console = out_console()
     console.print(f"longthink {report['longthink']} on {report['platform']}", markup=False)
-    console.print(table)
+    write_table(table)
     for device in report["devices"]:
         console.print(f"device   {device['name']}: {', '.join(device['dtypes'])}", markup=False)
     threads, kernels = report["threads"], report["kernels"]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from cyclopts import CycloptsError
 
@@ -17,6 +18,23 @@ EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 EXIT_CLOSED_PIPE = 141
 """Exit codes; the last two are what a shell reports for SIGINT and SIGPIPE."""
+
+
+def check_surroundings(words: Sequence[str]) -> None:
+    """Refuse to start where a command could only fail later: without standard output, or with damaged arguments.
+
+    Raises
+    ------
+    ValueError
+        If standard output is closed, or an argument is not UTF-8 text.
+    """
+    if sys.stdout is None:
+        raise ValueError("standard output is closed: send it to a file, or to /dev/null")
+    for number, word in enumerate(words, 1):
+        # Python puts such characters where bytes could not be decoded.
+        if any("\ud800" <= letter <= "\udfff" for letter in word):
+            readable = os.fsencode(word).decode("utf-8", "backslashreplace")
+            raise ValueError(f"argument {number} is not UTF-8 text: {readable}")
 
 
 def guarded(action: Callable[[], int], *, debug: bool) -> int:
@@ -31,7 +49,8 @@ def guarded(action: Callable[[], int], *, debug: bool) -> int:
     """
     try:
         code = action()
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         note("interrupted")
         return EXIT_INTERRUPTED
@@ -51,6 +70,9 @@ def _explain(error: Exception) -> tuple[str, int]:
     # Running out of memory has no common base class outside torch, which may not even be imported here.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return f"out of memory ({error}); a smaller model, dtype or budget may fit", EXIT_FAILED
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}: make room and run the same command again", EXIT_FAILED
     if isinstance(error, FileNotFoundError) and error.filename:
         return f"no such file or folder: {error.filename}", EXIT_BAD_INPUT
     if isinstance(error, OSError) and error.filename and error.strerror:

@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from longthink.cli.errors import EXIT_INTERRUPTED
 from longthink.cli.options import Switch
-from longthink.cli.terminal import note, out_console, visible, write_json
+from longthink.cli.terminal import note, visible, write_json, write_table
 from longthink.config import check_int
 from longthink.results.environment import hardware, versions
 
@@ -214,7 +214,7 @@ def _print_table(rows: Sequence[Row]) -> None:
             f"{row.truncated / row.samples:.0%}",
             *(more[name] for name, shown in optional.items() if shown),
         )
-    out_console().print(table)
+    write_table(table)
 
 
 def budget_text(budget: int | None, decode_budget: int | None) -> str:

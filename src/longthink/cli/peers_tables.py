@@ -8,7 +8,7 @@ from statistics import median
 from longthink.bench.peers.measure import Found, Timed
 from longthink.bench.peers.plan import CONTROL, PeersPlan
 from longthink.bench.peers.targets import Target, targets
-from longthink.cli.terminal import out_console, visible
+from longthink.cli.terminal import out_console, visible, write_table
 from longthink.report.tables import Table
 
 _SPREAD = "Median over the rounds, in brackets the quartiles."
@@ -43,9 +43,8 @@ def print_table(table: Table) -> None:
         grid.add_column(visible(name), justify="left" if kind == "text" else "right")
     for row in rows:
         grid.add_row(*(Text(visible(cell)) for cell in row))
-    console = out_console()
-    console.print(f"{table.title}. {visible(note)}", markup=False)
-    console.print(grid)
+    out_console().print(f"{table.title}. {visible(note)}", markup=False)
+    write_table(grid)
 
 
 def _times(model: str, found: Found) -> Table:

@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from longthink.cli.options import Switch
-from longthink.cli.terminal import out_console, write_json
+from longthink.cli.terminal import write_json, write_table
 
 if TYPE_CHECKING:
     from longthink.policies import Policy
@@ -56,4 +56,4 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         options = "\n".join(f"{name}={value}" for name, value in row["options"].items())
         cells = (row["name"], row["time"], row["memory"], row["keeps"], options, row["source"])
         table.add_row(*(Text(cell) for cell in cells), end_section=True)
-    out_console().print(table)
+    write_table(table)

@@ -42,6 +42,8 @@ def read_prompt(prompt: str | None, file: str | None) -> str | None:
         return _checked(_decoded(Path(file).read_bytes(), file), file)
     if file is None and not _is_piped():
         return None
+    if sys.stdin is None:
+        raise ValueError("standard input is closed: give the prompt as an argument or with --file")
     if is_terminal(sys.stdin):
         note("type the prompt, then end it with Ctrl-D on a line of its own")
     text = _decoded(sys.stdin.buffer.read(), "standard input")

@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 import re
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Column, Table
 
 # C0 and C1 controls and DEL; then the bidirectional overrides and isolates, which can show text in another order than
 # it is stored. Newline and tab are harmless and stay.
@@ -76,9 +78,47 @@ def err_console() -> Console:
     return Console(file=sys.stderr, highlight=False)
 
 
+def write_table(table: Table) -> None:
+    """Print a table; where a terminal is too narrow, each row as a line for each cell.
+
+    Rich would cut values in two there, and leave out whole columns.
+    """
+    from rich.text import Text
+
+    console = out_console()
+    if _table_width(console, table) <= console.width:
+        console.print(table)
+        return
+    for title in filter(None, (table.title, table.caption)):
+        console.print(title)
+    for cells in zip(*(column.cells for column in table.columns), strict=True):
+        for column, cell in zip(table.columns, cells, strict=True):
+            line = Text(f"{column.header}: ")
+            console.print(
+                line.append_text(cell if isinstance(cell, Text) else Text(str(cell))), overflow="fold"
+            )
+        console.print()
+
+
+def _table_width(console: Console, table: Table) -> int:
+    """Columns of a terminal that a table needs so that nothing is cut."""
+    from rich.measure import Measurement
+
+    def width(column: Column) -> int:
+        sizes = [Measurement.get(console, wide, cell) for cell in (column.header, *column.cells)]
+        widest = max(size.maximum if column.no_wrap else size.minimum for size in sizes)
+        return max(widest if column.overflow != "fold" else 1, column.min_width or 0)
+
+    wide = console.options.update(max_width=10_000)
+    _, right, _, left = table.padding
+    # Between two columns there is a line, and one at each end.
+    return sum(width(column) + left + right + 1 for column in table.columns) + 1
+
+
 def note(message: str) -> None:
-    """Write one line for the user to standard error."""
-    print(one_line(message), file=sys.stderr, flush=True)
+    """Write one line for the user to standard error, if it can still be written to."""
+    with suppress(OSError):
+        print(one_line(message), file=sys.stderr, flush=True)
 
 
 def write_text(text: str) -> None:

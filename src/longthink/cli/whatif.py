@@ -14,7 +14,7 @@ from longthink.cli.analyze_options import RULES, RuleOptions
 from longthink.cli.eval import budget_text
 from longthink.cli.options import Switch, policy_list
 from longthink.cli.progress import progress
-from longthink.cli.terminal import out_console, visible, write_json, write_text
+from longthink.cli.terminal import visible, write_json, write_table, write_text
 
 if TYPE_CHECKING:
     from longthink.analyze import Outcome, Rules, Trace
@@ -201,7 +201,7 @@ def print_means(rows: Sequence[Mean]) -> None:
             f" (pages of {row.page_size})" if row.policy in (BELADY, OPTIMUM) and row.page_size > 1 else ""
         )
         table.add_row(Text(visible(row.policy + pages)), *_cells(row))
-    out_console().print(table)
+    write_table(table)
 
 
 def _cells(row: Mean) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -25,6 +25,10 @@ _MARK = "_longthink_layer"
 
 class AttendingLayer(Protocol):
     """What `update` leaves on the keys: a cache layer that computes its own attention."""
+
+    def check_call(self, module: torch.nn.Module, dropout: float, use_cache: bool | None) -> None:
+        """Raise if this module, or the way it is called, would make the layer give something wrong."""
+        ...
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scaling: float | None
@@ -61,6 +65,7 @@ def longthink_attention(
             raise UnsupportedModelError(
                 f"{type(module).__name__} asks for {name}: such layers are not supported"
             )
+    layer.check_call(module, dropout, kwargs.get("use_cache"))
     valid = _valid_columns(attention_mask, query.shape[2])
     out = layer.attend(query, key, value, valid, scaling)
     return out.transpose(1, 2).contiguous(), None
@@ -85,11 +90,26 @@ AttentionInterface.register(IMPLEMENTATION, longthink_attention)
 AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
 
 
+class _Ours(str):
+    """The name of our implementation, as it stands in a model's config; a copy of it is what stood there before.
+
+    So a copy of the model, which no cache is open for, has the attention that the caller gave the model.
+    """
+
+    previous: str
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> str:
+        return self.previous
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, (self.previous,)
+
+
 class _Installed:
     """The attention implementation that a model had, and how many open caches replaced it."""
 
-    def __init__(self, previous: str) -> None:
-        self.previous = previous
+    def __init__(self) -> None:
+        self.previous: str | dict[str, Any] | None = None
         self.users = 0
 
 
@@ -103,14 +123,19 @@ _lock = threading.RLock()
 def install(model: PreTrainedModel) -> None:
     """Let the model attend over paged caches, until `uninstall` was called as often as `install`."""
     with _lock:
-        if model not in _installed:
-            _installed[model] = _Installed(model.config._attn_implementation)
+        installed = _installed.setdefault(model, _Installed())
+        if model.config._attn_implementation != IMPLEMENTATION:
+            installed.previous = _implementations(model.config)
             model.set_attn_implementation(IMPLEMENTATION)
-        _installed[model].users += 1
+            _name_previous(model.config, installed.previous)
+        installed.users += 1
 
 
 def uninstall(model_ref: weakref.ref[PreTrainedModel]) -> None:
-    """Take one `install` back; the last one gives the model the attention implementation that it had."""
+    """Take one `install` back; the last one gives the model the attention implementation that it had.
+
+    If somebody has given it another one meanwhile, that one stays.
+    """
     model = model_ref()
     with _lock:
         if model is None or model not in _installed:
@@ -119,4 +144,24 @@ def uninstall(model_ref: weakref.ref[PreTrainedModel]) -> None:
         installed.users -= 1
         if installed.users == 0:
             del _installed[model]
-            model.set_attn_implementation(installed.previous)
+            if model.config._attn_implementation == IMPLEMENTATION:
+                model.set_attn_implementation(installed.previous)
+
+
+def _implementations(config: PreTrainedConfig) -> str | dict[str, Any]:
+    """What `set_attn_implementation` takes to give a model all implementations that it has now."""
+    parts = {name: part for name in config.sub_configs if (part := getattr(config, name, None)) is not None}
+    own: str = config._attn_implementation
+    return {"": own, **{name: _implementations(part) for name, part in parts.items()}} if parts else own
+
+
+def _name_previous(config: PreTrainedConfig, previous: str | dict[str, Any]) -> None:
+    """Let the name of our implementation remember what stood in its place."""
+    parts = previous if isinstance(previous, dict) else {"": previous}
+    if config._attn_implementation == IMPLEMENTATION:
+        name = _Ours(IMPLEMENTATION)
+        name.previous = parts[""]
+        # The property would write to the configs of all parts.
+        config._attn_implementation_internal = name
+    for part in parts.keys() - {""}:
+        _name_previous(getattr(config, part), parts[part])

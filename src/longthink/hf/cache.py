@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Self
@@ -10,89 +10,16 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from longthink.accelerators import fused_steps
 from longthink.cache import FusedStep, LayerCache
 from longthink.config import DEFAULT_POLICY, KV_DTYPES, Budget, check_choice, check_int
-from longthink.errors import CacheStateError, UnsupportedFeatureError
-from longthink.hf.attention import IMPLEMENTATION, install, mark, uninstall
+from longthink.errors import BudgetError, CacheStateError, UnsupportedFeatureError, UnsupportedModelError
+from longthink.hf.layer import PagedLayer
 from longthink.hf.support import check_model, rope_frequencies
-from longthink.policies import Policy, make_policy, policy_budget, policy_to_dict
-
-
-class PagedLayer(CacheLayerMixin):
-    """One layer of a `PagedCache`: a `LayerCache` behind the interface of the library.
-
-    Two lengths must not be mixed up: `get_seq_length` counts columns of text (padding included, as everywhere in
-    the library), while the slots hold at most the budget. Masks are asked for the new columns only.
-    """
-
-    is_sliding = False
-    supports_early_init = False
-
-    def __init__(self, slots: LayerCache) -> None:
-        super().__init__()
-        self.slots = slots
-        self.columns = 0
-        self.pending = False
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: slots are allocated when the prompt's length is known."""
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Hand the new keys on, marked: they enter the cache in the attention function, beside their queries."""
-        self.pending = True
-        return mark(key_states, self), value_states
-
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scaling: float | None
-    ) -> Tensor:
-        """Take the new tokens in and return their attention output."""
-        self.pending = False
-        out = self.slots.attend(query, key, value, valid, scaling)
-        self.columns += query.shape[2]
-        self.is_initialized = True
-        return out
-
-    def get_seq_length(self) -> int:
-        """Columns of text seen, padding included."""
-        return self.columns
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Size and offset of the mask: the new columns, behind those seen."""
-        return query_length, self.columns
-
-    def get_max_length(self) -> int:
-        """No maximum: text may be longer than what is kept."""
-        return -1
-
-    def reset(self) -> None:
-        """Forget everything and free the slots."""
-        self.slots.reset()
-        self.columns = 0
-        self.pending = self.is_initialized = False
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Put the rows in another order, for beam search."""
-        self.slots.select_rows(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep only the given rows."""
-        self.slots.select_rows(torch.as_tensor(indices))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row."""
-        self.slots.select_rows(torch.arange(len(self.slots.length_B)).repeat_interleave(repeats))
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Refuse: what was overwritten cannot come back."""
-        if tokens_to_remove:
-            raise UnsupportedFeatureError(
-                "a bounded page cache cannot be cropped: evicted tokens cannot come back"
-            )
+from longthink.hf.tie import Tie, outside_inference
+from longthink.policies import Policy, make_policy, needs_budget, policy_budget, policy_spec, policy_to_dict
 
 
 class PagedCache(Cache):
@@ -131,8 +58,7 @@ class PagedCache(Cache):
         self.kv_dtype = kv_dtype
         self.budget = budget
         self._rows = batch_size
-        self._model = weakref.ref(model)
-        self._closer: weakref.finalize | None = None  # type: ignore[type-arg]
+        self.tie = Tie(model)
         frequencies = rope_frequencies(model)
         count = model.config.get_text_config(decoder=True).num_hidden_layers
         dtype = None if kv_dtype is None else getattr(torch, kv_dtype)
@@ -140,31 +66,46 @@ class PagedCache(Cache):
             LayerCache(policy.for_layer(i), budget, inv_freq_D=frequencies, kv_dtype=dtype, fused=self._fused)
             for i in range(count)
         ]
-        super().__init__(layers=[PagedLayer(layer) for layer in slots])
+        if needs_budget(policy) and not any(needs_budget(layer.policy) for layer in slots):
+            raise BudgetError(
+                f"policy {policy_spec(policy)!r} keeps everything in all {count} layers of the model: the budget "
+                "would bound nothing"
+            )
+        super().__init__(layers=[PagedLayer(layer, self.tie) for layer in slots])
         self.open()
 
     # Opening and closing ------------------------------------------------------------------------------------
 
     def open(self) -> Self:
         """Let the model attend over this cache (done by the constructor; needed again after `close`)."""
-        model = self._model()
-        if model is None:
-            raise CacheStateError("the model of this cache is gone")
-        if self._closer is None or not self._closer.alive:
-            install(model)
-            self._closer = weakref.finalize(self, uninstall, self._model)
+        self.tie.open(self)
         return self
 
     def close(self) -> None:
         """Give the model its own attention implementation back; the contents stay."""
-        if self._closer is not None:
-            self._closer()
+        self.tie.close()
 
     def __enter__(self) -> Self:
         return self.open()
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Copy the contents, for the same model or for the copy of it that is made along; open if this one is."""
+        model = self.tie.model
+        other = type(self).__new__(type(self))
+        memo[id(self)] = other
+        memo[id(self.tie)] = Tie(memo.get(id(model), model))
+        for name, value in self.__dict__.items():
+            setattr(other, name, copy.deepcopy(value, memo))
+        return other.open() if self.tie.is_open else other
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse: what it holds means something to its model alone."""
+        raise UnsupportedFeatureError(
+            "a longthink cache belongs to a model in this process and cannot be pickled; copy.deepcopy copies it"
+        )
 
     @contextmanager
     def expect_prompt(self, columns: int) -> Iterator[None]:
@@ -194,6 +135,7 @@ class PagedCache(Cache):
 
     # The library's interface --------------------------------------------------------------------------------
 
+    @torch.compiler.disable
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -202,25 +144,55 @@ class PagedCache(Cache):
         Raises
         ------
         CacheStateError
-            If the cache is closed, a step was interrupted, or the number of rows is not the one asked for.
+            If the cache is closed or another model's, a step was interrupted, or the number of rows is not the one
+            asked for.
+        UnsupportedModelError
+            If the model stores more than one key per layer.
         """
         if layer_idx == 0:
-            self._check_state(len(key_states))
+            self.tie.check_open()
+            self._check_rows(len(key_states))
+        self._check_layer(layer_idx)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
-    def _check_state(self, rows: int) -> None:
-        model = self._model()
-        closed = self._closer is None or not self._closer.alive
-        if closed or model is None or model.config._attn_implementation != IMPLEMENTATION:
-            raise CacheStateError(
-                "this cache is closed, or the model's attention implementation was changed: call cache.open(), "
-                "or use it in a `with cache:` block"
-            )
+    @torch.compiler.disable
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Size and offset of the mask. A model asks before its layers run, so faults are found before anything is."""
+        self.tie.check_open()
+        self._check_complete()
+        return super().get_mask_sizes(query_length, layer_idx)
+
+    def _check_rows(self, rows: int) -> None:
         if self._rows is not None and rows != self._rows:
             raise CacheStateError(f"the cache was made for batch_size={self._rows} and was given {rows} rows")
+
+    def _check_complete(self) -> None:
         if any(layer.pending or layer.columns != self.layers[0].columns for layer in self.layers):
             raise CacheStateError(
                 "a step on this cache was interrupted: call cache.reset() or make a new one"
+            )
+
+    def _check_layer(self, index: int) -> None:
+        """Raise unless keys of this layer are what comes next: a layer attends before the next one's keys come."""
+        if index >= len(self.layers):
+            raise CacheStateError(
+                f"this cache has {len(self.layers)} layers and was given keys of layer {index}: it is for another "
+                "model"
+            )
+        layer, before = self.layers[index], self.layers[index - 1]
+        if layer.pending:
+            raise UnsupportedModelError(
+                f"layer {index} has stored keys twice in one step: either the model stores more than one key per "
+                "layer, which a bounded page cache cannot serve right, or a step was interrupted: then call "
+                "cache.reset()"
+            )
+        if index == 0:
+            self._check_complete()
+        elif before.pending:
+            before.pending = False  # nothing was taken in
+            raise CacheStateError(
+                "the model that runs does not attend over this cache: it is for another model; make one with "
+                "make_cache(model, ...)"
             )
 
     def activate_past_recording(self) -> None:
@@ -228,6 +200,14 @@ class PagedCache(Cache):
         raise UnsupportedFeatureError(
             "assisted decoding takes tokens back, and evicted tokens cannot come back: generate without assistant "
             "model and prompt lookup, or use transformers' own cache"
+        )
+
+    @property
+    def max_cache_len(self) -> int:
+        """Refuse: asked for by prefix tuning of PEFT, which fills the cache with vectors of no token."""
+        raise UnsupportedFeatureError(
+            "prefix tuning fills a cache with vectors of no token, which a policy cannot count: use transformers' "
+            "own cache"
         )
 
     # The step of `DecodeStep`, which does not come through `update` --------------------------------------------
@@ -242,6 +222,7 @@ class PagedCache(Cache):
         """Of each layer, what a program may have to be looked at again for: see `LayerCache.sizes`."""
         return tuple(layer.slots.sizes for layer in self.layers)
 
+    @outside_inference
     def begin_step(self, rows: int) -> bool:
         """Count one more token of every row, and return whether one of them opens a page.
 
@@ -250,7 +231,9 @@ class PagedCache(Cache):
         CacheStateError
             If it holds no prompt or another number of rows, is closed, or a step was interrupted.
         """
-        self._check_state(rows)
+        self.tie.check_open()
+        self._check_rows(rows)
+        self._check_complete()
         if rows != self.rows:
             raise CacheStateError(f"the cache holds {self.rows} rows and was given {rows}")
         opens = False
@@ -269,11 +252,9 @@ class PagedCache(Cache):
 
     def fresh(self) -> PagedCache:
         """Make an empty cache of the same model, policy, budget and format."""
-        model = self._model()
-        if model is None:
-            raise CacheStateError("the model of this cache is gone")
-        return PagedCache(model, self.policy, self.budget, kv_dtype=self.kv_dtype, fused=self._fused)
+        return PagedCache(self.tie.model, self.policy, self.budget, kv_dtype=self.kv_dtype, fused=self._fused)
 
+    @outside_inference
     def adopt(self, row: int, other: PagedCache) -> None:
         """Make a row what the only row of another cache is; the number of rows as `row` adds one.
 
@@ -289,6 +270,7 @@ class PagedCache(Cache):
         for layer, theirs in zip(self.layers, other.layers, strict=True):
             layer.slots.adopt(row, theirs.slots)
 
+    @outside_inference
     def keep_rows(self, rows: list[int]) -> None:
         """Keep only the given rows, and no more slots than they need."""
         for layer in self.layers:
@@ -354,6 +336,10 @@ def make_cache(
     kv_dtype: str | None = None,
 ) -> PagedCache:
     """Cache for ``model.generate(..., past_key_values=cache)``, for any number of turns.
+
+    What it cannot serve it refuses when the model is called. Of one thing a cache is told nothing: with
+    ``guidance_scale`` the library reads a second text in a cache of its own, which nothing bounds. Only `generate`
+    can refuse that.
 
     Parameters
     ----------

@@ -15,7 +15,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from longthink.hf.cache import PagedCache
 from longthink.hf.step import Compile, DecodeStep
 
-NEEDS_LIBRARY = ("output_hidden_states", "num_beams", "synced_gpus", "token_healing")
+NEEDS_LIBRARY = ("output_hidden_states", "num_beams", "synced_gpus", "token_healing", "stop_strings")
 """Options with which the loop of the library decodes, eagerly."""
 
 
@@ -69,7 +69,9 @@ class StepLoop:
             if ends:
                 token_B = torch.where(running_B, token_B, generation_config._pad_token_tensor)
             if count == text_BN.shape[1]:
-                text_BN = torch.cat([text_BN, torch.empty_like(text_BN)], 1)
+                # There may be no tokens before the first one: a prompt of embeddings.
+                room = text_BN.new_empty(len(text_BN), max(count, 16))
+                text_BN = torch.cat([text_BN, room], 1)
             text_BN[:, count] = token_B
             count += 1
             input_ids = text_BN[:, :count]

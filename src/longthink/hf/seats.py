@@ -224,7 +224,7 @@ class Seats:
         ids = torch.tensor([tokens], device=self.model.device)
         with cache.expect_prompt(len(tokens)):
             for piece in ids.split(self._piece or len(tokens), 1):
-                logits = self.model(piece, past_key_values=cache, logits_to_keep=1).logits
+                logits = self.model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         return logits[:, -1]
 
     def _take(self, logits_BV: Tensor, rows: list[Row]) -> None:

@@ -28,7 +28,8 @@ from longthink.errors import UnsupportedFeatureError
 from longthink.hf.attention import mark
 from longthink.hf.cache import PagedCache
 from longthink.hf.linears import few_rows_backend
-from longthink.kernels.compiled import own_program, without_guards
+from longthink.hf.tie import outside_inference
+from longthink.kernels.compiled import is_switched_off, own_program, without_guards
 from longthink.policies import grows, policy_spec
 
 Compile = Literal["auto"] | bool
@@ -44,6 +45,9 @@ class _StepLayer:
 
     def __init__(self, slots: LayerCache) -> None:
         self.slots = slots
+
+    def check_call(self, module: torch.nn.Module, dropout: float, use_cache: bool | None) -> None:
+        """Nothing to refuse: the prompt came through a `PagedLayer`, which has looked."""
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scaling: float | None
@@ -135,9 +139,14 @@ def _key(cache: PagedCache, rows: int) -> Hashable:
 
 
 def check_compile(compile: Compile) -> None:
-    """Raise `ValueError` unless it is ``auto``, True or False."""
+    """Raise `ValueError` unless it is ``auto``, True or False, and for True also if no compiler may run."""
     if not isinstance(compile, bool):
         check_choice("compile", compile, ("auto", True, False))
+    elif compile and is_switched_off():
+        raise UnsupportedFeatureError(
+            "compile=True cannot be used while TORCHDYNAMO_DISABLE=1 or TORCH_COMPILE_DISABLE=1 switches torch's "
+            "compiler off: give compile=False or 'auto'"
+        )
 
 
 def compiles(
@@ -153,6 +162,8 @@ def compiles(
     """
     if isinstance(compile, bool):
         return compile
+    if is_switched_off():
+        return False
     if _key(cache, rows) in _programs.get(model, {}):
         return True
     return tokens is not None and tokens >= PAYS_FROM and _has_compiler(model.device)
@@ -184,7 +195,7 @@ class DecodeStep:
     UnsupportedFeatureError
         When called: if `compile` is True and the policy or the model cannot be compiled.
     CacheStateError
-        When called: if the cache is closed or a step was interrupted.
+        If the cache is for another model; when called, if it is closed or a step was interrupted.
     """
 
     def __init__(
@@ -196,6 +207,7 @@ class DecodeStep:
         tokens: int | None = None,
     ) -> None:
         check_compile(compile)
+        cache.tie.check_model(model)
         self._model = model
         self._cache = cache
         self._asked = compile
@@ -205,8 +217,9 @@ class DecodeStep:
         """Whether steps are compiled."""
         self._programs: _Programs | None = None
         self._bare: dict[Callable[..., Any], tuple[Hashable, Callable[..., Any] | None]] = {}
+        self._key = _key(cache, rows)
         if self.compiled:
-            of_model, key = _programs.setdefault(model, {}), _key(cache, rows)
+            of_model, key = _programs.setdefault(model, {}), self._key
             if key not in of_model:
                 _log.warning(
                     "compiling the decode step of policy %r: its first tokens take about a minute longer, "
@@ -219,8 +232,12 @@ class DecodeStep:
                 layer.slots.prepare_compile()
 
     @torch.no_grad()
+    @outside_inference
     def __call__(self, token_B1: Tensor) -> Tensor:
         """Logits after these tokens, B x V."""
+        if token_B1.is_inference():
+            # Programs are made for ordinary tensors, as all others of a step are.
+            token_B1 = token_B1.clone()
         opens, view = self._cache.begin_step(len(token_B1)), self._view
         try:
             for group in view.groups:
@@ -253,6 +270,8 @@ class DecodeStep:
                 self._bare[function] = sizes, without_guards(program)
             return result
         except TorchDynamoException as error:
+            # Nobody shall take it for a program that is there already.
+            _programs.get(self._model, {}).pop(self._key, None)
             # The compiler has failed before anything ran: the same step can go on without it.
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             what = (

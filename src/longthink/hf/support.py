@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -29,13 +31,33 @@ def check_model(model: PreTrainedModel) -> None:
         Names what the model has that is not supported.
     """
     if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModelError(f"model={type(model).__name__} is not a transformers PreTrainedModel")
+        raise UnsupportedModelError(
+            f"model={type(model).__name__} is not a transformers PreTrainedModel{_instead(model)}"
+        )
     reason = _unsupported(model)
     if reason is not None:
         raise UnsupportedModelError(
             f"{type(model).__name__} has {reason}, which a bounded page cache cannot serve right; supported are "
             "decoder-only models with full softmax attention, such as Qwen2, Qwen3, Qwen3-MoE, Llama and Mistral"
         )
+
+
+def _instead(model: Any) -> str:
+    """Say what to write where something stands around a model."""
+    if isinstance(getattr(model, "_orig_mod", None), PreTrainedModel):
+        return (
+            ": give the model that was compiled (model._orig_mod), and compile=True for a compiled decode step; "
+            "torch.compile around the whole model would compile anew as the text grows"
+        )
+    if hasattr(model, "active_peft_config"):
+        if not model.active_peft_config.is_prompt_learning:
+            return ": give model.get_base_model(), in which the adapters stay active"
+        if model.active_peft_config.peft_type in ("PREFIX_TUNING", "CARTRIDGE"):
+            return ": prefix tuning fills the cache with vectors of no token, which a policy cannot count"
+        return ": call model.generate(..., past_key_values=make_cache(model.get_base_model(), ...))"
+    if isinstance(getattr(model, "module", None), PreTrainedModel):
+        return ": give the model inside (model.module)"
+    return ""
 
 
 def _unsupported(model: PreTrainedModel) -> str | None:

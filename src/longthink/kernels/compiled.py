@@ -9,6 +9,7 @@ Shape suffixes: see `reference`.
 
 from __future__ import annotations
 
+import os
 import types
 from collections.abc import Callable
 from typing import Any
@@ -68,6 +69,11 @@ def bound_scores(query_BKGD: Tensor, kmin_BKPD: Tensor, kmax_BKPD: Tensor) -> Te
     query = query_BKGD.to(wide)[:, :, :, None]
     highest, lowest = (x.to(wide)[:, :, None] for x in (kmax_BKPD, kmin_BKPD))
     return (query.clamp(min=0) * highest + query.clamp(max=0) * lowest).sum(-1)
+
+
+def is_switched_off() -> bool:
+    """Whether the environment keeps torch from compiling: what should be a program would be a plain function."""
+    return os.environ.get("TORCHDYNAMO_DISABLE") == "1" or bool(torch._dynamo.config.disable)
 
 
 def own_program(function: Callable[..., Any], **how: Any) -> Any:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any, TypeVar, get_type_hints
 
-from longthink.config import Budget
+from longthink.config import Budget, shown
 from longthink.errors import BudgetError, UnknownPolicyError
 from longthink.policies.base import Policy, needs_budget
 
@@ -82,13 +82,15 @@ def make_policy(spec: str | Policy) -> Policy:
     if isinstance(spec, Policy):
         return spec
     if not isinstance(spec, str):
-        raise ValueError(f"policy={spec!r} must be a name such as 'raas' or a Policy object")
+        raise ValueError(f"policy={shown(spec)} must be a name such as 'raas' or a Policy object")
     name, *parts = _split(spec)
     options = {}
     for part in parts:
         field, separator, text = part.partition("=")
         if not separator:
             raise ValueError(f"policy option {part!r} of {spec!r} must read field=value")
+        if field in options:
+            raise ValueError(f"policy option {field!r} of {spec!r} is given twice")
         options[field] = text
     if name in ALIASES:
         name, defaults = ALIASES[name]

@@ -1,0 +1,72 @@
+"""The forms in which `generate` takes a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longthink.config import shown
+
+Tokens = Tensor | Sequence[int] | Sequence[Sequence[int]] | Mapping[str, Any]
+"""A prompt or a mask of one row or several, or what a tokenizer returns for it."""
+
+
+def take_prompt(
+    input_ids: Tokens | None, attention_mask: Tokens | None, options: dict[str, Any], device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return prompt and mask as tensors of shape (B, N), None where there is none.
+
+    Parameters
+    ----------
+    input_ids, attention_mask
+        As the caller gave them.
+    options
+        Keyword arguments of `model.generate`. ``inputs``, its own name for the prompt, is taken out; what a tokenizer
+        returned beside ids and mask is put in.
+    device
+        Where tensors are made of lists.
+
+    Raises
+    ------
+    ValueError
+        If the prompt is given twice, or is no prompt.
+    """
+    inputs = options.pop("inputs", None)
+    if inputs is not None:
+        if input_ids is not None:
+            raise ValueError("the prompt is given twice: give input_ids or inputs")
+        input_ids = inputs
+    if isinstance(input_ids, Mapping):
+        encoded = dict(input_ids)
+        if attention_mask is not None:
+            encoded["attention_mask"] = attention_mask
+        twice = sorted(encoded.keys() & options.keys())
+        if twice:
+            raise ValueError(f"{twice[0]} is given twice: with input_ids and as an argument")
+        input_ids, attention_mask = encoded.pop("input_ids", None), encoded.pop("attention_mask", None)
+        options.update(encoded)
+    return _tensor("input_ids", input_ids, device), _tensor("attention_mask", attention_mask, device)
+
+
+def _tensor(name: str, value: Any, device: torch.device) -> Tensor | None:
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        try:
+            value = torch.as_tensor(value, device=device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"{name}={shown(value)} is no tensor of token ids: allowed are a tensor, a list, and lists of "
+                "equal length (pad shorter ones on the left, and give attention_mask)"
+            ) from error
+    if value.ndim == 1:
+        value = value[None]
+    if name == "input_ids" and (value.ndim != 2 or value.is_floating_point() or value.is_complex()):
+        raise ValueError(
+            f"input_ids of shape {tuple(value.shape)} and type {value.dtype}: allowed are integers of shape (B, N) "
+            "or (N,)"
+        )
+    return value
