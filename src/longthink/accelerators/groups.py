@@ -35,7 +35,8 @@ class LayerGroup:
     """Layers of one policy whose page tables are views of one tensor for each field.
 
     In a step, `refresh` comes first, `choose_slots` before the first layer if a row opens a page, `learn` after the
-    last layer, and `release` at the end. They are not part of what is compiled: a program takes no tensors that overlap in memory.
+    last layer, and `release` at the end. They are not part of what is compiled: a program takes no tensors that
+    overlap in memory.
 
     Parameters
     ----------
