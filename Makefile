@@ -17,7 +17,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE GOMP_SPI
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: ## Make or refresh .venv, with uv if it is there, else venv and pip
+setup: ## Make or refresh .venv with all tools, with uv if it is there, else venv and pip
 	@scripts/setup.sh "$(VENV)"
 
 ready:
