@@ -14,18 +14,22 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE GOMP_SPI
   HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONFAULTHANDLER=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ready demo test test-fast test-vllm gpu-check lint format build clean
+.PHONY: help setup ready ready-demo demo test test-fast test-vllm gpu-check lint format build clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: ## Make or refresh .venv, with uv if it is there, else venv and pip
+setup: ## Make or refresh .venv with all tools, with uv if it is there, else venv and pip
 	@scripts/setup.sh "$(VENV)"
 
 ready:
 	@scripts/setup.sh --quiet "$(VENV)"
 
-demo: ready ## Solve a long problem with three caches side by side
+# What the demo needs and no more: the tools come when something calls for them.
+ready-demo:
+	@scripts/setup.sh --quiet --demo "$(VENV)"
+
+demo: ready-demo ## Solve a long problem with four caches side by side
 	@$(BIN)/longthink demo
 
 test: ready ## Run all tests (about 15 minutes on 2 cores)

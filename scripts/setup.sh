@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Make the development environment: a virtual environment with longthink, editable, and all its tools.
-# Usage: scripts/setup.sh [--quiet] [--vllm] [FOLDER]     (FOLDER: .venv, with --vllm .venv-vllm)
+# Usage: scripts/setup.sh [--quiet] [--demo | --vllm] [FOLDER]     (FOLDER: .venv, with --vllm .venv-vllm)
 #
+# --demo stops half-way: longthink and what its demo draws with, and none of the tools. Without it they come on top, in
+# the same folder, and nothing is installed twice.
 # --vllm makes the one that tests the plugin: vLLM for the CPU, which wants an older transformers than the rest.
 # uv does the work where it is on PATH, `python -m venv` and pip elsewhere (LONGTHINK_NO_UV=1: always).
 # PYTHON chooses the interpreter. Nothing happens when the environment is up to date.
@@ -11,13 +13,13 @@ cd "$(dirname "$0")/.."
 
 quiet=
 if [ "${1:-}" = --quiet ]; then quiet=1; shift; fi
-name=.venv constraints=constraints.txt parts=dev size="about 1 GB"
-if [ "${1:-}" = --vllm ]; then
-  name=.venv-vllm constraints=constraints-vllm.txt parts=vllm-test size="3.5 GB"; shift
-fi
+name=.venv constraints=constraints.txt stage=dev
+case "${1:-}" in
+  --demo) stage=demo; shift ;;
+  --vllm) name=.venv-vllm constraints=constraints-vllm.txt stage=vllm; shift ;;
+esac
 venv=${1:-$name}
 python=$venv/bin/python
-stamp=$venv/.longthink-setup
 log=$venv/setup.log
 inputs="pyproject.toml $constraints src/longthink/_version.py scripts/setup.sh"
 
@@ -26,6 +28,8 @@ fail() { printf '\nsetup: %s\n' "$1" >&2; shift; for line in "$@"; do printf '  
 
 # What the environment was made from: the files that decide it, and where the checkout lies (it is editable).
 fingerprint() { { pwd -P; cat $inputs; } | cksum; }
+stamp_of() { printf '%s' "$venv/.longthink-setup-$1"; }
+is_done() { [ -x "$python" ] && [ -f "$(stamp_of "$1")" ] && [ "$(cat "$(stamp_of "$1")")" = "$(fingerprint)" ]; }
 
 is_supported() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1; }
 
@@ -101,30 +105,37 @@ warn_of_cuda() {
 }
 
 make_venv() {
+  local start=$SECONDS
   if [ -x "$python" ]; then
     is_supported "$python" || fail "$venv is broken or of another Python." "Remove it and try again: rm -rf $venv"
     return
   fi
+  printf '  making %s ...' "$venv"
   if [ -n "$uv" ]; then
     uv venv --quiet --python "${base_python:->=3.11,<3.14}" "$venv" || fail "uv could not make $venv (see above)."
-    return
+  else
+    "$base_python" -m venv "$venv" || {
+      rm -rf "$venv"
+      fail "$base_python -m venv failed." "On Debian and Ubuntu: apt install python3-venv. Or install uv, which needs no such package."
+    }
   fi
-  "$base_python" -m venv "$venv" || {
-    rm -rf "$venv"
-    fail "$base_python -m venv failed." "On Debian and Ubuntu: apt install python3-venv. Or install uv, which needs no such package."
-  }
+  printf ' %d s\n' $((SECONDS - start))
 }
 
-install_all() {
+# install WHAT REQUIREMENT...: one step, held to the known versions.
+install() {
+  local what=$1; shift
+  if [ -n "$uv" ]; then
+    run_step "installing $what" uv pip install --python "$python" -c "$constraints" "$@"
+  else
+    run_step "installing $what" "$python" -m pip install -c "$constraints" "$@"
+  fi
+}
+
+install_torch() {
   local pin
   pin=$(grep '^torch==' "$constraints")
-  if [ -n "$uv" ]; then
-    run_step "installing $pin (the big one: a minute or more)" uv pip install --python "$python" "$pin"
-    run_step "installing longthink and its tools" uv pip install --python "$python" -c "$constraints" -e ".[$parts]"
-  else
-    run_step "installing $pin (the big one: a minute or more)" "$python" -m pip install "$pin"
-    run_step "installing longthink and its tools" "$python" -m pip install -c "$constraints" -e ".[$parts]"
-  fi
+  install "$pin (the big one)" "$pin"
 }
 
 # See the head of constraints-vllm.txt.
@@ -137,7 +148,7 @@ drop_strangers() {
   fi
 }
 
-if [ -f "$stamp" ] && [ -x "$python" ] && [ "$(cat "$stamp")" = "$(fingerprint)" ]; then
+if is_done "$stage"; then
   [ -n "$quiet" ] || say "$venv is up to date."
   exit 0
 fi
@@ -151,11 +162,24 @@ if [ -z "$base_python" ] && [ -z "$uv" ]; then
 fi
 
 if [ -n "$uv" ]; then tool=uv; translate_pip_settings; else tool=pip; fi
-say "Setting up $venv with $tool: once, a minute or two, $size"
+case $stage in
+  demo) say "Setting up $venv with $tool for the demo: once, a minute or two, 1.3 GB" ;;
+  dev)
+    if is_done demo; then
+      say "Adding what tests and checks need to $venv with $tool: once, about five minutes, 2 GB more"
+    else
+      say "Setting up $venv with $tool: once, about six minutes, 3 GB"
+    fi ;;
+  vllm) say "Setting up $venv with $tool: once, some minutes, 3.5 GB" ;;
+esac
 if [ "$tool" = pip ] && ! [ -x "$python" ]; then warn_of_cuda; fi
 make_venv
 : >"$log"
-install_all
-if [ "$name" = .venv-vllm ]; then drop_strangers; fi
-fingerprint >"$stamp"
-say "Done."
+if [ "$stage" != dev ] || ! is_done demo; then install_torch; fi
+case $stage in
+  demo) install "longthink and what it draws with" -e ".[plot]" ;;
+  dev) install "longthink and its tools" -e ".[dev]"; fingerprint >"$(stamp_of demo)" ;;
+  vllm) install "longthink and vLLM" -e ".[vllm-test]"; drop_strangers ;;
+esac
+fingerprint >"$(stamp_of "$stage")"
+say "Done in $SECONDS s."

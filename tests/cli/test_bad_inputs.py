@@ -70,6 +70,7 @@ CASES = {
     "demo without policies": ("demo --policies ,", "policies is empty"),
     "demo with an unknown policy": ("demo --policies dense,best", "unknown policy 'best'"),
     "demo picture nowhere": ("demo --png {missing}/x.png", "there is no folder"),
+    "demo without workers": ("demo --workers 0", "workers=0 is out of range"),
     "demo with both budgets": ("demo --budget 64 --decode-budget 64", "exactly one of budget"),
 }
 

@@ -1,6 +1,7 @@
 """``longthink demo`` with the built-in model."""
 
 import json
+import re
 import sys
 
 import matplotlib.image
@@ -36,6 +37,9 @@ def test_tables_and_picture(call, tmp_path):
     assert f"picture: {png}" in out
     assert "█" in out
     assert "┃ prompt" in out
+    assert re.search(
+        r"^took \d+ s: \d+ s to load, \d+ s to decode with 3 caches, .*\d+ s to draw$", out, re.MULTILINE
+    )
     assert is_picture(png)
 
 
@@ -51,10 +55,14 @@ def test_json(call, tmp_path):
         "dense, raas:r=0.25,streaming_llm",
         "--png",
         png,
+        "--workers",
+        "1",
         "--json",
     )
     assert code == 0
     record = json.loads(out)
+    assert record["workers"] == 1
+    assert list(record["seconds"]) == ["load", "decode", "draw"]
     assert record["picture"] == str(png)
     assert record["problem"]["seed"] == 3
     assert record["decode_budget"] == 64
@@ -73,6 +81,29 @@ def test_json(call, tmp_path):
         assert run["late_ms"] > 0
         # Right and wrong are what the text says, whatever the policy.
         assert run["right"] == (run["answer"] == record["problem"]["answer"] and run["right_tokens"] == 198)
+
+
+@pytest.mark.slow
+def test_any_number_of_workers_tells_the_same(start, tmp_path):
+    """All but the times, and the picture to the bit."""
+    told, drawn = [], []
+    for workers in (1, 2):
+        png = tmp_path / f"{workers}.png"
+        given = ("--size", "m", "--decode-budget", "128", "--policies", "raas,dense,streaming_llm,recency")
+        out, err = start("demo", *given, "--png", png, "--workers", workers, "--json").communicate(
+            timeout=300
+        )
+        record = json.loads(out)
+        assert b"Traceback" not in err
+        assert record.pop("workers") == workers
+        for varying in ("seconds", "picture"):
+            del record[varying]
+        for run in record["runs"]:
+            del run["early_ms"], run["late_ms"]
+        told.append(record)
+        drawn.append(png.read_bytes())
+    assert told[0] == told[1]
+    assert drawn[0] == drawn[1]
 
 
 def test_without_matplotlib_there_is_no_picture(call, tmp_path, monkeypatch):

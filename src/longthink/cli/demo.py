@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +26,13 @@ from longthink.cli.terminal import (
     write_json,
     write_table,
 )
-from longthink.results.environment import versions
+from longthink.config import check_int
+from longthink.results.environment import cores, versions
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from longthink.cli.lanes import Course, Helper
     from longthink.cli.race import Outcome, Runner
     from longthink.models import Loaded
     from longthink.reasoner import Problem
@@ -55,11 +60,34 @@ class DemoOptions(ProblemOptions, BudgetOptions):
     png: Path = Path("longthink-demo.png")
     """Where to save the picture."""
 
+    workers: int | None = None
+    """Policies that run at the same time, each in a process with a model of its own [default: as many as there are
+    cores]. With 1 nothing disturbs the times of the tokens."""
+
     json: Switch = False
     """Print one JSON document instead of the tables."""
 
 
 _DEFAULTS = DemoOptions()
+
+
+@dataclass
+class Watch:
+    """How long the parts of the demo took.
+
+    Attributes
+    ----------
+    seconds
+        Seconds of each part that has ended, by name.
+    """
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    _clock: float = field(default_factory=time.perf_counter)
+
+    def ends(self, part: str) -> None:
+        """Say that ``part`` has ended; the next one begins."""
+        now = time.perf_counter()
+        self.seconds[part], self._clock = now - self._clock, now
 
 
 def demo(*, options: DemoOptions = _DEFAULTS) -> int:
@@ -68,33 +96,43 @@ def demo(*, options: DemoOptions = _DEFAULTS) -> int:
     A table compares answers, speed and memory; a picture, in the terminal and as a PNG file, shows which tokens
     stayed alive. Nothing is downloaded. Without a budget bounded caches keep 768 tokens on top of the prompt.
     """
-    chosen = policy_list(options.policies)
+    watch = Watch()
     if not options.png.absolute().parent.is_dir():
         raise ValueError(
             f"png={str(options.png)!r}: there is no folder {str(options.png.absolute().parent)!r}"
         )
+    if options.workers is not None:
+        check_int("workers", options.workers, 1)
+    chosen = policy_list(options.policies)
     budget = _budget(options)
-    loaded = load_model(ModelOptions())
+    workers = min(options.workers or cores(), len(chosen))
+    from longthink.cli.lanes import Course, helpers
     from longthink.cli.race import Runner, outcome
     from longthink.cli.residents import ResidentLog
     from longthink.reasoner import make_problem
 
     problem = make_problem(seed=options.seed, profile=options.profile, size=options.size)
-    inputs = encode_prompt(loaded.tokenizer, problem.prompt, raw=True)
-    prompt = inputs["input_ids"].shape[1]
-    solution = loaded.tokenizer(problem.solution, add_special_tokens=False)["input_ids"]
-    runners = [Runner(policy=policy, log=ResidentLog(prompt=prompt)) for policy in chosen]
-    headline = _headline(options, budget, prompt, len(solution))
-    if not options.json:
-        out_console().print(headline, markup=False)
-    # A lost model may go on for ever; a tenth more than the worked solution shows that it is lost.
-    _race(runners, loaded, inputs, budget, limit=len(solution) + len(solution) // 10 + 2)
+    with helpers(workers - 1) as helping:
+        loaded = load_model(ModelOptions())
+        prompt = encode_prompt(loaded.tokenizer, problem.prompt, raw=True)["input_ids"].shape[1]
+        solution = loaded.tokenizer(problem.solution, add_special_tokens=False)["input_ids"]
+        runners = [Runner(policy=policy, log=ResidentLog(prompt=prompt)) for policy in chosen]
+        headline = _headline(options, budget, prompt, len(solution))
+        watch.ends("load")
+        if not options.json:
+            out_console().print(headline, markup=False)
+        # A lost model may go on for ever; a tenth more than the worked solution shows that it is lost.
+        limit = len(solution) + len(solution) // 10 + 2
+        workers = _race(runners, loaded, Course(prompt=problem.prompt, budget=budget, limit=limit), helping)
     outcomes = [outcome(runner, problem, solution) for runner in runners]
+    watch.ends("decode")
     picture = _save_picture(runners, outcomes, options.png, headline)
+    watch.ends("draw")
     if options.json:
-        write_json(_record(options, budget, problem, runners, outcomes, picture))
+        write_json(_record(options, budget, problem, runners, outcomes, picture, workers, watch))
     else:
-        _print_results(problem, runners, outcomes, picture)
+        _print_results(problem, runners, outcomes, picture, workers)
+        _print_times(watch, len(runners), workers)
     return 0
 
 
@@ -115,29 +153,22 @@ def _headline(options: DemoOptions, budget: dict[str, int], prompt: int, solutio
     )
 
 
-def _race(
-    runners: list[Runner], loaded: Loaded, inputs: dict[str, Any], budget: dict[str, int], *, limit: int
-) -> None:
-    """Run all policies, showing a live table on a terminal and plain lines elsewhere."""
-    from longthink.cli.race import run_policy
+def _race(runners: list[Runner], loaded: Loaded, course: Course, helping: list[Helper]) -> int:
+    """Run all policies, with a live table on a terminal and plain lines elsewhere; return how many ran at a time."""
+    from longthink.cli.lanes import race
 
     if not is_terminal(sys.stderr):
-        for runner in runners:
-            with progress(runner.name, total=limit, unit="tokens") as task:
-                run_policy(
-                    runner,
-                    loaded,
-                    inputs,
-                    budget,
-                    limit=limit,
-                    on_change=lambda: task.advance_to(runner.tokens),  # noqa: B023
-                )
-        return
+        return race(runners, loaded, course, helping, lambda runner: _lines(runner, course.limit))
     from rich.live import Live
 
     with Live(get_renderable=lambda: _live_table(runners), console=err_console(), transient=True):
-        for runner in runners:
-            run_policy(runner, loaded, inputs, budget, limit=limit, on_change=lambda: None)
+        return race(runners, loaded, course, helping, lambda runner: nullcontext(lambda: None))
+
+
+@contextmanager
+def _lines(runner: Runner, limit: int) -> Iterator[Callable[[], None]]:
+    with progress(runner.name, total=limit, unit="tokens") as task:
+        yield lambda: task.advance_to(runner.tokens)
 
 
 def _live_table(runners: list[Runner]) -> Table:
@@ -159,7 +190,7 @@ def _live_table(runners: list[Runner]) -> Table:
 
 
 def _print_results(
-    problem: Problem, runners: list[Runner], outcomes: list[Outcome], picture: Path | None
+    problem: Problem, runners: list[Runner], outcomes: list[Outcome], picture: Path | None, workers: int
 ) -> None:
     from longthink.cli.picture import render
     from longthink.cli.race import ENDS
@@ -169,8 +200,9 @@ def _print_results(
     console.print(f"The right answer is {problem.answer}.", markup=False)
     write_table(_result_table(runners, outcomes))
     console.print(
-        f"ms/token: mean of the first → of the last {ENDS} tokens; in a model this small most of it is the loop "
-        "around the model, not attention. resident: tokens held at the end, mean over layers and KV heads.",
+        f"ms/token: mean of the first → of the last {ENDS} tokens{_company(workers)}; in a model this small most of "
+        "it is the loop around the model, not attention. resident: tokens held at the end, mean over layers and KV "
+        "heads.",
         style="dim",
         markup=False,
     )
@@ -182,6 +214,21 @@ def _print_results(
         console.print(_sentence(runner, result, problem), markup=False)
     if picture is not None:
         console.print(f"picture: {visible(str(picture))}", markup=False, soft_wrap=True)
+
+
+def _company(workers: int) -> str:
+    return f", with {workers} policies running side by side" if workers > 1 else ""
+
+
+def _print_times(watch: Watch, policies: int, workers: int) -> None:
+    at_a_time = f", {workers} at a time" if workers > 1 else ""
+    load, decode, draw = (f"{watch.seconds[part]:.0f} s" for part in ("load", "decode", "draw"))
+    out_console().print(
+        f"took {sum(watch.seconds.values()):.0f} s: {load} to load, {decode} to decode with {policies} "
+        f"{'caches' if policies > 1 else 'cache'}{at_a_time}, {draw} to draw",
+        style="dim",
+        markup=False,
+    )
 
 
 def _result_table(runners: list[Runner], outcomes: list[Outcome]) -> Table:
@@ -260,6 +307,8 @@ def _record(
     runners: list[Runner],
     outcomes: list[Outcome],
     picture: Path | None,
+    workers: int,
+    watch: Watch,
 ) -> dict[str, Any]:
     """Return the whole demo, ready for JSON."""
     return {
@@ -277,5 +326,7 @@ def _record(
             for runner, result in zip(runners, outcomes, strict=True)
         ],
         "picture": None if picture is None else str(picture),
+        "workers": workers,
+        "seconds": watch.seconds,
         "versions": versions(),
     }

@@ -1,4 +1,4 @@
-"""The demo's race: one problem, several policies one after the other, and what each of them did."""
+"""The demo's race: how one policy runs, and what it did."""
 
 from __future__ import annotations
 

@@ -23,6 +23,11 @@ def versions() -> dict[str, str]:
     }
 
 
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @cache
 def hardware() -> dict[str, str | int]:
     """Return processor, cores that this process may use, and accelerator."""
@@ -31,7 +36,7 @@ def hardware() -> dict[str, str | int]:
     found: dict[str, str | int] = {
         "machine": platform.machine(),
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "cores": cores(),
     }
     if torch.cuda.is_available():
         found["accelerator"] = torch.cuda.get_device_name()

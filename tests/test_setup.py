@@ -1,0 +1,180 @@
+"""The environment comes in two stages: what the demo needs, then the tools. Nothing is really installed here."""
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parent.parent
+INPUTS = (
+    "scripts/setup.sh",
+    "pyproject.toml",
+    "constraints.txt",
+    "constraints-vllm.txt",
+    "src/longthink/_version.py",
+)
+PIN = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
+FAKE_UV = """#!/bin/sh
+echo "$*" >>"$CALLS"
+case "$*" in *"$FAILS"*) exit 1 ;; esac
+if [ "$1" = venv ]; then
+  for folder; do :; done
+  mkdir -p "$folder/bin" && ln -s "$REAL_PYTHON" "$folder/bin/python"
+fi
+"""
+
+
+@pytest.fixture
+def setup(tmp_path):
+    """Run setup.sh in a copy of the checkout with a uv that only writes down what it is asked for.
+
+    Returns what was asked for since the last run (what it installs into, and versions, left out), and the output.
+    """
+    checkout, calls = tmp_path / "checkout", tmp_path / "calls"
+    for name in INPUTS:
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, checkout / name)
+    uv = tmp_path / "bin" / "uv"
+    uv.parent.mkdir()
+    uv.write_text(FAKE_UV)
+    uv.chmod(0o755)
+
+    def run(*arguments, fails="never"):
+        calls.write_text("")
+        settings = {"CALLS": str(calls), "FAILS": fails, "REAL_PYTHON": sys.executable}
+        # These are found quickly, so that pip need not be asked for its configuration.
+        settings |= {f"PIP_{name}": "nowhere" for name in ("FIND_LINKS", "EXTRA_INDEX_URL", "INDEX_URL")}
+        environment = {k: v for k, v in os.environ.items() if k not in ("LONGTHINK_NO_UV", "PYTHON")}
+        environment |= settings | {"PATH": f"{uv.parent}{os.pathsep}{os.environ['PATH']}"}
+        done = subprocess.run(
+            [checkout / "scripts" / "setup.sh", *arguments], env=environment, capture_output=True, text=True
+        )
+        assert (done.returncode != 0) == (fails in calls.read_text()), done.stderr
+        asked = [
+            "venv" if line.startswith("venv") else re.sub(r".* -c \S+ ", "", line)
+            for line in calls.read_text().splitlines()
+        ]
+        return asked, done.stdout
+
+    run.checkout = checkout
+    return run
+
+
+def test_the_tools_come_on_top_of_what_the_demo_needs(setup):
+    asked, out = setup("--quiet", "--demo")
+    assert asked == ["venv", PIN, "-e .[plot]"]
+    steps = [line for line in out.splitlines() if line.startswith("  ")]
+    assert len(steps) == 3
+    assert all(re.search(r"\.\.\. \d+ s$", line) for line in steps)
+    assert re.search(r"^Done in \d+ s\.$", out, re.MULTILINE)
+    assert setup("--quiet", "--demo") == ([], "")
+    assert setup("--quiet")[0] == ["-e .[dev]"]
+    assert setup("--quiet") == setup("--quiet", "--demo") == ([], "")
+
+
+def test_all_at_once_is_installed_once(setup):
+    assert setup()[0] == ["venv", PIN, "-e .[dev]"]
+    assert setup("--demo") == ([], ".venv is up to date.\n")
+
+
+def test_other_versions_are_installed(setup):
+    setup()
+    with (setup.checkout / "constraints.txt").open("a") as file:
+        file.write("# moved\n")
+    assert setup("--demo")[0] == [PIN, "-e .[plot]"]
+    assert setup()[0] == ["-e .[dev]"]
+
+
+def test_a_failure_is_tried_again_from_there(setup):
+    assert setup("--demo", fails=".[plot]")[0] == ["venv", PIN, "-e .[plot]"]
+    assert setup("--demo")[0] == [PIN, "-e .[plot]"]
+    assert setup(fails=".[dev]")[0] == ["-e .[dev]"]
+    assert setup("--quiet", "--demo") == ([], "")
+    assert setup()[0] == ["-e .[dev]"]
+
+
+def test_the_environment_for_vllm_is_apart(setup):
+    asked, _ = setup("--vllm")
+    assert asked[0] == "venv"
+    assert asked[2] == "-e .[vllm-test]"
+    assert (setup.checkout / ".venv-vllm").is_dir()
+    assert not (setup.checkout / ".venv").exists()
+    assert setup("--quiet", "--vllm") == ([], "")
+
+
+@pytest.mark.parametrize("target", ["demo", "setup", "test", "test-fast", "lint", "format", "build"])
+def test_only_the_demo_does_without_tools(target):
+    """``make -n`` says what a target would run."""
+    command = ["make", "--no-print-directory", "-n", target]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    (line,) = [line for line in done.stdout.splitlines() if "setup.sh" in line]
+    assert ("--demo" in line) == (target == "demo")
+
+
+# What the demo needs --------------------------------------------------------------------------------------------
+
+
+def declared(extra):
+    """Names of the packages that ``longthink[extra]`` asks for, without what those need."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    names = set()
+    for requirement in map(Requirement, extras[extra]):
+        if requirement.name == "longthink":
+            names |= set().union(*map(declared, requirement.extras))
+        else:
+            names.add(canonicalize_name(requirement.name))
+    return names
+
+
+def needed(name, extra=""):
+    """Names of all installed packages that a package needs, with its own."""
+    found, waiting = set(), [(name, extra)]
+    while waiting:
+        name, extra = waiting.pop()
+        name = canonicalize_name(name)
+        if (name, extra) in found:
+            continue
+        try:
+            requirements = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        found.add((name, extra))
+        for requirement in map(Requirement, requirements):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+                waiting += [(requirement.name, wanted) for wanted in ("", *requirement.extras)]
+    return {name for name, _ in found}
+
+
+def test_the_demo_installs_no_test_tool():
+    tools = declared("dev") - declared("plot")
+    assert tools >= {"pytest", "hypothesis", "mypy", "ruff", "ray", "playwright", "duckdb", "lm-eval"}
+    # transformers brings this one.
+    assert needed("longthink", "plot") & tools <= {"pyyaml"}
+
+
+@pytest.mark.slow
+def test_the_demo_runs_without_the_tools(tmp_path):
+    """Everything that its stage does not install is hidden from it; the picture is drawn all the same."""
+    ours = needed("longthink", "plot")
+    hidden = [
+        module
+        for module, packages in importlib.metadata.packages_distributions().items()
+        if not ours & set(map(canonicalize_name, packages))
+    ]
+    assert {"pytest", "pyarrow", "pandas", "scipy"} <= set(hidden)
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({hidden!r})); from longthink.cli import main; "
+        "sys.exit(main('demo --size s --decode-budget 64 --policies dense,raas --workers 1'.split()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "dense held everything and got the right answer." in done.stdout
+    assert (tmp_path / "longthink-demo.png").stat().st_size > 10_000
