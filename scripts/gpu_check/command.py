@@ -113,13 +113,14 @@ def _prepare(options: argparse.Namespace, site: Path) -> None:
 
 
 def _environment(site: str, workers: int) -> dict[str, str]:
-    """Environment of the parts: our code first, no network, and not more threads than there are cores."""
+    """Environment of the parts: our code first, no network, and few threads, for many parts run at once."""
     threads = str(max(1, (os.cpu_count() or 1) // workers))
     before = os.environ.get("PYTHONPATH", "")
     return os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT / "src"), str(ROOT), before, site])),
         "PYTHONFAULTHANDLER": "1",
-        "OMP_NUM_THREADS": threads,
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
         "TORCHINDUCTOR_COMPILE_THREADS": threads,
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",

@@ -202,6 +202,16 @@ def test_prompts_may_be_read_in_pieces():
     assert max(columns) == 4
 
 
+@pytest.mark.parametrize("policy", ["h2o", "streaming_llm"])
+def test_what_is_kept_of_a_prompt_in_pieces_is_chosen_from_all_of_it(policy):
+    kept = {"policy": policy, "budget": 32}
+    long = prompt((90,), seed=3)[0]
+    wanted = longthink.generate(small(), long, max_new_tokens=LIMIT, do_sample=False, **kept)[0, 90:].tolist()
+    with longthink.Engine(small(), seats=2, prefill_chunk_size=16, **kept) as running:
+        handle = running.submit(long[0].tolist(), max_new_tokens=LIMIT)
+        assert list(handle.result(PATIENCE).tokens) == wanted
+
+
 def test_each_request_has_its_own_sampling_and_randomness():
     warm = longthink.Sampling(temperature=1.0, top_k=20)
     with engine() as running:

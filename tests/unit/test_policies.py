@@ -148,3 +148,9 @@ def test_an_unknown_need_is_refused_before_anything_runs():
 
     with pytest.raises(ValueError, match=r"needs \['weigths'\]: allowed is weights, key_bounds"):
         attend(Wants())
+
+
+def test_random_draws_anew_in_every_layer():
+    policy = longthink.Random(seed=5)
+    assert len({policy.for_layer(layer).seed for layer in range(40)}) == 40
+    assert policy.for_layer(3) == policy.for_layer(3) != longthink.Random(seed=6).for_layer(3)
