@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import longthink
+from longthink.hf import DecodeStep
 from tests.models import build, prompt
 from tests.vision import build_vision
 
