@@ -12,6 +12,7 @@ import weakref
 from typing import Any, Protocol
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -105,6 +106,11 @@ class _Ours(str):
         return str, (self.previous,)
 
 
+_REMEMBERS = Version(torch.__version__) >= Version("2.13")
+"""The compiler of older versions takes no subclass of `str` for a constant. There a copy that is made of a model
+while a cache is open goes on under our name, which is the library's SDPA for every cache but ours."""
+
+
 class _Installed:
     """The attention implementation that a model had, and how many open caches replaced it."""
 
@@ -127,7 +133,8 @@ def install(model: PreTrainedModel) -> None:
         if model.config._attn_implementation != IMPLEMENTATION:
             installed.previous = _implementations(model.config)
             model.set_attn_implementation(IMPLEMENTATION)
-            _name_previous(model.config, installed.previous)
+            if _REMEMBERS:
+                _name_previous(model.config, installed.previous)
         installed.users += 1
 
 
