@@ -46,7 +46,7 @@ def _more_pages(policy: Policy, table: Any) -> torch.Tensor:
 
 HOOKS: dict[str, Callable[[type[Policy]], Any]] = {
     "needs": lambda base: property(lambda self: super(type(self), self).needs | {"vectors"}),
-    "pins_prompt": lambda base: property(lambda self: super(type(self), self).pins_prompt),
+    "pins_prompt": lambda base: lambda self: base.pins_prompt(self),
     "for_layer": lambda base: (
         lambda self, layer: Recency(page_size=self.page_size) if layer == 1 else base.for_layer(self, layer)
     ),
@@ -90,7 +90,7 @@ def subclasses() -> Iterator[tuple[str, Policy]]:
     """Every built-in policy with every hook that it has overridden, one at a time."""
     for name, policy in BUILT_IN.items():
         for hook in HOOKS:
-            senseless = (hook == "trim" and policy.pins_prompt) or (name, hook) == ("dense", "for_layer")
+            senseless = (hook == "trim" and policy.pins_prompt()) or (name, hook) == ("dense", "for_layer")
             if hasattr(type(policy), hook) and not senseless:
                 yield f"{name}: {hook}", override(policy, hook)
 
@@ -108,5 +108,5 @@ def wrappers() -> Iterator[tuple[str, Policy]]:
     """That policy around every built-in one that it can wrap."""
     cls = keep_first()
     for name, policy in BUILT_IN.items():
-        if policy.bounds == "memory" and policy.pins_prompt:
+        if policy.bounds == "memory" and policy.pins_prompt():
             yield f"keep_first: {name}", cls(steps=6, page_size=policy.page_size, then=replace(policy))

@@ -53,7 +53,7 @@ def test_queries_that_are_not_numbers_leave_pinned_pages_and_tail(
         for row, prompt in enumerate(case.prompts):
             for kept in layer.resident_positions()[row]:
                 assert prompt + step - 1 in kept
-                if layer.policy.pins_prompt:
+                if layer.policy.pins_prompt():
                     assert set(range(prompt)) <= set(kept)
 
 

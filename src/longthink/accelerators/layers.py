@@ -100,7 +100,7 @@ class FusedLayer:
         table, whole
             The first layer's, where what is the same in all layers is read, and that of all layers.
         """
-        return Eviction(table.prompt_B if self.policy.pins_prompt else torch.zeros_like(table.prompt_B))
+        return Eviction(table.prompt_B if self.policy.pins_prompt() else torch.zeros_like(table.prompt_B))
 
     def stamping(self, table: PageTable, score_NKP: Tensor) -> Stamping | None:
         """How the scores of a step stamp the pages of a group's table; None if nothing is learned from scores."""

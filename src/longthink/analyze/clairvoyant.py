@@ -97,7 +97,6 @@ class Belady(Policy, TrimsPrompt):
 
     future: Future = field(compare=False, repr=False)
 
-    @property
     @override
     def pins_prompt(self) -> bool:
         return False

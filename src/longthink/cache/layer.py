@@ -233,7 +233,7 @@ class LayerCache(Holdings):
             return True
         if not needs_budget(self.policy):
             return new_tokens > 1
-        keeps_all = self.policy.pins_prompt or grows(self.policy)
+        keeps_all = self.policy.pins_prompt() or grows(self.policy)
         return not self._decoding and new_tokens > 1 and keeps_all
 
     # The prompt ---------------------------------------------------------------------------------------------

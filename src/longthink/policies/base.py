@@ -207,9 +207,12 @@ class Policy(ABC):
         """
         return frozenset()
 
-    @property
     def pins_prompt(self) -> bool:
-        """Whether all prompt pages stay; then the prompt must fit in the budget."""
+        """Whether all prompt pages stay; then the prompt must fit in the budget.
+
+        A method, unlike `needs`: it is asked inside compiled steps, where a compiler takes ``super().property`` for
+        the property itself, which is always true.
+        """
         return True
 
     def for_layer(self, layer_idx: int) -> Policy:
@@ -219,7 +222,7 @@ class Policy(ABC):
 
     def required_pages(self, prompt: int) -> int:
         """Fewest page slots with which a row with this many prompt tokens can be decoded."""
-        return -(-prompt // self.page_size) + 1 if self.pins_prompt else 1
+        return -(-prompt // self.page_size) + 1 if self.pins_prompt() else 1
 
     def init_state(self, shape: Shape, device: torch.device) -> dict[str, Tensor]:
         """Zeroed tensors that the policy needs, B x K x (P or S) x anything."""
@@ -239,7 +242,7 @@ class Policy(ABC):
 
     def protected(self, table: PageTable) -> Tensor:
         """Pages that must not leave, bool BKP; of a full table, at least one resident page is not protected."""
-        if not self.pins_prompt:
+        if not self.pins_prompt():
             return torch.zeros_like(table.page_BKP, dtype=torch.bool)
         return holds_first(table, table.prompt_B)
 

@@ -47,7 +47,6 @@ class H2O(Policy, TrimsPrompt):
         check_range("heavy", self.heavy, 0.0, 1.0)
         check_flag("pin_prompt", self.pin_prompt)
 
-    @property
     @override
     def pins_prompt(self) -> bool:
         return self.pin_prompt

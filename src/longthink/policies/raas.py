@@ -68,7 +68,6 @@ class RaaS(Policy, TrimsPrompt, SharesTable):
         check_flag("pin_prompt", self.pin_prompt)
         check_int("dense_layers", self.dense_layers, 0)
 
-    @property
     @override
     def pins_prompt(self) -> bool:
         return self.pin_prompt

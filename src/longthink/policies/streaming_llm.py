@@ -48,7 +48,6 @@ class StreamingLLM(Policy, TrimsPrompt, ShiftsKeys):
         check_int("sinks", self.sinks, 0)
         check_choice("positions", self.positions, ("cache", "logical"))
 
-    @property
     @override
     def pins_prompt(self) -> bool:
         return False

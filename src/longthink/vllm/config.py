@@ -144,7 +144,7 @@ def check_policy(policy: Policy) -> None:
     """Raise `UnsupportedFeatureError` unless the policy overwrites pages in place and leaves the prompt alone."""
     obstacles = {
         "keeps everything": grows(policy),
-        "may evict the prompt": not policy.pins_prompt,
+        "may evict the prompt": not policy.pins_prompt(),
         "learns from the prompt's attention": "prompt_mass" in policy.needs,
         "reads only some of its pages": isinstance(policy, SelectsPages),
         "learns from weights and from the bounds of keys": {"weights", "key_bounds"} <= policy.needs,
