@@ -166,9 +166,9 @@ case $stage in
   demo) say "Setting up $venv with $tool for the demo: once, a minute or two, 1.3 GB" ;;
   dev)
     if is_done demo; then
-      say "Adding what tests and checks need to $venv with $tool: once, about five minutes, 2 GB more"
+      say "Adding what tests and checks need to $venv with $tool: once, some minutes, 2 GB more"
     else
-      say "Setting up $venv with $tool: once, about six minutes, 3 GB"
+      say "Setting up $venv with $tool: once, some minutes, 3 GB"
     fi ;;
   vllm) say "Setting up $venv with $tool: once, some minutes, 3.5 GB" ;;
 esac
