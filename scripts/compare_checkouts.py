@@ -1,7 +1,7 @@
 """Decode time of two checkouts side by side: a worker process for each, which decode blocks of steps in turns.
 
-    python scripts/compare_checkouts.py CHECKOUT_A CHECKOUT_B [--rounds 15] [--steps 64] [--models S2,S8] [--policies raas,milestone]
-                    [--context 16384] [--out speed.json]
+    python scripts/compare_checkouts.py CHECKOUT_A CHECKOUT_B [--rounds 15] [--steps 64] [--models S2,S8]
+        [--policies raas,milestone] [--context 16384] [--out speed.json]
 
 Of each case: median CPU ms/token of each, quartiles, and the ratio B / A (median of the ratios of the rounds, with
 its quartiles). Run it with the virtual environment's python and nothing beside it.
@@ -141,70 +141,75 @@ def quartiles(values: list[float]) -> list[float]:
     return [round(q, 4) for q in quantiles(values, n=4, method="inclusive")]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("a")
-    parser.add_argument("b")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument(
-        "--steps", type=int, default=64, help="steps of a block: a multiple of 16, whole pages"
-    )
-    parser.add_argument("--models", default="S2,S8")
-    parser.add_argument("--policies", default="raas,milestone")
-    parser.add_argument("--context", type=int, default=16384)
-    parser.add_argument("--out", default="speed.json")
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("a", help="checkout")
+    add("b", help="checkout")
+    add("--rounds", type=int, default=15)
+    add("--steps", type=int, default=64, help="steps of a block: a multiple of 16, whole pages")
+    add("--models", default="S2,S8")
+    add("--policies", default="raas,milestone")
+    add("--context", type=int, default=16384)
+    add("--out", default="speed.json")
     args = parser.parse_args()
-    assert args.steps % 16 == 0, "blocks must cover whole pages"
-    started, found = time.time(), {}
+    if args.steps % 16:
+        parser.error(f"--steps {args.steps} must be a multiple of 16: blocks cover whole pages")
+    return args
+
+
+def get_ready(workers: list[Worker], model: str, policy: str, args: argparse.Namespace) -> None:
+    """Compile in both at the same time."""
+    for worker in workers:
+        worker.send(do="open", model=model, policy=policy, context=args.context, steps=args.steps)
+    for worker in workers:
+        told = worker.receive()
+        assert told["file"].startswith(f"{worker.checkout}/src/"), told["file"]
+        assert told["compiled"], f"{worker.checkout}: {model}/{policy} is not compiled"
+
+
+def compare(workers: list[Worker], model: str, policy: str, args: argparse.Namespace) -> dict:
+    """Decode in turns, and say what each took."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for turn in range(args.rounds + 1):
+        for i in (0, 1) if turn % 2 else (1, 0):
+            ms = workers[i].ask(do="decode", model=model, policy=policy, steps=args.steps)["ms"]
+            if turn:  # the first block of each warms it up
+                times[i].append(ms)
+    ends = [worker.ask(do="close", model=model, policy=policy) for worker in workers]
+    ratios = [b / a for a, b in zip(*times, strict=True)]
+    return {
+        "a_ms": round(median(times[0]), 4),
+        "b_ms": round(median(times[1]), 4),
+        "ratio": round(median(ratios), 4),
+        "a_quartiles": quartiles(times[0]),
+        "b_quartiles": quartiles(times[1]),
+        "ratio_quartiles": quartiles(ratios),
+        "same_tokens": ends[0]["tokens"] == ends[1]["tokens"],
+        "bytes": [[end["kv_bytes"], end["metadata_bytes"]] for end in ends],
+        "rounds": times,
+    }
+
+
+def main() -> None:
+    args, found = arguments(), {}
     workers = [Worker(args.a), Worker(args.b)]
     cases = [(model, policy) for model in args.models.split(",") for policy in args.policies.split(",")]
     for model, policy in cases:
-        for worker in workers:  # both get ready at the same time
-            worker.send(do="open", model=model, policy=policy, context=args.context, steps=args.steps)
-        ready = [worker.receive() for worker in workers]
-        for worker, told in zip(workers, ready, strict=False):
-            assert told["file"].startswith(f"{worker.checkout}/src/"), told["file"]
-            assert told["compiled"], f"{worker.checkout}: {model}/{policy} is not compiled"
-        compile_seconds = [round(one["compile_ms"] / 1000, 1) for one in ready]
-        print(f"# {model}/{policy} ready after {time.time() - started:.0f} s", file=sys.stderr)
-        found[f"{model}/{policy}"] = {"compile_cpu_s": compile_seconds}
+        get_ready(workers, model, policy, args)
+        print(f"# {model}/{policy} is compiled", file=sys.stderr)
     for model, policy in cases:
-        times: tuple[list[float], list[float]] = ([], [])
-        for turn in range(args.rounds + 1):
-            for i in (0, 1) if turn % 2 else (1, 0):
-                ms = workers[i].ask(do="decode", model=model, policy=policy, steps=args.steps)["ms"]
-                if turn:  # the first block of each warms it up
-                    times[i].append(ms)
-        ends = [worker.ask(do="close", model=model, policy=policy) for worker in workers]
-        ratios = [b / a for a, b in zip(*times, strict=False)]
-        found[f"{model}/{policy}"] |= {
-            "a_ms": round(median(times[0]), 4),
-            "b_ms": round(median(times[1]), 4),
-            "ratio": round(median(ratios), 4),
-            "a_quartiles": quartiles(times[0]),
-            "b_quartiles": quartiles(times[1]),
-            "ratio_quartiles": quartiles(ratios),
-            "same_tokens": ends[0]["tokens"] == ends[1]["tokens"],
-            "bytes": [[end["kv_bytes"], end["metadata_bytes"]] for end in ends],
-            "rounds": times,
-        }
-        one = found[f"{model}/{policy}"]
+        one = found[f"{model}/{policy}"] = compare(workers, model, policy, args)
         print(
-            f"{model}/{policy}: A {one['a_ms']:.3f} ms/token {one['a_quartiles']}, B {one['b_ms']:.3f} "
-            f"{one['b_quartiles']}, B/A {one['ratio']:.3f} {one['ratio_quartiles']}, "
-            f"same tokens: {one['same_tokens']}",
+            f"{model}/{policy}: A {one['a_ms']:.3f} ms/token, B {one['b_ms']:.3f}, B/A {one['ratio']:.3f} "
+            f"{one['ratio_quartiles']}, same tokens: {one['same_tokens']}",
             flush=True,
         )
     for worker in workers:
         worker.process.stdin.close()
         worker.process.wait()
-    whole = {**vars(args), "a": workers[0].checkout, "b": workers[1].checkout, "cases": found}
     with open(args.out, "w") as file:
-        json.dump(whole, file)
-    print(
-        json.dumps({name: {k: v for k, v in case.items() if k != "rounds"} for name, case in found.items()})
-    )
-    print(f"# {time.time() - started:.0f} s, all in {args.out}", file=sys.stderr)
+        json.dump({**vars(args), "cases": found}, file)
 
 
 if __name__ == "__main__":
