@@ -15,7 +15,7 @@ import sys
 import time
 from statistics import median, quantiles
 
-KV_HEADS = {"S2": 2, "S8": 8}  # longthink.bench.peers.plan.MODELS
+KV_HEADS = {"S2": 2, "S8": 8}  # longthink.lab.bench.peers.plan.MODELS
 PROMPT, BUDGET = 128, 1024
 THREADS = {
     "OMP_NUM_THREADS": "1",
@@ -29,7 +29,7 @@ THREADS = {
 
 
 def make_model(kv_heads: int):
-    """What `longthink.bench.models.bench_model` makes of random:layers=8,hidden=512,heads=8,...,head_dim=64."""
+    """What `longthink.lab.bench.models.bench_model` makes of random:layers=8,hidden=512,heads=8,...,head_dim=64."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 

@@ -22,7 +22,7 @@ from longthink.policies import available_policies, get_policy_class
 ROOT = Path(__file__).parent.parent
 SRC = ROOT / "src" / "longthink"
 DOCS = ROOT / "docs"
-PEERS = SRC / "bench" / "peers"
+PEERS = SRC / "lab" / "bench" / "peers"
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 BUILT_IN = ("dense", "streaming_llm", "h2o", "quest", "raas", "recency", "random", "milestone")

@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from longthink.bench.systems import CompiledSystem, DynamicSystem, System
+from longthink.lab.bench.systems import CompiledSystem, DynamicSystem, System
 
 from .models import build, prompts, weight_bytes
 from .sheet import Sheet, note, seconds_since

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from longthink.analyze.advice import Shape, advise, request_bytes
-from longthink.analyze.summary import Mean, means
-from longthink.analyze.whatif import Outcome, _nothing
 from longthink.config import Budget
 from longthink.hf import make_cache
+from longthink.lab.analyze.advice import Shape, advise, request_bytes
+from longthink.lab.analyze.summary import Mean, means
+from longthink.lab.analyze.whatif import Outcome, _nothing
 from longthink.policies import make_policy
 from tests.models import build
 

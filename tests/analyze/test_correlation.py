@@ -6,9 +6,9 @@ from itertools import product
 import numpy as np
 import pytest
 
-from longthink.analyze.correlation import correlate
-from longthink.analyze.whatif import Outcome, _nothing
 from longthink.errors import TraceError
+from longthink.lab.analyze.correlation import correlate
+from longthink.lab.analyze.whatif import Outcome, _nothing
 
 POLICIES = ("a", "b", "c", "d", "e")
 

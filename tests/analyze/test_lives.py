@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longthink.analyze import (
+from longthink.lab.analyze import (
     Lives,
     MapClass,
     PageClass,

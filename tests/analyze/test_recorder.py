@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from longthink.analyze import Trace, TraceStore, record
-from longthink.analyze.recorder import _Tape
-from longthink.analyze.store import CHUNK_STEPS, TraceWriter
 from longthink.errors import TraceError, UnsupportedModelError
+from longthink.lab.analyze import Trace, TraceStore, record
+from longthink.lab.analyze.recorder import _Tape
+from longthink.lab.analyze.store import CHUNK_STEPS, TraceWriter
 from tests.analyze.making import Words, dense, recorded
 from tests.models import build
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from longthink.analyze import Prompt, Rules, read_lives, record
-from longthink.analyze.truth import agreement, total
+from longthink.lab.analyze import Prompt, Rules, read_lives, record
+from longthink.lab.analyze.truth import agreement, total
+from longthink.lab.report.attention_truth import truth_table
 from longthink.reasoner import load_reasoner, make_problem
-from longthink.report.attention_truth import truth_table
 from tests.analyze.making import recorded
 
 PROFILES = ("lemma", "phoenix")

@@ -2,8 +2,8 @@
 
 import pytest
 
-from longthink.analyze import Prompt, Rules, read_lives, record, share_table, what_if
 from longthink.config import Budget
+from longthink.lab.analyze import Prompt, Rules, read_lives, record, share_table, what_if
 from longthink.policies import make_policy
 from tests.analyze.making import Words, dense
 from tests.vision import IMAGE, build_vision, inputs_with, picture

@@ -8,13 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longthink.analyze import what_if
-from longthink.analyze.clairvoyant import optimal_recall
-from longthink.analyze.rules import Rules
-from longthink.analyze.whatif import BELADY, OPTIMUM
 from longthink.config import Budget
 from longthink.errors import TraceError
 from longthink.hf import make_cache
+from longthink.lab.analyze import what_if
+from longthink.lab.analyze.clairvoyant import optimal_recall
+from longthink.lab.analyze.rules import Rules
+from longthink.lab.analyze.whatif import BELADY, OPTIMUM
 from longthink.policies import make_policy, needs_budget
 from tests.analyze.making import dense, recorded, written
 from tests.models import build

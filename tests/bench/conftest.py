@@ -2,9 +2,9 @@
 
 import pytest
 
-from longthink.bench.models import bench_model
-from longthink.bench.plan import Plan
 from longthink.config import Budget
+from longthink.lab.bench.models import bench_model
+from longthink.lab.bench.plan import Plan
 
 LAYERS, KV_HEADS, DIM = 2, 2, 8
 MODEL = f"random:layers={LAYERS},hidden=32,heads=4,kv_heads={KV_HEADS},head_dim={DIM}"

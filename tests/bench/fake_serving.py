@@ -2,7 +2,7 @@
 
 import time
 
-from longthink.bench.peers.protocol import Point, serve
+from longthink.lab.bench.peers.protocol import Point, serve
 
 MS = {"dense": 6, "raas": 2}
 ROOM = {"dense": 2, "raas": 12}

@@ -4,7 +4,7 @@ import os
 import sys
 import time
 
-from longthink.bench.peers.protocol import Point, serve
+from longthink.lab.bench.peers.protocol import Point, serve
 
 
 class Subject:

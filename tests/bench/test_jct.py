@@ -6,9 +6,9 @@ import json
 import pytest
 import torch
 
-from longthink.bench import jct
-from longthink.bench.jct import blocks_in_all, measure_jct, take_turns
-from longthink.bench.plan import BLOCK
+from longthink.lab.bench import jct
+from longthink.lab.bench.jct import blocks_in_all, measure_jct, take_turns
+from longthink.lab.bench.plan import BLOCK
 from longthink.policies.base import PAGE_SIZES
 from tests.bench.conftest import MODEL, POLICIES
 

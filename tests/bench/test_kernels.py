@@ -7,8 +7,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from longthink.bench import kernels
 from longthink.errors import BenchError
+from longthink.lab.bench import kernels
 
 CPU = torch.device("cpu")
 

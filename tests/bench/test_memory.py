@@ -2,8 +2,8 @@
 
 import pytest
 
-from longthink.bench.memory import measure_memory
 from longthink.errors import BenchError
+from longthink.lab.bench.memory import measure_memory
 from tests.bench.conftest import PER_TOKEN
 
 
@@ -56,7 +56,7 @@ def test_a_process_that_fails_says_why(plan):
 
 @pytest.mark.slow
 def test_who_stops_listening_leaves_no_process_behind(plan, monkeypatch):
-    from longthink.bench import memory
+    from longthink.lab.bench import memory
 
     started = []
     real = memory.subprocess.Popen

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from longthink.bench.models import RANDOM, bench_model, random_shape
+from longthink.lab.bench.models import RANDOM, bench_model, random_shape
 
 
 def test_a_random_model_has_the_shape_that_was_asked_for():

@@ -6,15 +6,15 @@ from dataclasses import asdict
 
 import pytest
 
-from longthink.bench.models import bench_model
-from longthink.bench.peers import folders, measure
-from longthink.bench.peers.client import Worker
-from longthink.bench.peers.folders import interpreter, model_folder
-from longthink.bench.peers.measure import Found
-from longthink.bench.peers.plan import BLOCK_STEPS, CONTROL, FLOOR, MIDDLE, WORKERS, PeersPlan, scenes
-from longthink.bench.peers.protocol import Point
-from longthink.bench.plan import BLOCK
 from longthink.errors import BenchError
+from longthink.lab.bench.models import bench_model
+from longthink.lab.bench.peers import folders, measure
+from longthink.lab.bench.peers.client import Worker
+from longthink.lab.bench.peers.folders import interpreter, model_folder
+from longthink.lab.bench.peers.measure import Found
+from longthink.lab.bench.peers.plan import BLOCK_STEPS, CONTROL, FLOOR, MIDDLE, WORKERS, PeersPlan, scenes
+from longthink.lab.bench.peers.protocol import Point
+from longthink.lab.bench.plan import BLOCK
 from tests.bench.conftest import MODEL
 
 FAKE = "tests.bench.fake_worker"
@@ -65,7 +65,7 @@ def test_a_worker_that_dies_says_its_last_words(worker):
 
 def test_another_environment_does_not_see_our_packages(tmp_path):
     venv.create(tmp_path, with_pip=False, symlinks=True)
-    with Worker("longthink.bench.peers.with_kvpress", tmp_path / "bin" / "python") as worker:
+    with Worker("longthink.lab.bench.peers.with_kvpress", tmp_path / "bin" / "python") as worker:
         with pytest.raises(BenchError, match="No module named 'torch'"):
             worker.ask("versions")
 
@@ -231,7 +231,7 @@ def test_a_real_environment_runs(cache, monkeypatch, tmp_path):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("UV_OFFLINE", "1")
     (tmp_path / "peer.txt").write_text("")
-    with Worker("longthink.bench.peers.with_kvpress", interpreter("peer")) as worker:
+    with Worker("longthink.lab.bench.peers.with_kvpress", interpreter("peer")) as worker:
         with pytest.raises(BenchError, match="No module named 'torch'"):
             worker.ask("versions")
     (tmp_path / "peer.txt").write_text("no-such-peer==1\n")

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch._dynamo.exc import TorchDynamoException
 
-from longthink.bench.systems import make_systems
 from longthink.errors import UnsupportedFeatureError
+from longthink.lab.bench.systems import make_systems
 from tests.bench.conftest import PER_TOKEN
 
 BOUNDED = ("raas", "h2o", "streaming_llm", "recency", "random", "recency:page_size=16")

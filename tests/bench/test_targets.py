@@ -2,10 +2,10 @@
 
 import pytest
 
-from longthink.bench.peers.measure import Found, Timed
-from longthink.bench.peers.plan import CONTROL, FLOOR, LONG, MIDDLE, NARROW, SHORT, Place
-from longthink.bench.peers.targets import targets
-from longthink.results.records import Measurement
+from longthink.lab.bench.peers.measure import Found, Timed
+from longthink.lab.bench.peers.plan import CONTROL, FLOOR, LONG, MIDDLE, NARROW, SHORT, Place
+from longthink.lab.bench.peers.targets import targets
+from longthink.lab.results.records import Measurement
 
 
 def timed(system, *ms, context=MIDDLE, scene=0, kv=1000, extra=0, model="S8", **place):

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from transformers import AutoModelForImageTextToText
 
-from longthink.analyze import Prompt, TraceStore, record
+from longthink.lab.analyze import Prompt, TraceStore, record
 from tests.analyze.making import Words
 from tests.evaluate.data import write_lines
 from tests.models import build

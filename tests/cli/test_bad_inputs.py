@@ -109,11 +109,11 @@ def test_one_clear_line(call, places, case):
 
 
 def test_lm_eval_is_not_loaded_for_what_can_be_refused_before(call, monkeypatch):
-    monkeypatch.setitem(sys.modules, "longthink.evaluate.harness", None)
+    monkeypatch.setitem(sys.modules, "longthink.lab.evaluate.harness", None)
     assert "needs a budget" in call("lm-eval", "--model", "longthink")[2]
     # Other models are none of our business, and a file may say more.
     for words in (["--model", "hf"], ["--model", "longthink", "--config", "x.yaml"]):
-        assert "longthink.evaluate.harness" in call("lm-eval", *words)[2]
+        assert "longthink.lab.evaluate.harness" in call("lm-eval", *words)[2]
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from longthink.bench import jct
-from longthink.cli import bench
-from longthink.results.store import ResultStore
+from longthink.cli import app as cli
+from longthink.lab.bench import jct
+from longthink.lab.results.store import ResultStore
 
 MODEL = "random:layers=1,hidden=16,heads=2,kv_heads=1,head_dim=8"
 SMALL = ("--model", MODEL, "--device", "cpu", "--prompt", "16", "--budget", "64")
@@ -142,7 +142,7 @@ def test_what_cannot_be_measured_is_refused(call, arguments, message):
 
 def test_a_folder_with_something_else_is_refused_before_anything_is_measured(call, tmp_path, monkeypatch):
     (tmp_path / "letter.txt").write_text("dear")
-    monkeypatch.setattr("longthink.bench.models.bench_model", lambda *arguments, **options: pytest.fail())
+    monkeypatch.setattr("longthink.lab.bench.models.bench_model", lambda *arguments, **options: pytest.fail())
     code, out, err = call(*JCT, "--out", tmp_path)
     assert (code, out) == (2, "")
     assert "holds something else" in err
@@ -157,14 +157,14 @@ def restarts(monkeypatch):
     seen = []
     monkeypatch.setattr(os, "execve", lambda *arguments: seen.append(arguments))
     monkeypatch.delitem(sys.modules, "torch")
-    for name in bench.PASSIVE:
+    for name in cli.PASSIVE:
         monkeypatch.delenv(name, raising=False)
     return seen
 
 
 @pytest.mark.parametrize("words", [["bench", "jct"], ["--debug", "bench", "memory", "--rows", "2"]])
 def test_a_benchmark_starts_again_with_waiting_threads_asleep(restarts, words):
-    bench.wait_passively(words)
+    cli.wait_passively(words)
     ((program, words, environment),) = restarts
     assert (program, words) == (sys.executable, sys.orig_argv)
     assert environment["OMP_WAIT_POLICY"] == "PASSIVE"
@@ -173,13 +173,13 @@ def test_a_benchmark_starts_again_with_waiting_threads_asleep(restarts, words):
 
 def test_nothing_else_is_started_again(restarts, monkeypatch):
     for words in ([], ["generate", "bench"], ["--help"], ["policies"]):
-        bench.wait_passively(words)
-    for name, value in bench.PASSIVE.items():
+        cli.wait_passively(words)
+    for name, value in cli.PASSIVE.items():
         monkeypatch.setenv(name, value)
-    bench.wait_passively(["bench", "jct"])
+    cli.wait_passively(["bench", "jct"])
     monkeypatch.delenv("GOMP_SPINCOUNT")
     monkeypatch.setitem(sys.modules, "torch", object())
-    bench.wait_passively(["bench", "jct"])
+    cli.wait_passively(["bench", "jct"])
     assert restarts == []
 
 

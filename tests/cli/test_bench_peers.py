@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from longthink.bench.peers import measure, plan
-from longthink.bench.peers.plan import MIDDLE
-from longthink.results.store import ResultStore
+from longthink.lab.bench.peers import measure, plan
+from longthink.lab.bench.peers.plan import MIDDLE
+from longthink.lab.results.store import ResultStore
 from tests.bench.test_targets import timed
 from tests.cli.test_bench import MODEL
 

@@ -8,10 +8,10 @@ from statistics import median
 
 import pytest
 
-from longthink.bench import serving
-from longthink.bench.peers.client import Worker
-from longthink.bench.peers.plan import BLOCK_STEPS
-from longthink.bench.vllm_worker import FULL_STEPS
+from longthink.lab.bench import serving
+from longthink.lab.bench.peers.client import Worker
+from longthink.lab.bench.peers.plan import BLOCK_STEPS
+from longthink.lab.bench.vllm_worker import FULL_STEPS
 
 ASKED = ("bench", "vllm", "--policies", "raas", "--contexts", "16384,2048", "--rounds", "3")
 

@@ -9,11 +9,11 @@ from multiprocessing import Pipe
 
 import pytest
 
-from longthink.cli import lanes
 from longthink.cli.decode import Decoded
-from longthink.cli.lanes import Course, Helper, race
-from longthink.cli.race import Runner
-from longthink.cli.residents import ResidentLog
+from longthink.lab.cli import lanes
+from longthink.lab.cli.lanes import Course, Helper, race
+from longthink.lab.cli.race import Runner
+from longthink.lab.cli.residents import ResidentLog
 from longthink.policies import make_policy, policy_spec
 
 COURSE = Course(prompt="a prompt", budget={"decode_budget": 64}, limit=10)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from longthink.results.store import ResultStore
+from longthink.lab.results.store import ResultStore
 from tests.results.making import make_sample
 
 

@@ -4,9 +4,9 @@ from collections import Counter
 
 import pyarrow.parquet as pq
 
-from longthink.evaluate.settings import make_plan
-from longthink.evaluate.sweep import Sweep
-from longthink.results.store import ResultStore
+from longthink.lab.evaluate.settings import make_plan
+from longthink.lab.evaluate.sweep import Sweep
+from longthink.lab.results.store import ResultStore
 
 SHORT = dict(tasks="reasoner/s/chain", policies="recency", budgets="96", count=10, rows=2, max_new_tokens=80)
 

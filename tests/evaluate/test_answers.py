@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longthink.evaluate.answers import last_answer_line, last_box, parts_to_read, stated_answer
+from longthink.lab.evaluate.answers import last_answer_line, last_box, parts_to_read, stated_answer
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longthink.evaluate.coordinator import Coordinator
-from longthink.evaluate.plan import Cell, Lane, Unit
-from longthink.evaluate.tasks import Item
+from longthink.lab.evaluate.coordinator import Coordinator
+from longthink.lab.evaluate.plan import Cell, Lane, Unit
+from longthink.lab.evaluate.tasks import Item
 
 
 def units(lanes, each):

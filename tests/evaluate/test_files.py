@@ -7,7 +7,7 @@ import pytest
 from pyarrow import parquet
 
 from longthink.errors import DataError
-from longthink.evaluate.files import read_file
+from longthink.lab.evaluate.files import read_file
 from tests.evaluate.data import lines, problem_file, write_lines
 
 

@@ -9,9 +9,9 @@ import psutil
 import pytest
 
 from longthink.errors import GraderError, MissingExtraError
-from longthink.evaluate import grading
-from longthink.evaluate.grading import MAX_ANSWER, Grader, Verdict
-from longthink.evaluate.tasks import Item, load_tasks
+from longthink.lab.evaluate import grading
+from longthink.lab.evaluate.grading import MAX_ANSWER, Grader, Verdict
+from longthink.lab.evaluate.tasks import Item, load_tasks
 from tests.evaluate.data import lines, problem_file
 
 
@@ -40,7 +40,9 @@ def children():
     """Function that returns the grading processes that were started in this test and run."""
 
     def running():
-        return {p for p in psutil.Process().children() if "longthink.evaluate.grader_process" in p.cmdline()}
+        return {
+            p for p in psutil.Process().children() if "longthink.lab.evaluate.grader_process" in p.cmdline()
+        }
 
     before = running()
     return lambda: list(running() - before)

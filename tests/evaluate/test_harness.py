@@ -78,7 +78,7 @@ def evaluate(folder):
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    import longthink.evaluate.harness  # noqa: F401  (registers the model)
+    import longthink.lab.evaluate.harness  # noqa: F401  (registers the model)
 
     def run(model, task="sums", pretrained=folder / "model", batch_size=1, gen_kwargs=None, **arguments):
         results = lm_eval.simple_evaluate(
@@ -197,7 +197,7 @@ def test_a_prompt_over_the_budget_is_an_error(evaluate):
     ],
 )
 def test_arguments_are_checked_before_anything_is_loaded(monkeypatch, arguments, error, message):
-    from longthink.evaluate import harness
+    from longthink.lab.evaluate import harness
 
     def load_model(*arguments, **options):
         raise AssertionError("loaded")

@@ -5,10 +5,10 @@ import json
 
 import pytest
 
-from longthink.cli.eval import EvalOptions
 from longthink.errors import BudgetError
-from longthink.evaluate.plan import Identity, Plan, Unit
-from longthink.evaluate.settings import RUN_SETTINGS, make_plan, read_settings
+from longthink.lab.cli.eval import EvalOptions
+from longthink.lab.evaluate.plan import Identity, Plan, Unit
+from longthink.lab.evaluate.settings import RUN_SETTINGS, make_plan, read_settings
 
 IDENTITY = Identity(revision=None, dtype="float32")
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from longthink.errors import SweepError
-from longthink.evaluate.solver import Solver
-from longthink.evaluate.summary import majority_is_right, summarize
-from longthink.evaluate.sweep import run_sweep
 from longthink.hf import generate
+from longthink.lab.evaluate.solver import Solver
+from longthink.lab.evaluate.summary import majority_is_right, summarize
+from longthink.lab.evaluate.sweep import run_sweep
 from tests.evaluate.sweeps import made, raw_keys, short_sweep
 
 

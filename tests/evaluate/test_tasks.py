@@ -6,8 +6,8 @@ import pytest
 from datasets import Dataset
 
 from longthink.errors import DataError, MissingExtraError
-from longthink.evaluate.hub import SOURCES
-from longthink.evaluate.tasks import INSTRUCTION, load_tasks
+from longthink.lab.evaluate.hub import SOURCES
+from longthink.lab.evaluate.tasks import INSTRUCTION, load_tasks
 from longthink.reasoner import SIZES, grade, make_problem
 from longthink.reasoner.tokenizer import build_tokenizer
 from tests.evaluate.data import write_lines

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from longthink.accelerators.table import FUSED
-from longthink.bench import kernels as bench
 from longthink.cache.step import New, decode_step
 from longthink.cache.store import SlotStore
 from longthink.kernels import PagedKV, reference, triton_decode
+from longthink.lab.bench import kernels as bench
 from longthink.policies import RaaS, make_policy
 from tests.kernels.cases import (
     GARBAGE,

@@ -1,6 +1,6 @@
 """Stores with results that are easy to count."""
 
-from longthink.results.store import ResultStore
+from longthink.lab.results.store import ResultStore
 from tests.results.making import make_measurement, make_sample
 
 TASKS = ("reasoner/m/chain", "reasoner/m/lookup", "gsm8k")

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from longthink.analyze import Rules, TraceStore, read_lives, what_if
-from longthink.analyze.replays import FILE, FOLDER, Replay, load_replays, save_replays
-from longthink.analyze.whatif import Outcome, _nothing
 from longthink.config import Budget
 from longthink.errors import TraceError
+from longthink.lab.analyze import Rules, TraceStore, read_lives, what_if
+from longthink.lab.analyze.replays import FILE, FOLDER, Replay, load_replays, save_replays
+from longthink.lab.analyze.whatif import Outcome, _nothing
+from longthink.lab.report import build_attention
+from longthink.lab.report.attention import recall_figures
 from longthink.policies import make_policy
-from longthink.report import build_attention
-from longthink.report.attention import recall_figures
 from tests.analyze.making import written
 from tests.report.browser import BROWSER
 
@@ -227,8 +227,8 @@ def made_up_outcome(store, budget):
 @needs_browser
 @pytest.mark.slow
 def test_four_thousand_tokens_answer_within_100_ms(tmp_path, visit, monkeypatch):
-    monkeypatch.setattr("longthink.report.attention.save_figures", lambda *_: None)
-    monkeypatch.setattr("longthink.report.attention.save_attention_figures", lambda *_: None)
+    monkeypatch.setattr("longthink.lab.report.attention.save_figures", lambda *_: None)
+    monkeypatch.setattr("longthink.lab.report.attention.save_attention_figures", lambda *_: None)
     store = make_store(tmp_path / "t", steps=TOKENS - PROMPT, prompt=PROMPT, layers=1)
     save_replays(store, [made_up_outcome(store, budget) for budget in (512, 1024)], Rules())
     page = visit(build_attention(tmp_path / "t", tmp_path / "out"))

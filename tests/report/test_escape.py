@@ -10,8 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.cbook import is_math_text
 
-from longthink.report.escape import for_html, for_markdown, for_matplotlib, for_plotly, for_script, visible
-from longthink.report.tables import Table
+from longthink.lab.report.escape import (
+    for_html,
+    for_markdown,
+    for_matplotlib,
+    for_plotly,
+    for_script,
+    visible,
+)
+from longthink.lab.report.tables import Table
 
 characters = st.characters(exclude_categories=["Cs"])
 foreign = st.lists(

@@ -6,16 +6,16 @@ import io
 import pytest
 
 from longthink.errors import ResultStoreError
-from longthink.report import build
-from longthink.report.cells import incomplete, load_samples, make_cells, pooled_cells, series_labels
-from longthink.report.comparison import against_dense, compare_stores
-from longthink.report.figures import Look, budget_figures, sample_figures
-from longthink.report.measured import measurement_figures
-from longthink.report.plotly_figures import plotly_panel
-from longthink.report.style import make_styles
-from longthink.report.tables import accuracy_table, results_table
-from longthink.results.statistics import wilson
-from longthink.results.store import ResultStore
+from longthink.lab.report import build
+from longthink.lab.report.cells import incomplete, load_samples, make_cells, pooled_cells, series_labels
+from longthink.lab.report.comparison import against_dense, compare_stores
+from longthink.lab.report.figures import Look, budget_figures, sample_figures
+from longthink.lab.report.measured import measurement_figures
+from longthink.lab.report.plotly_figures import plotly_panel
+from longthink.lab.report.style import make_styles
+from longthink.lab.report.tables import accuracy_table, results_table
+from longthink.lab.results.statistics import wilson
+from longthink.lab.results.store import ResultStore
 from tests.report.stores import BUDGETS, DECODE_BUDGETS, answers, fill, measure
 from tests.results.making import make_measurement, make_sample
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from longthink.report import build
-from longthink.results.store import ResultStore
+from longthink.lab.report import build
+from longthink.lab.results.store import ResultStore
 from tests.report.browser import BROWSER
 from tests.report.stores import fill, measure
 from tests.results.making import make_measurement, make_sample
@@ -30,7 +30,7 @@ pytestmark = [
 def no_figure_files():
     """Figures as files take longest and are not what is looked at here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("longthink.report.builder.save_figures", lambda figures, folder: None)
+        patch.setattr("longthink.lab.report.builder.save_figures", lambda figures, folder: None)
         yield
 
 

@@ -4,7 +4,7 @@ import json
 from dataclasses import fields
 from typing import Any
 
-from longthink.results.records import Measurement, Sample, Setup
+from longthink.lab.results.records import Measurement, Sample, Setup
 
 SETUP: dict[str, Any] = dict(
     model="reasoner",

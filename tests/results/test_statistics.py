@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longthink.results.statistics import holm, mcnemar, paired_bootstrap, wilson
+from longthink.lab.results.statistics import holm, mcnemar, paired_bootstrap, wilson
 
 
 def test_wilson_interval_against_known_values():

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from longthink.errors import ResultStoreError
-from longthink.results.records import to_row
-from longthink.results.schema import arrow_schema
-from longthink.results.store import STALE_S, ResultStore
+from longthink.lab.results.records import to_row
+from longthink.lab.results.schema import arrow_schema
+from longthink.lab.results.store import STALE_S, ResultStore
 from tests.results.making import make_measurement, make_sample
 
 ROOT = Path(__file__).parents[2]
@@ -100,7 +100,7 @@ def test_parameters_in_turn_and_by_name(tmp_path):
 
 
 def test_compaction_merges_and_leaves_full_files_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr("longthink.results.store.FILE_ROWS", 10)
+    monkeypatch.setattr("longthink.lab.results.store.FILE_ROWS", 10)
     store = ResultStore(tmp_path)
     store.add(*(make_sample(problem=f"big{i}", text="first") for i in range(10)))
     (big,) = (tmp_path / "samples").iterdir()
@@ -138,7 +138,7 @@ def test_what_follows_a_compaction_comes_later(tmp_path):
 
 ADDING = """
 import sys
-from longthink.results.store import ResultStore
+from longthink.lab.results.store import ResultStore
 from tests.results.making import make_sample
 store, name, count, every = ResultStore(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 for i in range(count):
@@ -188,7 +188,7 @@ def test_kill_among_adds_loses_nothing_added(tmp_path, every):
 COMPACTING = """
 import os, signal, sys
 from pathlib import Path
-from longthink.results.store import ResultStore
+from longthink.lab.results.store import ResultStore
 
 calls = 0
 

@@ -9,27 +9,46 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
-from longthink.cli.advise import advise
-from longthink.cli.bench import bench_app, wait_passively
-from longthink.cli.bench_peers import peers
-from longthink.cli.bench_vllm import vllm
-from longthink.cli.demo import demo
 from longthink.cli.doctor import doctor
 from longthink.cli.errors import check_surroundings, guarded
-from longthink.cli.eval import evaluate
 from longthink.cli.generate import generate
-from longthink.cli.harness import lm_eval
 from longthink.cli.options import Switch
 from longthink.cli.policies import policies
 from longthink.cli.reasoner import reasoner_app
-from longthink.cli.report import report
-from longthink.cli.trace import trace
 from longthink.cli.vllm_args import vllm_args
-from longthink.cli.whatif import what_if
+
+LABORATORY = {
+    "demo": "demo:demo",
+    "eval": "eval:evaluate",
+    "bench": "bench:bench_app",
+    "trace": "trace:trace",
+    "what-if": "whatif:what_if",
+    "advise": "advise:advise",
+    "report": "report:report",
+    "lm-eval": "harness:lm_eval",
+}
+"""Commands of the laboratory and their places in `longthink.lab.cli`, imported when used: the core depends on none."""
+
+PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+"""Threads that wait must sleep: spinning counts as CPU time, and takes it from others."""
+
+
+def wait_passively(words: list[str]) -> None:
+    """Start the process again with `PASSIVE` set, if ``words`` call for a benchmark and it is not.
+
+    OpenMP reads these variables when torch is loaded, so they cannot be set later. Where programs cannot be
+    replaced by another (Windows), or torch is there already, nothing happens; the output says how it ran.
+    """
+    command = next((word for word in words if not word.startswith("-")), None)
+    if command != "bench" or os.name != "posix" or "torch" in sys.modules:
+        return
+    if any(os.environ.get(name) != value for name, value in PASSIVE.items()):
+        sys.stdout.flush()
+        os.execve(sys.executable, sys.orig_argv, os.environ | PASSIVE)
 
 
 def _version() -> str:
@@ -45,17 +64,14 @@ app = App(
     help_format="markdown",
     suppress_keyboard_interrupt=False,
 )
-for _command in (generate, demo, policies, doctor, report, trace, advise):
+for _command in (generate, policies, doctor):
     app.command(_command)
-app.command(what_if, name="what-if")
 app.command(vllm_args, name="vllm-args")
-app.command(evaluate, name="eval")
 app.command(reasoner_app)
-bench_app.command(peers)
-bench_app.command(vllm)
-app.command(bench_app)
-# Its --help is the harness's own.
-app.command(lm_eval, name="lm-eval", help_flags=[], version_flags=[])
+for _name, _place in LABORATORY.items():
+    # The help of lm-eval is the harness's own.
+    _own_help: dict[str, Any] = {"help_flags": [], "version_flags": []} if _name == "lm-eval" else {}
+    app.command(f"longthink.lab.cli.{_place}", name=_name, **_own_help)
 app.meta.group_parameters = "Global options"
 app.meta.suppress_keyboard_interrupt = False
 # What stands behind "--" is for the command, so the delimiter must reach it.
@@ -103,6 +119,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def action() -> int:
         check_surroundings(words)
+        if not words or words[0].startswith("-"):
+            for name in LABORATORY:
+                app[name]  # import it: the list of commands shows the first line of each
         result = app.meta(words, exit_on_error=False, print_error=False, result_action="return_value")
         return result if isinstance(result, int) else 0
 

@@ -22,8 +22,8 @@ from longthink.cli.progress import progress
 from longthink.cli.prompts import check_words, encode_prompt, read_prompt
 from longthink.cli.terminal import note, shares_place, size_text, write_json, write_text
 from longthink.config import DEFAULT_POLICY, check_int
+from longthink.environment import versions
 from longthink.models import REASONER
-from longthink.results.environment import versions
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -18,12 +18,12 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
+from longthink.lab.results.statistics import wilson
 from longthink.reasoner.card import write_card
 from longthink.reasoner.pretrained import load_folder
 from longthink.reasoner.profiles import PROFILES
 from longthink.reasoner.task import SIZES, Problem, grade, make_problems
 from longthink.reasoner.vocabulary import EOS
-from longthink.results.statistics import wilson
 
 SEED = 1_000_000
 """First seed of the evaluation; training draws from the other split altogether."""

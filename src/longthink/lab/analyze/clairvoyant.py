@@ -1,0 +1,213 @@
+"""What could be kept by one who knows the future: Belady's rule, and the true optimum.
+
+Belady's rule (evict what is used again last) is optimal where a miss brings the page back. Here what is evicted is
+gone, so the rule may give up a page with many uses for one with a single early use. The optimum for that case is an
+assignment: every page that is born when all slots are full sends away one page that was born before it, no page goes
+twice, and sending page p away in step t costs all the attention that p would have got from t on. Any choice of
+distinct victims is a possible run of a cache, and every run is such a choice, so the cheapest assignment is the bound
+that no policy with pages of that size, one table per KV head and the same budget can beat.
+
+Shape suffixes: L layers, K KV heads, C budgets, B = C * L rows, N tokens, P page slots, Q prompt columns.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from typing_extensions import override
+
+from longthink.errors import needs_extra
+from longthink.lab.analyze.store import Step, Trace
+from longthink.policies import PAGE_SIZES, PageTable, Policy, TrimsPrompt
+
+MAX_PAGES = 2048
+MAX_CELLS = 1 << 28
+"""An optimum over more pages, or more cells of memory, is taken over larger pages: its time grows with their cube."""
+NEVER = torch.iinfo(torch.int32).max
+
+
+class Future:
+    """When each page is used next, kept up to date while a trace is replayed.
+
+    Parameters
+    ----------
+    page_size
+        Tokens in a page, a multiple of the trace's.
+    use
+        Share of a query head's attention above which it uses a page.
+    """
+
+    def __init__(self, trace: Trace, page_size: int, use: float) -> None:
+        header = trace.header
+        self.page_size = page_size
+        pages = -(-header.steps.stop // page_size)
+        self.shape = (header.layers, header.kv_heads, pages)
+        cells, times = [], []
+        for step in trace.steps():
+            found = used_pages(trace, step, page_size, use)
+            cells.append(found)
+            times.append(np.full(len(found), step.now))
+        cell, time = (np.concatenate([np.zeros(0, np.int64), *parts]) for parts in (cells, times))
+        order = np.lexsort((time, cell))
+        cell, time = cell[order], time[order]
+        same = np.zeros(len(cell), dtype=bool)
+        same[:-1] = cell[1:] == cell[:-1]
+        following = np.full(len(cell), NEVER)
+        following[:-1][same[:-1]] = time[1:][same[:-1]]
+        by_time = np.argsort(time, kind="stable")
+        self._cell, self._following = torch.from_numpy(cell[by_time]), torch.from_numpy(following[by_time])
+        self._bounds = np.searchsorted(time[by_time], np.arange(header.steps.stop + 1))
+        self.next_LKP = torch.full(self.shape, NEVER, dtype=torch.int64)
+        first = np.ones(len(cell), dtype=bool)
+        first[1:] = cell[1:] != cell[:-1]
+        self.next_LKP.view(-1)[torch.from_numpy(cell[first])] = torch.from_numpy(time[first])
+        self.last_LKP = torch.full(self.shape, -1, dtype=torch.int64)
+        self.last_LKP.view(-1)[torch.from_numpy(cell)] = torch.from_numpy(time)
+
+    def pass_by(self, now: int) -> None:
+        """Let the uses of a step be past."""
+        part = slice(self._bounds[now], self._bounds[now + 1])
+        self.next_LKP.view(-1)[self._cell[part]] = self._following[part]
+
+
+def used_pages(trace: Trace, step: Step, page_size: int, use: float) -> NDArray[np.int64]:
+    """Pages that a query head uses in a step, as ``(layer * kv_heads + kv_head) * pages + page``, each once."""
+    header = trace.header
+    pages, merge = -(-header.steps.stop // page_size), page_size // header.page_size
+    cell = step.head * pages + step.page // merge
+    mass = np.bincount(cell, step.mass, minlength=0) if merge > 1 else None
+    if mass is not None:
+        used = np.nonzero(mass > use)[0]
+    else:
+        used = cell[step.mass > use]
+    return np.unique(used // pages // (header.heads // header.kv_heads) * pages + used % pages)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Belady(Policy, TrimsPrompt):
+    """Evict the page whose next use is farthest, prompt included; ties go to the lowest page. Only for replay."""
+
+    name: ClassVar[str] = "belady"
+
+    future: Future = field(compare=False, repr=False)
+
+    @override
+    def pins_prompt(self) -> bool:
+        return False
+
+    @override
+    def trim(
+        self, position_BQ: Tensor, length_B: Tensor, cap_B: Tensor, mass_BKQ: Tensor | None
+    ) -> Tensor | None:
+        page_BQ = position_BQ.div(self.page_size, rounding_mode="floor")
+        next_BKQ = self._next(page_BQ[:, None].expand(-1, self.future.shape[1], -1))
+        # Pages as a whole: all tokens of a page have the same next use, and the page number breaks ties.
+        worth = -next_BKQ * self.future.shape[2] + page_BQ[:, None]
+        pages = worth[..., :: self.page_size]
+        rank = pages.argsort(-1, descending=True).argsort(-1)
+        return (rank < cap_B[:, None, None]).repeat_interleave(self.page_size, -1)[
+            ..., : position_BQ.shape[1]
+        ]
+
+    @override
+    def worth(self, table: PageTable) -> Tensor:
+        return -self._next(table.page_BKP)
+
+    def _next(self, page_BKP: Tensor) -> Tensor:
+        next_LKP = self.future.next_LKP
+        layers = len(next_LKP)
+        next_BKP = next_LKP.expand(len(page_BKP) // layers, *next_LKP.shape).flatten(0, 1)
+        return next_BKP.gather(2, page_BKP.clamp(min=0).long())
+
+
+def optimal_recall(lost_NN: NDArray[np.float64], prompt: int, slots: int) -> tuple[float, NDArray[np.int64]]:
+    """Cheapest evictions of one page table.
+
+    Parameters
+    ----------
+    lost_NN
+        Attention that page p (column) gets from the birth of page n (row) on.
+    prompt
+        Pages that are there at the beginning; they are born before the first step, and so may go in any order.
+    slots
+        Pages that may be held.
+
+    Returns
+    -------
+    tuple
+        What is lost, and the page that gives way at each birth (-1 while there is room).
+    """
+    with needs_extra("analyze"):
+        from scipy.optimize import linear_sum_assignment
+    pages = len(lost_NN)
+    victims = np.full(pages, -1, dtype=np.int64)
+    if pages <= slots:
+        return 0.0, victims
+    born, earlier = np.arange(slots, pages)[:, None], np.arange(pages)[None, :]
+    allowed = (earlier < born) | ((earlier < prompt) & (born < prompt))
+    cost = np.where(allowed, lost_NN[slots:], np.inf)
+    rows, columns = linear_sum_assignment(cost)
+    victims[slots:] = columns
+    return float(cost[rows, columns].sum()), victims
+
+
+class OptimalRun:
+    """Gathers a trace's attention, page by page, and finds the optimum for any number of slots.
+
+    Parameters
+    ----------
+    page_size
+        Tokens in a page; a larger size is taken where there are too many pages (see `page_size` afterwards).
+    """
+
+    def __init__(self, trace: Trace, page_size: int) -> None:
+        header = self.header = trace.header
+        tables, tokens = header.layers * header.kv_heads, header.steps.stop
+        for self.page_size in [page_size, *(size for size in PAGE_SIZES if size > page_size)]:
+            pages = -(-tokens // self.page_size)
+            if pages <= MAX_PAGES and tables * pages**2 <= MAX_CELLS:
+                break
+        # Row n: what each page gets while page n is written.
+        self._mass = np.zeros((tables, pages, pages), dtype=np.float32)
+
+    def add(self, step: Step, scale_M: NDArray[np.float32]) -> None:
+        """Take in a step; `scale_M` makes each map's recorded attention one."""
+        group = self.header.heads // self.header.kv_heads
+        pages = self._mass.shape[-1]
+        page = step.page * self.header.page_size // self.page_size
+        cell = step.head // group * pages + page
+        found = np.bincount(
+            cell, step.mass * scale_M[step.head] / group, minlength=self._mass.shape[0] * pages
+        )
+        self._mass[:, step.now // self.page_size] += found.reshape(-1, pages).astype(np.float32)
+
+    def solve(self, slots: int) -> tuple[float, NDArray[np.float32], NDArray[np.int32]]:
+        """Return mean recall, recall of each step (the mean of its page), and when each page of the trace goes."""
+        header, size = self.header, self.page_size
+        tables, pages = self._mass.shape[:2]
+        prompt = -(-header.prompt_tokens // size)
+        missed, gone = np.zeros(pages), np.full((tables, pages), -1, dtype=np.int32)
+
+        def victims_of(table: int) -> NDArray[np.int64]:
+            lost = self._mass[table, ::-1].cumsum(0)[::-1].astype(np.float64)
+            return optimal_recall(lost, prompt, slots)[1]
+
+        # The search lets other threads run, so all cores take part.
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            found = pool.map(victims_of, range(tables))
+        for table, victims in enumerate(found):
+            for born in np.nonzero(victims >= 0)[0].tolist():
+                gone[table, victims[born]] = max(born * size, header.steps.start)
+                missed[born:] += self._mass[table, born:, victims[born]]
+        steps = np.bincount(np.array(header.steps) // size, minlength=pages)
+        curve = 1 - missed / np.maximum(steps, 1) / tables
+        recall = 1 - float(missed.sum()) / max(1, len(header.steps)) / tables
+        gone_LKN = np.repeat(gone, size // header.page_size, 1)[:, : header.pages]
+        shape = (header.layers, header.kv_heads, -1)
+        return recall, curve[np.array(header.steps) // size].astype(np.float32), gone_LKN.reshape(shape)

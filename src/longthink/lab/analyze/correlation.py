@@ -1,0 +1,118 @@
+"""Does what a policy keeps say how often it is right? Replays against decoded answers to the same problems."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longthink.errors import TraceError, needs_extra
+from longthink.lab.analyze.replays import Replay
+from longthink.lab.analyze.whatif import OPTIMUM, Outcome
+
+Key = tuple[str, str, str, int | None, int | None]
+"""Task, problem, policy, budget, decode budget."""
+MEASURES = ("recall", "lookups", "regrets")
+_DRAWS = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Correlation:
+    """Spearman's rank correlation of a measure with the share of right answers, over policies at budgets.
+
+    Attributes
+    ----------
+    measure
+        ``recall``, ``lookups`` or ``regrets``.
+    rho, low, high
+        The correlation, and the ends of a 95 % bootstrap interval over problems: cells of one policy are no
+        independent draws, problems are. NaN where all cells are alike.
+    ahead
+        Share of pairs of a right and a wrong answer in which the right one has more of the measure, ties counting
+        half (area under the ROC curve); 0.5 says nothing, NaN where all are right or all wrong.
+    cells, problems
+        Policies at budgets, and problems that every one of them was replayed and decoded on.
+    """
+
+    measure: str
+    rho: float
+    low: float
+    high: float
+    ahead: float
+    cells: int
+    problems: int
+
+
+def correlate(
+    outcomes: Sequence[Outcome | Replay], correct: Mapping[Key, float], *, seed: int = 0
+) -> list[Correlation]:
+    """Return the correlation of each measure with right answers.
+
+    Parameters
+    ----------
+    outcomes
+        Replays, fresh or stored; those without an answer, and those that know the future, do not count.
+    correct
+        Share of right answers (0 or 1 with one sample) of each problem, policy and budget.
+
+    Raises
+    ------
+    TraceError
+        If fewer than three policies at budgets were both replayed and decoded on the same problems.
+    """
+    found = {
+        _key(one): one for one in outcomes if not one.note and one.policy != OPTIMUM and _key(one) in correct
+    }
+    cells = list(dict.fromkeys(key[2:] for key in found))
+    problems = [
+        problem
+        for problem in dict.fromkeys(key[:2] for key in found)
+        if all((*problem, *cell) in found for cell in cells)
+    ]
+    if len(cells) < 3 or not problems:
+        raise TraceError(
+            f"{len(cells)} policies at budgets were replayed and decoded on {len(problems)} problems: a correlation "
+            "needs at least 3 of the same problems' answers; give the policies, budgets and seeds of longthink eval"
+        )
+
+    def table(value: Mapping[Key, float]) -> NDArray[np.float64]:
+        return np.array([[value[*problem, *cell] for cell in cells] for problem in problems])
+
+    right = table(correct)
+    drawn = np.random.default_rng(seed).integers(0, len(problems), (_DRAWS, len(problems)))
+    correlations = []
+    for measure in MEASURES:
+        kept = table({key: float(getattr(one, measure)) for key, one in found.items()})
+        rho = _spearman(kept.mean(0), right.mean(0))
+        draws = [_spearman(kept[rows].mean(0), right[rows].mean(0)) for rows in drawn]
+        low, high = np.nanquantile(draws, [0.025, 0.975]) if np.isfinite(draws).any() else (np.nan, np.nan)
+        correlations.append(
+            Correlation(measure=measure, rho=rho, low=float(low), high=float(high),
+                        ahead=_ahead(kept[right >= 0.5], kept[right < 0.5]), cells=len(cells),
+                        problems=len(problems))
+        )  # fmt: skip
+    return correlations
+
+
+def _key(one: Outcome | Replay) -> Key:
+    return (one.task, one.problem, one.policy, one.budget, one.decode_budget)
+
+
+def _ahead(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
+    """Share of pairs in which the first value is larger, ties counting half."""
+    if not first.size or not second.size:
+        return float("nan")
+    more, same = first[:, None] > second, first[:, None] == second
+    return float(more.mean() + 0.5 * same.mean())
+
+
+def _spearman(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
+    """Correlation of ranks, ties sharing theirs; NaN where one of the two is constant."""
+    with needs_extra("analyze"):
+        from scipy.stats import rankdata
+    ranks = np.stack([rankdata(first), rankdata(second)])
+    ranks -= ranks.mean(1, keepdims=True)
+    size = np.sqrt((ranks**2).sum(1).prod())
+    return float(ranks[0] @ ranks[1] / size) if size else float("nan")

@@ -1,0 +1,177 @@
+"""Life stories of pages and the classes that follow from them.
+
+Shape suffixes: M maps (``layer * heads + head``), P pages. A map is what one query head of one layer reads: steps
+downwards, pages to the right.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longthink.lab.analyze.rules import Rules
+from longthink.lab.analyze.store import Header, Trace
+
+NEVER = -1
+
+
+class PageClass(IntEnum):
+    """What became of a page; the first that fits counts. The words are defined in `Rules`."""
+
+    LAZY = 0
+    SINK = 1
+    LOCAL = 2
+    PHOENIX = 3
+    MILESTONE = 4
+
+
+class MapClass(IntEnum):
+    """What a head does, by where most of its attention goes; see `map_classes`."""
+
+    SINK_LIKE = 0
+    MILESTONE = 1
+    PHOENIX = 2
+    MIXED = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lives:
+    """The life of every page in every map. Steps are positions of the reading token; -1 stands for never.
+
+    Attributes
+    ----------
+    birth_P
+        First step in which the page could be used: the first of all for prompt pages.
+    uses_MP, first_MP, last_MP
+        How often it was used, and when first and last.
+    far_last_MP
+        When it was last used while it was not near.
+    gap_MP
+        Most steps between two uses, or between birth and first use.
+    mass_MP
+        Attention it got.
+    read_MP, near_MP
+        Attention it got in the steps that used it, and the part of it while it was near.
+    half_MP
+        Steps from birth until it had got half of its attention (the half-life).
+    end
+        Last step of the trace.
+    """
+
+    header: Header
+    rules: Rules
+    birth_P: NDArray[np.int64]
+    uses_MP: NDArray[np.int64]
+    first_MP: NDArray[np.int64]
+    last_MP: NDArray[np.int64]
+    far_last_MP: NDArray[np.int64]
+    gap_MP: NDArray[np.int64]
+    mass_MP: NDArray[np.float64]
+    read_MP: NDArray[np.float64]
+    near_MP: NDArray[np.float64]
+    half_MP: NDArray[np.int64]
+    end: int
+
+    @property
+    def classes_MP(self) -> NDArray[np.int64]:
+        """`PageClass` of each page in each map."""
+        rules = self.rules
+        age_P = self.end + 1 - self.birth_P
+        often = (self.uses_MP >= rules.sink * age_P) & (age_P > rules.gap)
+        conditions = [
+            self.uses_MP == 0,
+            often,
+            self.far_last_MP == NEVER,
+            self.gap_MP > rules.gap,
+        ]
+        order = [PageClass.LAZY, PageClass.SINK, PageClass.LOCAL, PageClass.PHOENIX]
+        return np.select(conditions, order, PageClass.MILESTONE)
+
+    @property
+    def is_prompt_P(self) -> NDArray[np.bool_]:
+        """Pages that hold a token of the prompt."""
+        return np.arange(len(self.birth_P)) * self.header.page_size < self.header.prompt_tokens
+
+    @property
+    def is_image_P(self) -> NDArray[np.bool_]:
+        """Pages that hold an image token."""
+        found = np.zeros(len(self.birth_P), dtype=bool)
+        found[np.array(self.header.image, dtype=int) // self.header.page_size] = True
+        return found
+
+
+def read_lives(trace: Trace, rules: Rules | None = None) -> Lives:
+    """Read a trace twice, step by step, and return the life of every page; memory holds pages, not steps."""
+    rules = rules or Rules()
+    header = trace.header
+    size, maps = header.page_size, header.layers * header.heads
+    pages = header.pages
+    birth_P = np.maximum(np.arange(pages) * size, header.prompt_tokens)
+    shape = (maps, pages)
+    uses, gap, half = (np.zeros(shape, dtype=np.int64) for _ in range(3))
+    first, last, far_last = (np.full(shape, NEVER) for _ in range(3))
+    mass, read, near, so_far = (np.zeros(shape) for _ in range(4))
+    for step in trace.steps():
+        mass[step.head, step.page] += step.mass
+        used = step.mass > rules.use
+        cells = (step.head[used], step.page[used])
+        is_near = step.now - ((cells[1] + 1) * size - 1) <= rules.local
+        read[cells] += step.mass[used]
+        near[cells] += step.mass[used] * is_near
+        # A page that was never used rests since the step before it could be.
+        before = np.where(last[cells] == NEVER, birth_P[cells[1]] - 1, last[cells])
+        gap[cells] = np.maximum(gap[cells], step.now - before - 1)
+        first[cells] = np.where(first[cells] == NEVER, step.now, first[cells])
+        last[cells] = step.now
+        uses[cells] += 1
+        far_last[cells] = np.where(is_near, far_last[cells], step.now)
+    open_MP = np.ones(shape, dtype=bool)
+    for step in trace.steps():
+        so_far[step.head, step.page] += step.mass
+        done = open_MP[step.head, step.page] & (
+            so_far[step.head, step.page] >= 0.5 * mass[step.head, step.page]
+        )
+        cells = (step.head[done], step.page[done])
+        half[cells] = step.now - birth_P[cells[1]]
+        open_MP[cells] = False
+    return Lives(
+        header=header, rules=rules, birth_P=birth_P, uses_MP=uses, first_MP=first, last_MP=last,
+        far_last_MP=far_last, gap_MP=gap, mass_MP=mass, read_MP=read, near_MP=near, half_MP=half,
+        end=header.steps.stop - 1,
+    )  # fmt: skip
+
+
+def map_classes(lives: Lives) -> NDArray[np.int64]:
+    """`MapClass` of each map, M, from `read_shares`.
+
+    Sink-like: at most `Rules.far` of what it reads is milestones and phoenixes. Else milestone or phoenix, where one
+    of them has more than `Rules.majority` of the two together. Mixed: both, or a map in which nothing is ever used.
+    """
+    near, milestones, phoenixes = read_shares(lives).T
+    far = milestones + phoenixes
+    conditions = [
+        near + far == 0,
+        far <= lives.rules.far,
+        milestones > lives.rules.majority * far,
+        phoenixes > lives.rules.majority * far,
+    ]
+    order = [MapClass.MIXED, MapClass.SINK_LIKE, MapClass.MILESTONE, MapClass.PHOENIX]
+    return np.select(conditions, order, MapClass.MIXED)
+
+
+def read_shares(lives: Lives) -> NDArray[np.float64]:
+    """What a map's uses go to, as shares of their attention: sink-like, milestones, phoenixes. M x 3.
+
+    These are the bright cells of the map, what an eye sees in it. Reads of near pages and of sinks are sink-like, the
+    others count for the class of their page. A map without any use, whose attention is spread thinly, has zeros.
+    """
+    classes, far = lives.classes_MP, lives.read_MP - lives.near_MP
+    total = np.maximum(lives.read_MP.sum(1), 1e-30)
+    sinks, milestones, phoenixes = (
+        (far * (classes == which)).sum(1)
+        for which in (PageClass.SINK, PageClass.MILESTONE, PageClass.PHOENIX)
+    )
+    return np.stack([lives.near_MP.sum(1) + sinks, milestones, phoenixes], 1) / total[:, None]

@@ -1,0 +1,145 @@
+"""Shares of classes over problems, with intervals, and the texts of the pages that are read again."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from longthink.lab.analyze.lives import Lives, MapClass, PageClass, map_classes
+from longthink.lab.results.statistics import paired_bootstrap
+
+_DRAWS = 1000
+"""Resamples of an interval: there are many intervals."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """A share and its 95 % interval over problems.
+
+    Attributes
+    ----------
+    scope
+        What it is a share of: ``model``, a task, ``layer 0``, ``layer 0 head 1``.
+    part
+        ``all``, ``prompt`` or ``decode`` pages, ``image`` or ``text`` pages of the prompt, or ``maps``.
+    name
+        The class, in small letters.
+    share, low, high
+        Mean over problems, and the ends of a bootstrap interval over them; None with a single problem.
+    problems
+        How many.
+    """
+
+    scope: str
+    part: str
+    name: str
+    share: float
+    low: float | None
+    high: float | None
+    problems: int
+
+
+def share_table(all_lives: Iterable[Lives]) -> list[Share]:
+    """Return the shares of page classes and map classes: of the model, each task, each layer and each head."""
+    found: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    for lives in all_lives:
+        for key, share in _of_problem(lives).items():
+            found[key].append(share)
+    return [_share(*key, shares) for key, shares in found.items()]
+
+
+def _share(scope: str, part: str, name: str, shares: list[float]) -> Share:
+    mean, low, high = mean_with_interval(shares)
+    return Share(scope=scope, part=part, name=name, share=mean, low=low, high=high, problems=len(shares))
+
+
+def mean_with_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
+    """Mean over problems, and the ends of its 95 % bootstrap interval; None with a single problem."""
+    spread = paired_bootstrap([0.0] * len(values), values, draws=_DRAWS)
+    return (spread.mean, spread.low, spread.high) if len(values) > 1 else (spread.mean, None, None)
+
+
+def _of_problem(lives: Lives) -> dict[tuple[str, str, str], float]:
+    header, classes_MP = lives.header, lives.classes_MP
+    maps_M = map_classes(lives)
+    layer_M, head_M = np.divmod(np.arange(len(maps_M)), header.heads)
+    scopes = {"model": layer_M >= 0, header.task: layer_M >= 0}
+    scopes |= {f"layer {i}": layer_M == i for i in range(header.layers)}
+    scopes |= {
+        f"layer {i} head {j}": (layer_M == i) & (head_M == j)
+        for i in range(header.layers)
+        for j in range(header.heads)
+    }
+    prompt_P, image_P = lives.is_prompt_P, lives.is_image_P
+    parts = {"all": prompt_P | True, "prompt": prompt_P, "decode": ~prompt_P}
+    if image_P.any():
+        parts |= {"image": image_P, "text": prompt_P & ~image_P}
+    found = {}
+    for scope, mine_M in scopes.items():
+        for part, pages_P in parts.items():
+            if pages_P.any():
+                counts = np.bincount(classes_MP[mine_M][:, pages_P].ravel(), minlength=len(PageClass))
+                for one in PageClass:
+                    found[scope, part, one.name.lower()] = counts[one] / counts.sum()
+        counts = np.bincount(maps_M[mine_M], minlength=len(MapClass))
+        for which in MapClass:
+            found[scope, "maps", which.name.lower().replace("_", "-")] = counts[which] / counts.sum()
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Telling:
+    """A text that pages of a class have.
+
+    Attributes
+    ----------
+    count
+        Pages of that class with this text, each counted once, however many maps say so.
+    lift
+        How much more frequent it is among them than among all pages of the same part.
+    """
+
+    text: str
+    count: int
+    lift: float
+
+
+def telling_texts(
+    all_lives: Sequence[Lives],
+    which: PageClass = PageClass.MILESTONE,
+    *,
+    part: str = "decode",
+    count: int = 12,
+) -> list[Telling]:
+    """Return the most frequent texts of pages that are of a class in at least one map.
+
+    Parameters
+    ----------
+    part
+        ``decode`` or ``prompt``.
+    """
+    mine: Counter[str] = Counter()
+    everything: Counter[str] = Counter()
+    for lives in all_lives:
+        texts = page_texts(lives)
+        of_class_P = (lives.classes_MP == which).any(0)
+        for page in np.nonzero(lives.is_prompt_P == (part == "prompt"))[0]:
+            everything[texts[page]] += 1
+            mine[texts[page]] += bool(of_class_P[page])
+    total, base = max(1, mine.total()), max(1, everything.total())
+    return [
+        Telling(text=text, count=number, lift=number / total / (everything[text] / base))
+        for text, number in mine.most_common(count)
+        if number
+    ]
+
+
+def page_texts(lives: Lives) -> list[str]:
+    """Text of each page, its tokens' texts side by side."""
+    header = lives.header
+    size, texts = header.page_size, header.texts
+    glue = "" if any(text[:1].isspace() for text in texts) or size == 1 else " "
+    return [glue.join(texts[page * size : (page + 1) * size]) for page in range(len(lives.birth_P))]

@@ -1,0 +1,104 @@
+"""How well life stories agree with the built-in task, which knows which tokens are needed and until when."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from longthink.lab.analyze.lives import NEVER, Lives, PageClass
+from longthink.reasoner import make_problem
+from longthink.reasoner.reads import NeededToken, needed_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """Tokens that the analysis finds, against those that the worked solution needs.
+
+    Attributes
+    ----------
+    part
+        ``prompt`` (facts and rules) or ``decode`` (results).
+    found, needed, both
+        Tokens that some map uses beyond their neighbourhood; tokens that the solution reads beyond theirs; tokens
+        that are in both.
+    ends
+        Of those in both, how many are used for the last time in exactly the step that needs them last.
+    kinds
+        Of the tokens found, how many are milestones, and how many phoenixes, in the map that used them last.
+    """
+
+    part: str
+    found: int
+    needed: int
+    both: int
+    ends: int
+    kinds: dict[str, int]
+
+    @property
+    def precision(self) -> float:
+        """Share of the found tokens that are needed."""
+        return self.both / self.found if self.found else 1.0
+
+    @property
+    def recall(self) -> float:
+        """Share of the needed tokens that are found."""
+        return self.both / self.needed if self.needed else 1.0
+
+
+def total(parts: Sequence[Agreement]) -> Agreement:
+    """The counts of several problems together."""
+    first, *_ = parts
+    counts = {name: sum(getattr(one, name) for one in parts) for name in ("found", "needed", "both", "ends")}
+    kinds = {name: sum(one.kinds[name] for one in parts) for name in first.kinds}
+    return Agreement(part=first.part, kinds=kinds, **counts)
+
+
+def agreement(lives: Lives, map_index: int | None = None) -> list[Agreement] | None:
+    """Compare a trace of a built-in problem with its worked solution.
+
+    None where it is no such problem, the pages are no single tokens, or the model wrote something else.
+
+    Parameters
+    ----------
+    lives
+        Of a trace of a task ``reasoner/SIZE/PROFILE``.
+    map_index
+        Only what one map uses; None counts all.
+    """
+    header = lives.header
+    if not header.task.startswith("reasoner/") or header.page_size != 1:
+        return None
+    _, size, profile = header.task.split("/")
+    problem = make_problem(profile=profile, size=size, seed=int(header.problem))
+    words = [*problem.prompt.split(), *problem.solution.split()]
+    if list(header.texts[1 : 1 + len(words)]) != words:
+        return None
+    needed = needed_tokens(problem)
+    return [_agreement(lives, part, needed, map_index) for part in ("prompt", "decode")]
+
+
+def _agreement(lives: Lives, part: str, needed: list[NeededToken], map_index: int | None) -> Agreement:
+    last_MP, classes_MP = lives.far_last_MP, lives.classes_MP
+    if map_index is not None:
+        last_MP, classes_MP = last_MP[map_index : map_index + 1], classes_MP[map_index : map_index + 1]
+    mine_P = lives.is_prompt_P == (part == "prompt")
+    last_P, kind_P = last_MP.max(0), classes_MP[last_MP.argmax(0), np.arange(last_MP.shape[1])]
+    found = set(np.nonzero(mine_P & (last_P != NEVER))[0].tolist())
+    ends = {
+        token.position: token.reads[-1]
+        for token in needed
+        if mine_P[token.position] and token.reads[-1] - token.position > lives.rules.local
+    }
+    return Agreement(
+        part=part,
+        found=len(found),
+        needed=len(ends),
+        both=len(found & ends.keys()),
+        ends=sum(int(last_P[position]) == ends[position] for position in found & ends.keys()),
+        kinds={
+            one.name.lower(): sum(int(kind_P[position] == one) for position in found)
+            for one in (PageClass.MILESTONE, PageClass.PHOENIX)
+        },
+    )

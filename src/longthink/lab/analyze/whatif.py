@@ -1,0 +1,339 @@
+"""What if: any policy at any budget on a recorded trace, without decoding again.
+
+The policy objects and the page tables are those of decoding (`longthink.cache.replay`); only the attention comes from
+the trace. It is the attention of the dense run: a policy that forgets something here still sees the queries of a
+model that has not forgotten (teacher forcing), so recall says what was lost, not how a text would have gone on.
+
+Shape suffixes: C budgets, L layers, K KV heads, G query heads per KV head, H query heads, M = L * H maps, N tokens,
+T decode steps, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from longthink.cache.replay import ReplayedLayers
+from longthink.config import Budget
+from longthink.errors import TraceError
+from longthink.lab.analyze.clairvoyant import Belady, Future, OptimalRun
+from longthink.lab.analyze.rules import Rules
+from longthink.lab.analyze.store import Step, Trace
+from longthink.policies import Policy, grows, needs_budget, policy_spec, reads_vectors
+
+BELADY, OPTIMUM = "belady", "optimum"
+"""Names of the two that know the future; see `longthink.lab.analyze.clairvoyant`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What one policy at one budget would have kept of one trace.
+
+    Attributes
+    ----------
+    policy, budget, decode_budget
+        What was replayed; `budget` and `decode_budget` as they were given.
+    recall
+        Share of the recorded dense attention that falls on what is read: mean over steps, layers and query heads.
+    worst
+        The same of the map that keeps least.
+    lookups
+        The same over look-ups only: steps in which a map uses a page that is not near (1 if there is none).
+    curve_T
+        Recall in each step, mean over maps.
+    maps_M
+        Recall of each map, mean over steps.
+    evictions, regrets
+        Pages of the trace that were evicted, summed over layers and KV heads; and those of them used afterwards.
+    gone_LKN
+        Step in which each page of the trace was evicted, -1 for never; K is 1 where one table serves a layer.
+    page_size
+        Tokens in a page of the policy.
+    note
+        Why there is no result, such as a prompt that does not fit; then the numbers are NaN or 0.
+    """
+
+    task: str
+    problem: str
+    policy: str
+    budget: int | None
+    decode_budget: int | None
+    recall: float = float("nan")
+    worst: float = float("nan")
+    lookups: float = float("nan")
+    curve_T: NDArray[np.float32]
+    maps_M: NDArray[np.float32]
+    evictions: int = 0
+    regrets: int = 0
+    gone_LKN: NDArray[np.int32]
+    page_size: int = 1
+    note: str = ""
+
+
+def check_replayable(policy: Policy, trace: Trace) -> None:
+    """Refuse a policy for which the trace does not hold enough.
+
+    Raises
+    ------
+    TraceError
+        Naming the option of ``longthink trace`` that records what is missing.
+    """
+    if reads_vectors(policy.needs) and not trace.header.vectors:
+        raise TraceError(
+            f"policy {policy_spec(policy)!r} looks at queries, keys or values, and the trace of {trace.header.task} "
+            f"{trace.header.problem} holds none: record with --with-vectors"
+        )
+    if policy.page_size % trace.header.page_size:
+        raise TraceError(
+            f"policy {policy_spec(policy)!r} has pages of {policy.page_size} tokens, and the trace pages of "
+            f"{trace.header.page_size}: record with --page-size 1, or a divisor of the policy's"
+        )
+
+
+def what_if(
+    trace: Trace,
+    policies: Sequence[Policy],
+    budgets: Sequence[Budget],
+    *,
+    rules: Rules | None = None,
+    clairvoyant: bool = True,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> list[Outcome]:
+    """Replay policies at budgets over one trace, all of them side by side in one pass.
+
+    Parameters
+    ----------
+    budgets
+        Every policy that needs one is replayed at each; the others once.
+    rules
+        What counts as a use and as near.
+    clairvoyant
+        Also replay Belady's rule and the optimum, at each budget, at the finest page size of the policies.
+    on_step
+        Called with the number of steps replayed so far.
+
+    Raises
+    ------
+    TraceError
+        If the trace does not hold what a policy looks at, or is damaged.
+    """
+    rules = rules or Rules()
+    for policy in policies:
+        check_replayable(policy, trace)
+    header = trace.header
+    future = Future(trace, header.page_size, rules.use)
+    lanes = [_Lane(trace, policy, budgets, future) for policy in policies]
+    sizes = [policy.page_size for policy in policies if needs_budget(policy)] or [header.page_size]
+    beladies = []
+    if clairvoyant:
+        own = future if min(sizes) == header.page_size else Future(trace, min(sizes), rules.use)
+        beladies.append(own)
+        lanes.append(_Lane(trace, Belady(future=own, page_size=min(sizes)), budgets, future))
+    optima = OptimalRun(trace, min(sizes)) if clairvoyant else None
+    prompt = trace.prompt()
+    for lane in lanes:
+        lane.begin(prompt)
+    grid = torch.zeros(header.layers * header.heads, header.steps.stop)
+    for count, step in enumerate(trace.steps(), start=1):
+        vectors, scale_M = _vectors(trace, step, grid)
+        lookups_M = _lookups(step, header.page_size, rules)
+        if optima is not None:
+            optima.add(step, scale_M)
+        for lane in lanes:
+            lane.step(step, vectors, lookups_M)
+        for own in {id(one): one for one in (future, *beladies)}.values():
+            own.pass_by(step.now)
+        on_step(count)
+    found = [outcome for lane in lanes for outcome in lane.outcomes()]
+    if optima is not None:
+        found += [_optimal(trace, optima, budget) for budget in budgets]
+    return found
+
+
+class _Vectors(NamedTuple):
+    """What the layers are given in a step. Queries, keys and values are empty where the trace holds none."""
+
+    attention_LKGN: Tensor
+    query_LHD: Tensor
+    key_LKD: Tensor
+    value_LKD: Tensor
+
+    def without(self) -> _Vectors:
+        """The attention alone."""
+        return _Vectors(self.attention_LKGN, *(one[..., :0] for one in self[1:]))
+
+
+def _vectors(trace: Trace, step: Step, grid: Tensor) -> tuple[_Vectors, NDArray[np.float32]]:
+    """Recorded attention over tokens, scaled to one in each map, a page's on its first token; and the scales."""
+    header = trace.header
+    scale_M = (1 / np.maximum(1 - step.rest, 1e-3)).astype(np.float32)
+    head, token = torch.from_numpy(step.head), torch.from_numpy(step.page.astype(np.int64) * header.page_size)
+    grid[:, : step.now + 1] = 0
+    grid[head, token] = torch.from_numpy(step.mass * scale_M[step.head])
+    shape = (header.layers, header.kv_heads, -1, step.now + 1)
+    query, key, value = (
+        torch.zeros(header.layers, heads, 0) if made is None else torch.from_numpy(made)
+        for heads, made in (
+            (header.heads, step.query),
+            (header.kv_heads, step.key),
+            (header.kv_heads, step.value),
+        )
+    )
+    return _Vectors(grid[:, : step.now + 1].reshape(shape), query, key, value), scale_M
+
+
+def _lookups(step: Step, page_size: int, rules: Rules) -> NDArray[np.bool_]:
+    """Maps that use a page which is not near."""
+    far = (step.mass > rules.use) & (step.now - ((step.page + 1) * page_size - 1) > rules.local)
+    found = np.zeros(len(step.rest), dtype=bool)
+    found[step.head[far]] = True
+    return found
+
+
+class _Lane:
+    """One policy at several budgets, and what is counted of it."""
+
+    def __init__(self, trace: Trace, policy: Policy, budgets: Sequence[Budget], future: Future) -> None:
+        header = trace.header
+        self.trace, self.policy, self.future = trace, policy, future
+        self.name = BELADY if isinstance(policy, Belady) else policy_spec(policy)
+        self.budgets: list[Budget | None] = list(budgets) if needs_budget(policy) else [None]
+        self.fits = [budget for budget in self.budgets if self._has_room(budget)]
+        groups: dict[Policy, list[int]] = {}
+        for layer in range(header.layers):
+            groups.setdefault(policy.for_layer(layer), []).append(layer)
+        self.parts = [
+            (layers, ReplayedLayers(mine, self.fits, len(layers)))
+            for mine, layers in groups.items()
+            if self.fits
+        ]
+        budgets_left, maps = len(self.fits), header.layers * header.heads
+        self.curve_CT = np.zeros((budgets_left, len(header.steps)), dtype=np.float32)
+        self.sum_CM, self.looked_C = np.zeros((budgets_left, maps)), np.zeros(budgets_left)
+        self.lookups = 0
+        shape = (budgets_left, header.layers, header.kv_heads, header.pages)
+        self.gone_CLKP = torch.full(shape, -1, dtype=torch.int32)
+        self.before: list[Tensor | None] = [None] * len(self.parts)
+
+    def _has_room(self, budget: Budget | None) -> bool:
+        prompt = self.trace.header.prompt_tokens
+        if budget is None or grows(self.policy):
+            return True
+        return budget.pages(prompt, self.policy.page_size) >= self.policy.required_pages(prompt)
+
+    def begin(self, prompt: Step) -> None:
+        header = self.trace.header
+        mass = torch.zeros(header.layers * header.kv_heads, header.prompt_tokens)
+        token = prompt.page.astype(np.int64) * header.page_size
+        mass[torch.from_numpy(prompt.head), torch.from_numpy(token)] = torch.from_numpy(prompt.mass)
+        mass_LKN = mass.unflatten(0, (header.layers, header.kv_heads))
+        keys, values = (
+            torch.zeros(*mass_LKN.shape, 0)
+            if made is None or not reads_vectors(self.policy.needs)
+            else torch.from_numpy(made).view(*mass_LKN.shape, -1)
+            for made in (prompt.key, prompt.value)
+        )
+        for layers, replayed in self.parts:
+            replayed.begin(keys[layers], values[layers], mass_LKN[layers])
+
+    def step(self, step: Step, vectors: _Vectors, lookups_M: NDArray[np.bool_]) -> None:
+        header = self.trace.header
+        kept_CLH = np.empty((len(self.fits), header.layers, header.heads), dtype=np.float32)
+        if not reads_vectors(self.policy.needs):
+            vectors = vectors.without()
+        for part, (layers, replayed) in enumerate(self.parts):
+            given = vectors if len(layers) == header.layers else _Vectors(*(one[layers] for one in vectors))
+            kept_CLKG = replayed.replay(*given, header.scaling)
+            kept_CLH[:, layers] = kept_CLKG.flatten(2).numpy()
+            self._note_evictions(step.now, part)
+        kept_CM = kept_CLH.reshape(len(self.fits), header.layers * header.heads)
+        self.curve_CT[:, step.now - header.prompt_tokens] = kept_CM.mean(1)
+        self.sum_CM += kept_CM
+        self.looked_C += kept_CM[:, lookups_M].sum(1)
+        self.lookups += int(lookups_M.sum())
+
+    def _note_evictions(self, now: int, part: int) -> None:
+        """Note what left in this step: it stood in a slot that holds something else now, and moved nowhere."""
+        (layers, replayed), size = self.parts[part], self.trace.header.page_size
+        before, gone = self.before[part], self.gone_CLKP
+        opens, fills = now % self.policy.page_size == 0, (now + 1) % self.policy.page_size == 0
+        if grows(replayed.policy) or not (opens or fills or before is None):
+            return
+        assert replayed.position_BKS is not None
+        position = replayed.position_BKS.unflatten(0, (-1, len(layers))).expand(-1, -1, gone.shape[2], -1)
+        if fills or before is None:
+            self.before[part] = position.clone()
+        if before is None:  # all of the prompt that is not held any more
+            gone[:, layers, :, : now // size + 1] = now
+            before = torch.full_like(position, -1)
+        elif not opens:
+            return
+        changed = (before != position).nonzero(as_tuple=True)
+        for token, step in ((before[changed], now), (position[changed], -1)):
+            begins = (token >= 0) & (token % size == 0)
+            c, layer, table, _ = (index[begins] for index in changed)
+            gone[c, torch.tensor(layers)[layer], table, token[begins].long() // size] = step
+
+    def outcomes(self) -> Iterable[Outcome]:
+        """The outcome of each budget."""
+        header, steps = self.trace.header, max(1, len(self.trace.header.steps))
+        for budget in self.budgets:
+            known: dict[str, Any] = _names(self.trace, self.name, budget, self.policy.page_size)
+            if budget not in self.fits:
+                yield Outcome(
+                    **known, **_nothing(), note=f"no room for a prompt of {header.prompt_tokens} tokens"
+                )
+                continue
+            i = self.fits.index(budget)
+            maps_M, gone = (self.sum_CM[i] / steps).astype(np.float32), self.gone_CLKP[i]
+            regrets = (gone >= 0) & (self.future.last_LKP[..., : gone.shape[-1]] >= gone)
+            yield Outcome(
+                **known,
+                recall=float(maps_M.mean()),
+                worst=float(maps_M.min()),
+                lookups=float(self.looked_C[i] / self.lookups) if self.lookups else 1.0,
+                curve_T=self.curve_CT[i],
+                maps_M=maps_M,
+                evictions=int((gone >= 0).sum()),
+                regrets=int(regrets.sum()),
+                gone_LKN=gone.numpy(),
+            )
+
+
+def _names(trace: Trace, policy: str, budget: Budget | None, page_size: int) -> dict[str, Any]:
+    return {
+        "task": trace.header.task,
+        "problem": trace.header.problem,
+        "policy": policy,
+        "budget": None if budget is None else budget.budget,
+        "decode_budget": None if budget is None else budget.decode_budget,
+        "page_size": page_size,
+    }
+
+
+def _nothing() -> dict[str, Any]:
+    return {
+        "curve_T": np.zeros(0, np.float32),
+        "maps_M": np.zeros(0, np.float32),
+        "gone_LKN": np.zeros((0, 0, 0), np.int32),
+    }
+
+
+def _optimal(trace: Trace, optima: OptimalRun, budget: Budget) -> Outcome:
+    """The optimum as an outcome; it evicts in whole pages of its own size."""
+    known = _names(trace, OPTIMUM, budget, optima.page_size)
+    slots = budget.pages(trace.header.prompt_tokens, optima.page_size)
+    if slots < 1:
+        return Outcome(**known, **_nothing(), note="no room for a page")
+    recall, curve_T, gone_LKN = optima.solve(slots)
+    return Outcome(
+        **known
+        | {"recall": recall, "curve_T": curve_T, "maps_M": np.zeros(0, np.float32), "gone_LKN": gone_LKN},
+        evictions=int((gone_LKN >= 0).sum()),
+    )

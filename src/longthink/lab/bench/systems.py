@@ -1,0 +1,322 @@
+"""What is measured: longthink's caches, and the dense caches that transformers itself offers.
+
+Each system decodes the same model from the same prompt, greedily, one `forward` call per token. They differ in the
+cache alone.
+
+Shape suffixes: B batch rows, K KV heads, N tokens, D head dim.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+from typing_extensions import override
+
+from longthink.cache.forward import fast_forward, made_up
+from longthink.config import Budget
+from longthink.errors import UnsupportedFeatureError
+from longthink.hf import DecodeStep, PagedCache
+from longthink.hf.support import check_model
+from longthink.lab.bench.plan import Plan
+from longthink.policies import Policy, make_policy, needs_budget, policy_spec
+
+
+class System(ABC):
+    """One cache around one model.
+
+    Parameters
+    ----------
+    model
+        The model; systems share it.
+    prompt_BN
+        Token ids of the prompts, all of the same length.
+    """
+
+    name: str
+    budget: Budget | None = None
+    full_size_at_once: ClassVar[bool] = False
+    """Whether a text of N tokens costs the same per token from its first token on."""
+
+    def __init__(self, model: PreTrainedModel, prompt_BN: Tensor) -> None:
+        self.model = model
+        self.prompt_BN = prompt_BN
+        self.decoded = -1
+        """Tokens decoded so far; -1 before the prompt was read."""
+        self.prefill_seconds = 0.0
+        self.cache: Any = None
+        self._token_B1 = prompt_BN[:, -1:]
+
+    # What measurements ask for --------------------------------------------------------------------------------
+
+    def go_to(self, length: int, *, fast: bool) -> None:
+        """Bring the cache to `length` decoded tokens, by decoding or, if `fast`, with made-up contents."""
+        if self.decoded < 0:
+            self._begin(length)
+        missing = length - self.decoded
+        assert missing >= 0
+        if not fast:
+            self.decode(missing)
+        elif missing:
+            seed = torch.Generator(self.prompt_BN.device).manual_seed(length)
+            with torch.no_grad():
+                self._fill(missing, seed)
+            self.decoded += missing
+
+    @torch.no_grad()
+    def decode(self, steps: int) -> None:
+        """Decode tokens, each the most likely after the one before."""
+        for _ in range(steps):
+            logits = self._forward(self._token_B1)
+            self._token_B1 = logits[:, -1:].argmax(-1)
+        self.decoded += steps
+
+    @property
+    @abstractmethod
+    def kv_bytes(self) -> int:
+        """Bytes allocated for keys and values."""
+
+    @property
+    def metadata_bytes(self) -> int:
+        """Bytes allocated for what the cache keeps beside keys and values."""
+        return 0
+
+    # What a kind of cache defines -----------------------------------------------------------------------------
+
+    @abstractmethod
+    def _new_cache(self, length: int) -> Any:
+        """Return an empty cache, for a text that decodes `length` tokens before it is measured."""
+
+    @abstractmethod
+    def _fill(self, tokens: int, seed: torch.Generator) -> None:
+        """Take in made-up tokens."""
+
+    def _forward(self, ids_BN: Tensor) -> Tensor:
+        return self.model(input_ids=ids_BN, past_key_values=self.cache, use_cache=True).logits
+
+    @torch.no_grad()
+    def _begin(self, length: int) -> None:
+        self.cache = self._new_cache(length)
+        started = clock(self.prompt_BN.device)()
+        logits = self.model(
+            input_ids=self.prompt_BN, past_key_values=self.cache, use_cache=True, logits_to_keep=1
+        ).logits
+        self._token_B1 = logits[:, -1:].argmax(-1)
+        self.prefill_seconds = clock(self.prompt_BN.device)() - started
+        self.decoded = 0
+
+
+class PagedSystem(System):
+    """A policy of longthink.
+
+    Parameters
+    ----------
+    kv_dtype
+        See `longthink.make_cache`.
+    compiled
+        Whether the decode step is compiled, as `longthink.generate` compiles it. Compiling is not counted.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompt_BN: Tensor,
+        policy: Policy,
+        budget: Budget | None,
+        kv_dtype: str | None = None,
+        *,
+        compiled: bool = False,
+    ) -> None:
+        super().__init__(model, prompt_BN)
+        self.name = " ".join(filter(None, [policy_spec(policy), kv_dtype, "compiled" if compiled else None]))
+        self.policy = policy
+        self.budget = budget if needs_budget(policy) else None
+        self.kv_dtype = kv_dtype
+        self.compiled = compiled
+        self._step: DecodeStep | None = None
+
+    @override
+    def _new_cache(self, length: int) -> PagedCache:
+        return PagedCache(self.model, self.policy, self.budget, len(self.prompt_BN), self.kv_dtype)
+
+    @override
+    def _begin(self, length: int) -> None:
+        try:
+            super()._begin(length)
+        finally:
+            self.cache.close()
+
+    @override
+    def decode(self, steps: int) -> None:
+        # Open only while it decodes: the model must be as it was for the caches of transformers.
+        with self.cache:
+            super().decode(steps)
+
+    @override
+    def _forward(self, ids_BN: Tensor) -> Tensor:
+        if not self.compiled:
+            return super()._forward(ids_BN)
+        if self._step is None:
+            self._step = DecodeStep(self.model, self.cache, compile=True)
+        return self._step(ids_BN)[:, None]
+
+    @override
+    def _fill(self, tokens: int, seed: torch.Generator) -> None:
+        heads = self.model.config.get_text_config(decoder=True).num_attention_heads
+        for layer in self.cache.layers:
+            fast_forward(layer.slots, tokens, heads=heads, generator=seed)
+            layer.columns += tokens
+
+    @property
+    @override
+    def kv_bytes(self) -> int:
+        return self.cache.kv_bytes
+
+    @property
+    @override
+    def metadata_bytes(self) -> int:
+        return self.cache.metadata_bytes
+
+
+class DynamicSystem(System):
+    """The cache that transformers uses unless told otherwise: one `torch.cat` per layer and token."""
+
+    name = "hf dynamic"
+
+    @override
+    def _new_cache(self, length: int) -> DynamicCache:
+        return DynamicCache(config=self.model.config)
+
+    @override
+    def _fill(self, tokens: int, seed: torch.Generator) -> None:
+        for layer in self.cache.layers:
+            layer.keys, layer.values = (
+                torch.cat([old, made_up(old, tokens, seed)], 2) for old in (layer.keys, layer.values)
+            )
+
+    @property
+    @override
+    def kv_bytes(self) -> int:
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
+
+
+class StaticSystem(System):
+    """The cache of fixed size of transformers, allocated for the whole text at once.
+
+    Parameters
+    ----------
+    room
+        Tokens that will be decoded after the length that `go_to` names.
+    whole
+        Decoded tokens that the cache is made for; None makes a new cache of just the size for every length.
+    """
+
+    name = "hf static"
+    full_size_at_once = True
+
+    def __init__(
+        self, model: PreTrainedModel, prompt_BN: Tensor, *, room: int, whole: int | None = None
+    ) -> None:
+        super().__init__(model, prompt_BN)
+        self._room = room
+        self._whole = whole
+
+    @override
+    def go_to(self, length: int, *, fast: bool) -> None:
+        if self._whole is None:
+            self.decoded = -1
+        super().go_to(length, fast=fast)
+
+    @override
+    def _new_cache(self, length: int) -> StaticCache:
+        decodes = length if self._whole is None else self._whole
+        size = self.prompt_BN.shape[1] + decodes + self._room
+        return StaticCache(config=self.model.config, max_cache_len=size)
+
+    @override
+    def _fill(self, tokens: int, seed: torch.Generator) -> None:
+        old = self.prompt_BN.shape[1] + self.decoded
+        for layer in self.cache.layers:
+            for tensor in (layer.keys, layer.values):
+                tensor[:, :, old : old + tokens] = made_up(tensor[:, :, :old], tokens, seed)
+            layer.cumulative_length.fill_(old + tokens)
+
+    @property
+    @override
+    def kv_bytes(self) -> int:
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
+
+
+class CompiledSystem(StaticSystem):
+    """The same, with the model compiled as transformers' `generate` compiles it. Compiling is not counted."""
+
+    name = "hf static compiled"
+
+    @override
+    def _new_cache(self, length: int) -> StaticCache:
+        # A program is compiled for one cache; without this, the compiler would give up after a few of them.
+        torch.compiler.reset()
+        return super()._new_cache(length)
+
+    @override
+    def _forward(self, ids_BN: Tensor) -> Tensor:
+        call = self.model.get_compiled_call(None)
+        try:
+            return call(input_ids=ids_BN, past_key_values=self.cache, use_cache=True).logits
+        except TorchDynamoException as error:
+            raise UnsupportedFeatureError(
+                f"the model cannot be compiled here ({str(error).strip().splitlines()[0]}): "
+                "leave 'compiled' out of the baselines"
+            ) from error
+
+
+def make_systems(model: PreTrainedModel, plan: Plan, *, room: int, whole: int | None = None) -> list[System]:
+    """Return the systems of a plan: the baselines of transformers, then the policies.
+
+    Parameters
+    ----------
+    room, whole
+        See `StaticSystem`.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the model would be served wrongly.
+    """
+    check_model(model)
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    drawn = torch.Generator().manual_seed(0)
+    prompt_BN = torch.randint(vocabulary, (plan.rows, plan.prompt), generator=drawn).to(model.device)
+    made: list[System] = []
+    for name in plan.baselines:
+        if name == "dynamic":
+            made.append(DynamicSystem(model, prompt_BN))
+        else:
+            kind = StaticSystem if name == "static" else CompiledSystem
+            made.append(kind(model, prompt_BN, room=room, whole=whole))
+    for spec in plan.policies:
+        for compiled in (False, True) if plan.compile else (False,):
+            made.append(
+                PagedSystem(
+                    model, prompt_BN, make_policy(spec), plan.budget, plan.kv_dtype, compiled=compiled
+                )
+            )
+    return made
+
+
+def clock(device: torch.device) -> Callable[[], float]:
+    """Return the clock of a device: CPU time of the process, or wall-clock time after the device has finished."""
+    if device.type == "cpu":
+        return time.process_time
+
+    def finished() -> float:
+        torch.accelerator.synchronize(device)
+        return time.perf_counter()
+
+    return finished

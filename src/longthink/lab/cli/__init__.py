@@ -1,0 +1,1 @@
+"""The laboratory's commands; `longthink.cli.app` names them and imports each when it is used."""

@@ -1,0 +1,102 @@
+"""Settings of a sweep from flags and from a file: one set of names, read in one way."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from longthink.errors import needs_extra
+from longthink.lab.evaluate.plan import Plan
+
+RUN_SETTINGS: dict[str, type] = {"out": str, "workers": int, "ray": str}
+"""Settings that say where and with what a sweep runs, beside those of `Plan`."""
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read a YAML or TOML file of settings, with ``-`` in names as on the command line or ``_``.
+
+    Raises
+    ------
+    ValueError
+        If the file is of another kind, cannot be parsed, or has a key that is no setting.
+    OSError
+        If it cannot be read.
+    """
+    if path.suffix not in (".toml", ".yaml", ".yml"):
+        raise ValueError(f"config={str(path)!r} must end in .yaml, .yml or .toml")
+    text = path.read_text(encoding="utf-8")
+    try:
+        values = tomllib.loads(text) if path.suffix == ".toml" else _yaml(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold settings such as 'tasks: [gsm8k]'")
+    return {_known_name(path, str(key)): value for key, value in values.items() if value is not None}
+
+
+def _yaml(text: str) -> Any:
+    with needs_extra("eval"):
+        import yaml
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"not YAML: {error}") from error
+
+
+def _known_name(path: Path, key: str) -> str:
+    known = [field.name for field in fields(Plan)] + list(RUN_SETTINGS)
+    name = key.replace("-", "_")
+    if name in known:
+        return name
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
+    raise ValueError(f"{path}: unknown setting {key!r}: {hint}")
+
+
+def make_plan(values: Mapping[str, Any]) -> tuple[Plan, dict[str, Any]]:
+    """Return the plan, and the settings that are not part of it.
+
+    Parameters
+    ----------
+    values
+        By name; lists may be lists, single values or texts with commas.
+
+    Raises
+    ------
+    ValueError
+        If a value is of a wrong type or out of range.
+    """
+    types = get_type_hints(Plan) | RUN_SETTINGS
+    read = {name: _read(name, value, types[name]) for name, value in values.items()}
+    run = {name: read.pop(name) for name in RUN_SETTINGS if name in read}
+    return Plan(**read), run
+
+
+def _read(name: str, value: Any, wanted: Any) -> Any:
+    """Turn a value into what a field holds."""
+    if str(wanted).startswith("tuple"):
+        kind = get_args(wanted)[0]
+        words = value.split(",") if isinstance(value, str) else value
+        words = list(words) if isinstance(words, list | tuple) else [words]
+        words = [word.strip() if isinstance(word, str) else word for word in words]
+        return tuple(dict.fromkeys(_scalar(name, word, kind) for word in words if word != ""))
+    kinds = [kind for kind in get_args(wanted) or (wanted,) if kind is not type(None)]
+    return _scalar(name, value, kinds[0])
+
+
+def _scalar(name: str, value: Any, kind: type) -> Any:
+    if kind is int and isinstance(value, str):
+        try:
+            return int(value)
+        except ValueError:
+            pass
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        wanted = {int: "an integer", float: "a number", str: "a text"}[kind]
+        raise ValueError(f"{name}={value!r} must be {wanted}")
+    return value

@@ -1,0 +1,139 @@
+"""Paired comparisons: of every policy with Dense, and of two stores."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from longthink.lab.report.cells import Cell, Group, Problem, Row, Series, Size, Task, dense_cell, make_cells
+from longthink.lab.results.statistics import Difference, holm, mcnemar, paired_bootstrap
+
+LEVEL = 0.05
+"""A Holm-adjusted p value below this is called significant."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Two cells on the problems that both have.
+
+    Attributes
+    ----------
+    cell
+        What is compared: its group, task, policy and size are named.
+    problems
+        Problems in both.
+    unpaired
+        Problems in only one of the two.
+    before, after
+        Accuracy on the problems in both.
+    difference
+        After minus before, with a paired bootstrap interval.
+    better, worse
+        Problems that are solved more often, and less often, after than before.
+    p, p_holm
+        McNemar's exact p value, and adjusted for the number of comparisons made together.
+    """
+
+    cell: Cell
+    problems: int
+    unpaired: int
+    before: float
+    after: float
+    difference: Difference
+    better: int
+    worse: int
+    p: float
+    p_holm: float
+
+    @property
+    def significant(self) -> bool:
+        """Whether the adjusted p value is below `LEVEL`."""
+        return self.p_holm < LEVEL
+
+
+def compare(pairs: Iterable[tuple[Cell, Cell]]) -> list[Comparison]:
+    """Compare pairs of cells (before, after); pairs without a common problem are left out."""
+    found: list[Comparison] = []
+    for before, after in pairs:
+        first, second = before.means("correct"), after.means("correct")
+        common: list[Problem] = sorted(first.keys() & second.keys())
+        if not common:
+            continue
+        a, b = [first[problem] for problem in common], [second[problem] for problem in common]
+        better = sum(y > x for x, y in zip(a, b, strict=True))
+        worse = sum(y < x for x, y in zip(a, b, strict=True))
+        p = mcnemar(worse, better)
+        found.append(
+            Comparison(
+                cell=after,
+                problems=len(common),
+                unpaired=len(first.keys() ^ second.keys()),
+                before=sum(a) / len(a),
+                after=sum(b) / len(b),
+                difference=paired_bootstrap(a, b),
+                better=better,
+                worse=worse,
+                p=p,
+                p_holm=p,
+            )
+        )
+    adjusted = holm([one.p for one in found])
+    return [replace(one, p_holm=p) for one, p in zip(found, adjusted, strict=True)]
+
+
+def against_dense(cells: Sequence[Cell]) -> list[Comparison]:
+    """Compare every cell with Dense on the same task; without a Dense cell there is nothing to compare with."""
+    pairs = []
+    for cell in cells:
+        dense = dense_cell(cells, cell)
+        if dense is not None and cell.series.name != "dense":
+            pairs.append((dense, cell))
+    return compare(pairs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreComparison:
+    """What has changed from another store to this one.
+
+    Attributes
+    ----------
+    comparisons
+        One for each setup that both have; seeds are pooled.
+    only_here, only_there
+        Setups in only one of the two, and setups without a common problem, in words.
+    """
+
+    comparisons: list[Comparison]
+    only_here: list[str]
+    only_there: list[str]
+
+
+Key = tuple[Group, Task, Series, Size]
+
+
+def compare_stores(samples: Sequence[Row], other: Sequence[Row]) -> StoreComparison:
+    """Compare equal setups (model, decoding, task, all switches of the policy, size) of two stores."""
+    here, there = ({key_of(cell): cell for cell in make_cells(rows)} for rows in (samples, other))
+    comparisons = compare((there[key], here[key]) for key in here if key in there)
+    compared = {key_of(comparison.cell) for comparison in comparisons}
+    lonely: dict[bool, list[str]] = defaultdict(list)
+    for is_here, cells in ((True, here), (False, there)):
+        for key, cell in cells.items():
+            if key not in compared:
+                no_problem = (
+                    " (in both, but without a common problem)" if key in here and key in there else ""
+                )
+                lonely[is_here].append(f"{describe(cell)}{no_problem}")
+    return StoreComparison(comparisons=comparisons, only_here=lonely[True], only_there=lonely[False])
+
+
+def key_of(cell: Cell) -> Key:
+    """Return what makes two cells comparable."""
+    return cell.group, cell.task, cell.series, cell.size
+
+
+def describe(cell: Cell) -> str:
+    """Return what a cell is, in words."""
+    limit = "/".join(map(str, cell.task.limits))
+    return f"{cell.series.policy}, {cell.size.label}, {cell.task.name}, at most {limit} tokens ({cell.group.label})"

@@ -1,0 +1,284 @@
+"""Append-only store of records: Parquet files in a folder, read with DuckDB.
+
+``add`` writes one new file and never touches another, so any number of processes may add at the same time, and one
+that is killed loses at most the records that it had not yet passed to ``add``. Records are told apart by their key;
+the first one written counts, wherever copies may lie. That is also what makes compaction safe: the merged file is
+complete on disk before the files it replaces go, and until they have gone their rows are mere copies.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longthink.errors import ResultStoreError, needs_extra
+from longthink.lab.results.records import Record
+from longthink.lab.results.schema import TABLES, arrow_schema, check_schema, checked_row, sql_columns
+
+if TYPE_CHECKING:
+    import duckdb
+    import pyarrow as pa
+
+MARKER = "longthink-store"
+"""Name of the file that says that a folder is a store; its text is the format's version."""
+FORMAT = "1"
+FILE_ROWS = 20_000
+"""A file with this many rows is full: compaction leaves it alone."""
+STALE_S = 3600.0
+"""Age after which compaction takes an unfinished file for one left behind by a killed process (seconds)."""
+
+_GENERATION = re.compile(r"(.*)-g(\d+)")
+
+
+class ResultStore:
+    """The records in a folder.
+
+    Layout: ``FOLDER/samples/*.parquet`` and ``FOLDER/measurements/*.parquet``; names sort in the order of writing.
+    Needs a file system with POSIX file locks.
+
+    Parameters
+    ----------
+    folder
+        Made if it is not there.
+    create
+        Whether to make it; without, a missing store is an error.
+
+    Raises
+    ------
+    ResultStoreError
+        If the folder holds something else, is of another format, or is missing and not to be made.
+    MissingExtraError
+        If pyarrow or duckdb is not installed.
+    """
+
+    def __init__(self, folder: Path | str, *, create: bool = True) -> None:
+        with needs_extra("eval"):
+            import duckdb  # noqa: F401
+            import pyarrow.parquet  # noqa: F401
+        self.folder = Path(folder)
+        self._verified: set[Path] = set()
+        marker = self.folder / MARKER
+        if create and not marker.exists():
+            self._make()
+        if not marker.is_file():
+            raise ResultStoreError(f"{self.folder} is not a result store: there is no file {MARKER} in it")
+        if (found := marker.read_text().strip()) != FORMAT:
+            raise ResultStoreError(
+                f"{self.folder} is a result store of format {found!r}: allowed is {FORMAT!r}"
+            )
+
+    def _make(self) -> None:
+        if self.folder.exists():
+            if not self.folder.is_dir():
+                raise ResultStoreError(f"{self.folder} is not a folder")
+            # Another process may be making the same store: what it has begun is not something else.
+            others = [path.name for path in self.folder.iterdir() if not path.name.startswith(".")]
+            if set(others) - {MARKER, *TABLES}:
+                raise ResultStoreError(
+                    f"{self.folder} holds something else ({sorted(others)[0]}): give a new or an empty folder"
+                )
+        for table in TABLES:
+            (self.folder / table).mkdir(parents=True, exist_ok=True)
+        with _replacing(self.folder / MARKER) as temporary:
+            temporary.write_text(f"{FORMAT}\n")
+
+    def add(self, *records: Record) -> None:
+        """Add records; when this returns they are on disk.
+
+        The records of one table go into one file, which appears as a whole or not at all.
+
+        Raises
+        ------
+        ResultStoreError
+            If one of them is no record or has a value of a wrong type; nothing is added then.
+        """
+        import pyarrow as pa
+
+        rows: dict[str, list[dict[str, Any]]] = {}
+        for record in records:
+            row = checked_row(record)
+            rows.setdefault(record.table, []).append(row)
+        for table, values in rows.items():
+            (self.folder / table).mkdir(exist_ok=True)  # tools such as git drop folders that are empty
+            name = f"{time.time_ns():020d}-{secrets.token_hex(6)}.parquet"
+            _write(pa.Table.from_pylist(values, arrow_schema(table)), self.folder / table / name)
+
+    def done(self, config: str) -> set[tuple[str, int]]:
+        """Return problem and sample number of every stored sample of a setup.
+
+        Parameters
+        ----------
+        config
+            `Setup.config_hash`.
+        """
+        rows = self.query("SELECT problem, sample FROM samples WHERE config = ?", (config,))
+        return {(row["problem"], row["sample"]) for row in rows}
+
+    def query(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[dict[str, Any]]:
+        """Run one DuckDB query over the views ``samples`` and ``measurements`` and return its rows.
+
+        Each record is there once. ``?`` in the query stands for the parameters in turn, ``$name`` for named ones.
+
+        Raises
+        ------
+        ResultStoreError
+            If a file of the store is damaged or of another kind; the message names it.
+        """
+        import duckdb
+
+        # The lock keeps compaction from taking files away between listing and reading them.
+        with (
+            self._lock(exclusive=False),
+            duckdb.connect(config={"autoinstall_known_extensions": False}) as link,
+        ):
+            for table in TABLES:
+                self._make_view(link, table)
+            cursor = link.execute(sql, parameters if isinstance(parameters, Mapping) else list(parameters))
+            names = [column[0] for column in cursor.description or ()]
+            return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+
+    def _make_view(self, link: duckdb.DuckDBPyConnection, table: str) -> None:
+        files = self._verify(table)
+        link.execute(f"CREATE TABLE none_of_{table} ({sql_columns(table)})")
+        source = f"SELECT * FROM none_of_{table}"
+        if files:
+            listed = ", ".join("'" + str(path).replace("'", "''") + "'" for path in files)
+            key = ", ".join(TABLES[table].key)
+            # BY NAME fills the optional columns that old files lack.
+            source += (
+                f" UNION ALL BY NAME SELECT * EXCLUDE (filename, file_row_number) FROM read_parquet([{listed}], "
+                f"union_by_name = true, filename = true, file_row_number = true) "
+                f"QUALIFY row_number() OVER (PARTITION BY {key} ORDER BY filename, file_row_number) = 1"
+            )
+        link.execute(f"CREATE VIEW {table} AS {source}")
+
+    def _verify(self, table: str) -> list[Path]:
+        """Return the files of a table in order, each read through once to see that it is whole."""
+        files = self._files(table)
+        for path in files:
+            if path not in self._verified:
+                with _reading(path, table) as file:
+                    for _ in file.iter_batches():
+                        pass
+                self._verified.add(path)
+        return files
+
+    def _files(self, table: str) -> list[Path]:
+        found = (self.folder / table).glob("*.parquet")
+        return sorted(path.absolute() for path in found if not path.name.startswith("."))
+
+    def compact(self) -> None:
+        """Merge small files into big ones, keeping each record once.
+
+        Killed at any moment it loses and doubles nothing. Other processes may add meanwhile; queries wait.
+
+        Raises
+        ------
+        ResultStoreError
+            If a file of the store is damaged or of another kind; that file and those after it stay as they are.
+        """
+        with self._lock(exclusive=True):
+            for table in TABLES:
+                self._merge(table)
+
+    def _merge(self, table: str) -> None:
+        seen: set[tuple[Any, ...]] = set()
+        parts: list[pa.Table] = []
+        paths: list[Path] = []
+        for path in [*self._files(table), None]:
+            full = sum(part.num_rows for part in parts) >= FILE_ROWS
+            if paths and (path is None or full):
+                _replace(paths, parts)
+                parts, paths = [], []
+            if path is None:
+                break
+            with _reading(path, table) as file:
+                rows = file.read()
+            keys = list(zip(*(rows.column(name).to_pylist() for name in TABLES[table].key), strict=True))
+            is_first = []
+            for key in keys:
+                is_first.append(key not in seen)
+                seen.add(key)
+            parts.append(rows.filter(is_first))
+            paths.append(path)
+        for left in (self.folder / table).glob(".*.tmp"):
+            if time.time() - left.stat().st_mtime > STALE_S:
+                left.unlink(missing_ok=True)
+
+    @contextmanager
+    def _lock(self, *, exclusive: bool) -> Iterator[None]:
+        """Hold a lock on the marker; it ends with the process, however that ends."""
+        import fcntl
+
+        with (self.folder / MARKER).open() as marker:
+            fcntl.flock(marker, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+            yield
+
+
+def _replace(paths: list[Path], parts: list[pa.Table]) -> None:
+    """Write the rows of several consecutive files into one that takes their place in the order of names."""
+    if len(paths) == 1:
+        return
+    import pyarrow as pa
+
+    # The first file's name and a number: sorts right behind it, and before every file that followed the last one.
+    stem = match[1] if (match := _GENERATION.fullmatch(paths[0].stem)) else paths[0].stem
+    numbers = [int(match[2]) for path in paths if (match := _GENERATION.fullmatch(path.stem))]
+    merged = paths[0].with_name(f"{stem}-g{max(numbers, default=0) + 1:06d}.parquet")
+    _write(pa.concat_tables(parts, promote_options="default"), merged)
+    for path in paths:
+        path.unlink()
+
+
+def _write(rows: pa.Table, path: Path) -> None:
+    """Write a Parquet file that is there as a whole, on disk, or not at all."""
+    from pyarrow import parquet
+
+    with _replacing(path) as temporary:
+        # Statistics are copies of values that no checksum covers, and for small files larger than these.
+        parquet.write_table(
+            rows,
+            temporary,
+            compression="zstd",
+            use_dictionary=False,
+            write_statistics=False,
+            write_page_checksum=True,
+        )
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary path to write to, which then takes the final name; name and content are on disk after."""
+    temporary = path.with_name(f".{path.name}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+        for synced, rename in ((temporary, True), (path.parent, False)):
+            descriptor = os.open(synced, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            if rename:
+                os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _reading(path: Path, table: str) -> Iterator[Any]:
+    """Open a Parquet file of a table with checksums on; every fault becomes an error with the file's name."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            check_schema(table, file.schema_arrow, str(path))
+            yield file
+    except (pa.ArrowException, OSError) as error:
+        raise ResultStoreError(f"{path} is damaged: {' '.join(str(error).split())[:300]}") from error

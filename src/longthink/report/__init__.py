@@ -1,6 +1,0 @@
-"""Figures and tables from a result store, and the attention page from traces."""
-
-from longthink.report.attention import ATTENTION_PAGE, build_attention
-from longthink.report.builder import PAGE, build
-
-__all__ = ["ATTENTION_PAGE", "PAGE", "build", "build_attention"]
