@@ -31,7 +31,7 @@ LABORATORY = {
     "report": "report:report",
     "lm-eval": "harness:lm_eval",
 }
-"""Commands of the laboratory and their places in `longthink.lab.cli`, imported when used: the core depends on none."""
+"""Commands of the laboratory and their places in `longthink.lab.cli`, imported when used: the core needs none."""
 
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 """Threads that wait must sleep: spinning counts as CPU time, and takes it from others."""
