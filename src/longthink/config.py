@@ -13,7 +13,7 @@ KV_DTYPES = ("bfloat16", "float16", "float32")
 """Formats that keys and values may be kept in, if not in the model's own."""
 
 
-def shown(value: Any) -> str:
+def brief_repr(value: Any) -> str:
     """Text of a value for a message: its own where it is short, else its type; a whole module says nothing."""
     text = repr(value)
     return text if len(text) <= 60 and "\n" not in text else f"<{type(value).__name__}>"
@@ -22,15 +22,15 @@ def shown(value: Any) -> str:
 def check_range(field: str, value: float, low: float, high: float | None = None) -> None:
     """Raise `ValueError` unless ``low <= value <= high``; the message names field, value and range."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not value >= low:
-        raise ValueError(f"{field}={shown(value)} is out of range: allowed is {_range(low, high)}")
+        raise ValueError(f"{field}={brief_repr(value)} is out of range: allowed is {_range(low, high)}")
     if high is not None and not value <= high:
-        raise ValueError(f"{field}={shown(value)} is out of range: allowed is {_range(low, high)}")
+        raise ValueError(f"{field}={brief_repr(value)} is out of range: allowed is {_range(low, high)}")
 
 
 def check_int(field: str, value: int, low: int, high: int | None = None) -> None:
     """Like `check_range`, and the value must be an integer."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{field}={shown(value)} must be an integer: allowed is {_range(low, high)}")
+        raise ValueError(f"{field}={brief_repr(value)} must be an integer: allowed is {_range(low, high)}")
     check_range(field, value, low, high)
 
 
@@ -38,12 +38,12 @@ def check_choice(field: str, value: Any, choices: Iterable[Any]) -> None:
     """Raise `ValueError` unless the value is one of the choices."""
     choices = tuple(choices)
     if value not in choices:
-        raise ValueError(f"{field}={shown(value)} is not one of {', '.join(map(repr, choices))}")
+        raise ValueError(f"{field}={brief_repr(value)} is not one of {', '.join(map(repr, choices))}")
 
 
 def check_flag(field: str, value: bool) -> None:
     """Raise `ValueError` unless the value is True or False."""
-    check_choice(field, value if isinstance(value, bool) else shown(value), (True, False))
+    check_choice(field, value if isinstance(value, bool) else brief_repr(value), (True, False))
 
 
 def check_sampling(temperature: float, top_p: float | None, top_k: int | None) -> None:

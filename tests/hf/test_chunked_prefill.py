@@ -120,13 +120,13 @@ def test_memory_beside_the_cache_follows_the_piece(policy):
 
 def test_pieces_are_counted_while_they_wait_and_freed_with_the_last_one():
     layer = LayerCache(longthink.make_policy("streaming_llm:positions=logical"), Budget(budget=8))
-    layer.expect_prompt(50)
+    layer.begin_chunked_prefill(50)
     for _ in range(5):
-        assert layer.awaits_prompt
+        assert layer.in_chunked_prefill
         keys = torch.randn(1, 2, 10, 4)
         layer.attend(torch.randn(1, 4, 10, 4), keys, keys)
-        assert layer.kv_bytes == 2 * 2 * (50 if layer.awaits_prompt else 8) * 4 * 4
-    assert not layer.awaits_prompt
+        assert layer.kv_bytes == 2 * 2 * (50 if layer.in_chunked_prefill else 8) * 4 * 4
+    assert not layer.in_chunked_prefill
     assert layer.resident_positions()[0][0] == [0, 1, 2, 3, 46, 47, 48, 49]
 
 
@@ -188,6 +188,6 @@ def test_what_cannot_be_right_is_refused():
             longthink.generate(
                 model, torch.cat([ids, ids], 1), past_key_values=cache, prefill_chunk_size=8, max_new_tokens=4
             )
-        with longthink.make_cache(model, decode_budget=32) as other, other.expect_prompt(10):
+        with longthink.make_cache(model, decode_budget=32) as other, other.begin_chunked_prefill(10):
             with pytest.raises(longthink.CacheStateError, match="10 columns was announced, and 20 came"):
                 model(ids, past_key_values=other)

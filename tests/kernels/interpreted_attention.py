@@ -96,7 +96,7 @@ def general(spec, store, new: New, scores) -> Stepped:
     """A step of the general route, for which the cache has opened the page of a token at offset 0."""
     policy = make_policy(spec)
     scores.clear()
-    store.open(store.tail_BK, store.table.now_B % policy.page_size == 0)
+    store.open_pages(store.tail_BK, store.table.now_B % policy.page_size == 0)
     out_BHD = decode_step(policy, store, new, SCALING)
     return Stepped(out_BHD, scores[0] if scores else None, store)
 

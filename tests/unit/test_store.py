@@ -77,7 +77,7 @@ def test_growing_keeps_what_is_there(store):
 
 def test_opening_a_slot_leaves_nothing_of_its_old_page(store):
     store.table.state["page"] += 3
-    store.open(torch.tensor([[1, 0], [2, 2]]), torch.tensor([True, False]))
+    store.open_pages(torch.tensor([[1, 0], [2, 2]]), torch.tensor([True, False]))
     assert store.tail_BK[0].tolist() == [1, 0]
     assert set(held(store, 0, 0)) == {0, 1, 2, 3, 8, 9, 10, 11}
     assert store.keys_BKSD[0, 0, 4:8].abs().sum() == 0 == store.values_BKSD[0, 0, 4:8].abs().sum()

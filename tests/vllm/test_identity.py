@@ -2,7 +2,7 @@
 
 import pytest
 
-from longthink.kernels.compiled import own_program
+from longthink.kernels.compiled import compile_isolated
 from longthink.vllm import step
 from tests.vllm.engines import (
     PAGE,
@@ -79,7 +79,9 @@ def test_alone_and_preempted(model, policy, tokens):
 
 def test_compiled(model, policy, tokens, monkeypatch):
     made = []
-    monkeypatch.setattr(step, "own_program", lambda function: made.append(function) or own_program(function))
+    monkeypatch.setattr(
+        step, "compile_isolated", lambda function: made.append(function) or compile_isolated(function)
+    )
     with engine(model, policy, enforce_eager=False) as llm:
         assert serve(llm, PROMPTS, LONG) == tokens
         assert made == list(step._EAGER)

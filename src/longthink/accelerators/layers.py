@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from longthink import accelerators
 from longthink.accelerators import attention
-from longthink.cache.step import New
+from longthink.cache.step import QKV
 from longthink.cache.store import SlotStore
 from longthink.kernels.triton_decode import Learn
 from longthink.policies import PageTable
@@ -71,7 +71,7 @@ class FusedLayer:
         """Whether the kernels run where the slots are."""
         return accelerators.available(store.keys_BKSD)
 
-    def step(self, store: SlotStore, new: New, scaling: float) -> Tensor:
+    def step(self, store: SlotStore, new: QKV, scaling: float) -> Tensor:
         """Append, read and learn as `longthink.cache.step.decode_step` does for the policy. Returns BHD."""
         query_BHD, key_BKD, value_BKD = new
         query_BKGD = query_BHD.unflatten(1, (key_BKD.shape[1], -1))
@@ -167,7 +167,7 @@ class FusedQuest(FusedLayer):
     grouped = False
 
     @override
-    def step(self, store: SlotStore, new: New, scaling: float) -> Tensor:
+    def step(self, store: SlotStore, new: QKV, scaling: float) -> Tensor:
         query_BHD, key_BKD, value_BKD = new
         query_BKGD = query_BHD.unflatten(1, (key_BKD.shape[1], -1))
         out_BKGD = attention.select_attention(

@@ -61,7 +61,7 @@ def fast_forward(layer: LayerCache, tokens: int, *, heads: int, generator: torch
     layer.select_rows(torch.tensor([0]))
     queried_BHSD = store.keys_BKSD[:, :1].expand(-1, heads, -1, -1)
     drawn = [
-        made_up(like, tokens - jump, generator).split(1, 2)
+        random_like(like, tokens - jump, generator).split(1, 2)
         for like in (queried_BHSD, store.keys_BKSD, store.values_BKSD)
     ]
     for query, key, value in zip(*drawn, strict=True):
@@ -84,7 +84,7 @@ def _grow(layer: LayerCache, store: SlotStore, tokens: int, generator: torch.Gen
         layer._reserve(store.pages * page_size + 1)
     table = store.table
     for tensor in (store.keys_BKSD, store.values_BKSD):
-        tensor[:, :, old:new] = made_up(tensor[:, :, :old], tokens, generator)
+        tensor[:, :, old:new] = random_like(tensor[:, :, :old], tokens, generator)
     table.position_BKS[:, :, old:new] = torch.arange(old, new, device=table.position_BKS.device)
     table.now_B.fill_(new)
     store.tail_BK.fill_((new - 1) // page_size)
@@ -105,7 +105,7 @@ def _set_clock(layer: LayerCache, store: SlotStore, jump: int) -> None:
     layer._lengths = [length + jump for length in layer._lengths]
 
 
-def made_up(like_BKND: Tensor, tokens: int, generator: torch.Generator) -> Tensor:
+def random_like(like_BKND: Tensor, tokens: int, generator: torch.Generator) -> Tensor:
     """Return random keys or values, as large as those that are there: tiny numbers are slow on some processors."""
     shape = (*like_BKND.shape[:2], tokens, like_BKND.shape[3])
     drawn = torch.randn(shape, device=like_BKND.device, dtype=like_BKND.dtype, generator=generator)

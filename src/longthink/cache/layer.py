@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from longthink import kernels
-from longthink.cache.holdings import Holdings
-from longthink.cache.prompt import PromptPieces, causal_mask, page_caps
-from longthink.cache.step import New, Read, decode_step, read_slots, turn_pages
+from longthink.cache.prompt import ChunkedPrompt, causal_mask, page_caps
+from longthink.cache.stats import CacheStats
+from longthink.cache.step import QKV, Read, decode_step, open_pages, read_slots
 from longthink.cache.store import SlotStore
 from longthink.config import Budget
 from longthink.errors import BudgetError, CacheStateError, UnsupportedFeatureError, UnsupportedModelError
@@ -39,12 +39,12 @@ class FusedStep(Protocol):
         """Whether the kernels run where the slots are."""
         ...
 
-    def step(self, store: SlotStore, new: New, scaling: float) -> Tensor:
+    def step(self, store: SlotStore, new: QKV, scaling: float) -> Tensor:
         """Do what `decode_step` does for the policy."""
         ...
 
 
-class LayerCache(Holdings):
+class LayerCache(CacheStats):
     """Bounded cache of one attention layer, for any number of rows.
 
     The prompt is attended densely; a decode step evicts, writes, reads and learns as the policy says. Rows count
@@ -99,7 +99,7 @@ class LayerCache(Holdings):
     def reset(self) -> None:
         """Forget everything and free the slots."""
         self._store: SlotStore | None = None
-        self._pieces: PromptPieces | None = None
+        self._chunks: ChunkedPrompt | None = None
         # Host copies of lengths and caps: knowing when a page opens must not wait for the device.
         self._lengths: list[int] = []
         self._caps: list[int] = []
@@ -161,12 +161,12 @@ class LayerCache(Holdings):
     # Attention ----------------------------------------------------------------------------------------------
 
     @property
-    def awaits_prompt(self) -> bool:
+    def in_chunked_prefill(self) -> bool:
         """Whether columns of an announced prompt are still to come."""
-        return self._pieces is not None
+        return self._chunks is not None
 
-    def expect_prompt(self, columns: int) -> None:
-        """Announce a prompt that comes in pieces; behind a text that has decoded, pieces need no announcement.
+    def begin_chunked_prefill(self, columns: int) -> None:
+        """Announce a prompt that comes in chunks; behind a text that has decoded, chunks need no announcement.
 
         Raises
         ------
@@ -174,7 +174,7 @@ class LayerCache(Holdings):
             If tokens would be taken as more of a prompt that is there already.
         """
         if self._store is None:
-            self._pieces = PromptPieces(columns)
+            self._chunks = ChunkedPrompt(columns)
         elif needs_budget(self.policy) and self._takes_as_prompt(columns):
             raise UnsupportedFeatureError("more prompt behind a prompt: read it without prefill_chunk_size")
 
@@ -248,10 +248,10 @@ class LayerCache(Holdings):
     ) -> Tensor:
         rows, _, columns, _ = query_BHQD.shape
         read_BQ = query_BHQD.new_ones(rows, columns, dtype=torch.bool) if valid_BQ is None else valid_BQ
-        pieces, real_BQ = self._pieces, read_BQ
-        if pieces is not None:
+        chunks, real_BQ = self._chunks, read_BQ
+        if chunks is not None:
             # All columns so far take the place of a whole prompt; only the new ones ask.
-            key_BKQD, value_BKQD, real_BQ = pieces.add(key_BKQD, value_BKQD, read_BQ)
+            key_BKQD, value_BKQD, real_BQ = chunks.add(key_BKQD, value_BKQD, read_BQ)
         old_B = torch.tensor(self._lengths or [0] * rows, device=real_BQ.device)
         position_BQ = torch.where(real_BQ, old_B[:, None] + real_BQ.cumsum(1) - 1, -1)
         lengths = (old_B + real_BQ.sum(1)).tolist()
@@ -270,10 +270,10 @@ class LayerCache(Holdings):
         if "prompt_mass" in self.policy.needs:
             mask = causal_mask(readable_BN, columns) if mask_B1QN is None else mask_B1QN
             mass_BKN = kernels.column_mass(query_BHQD, keys_BKND, mask, read_BQ, scaling)
-            mass_BKN = pieces.add_mass(mass_BKN) if pieces else mass_BKN
+            mass_BKN = chunks.add_mass(mass_BKN) if chunks else mass_BKN
 
-        if pieces is None or pieces.complete:
-            self._pieces = None
+        if chunks is None or chunks.complete:
+            self._chunks = None
             self._admit(key_BKQD, value_BKQD, position_BQ, lengths, caps, mass_BKN)
         return out_BHQD
 
@@ -322,7 +322,7 @@ class LayerCache(Holdings):
 
     # One token ----------------------------------------------------------------------------------------------
 
-    def _decode_active(self, new: New, active_B: Tensor | None, scaling: float) -> Tensor:
+    def _decode_active(self, new: QKV, active_B: Tensor | None, scaling: float) -> Tensor:
         """Decode step in which only some rows take part; the others stay as they are."""
         if active_B is None or bool(active_B.all()):
             return self._decode(new, scaling)
@@ -337,10 +337,10 @@ class LayerCache(Holdings):
             self._lengths[row] = lengths[row]
         return out_BHD
 
-    def _decode(self, new: New, scaling: float) -> Tensor:
+    def _decode(self, new: QKV, scaling: float) -> Tensor:
         evicts = self.begin_step()
         if evicts is not None:
-            self.turn_pages(evicts=evicts)
+            self.open_pages(evicts=evicts)
         return self.step(new, scaling)
 
     def begin_step(self) -> bool | None:
@@ -375,11 +375,11 @@ class LayerCache(Holdings):
         if self._prepared:
             self.prepare_compile()
 
-    def turn_pages(self, *, evicts: bool) -> None:
+    def open_pages(self, *, evicts: bool) -> None:
         """Open pages where the step that has begun needs them: tensors alone, for a compiler."""
-        turn_pages(self.policy, self.store, evicts=evicts)
+        open_pages(self.policy, self.store, evicts=evicts)
 
-    def step(self, new: New, scaling: float) -> Tensor:
+    def step(self, new: QKV, scaling: float) -> Tensor:
         """Take in the token of the step that has begun, and return its attention output: tensors alone."""
         if self.fused is not None and self.fused.serves(self.store):
             return self.fused.step(self.store, new, scaling)

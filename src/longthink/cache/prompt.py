@@ -1,4 +1,4 @@
-"""A prompt on its way into a cache: how many page slots it gets, and its columns while it comes in pieces.
+"""A prompt on its way into a cache: how many page slots it gets, and its columns while it comes in chunks.
 
 Shape suffixes: B batch rows, K KV heads, Q new columns, N columns so far, D head dim.
 """
@@ -36,7 +36,7 @@ def page_caps(policy: Policy, budget: Budget | None, lengths: list[int]) -> list
     return caps
 
 
-class PromptPieces:
+class ChunkedPrompt:
     """Keys and values of a prompt that comes piece by piece, held until its last column is there.
 
     A policy may choose what to keep from the whole prompt only, so nothing is dropped before.

@@ -42,7 +42,7 @@ class ReplayedLayers(LayerCache):
         self._attention_LKGN = torch.empty(0)
         self._kept_BKG = torch.empty(0)
 
-    def begin(self, keys_LKND: Tensor, values_LKND: Tensor, mass_LKN: Tensor) -> None:
+    def prefill(self, keys_LKND: Tensor, values_LKND: Tensor, mass_LKN: Tensor) -> None:
         """Take in the prompt.
 
         Parameters
@@ -60,7 +60,7 @@ class ReplayedLayers(LayerCache):
         caps = [page_caps(self.policy, budget, [prompt])[0] for budget in self._budget_B]
         self._admit(keys, values, position_BN, lengths, caps, seen)
 
-    def replay(
+    def decode(
         self, attention_LKGN: Tensor, query_LHD: Tensor, key_LKD: Tensor, value_LKD: Tensor, scaling: float
     ) -> Tensor:
         """Replay one decode step and return the share of the attention that falls on what is read, CLKG.

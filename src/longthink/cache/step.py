@@ -28,7 +28,7 @@ from longthink.policies import (
     reads_vectors,
 )
 
-New = tuple[Tensor, Tensor, Tensor]
+QKV = tuple[Tensor, Tensor, Tensor]
 """A token's query (BHD), key and value (BKD)."""
 Read = Callable[[Policy, SlotStore, Tensor, float], tuple[Tensor, Tensor | None]]
 
@@ -63,7 +63,7 @@ def choose_slots(
     return slot_BK, policy.moves(table, slot_BK, full_BK & opens_B[:, None])
 
 
-def turn_pages(policy: Policy, store: SlotStore, *, evicts: bool) -> None:
+def open_pages(policy: Policy, store: SlotStore, *, evicts: bool) -> None:
     """Give each row whose token at `now_B` begins a page a slot, and empty it.
 
     Parameters
@@ -75,7 +75,7 @@ def turn_pages(policy: Policy, store: SlotStore, *, evicts: bool) -> None:
     slot_BK, moves = choose_slots(policy, store.table, opens_B, evicts=evicts)
     if moves is not None:
         store.move(moves)
-    store.open(slot_BK, opens_B)
+    store.open_pages(slot_BK, opens_B)
 
 
 def read_slots(
@@ -97,7 +97,7 @@ def read_slots(
 
 
 def decode_step(
-    policy: Policy, store: SlotStore, new: New, scaling: float, read: Read = read_slots
+    policy: Policy, store: SlotStore, new: QKV, scaling: float, read: Read = read_slots
 ) -> Tensor:
     """Append the token at `now_B`, read what is resident, let the policy learn, and go on to the next position.
 

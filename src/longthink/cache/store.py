@@ -235,7 +235,7 @@ class SlotStore:
         contents = [carried(tensor) for tensor in (self.keys_BKSD, self.values_BKSD, *per_token)]
         kernels.move_tokens(carried(table.position_BKS), contents)
 
-    def open(self, slot_BK: Tensor, opens_B: Tensor) -> None:
+    def open_pages(self, slot_BK: Tensor, opens_B: Tensor) -> None:
         """Empty the named slots, where the row opens a page, and make them the tail."""
         table, page_size = self.table, self.table.page_size
         slot_BK = torch.where(opens_B[:, None], slot_BK, self.tail_BK)

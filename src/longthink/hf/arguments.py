@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longthink.config import shown
+from longthink.config import brief_repr
 
 Tokens = Tensor | Sequence[int] | Sequence[Sequence[int]] | Mapping[str, Any]
 """A prompt or a mask of one row or several, or what a tokenizer returns for it."""
@@ -59,7 +59,7 @@ def _tensor(name: str, value: Any, device: torch.device) -> Tensor | None:
             value = torch.as_tensor(value, device=device)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
-                f"{name}={shown(value)} is no tensor of token ids: allowed are a tensor, a list, and lists of "
+                f"{name}={brief_repr(value)} is no tensor of token ids: allowed are a tensor, a list, and lists of "
                 "equal length (pad shorter ones on the left, and give attention_mask)"
             ) from error
     if value.ndim == 1:

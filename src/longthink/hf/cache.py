@@ -108,7 +108,7 @@ class PagedCache(Cache):
         )
 
     @contextmanager
-    def expect_prompt(self, columns: int) -> Iterator[None]:
+    def begin_chunked_prefill(self, columns: int) -> Iterator[None]:
         """Take the next columns as one prompt, in however many calls of the model they come.
 
         What follows is as if they had come in one call. Until the last column is there, keys and values of all of
@@ -126,11 +126,11 @@ class PagedCache(Cache):
         """
         check_int("columns", columns, 1)
         for layer in self.layers:
-            layer.slots.expect_prompt(columns)
+            layer.slots.begin_chunked_prefill(columns)
         try:
             yield
         finally:
-            if any(layer.slots.awaits_prompt for layer in self.layers):
+            if any(layer.slots.in_chunked_prefill for layer in self.layers):
                 self.reset()
 
     # The library's interface --------------------------------------------------------------------------------

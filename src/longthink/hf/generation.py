@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from longthink.config import DEFAULT_POLICY, check_int, shown
+from longthink.config import DEFAULT_POLICY, brief_repr, check_int
 from longthink.errors import NonFiniteError, UnsupportedFeatureError
 from longthink.hf.arguments import Tokens, take_prompt
 from longthink.hf.cache import PagedCache, make_cache
@@ -121,7 +121,7 @@ def generate(
     if _compiles(model, cache, 1 if given is None else len(given), compile, generate_kwargs):
         generate_kwargs["custom_generate"] = StepLoop(compile, generate_kwargs.get("streamer"))
     columns = 0 if pieces is None or input_ids is None else input_ids.shape[1]
-    with cache, cache.expect_prompt(columns) if columns else nullcontext():
+    with cache, cache.begin_chunked_prefill(columns) if columns else nullcontext():
         return model.generate(
             input_ids,
             attention_mask=attention_mask,
@@ -149,7 +149,7 @@ def _compiles(
             continue
         if compile is True:
             raise UnsupportedFeatureError(
-                f"compile=True cannot be used with {name}={shown(value)}: give compile='auto'"
+                f"compile=True cannot be used with {name}={brief_repr(value)}: give compile='auto'"
             )
         return False
     rows *= config.num_return_sequences or 1
@@ -183,7 +183,7 @@ def _check_options(model: PreTrainedModel, options: dict[str, Any]) -> None:
 def _refuse(option: str, value: Any) -> None:
     if value is not None and value is not False:
         raise UnsupportedFeatureError(
-            f"{option}={shown(value)} cannot be used with a bounded cache: {_REFUSED[option]}"
+            f"{option}={brief_repr(value)} cannot be used with a bounded cache: {_REFUSED[option]}"
         )
 
 

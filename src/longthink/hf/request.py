@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from longthink.config import check_int, shown
+from longthink.config import brief_repr, check_int
 from longthink.hf.sampling import Sampling
 
 
@@ -37,9 +37,9 @@ class Request:
         check_int("max_new_tokens", self.max_new_tokens, 1)
         # What is wrong with these would be found in the engine's thread, where it ends the others too.
         if not isinstance(self.sampling, Sampling):
-            raise ValueError(f"sampling={shown(self.sampling)} must be a longthink.Sampling")
+            raise ValueError(f"sampling={brief_repr(self.sampling)} must be a longthink.Sampling")
         if not isinstance(self.key, str):
-            raise ValueError(f"key={shown(self.key)} must be a text")
+            raise ValueError(f"key={brief_repr(self.key)} must be a text")
         if not self.tokens:
             raise ValueError(f"request {self.key!r} has no prompt tokens: at least one is needed")
 

@@ -222,7 +222,7 @@ class Seats:
     def _prefill(self, tokens: tuple[int, ...], cache: PagedCache) -> Tensor:
         """Logits behind a prompt."""
         ids = torch.tensor([tokens], device=self.model.device)
-        with cache.expect_prompt(len(tokens)):
+        with cache.begin_chunked_prefill(len(tokens)):
             for piece in ids.split(self._piece or len(tokens), 1):
                 logits = self.model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         return logits[:, -1]

@@ -29,7 +29,7 @@ from longthink.hf.attention import mark
 from longthink.hf.cache import PagedCache
 from longthink.hf.linears import few_rows_backend
 from longthink.hf.tie import outside_inference
-from longthink.kernels.compiled import is_switched_off, own_program, without_guards
+from longthink.kernels.compiled import compile_isolated, is_compile_disabled, without_guards
 from longthink.policies import grows, policy_spec
 
 Compile = Literal["auto"] | bool
@@ -57,9 +57,9 @@ class _StepLayer:
         new = query[:, :, 0], key[:, :, 0], value[:, :, 0]
         return self.slots.step(new, scaling)[:, :, None]
 
-    def turn_pages(self) -> Tensor:
+    def open_pages(self) -> Tensor:
         """Open the pages of the step that has begun, and return a tensor."""
-        self.slots.turn_pages(evicts=not grows(self.slots.policy))
+        self.slots.open_pages(evicts=not grows(self.slots.policy))
         return self.slots.next_position_B
 
 
@@ -71,7 +71,7 @@ class _AlikeLayer(_StepLayer):
     """
 
     attend = nested_compile_region(_StepLayer.attend)
-    turn_pages = nested_compile_region(_StepLayer.turn_pages)
+    open_pages = nested_compile_region(_StepLayer.open_pages)
 
 
 class _StepCache:
@@ -113,7 +113,7 @@ def _turn(cache: _StepCache, full: list[list[Tensor]]) -> list[Tensor]:
     """Open the pages of the step that has begun, as far as no kernel has done it for all layers of a group."""
     for group, full_LBK in zip(cache.groups, full, strict=True):
         group.save_tokens(full_LBK)
-    return [layer.turn_pages() for layer in cache.ungrouped]
+    return [layer.open_pages() for layer in cache.ungrouped]
 
 
 class _Programs:
@@ -126,7 +126,7 @@ class _Programs:
         # Sizes that may change are marked. The compiler would guess more from programs made before: those for other
         # numbers of rows, and then this one would be for any.
         self.by_function = {
-            function: own_program(function, dynamic=False, **how) for function in (_forward, _turn)
+            function: compile_isolated(function, dynamic=False, **how) for function in (_forward, _turn)
         }
 
 
@@ -142,7 +142,7 @@ def check_compile(compile: Compile) -> None:
     """Raise `ValueError` unless it is ``auto``, True or False, and for True also if no compiler may run."""
     if not isinstance(compile, bool):
         check_choice("compile", compile, ("auto", True, False))
-    elif compile and is_switched_off():
+    elif compile and is_compile_disabled():
         raise UnsupportedFeatureError(
             "compile=True cannot be used while TORCHDYNAMO_DISABLE=1 or TORCH_COMPILE_DISABLE=1 switches torch's "
             "compiler off: give compile=False or 'auto'"
@@ -162,7 +162,7 @@ def compiles(
     """
     if isinstance(compile, bool):
         return compile
-    if is_switched_off():
+    if is_compile_disabled():
         return False
     if _key(cache, rows) in _programs.get(model, {}):
         return True

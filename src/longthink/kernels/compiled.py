@@ -71,29 +71,29 @@ def bound_scores(query_BKGD: Tensor, kmin_BKPD: Tensor, kmax_BKPD: Tensor) -> Te
     return (query.clamp(min=0) * highest + query.clamp(max=0) * lowest).sum(-1)
 
 
-def is_switched_off() -> bool:
+def is_compile_disabled() -> bool:
     """Whether the environment keeps torch from compiling: what should be a program would be a plain function."""
     return os.environ.get("TORCHDYNAMO_DISABLE") == "1" or bool(torch._dynamo.config.disable)
 
 
-def own_program(function: Callable[..., Any], **how: Any) -> Any:
+def compile_isolated(function: Callable[..., Any], **options: Any) -> Any:
     """Compile a function with a code object of its own: the compiler counts and keeps its programs by code object."""
     own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-    return torch.compile(own, fullgraph=True, **how)
+    return torch.compile(own, fullgraph=True, **options)
 
 
 def without_guards(program: Any) -> Callable[..., Any] | None:
-    """What a program of `own_program` that has run once does, without its guards; None if it was made more than once.
+    """Return the code that a compiled program runs, without its guards; None if it was compiled more than once.
 
-    Guards look at every tensor and module of a call, and take 4 to 7 percent of a small model's step. Who knows that
-    nothing has changed that they look at need not ask them.
+    Guards check every tensor and module of a call, which takes 4 to 7 percent of a small model's step. Only a caller
+    that knows that nothing they check has changed may skip them.
     """
     own = program._torchdynamo_orig_callable
     made = _debug_get_cache_entry_list(own.__code__)
     return types.FunctionType(made[0].code, own.__globals__, own.__name__) if len(made) == 1 else None
 
 
-def any_size(tensor: Tensor, *dims: int) -> Tensor:
+def mark_dynamic(tensor: Tensor, *dims: int) -> Tensor:
     """Let the compiler know that some sizes of a tensor change from call to call."""
     for dim in dims:
         torch._dynamo.maybe_mark_dynamic(tensor, dim)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any, TypeVar, get_type_hints
 
-from longthink.config import Budget, shown
+from longthink.config import Budget, brief_repr
 from longthink.errors import BudgetError, UnknownPolicyError
 from longthink.policies.base import Policy, needs_budget
 
@@ -82,7 +82,7 @@ def make_policy(spec: str | Policy) -> Policy:
     if isinstance(spec, Policy):
         return spec
     if not isinstance(spec, str):
-        raise ValueError(f"policy={shown(spec)} must be a name such as 'raas' or a Policy object")
+        raise ValueError(f"policy={brief_repr(spec)} must be a name such as 'raas' or a Policy object")
     name, *parts = _split(spec)
     options = {}
     for part in parts:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from longthink import kernels
-from longthink.kernels.compiled import any_size, own_program
+from longthink.kernels.compiled import compile_isolated, mark_dynamic
 from longthink.vllm import compat
 from longthink.vllm.pool import PagePool, Rows
 
@@ -102,7 +102,7 @@ class KernelAttend:
 
     def __init__(self, pool: PagePool, scaling: float, *, compiles: bool = False) -> None:
         self._pool, self._scaling = pool, scaling
-        self._read = own_program(kernels.paged_attention) if compiles else None
+        self._read = compile_isolated(kernels.paged_attention) if compiles else None
 
     def plan(self, rows: Rows, tail_LBK: Tensor, block_LBK: Tensor) -> _Plan:
         """See `Attend`."""
@@ -131,9 +131,9 @@ class KernelAttend:
         if self._read is None:
             out = kernels.paged_attention(query_BKGD, paged, self._scaling)
         else:
-            any_size(paged.block_BKP, 0, 2)
-            any_size(paged.length_B, 0)
-            out = self._read(any_size(query_BKGD, 0), paged, self._scaling)
+            mark_dynamic(paged.block_BKP, 0, 2)
+            mark_dynamic(paged.length_B, 0)
+            out = self._read(mark_dynamic(query_BKGD, 0), paged, self._scaling)
         out_BHD.copy_(out.flatten(1, 2))
 
     def plan_prompts(self, prompts: Prompts) -> None:

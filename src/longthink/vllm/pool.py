@@ -24,7 +24,7 @@ from torch import Tensor
 from longthink import kernels
 from longthink.errors import UnsupportedFeatureError
 from longthink.kernels import At, Index
-from longthink.kernels.compiled import any_size
+from longthink.kernels.compiled import mark_dynamic
 from longthink.policies import Moves, PageTable, Policy, Shape, page_tables
 
 _ALIGNED = 8
@@ -97,9 +97,9 @@ class Rows(NamedTuple):
         """Some of the rows."""
         return Rows(*(tensor[index] for tensor in self))
 
-    def any_size(self) -> Rows:
+    def mark_dynamic(self) -> Rows:
         """The same, where a compiler knows that they and their pages change in number."""
-        return Rows(*(any_size(tensor, *range(tensor.ndim)) for tensor in self))
+        return Rows(*(mark_dynamic(tensor, *range(tensor.ndim)) for tensor in self))
 
 
 class PagePool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from longthink.cache.step import choose_slots
-from longthink.kernels.compiled import any_size, own_program
+from longthink.kernels.compiled import compile_isolated, mark_dynamic
 from longthink.policies import Milestone, Moves, Policy, RaaS, SavesTokens, Step, reads_vectors
 from longthink.vllm.attend import Attend, New
 from longthink.vllm.learning import Learning, learn_page
@@ -100,7 +100,7 @@ class DecodeStep:
         self._learns = bool(pool.state)
         self.admits = self._learns and type(policy) not in ADMITS_IN_VAIN
         """Whether `begin` must be told of rows whose prompt has just been read."""
-        self._work = _Work(*map(own_program, _EAGER)) if compiles else _EAGER
+        self._work = _Work(*map(compile_isolated, _EAGER)) if compiles else _EAGER
         self._kept = _Kept(max_rows) if keeps else None
         self._widens, dtype = pool.kmin_LXKD is not None, pool.keys_LXKTD.dtype
         shapes = ((max_rows if self._learns else 0, heads), (max_rows if self._widens else 0, pool.heads))
@@ -136,7 +136,7 @@ class DecodeStep:
         if opening is not None:
             self._turn(work, span, rows.take(opening), evicting=evicting)
         layers = self._layers[span]
-        block_LBK, plan = work.find(self.pool, self.attend, layers, rows.any_size())
+        block_LBK, plan = work.find(self.pool, self.attend, layers, rows.mark_dynamic())
         self.pool.write_positions(layers, block_LBK, rows.now_B)
         active_B = rows.now_B >= rows.prompt_B
         if self._kept is not None and layer is None:
@@ -164,7 +164,7 @@ class DecodeStep:
         # All vectors of all layers in one go would be too much.
         for part in self._parts(span, apart=self._moves or learning is not None):
             layers, policy = self._layers[part], self._policies[part.start]
-            turned = work.turn(pool, policy, layers, rows.any_size(), learning, evicting=evicting)
+            turned = work.turn(pool, policy, layers, rows.mark_dynamic(), learning, evicting=evicting)
             if turned.state is not None:
                 pool.store_state(layers, rows, turned.state, rows.now_B > rows.prompt_B)
             if turned.moves is not None:
@@ -200,7 +200,7 @@ class DecodeStep:
 
     def _observe(self, begun: Begun, span: slice, query_LBHD: Tensor) -> None:
         layers, rows = self._layers[span], begun.rows
-        step = Step(any_size(query_LBHD, 1), None, self._scaling, self._over_ranks)
+        step = Step(mark_dynamic(query_LBHD, 1), None, self._scaling, self._over_ranks)
         state = begun.work.learn(self.pool, self._policies[span.start], layers, rows, step)
         self.pool.store_state(layers, rows, state, begun.active_B)
 

@@ -240,7 +240,7 @@ class _Lane:
             for made in (prompt.key, prompt.value)
         )
         for layers, replayed in self.parts:
-            replayed.begin(keys[layers], values[layers], mass_LKN[layers])
+            replayed.prefill(keys[layers], values[layers], mass_LKN[layers])
 
     def step(self, step: Step, vectors: _Vectors, lookups_M: NDArray[np.bool_]) -> None:
         header = self.trace.header
@@ -249,7 +249,7 @@ class _Lane:
             vectors = vectors.without()
         for part, (layers, replayed) in enumerate(self.parts):
             given = vectors if len(layers) == header.layers else _Vectors(*(one[layers] for one in vectors))
-            kept_CLKG = replayed.replay(*given, header.scaling)
+            kept_CLKG = replayed.decode(*given, header.scaling)
             kept_CLH[:, layers] = kept_CLKG.flatten(2).numpy()
             self._note_evictions(step.now, part)
         kept_CM = kept_CLH.reshape(len(self.fits), header.layers * header.heads)

@@ -19,7 +19,7 @@ from torch._dynamo.exc import TorchDynamoException
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from typing_extensions import override
 
-from longthink.cache.forward import fast_forward, made_up
+from longthink.cache.forward import fast_forward, random_like
 from longthink.config import Budget
 from longthink.errors import UnsupportedFeatureError
 from longthink.hf import DecodeStep, PagedCache
@@ -197,7 +197,7 @@ class DynamicSystem(System):
     def _fill(self, tokens: int, seed: torch.Generator) -> None:
         for layer in self.cache.layers:
             layer.keys, layer.values = (
-                torch.cat([old, made_up(old, tokens, seed)], 2) for old in (layer.keys, layer.values)
+                torch.cat([old, random_like(old, tokens, seed)], 2) for old in (layer.keys, layer.values)
             )
 
     @property
@@ -244,7 +244,7 @@ class StaticSystem(System):
         old = self.prompt_BN.shape[1] + self.decoded
         for layer in self.cache.layers:
             for tensor in (layer.keys, layer.values):
-                tensor[:, :, old : old + tokens] = made_up(tensor[:, :, :old], tokens, seed)
+                tensor[:, :, old : old + tokens] = random_like(tensor[:, :, :old], tokens, seed)
             layer.cumulative_length.fill_(old + tokens)
 
     @property

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from longthink.cache.prompt import PromptPieces
+from longthink.cache.prompt import ChunkedPrompt
 from longthink.cache.store import SlotStore
 
 
-class Holdings:
+class CacheStats:
     """The accounts of a `LayerCache`: nothing here changes what is held."""
 
     _store: SlotStore | None
-    _pieces: PromptPieces | None
+    _chunks: ChunkedPrompt | None
     _lengths: list[int]
 
     @property
@@ -28,7 +28,7 @@ class Holdings:
     def kv_bytes(self) -> int:
         """Bytes allocated for keys and values."""
         held = [] if self._store is None else [self._store.keys_BKSD.nbytes, self._store.values_BKSD.nbytes]
-        return sum(held) + (self._pieces.nbytes if self._pieces else 0)
+        return sum(held) + (self._chunks.nbytes if self._chunks else 0)
 
     @property
     def metadata_bytes(self) -> int:
