@@ -49,28 +49,28 @@ def append(slots, key, value):
             bound[row, head, tail] = torch.where(offset[..., None] == 0, key, extreme(old, key))
 
 
-def step_attention(query, key, value, slots, scaling, learn, score_BKP=None):
+def step_attention(query, key, value, slots, scaling, side, score_BKP=None):
     append(slots, key, value)
     resident = (slots.position_BKS >= 0).expand(-1, key.shape[1], -1)
     out, weights = reference.decode_attention(
         query, slots.keys_BKSD, slots.values_BKSD, resident, scaling, with_weights=True
     )
     found = None
-    if learn.bound:
+    if side.bound:
         empty = ~resident.unflatten(-1, (-1, slots.page_size)).any(-1)[:, :, None]
         bound = reference.bound_scores(query, slots.kmin_BKPD, slots.kmax_BKPD).masked_fill(empty, -torch.inf)
-        found = (bound if learn.bound == 1 else (bound * scaling).softmax(-1)).amax(2)
-    elif learn.score == 1:
+        found = (bound if side.bound == 1 else (bound * scaling).softmax(-1)).amax(2)
+    elif side.score == 1:
         found = kernels.page_mass(weights, slots.page_size).amax(2)
-    if learn.state_BKS is not None:
-        slot = torch.arange(learn.state_BKS.shape[-1])
+    if side.state_BKS is not None:
+        slot = torch.arange(side.state_BKS.shape[-1])
         tail, offset = slots.tail_BK[..., None], (slots.now_B % slots.page_size)[:, None, None]
-        learn.state_BKS.masked_fill_((slot // slots.page_size == tail) & (offset == 0), 0)
-        if learn.combine == 5:
-            learn.state_BKS.add_(weights.sum(2))
+        side.state_BKS.masked_fill_((slot // slots.page_size == tail) & (offset == 0), 0)
+        if side.combine == 5:
+            side.state_BKS.add_(weights.sum(2))
         else:
-            far = resident & (slots.position_BKS < (slots.now_B - learn.near)[:, None, None])
-            learn.state_BKS.bitwise_or_((far & (weights.amax(2) > learn.alpha)).to(torch.int8))
+            far = resident & (slots.position_BKS < (slots.now_B - side.near)[:, None, None])
+            side.state_BKS.bitwise_or_((far & (weights.amax(2) > side.alpha)).to(torch.int8))
     if found is not None and score_BKP is not None:
         found = score_BKP.copy_(found)
     return out, found

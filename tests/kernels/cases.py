@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longthink.cache.step import New
+from longthink.cache.step import QKV
 from longthink.cache.store import SlotStore
 from longthink.kernels import PagedKV
 from longthink.policies import Policy, grows
@@ -46,7 +46,7 @@ def randoms(shape: Shape, *sizes: int) -> Tensor:
     return torch.randn(sizes, generator=generator).to(shape.dtype)
 
 
-def new_token(shape: Shape) -> New:
+def new_token(shape: Shape) -> QKV:
     query = randoms(shape, shape.rows, shape.heads * shape.groups, shape.dim) * 2
     key, value = randoms(shape, 2, shape.rows, shape.heads, shape.dim)
     return query, key, value

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from longthink.accelerators.table import FUSED
-from longthink.cache.step import New, decode_step
+from longthink.cache.step import QKV, decode_step
 from longthink.cache.store import SlotStore
 from longthink.kernels import PagedKV, reference, triton_decode
 from longthink.lab.bench import kernels as bench
@@ -92,7 +92,7 @@ def near(dtype):
     return {"atol": TOLERANCE[dtype], "rtol": TOLERANCE[dtype]}
 
 
-def general(spec, store, new: New, scores) -> Stepped:
+def general(spec, store, new: QKV, scores) -> Stepped:
     """A step of the general route, for which the cache has opened the page of a token at offset 0."""
     policy = make_policy(spec)
     scores.clear()
@@ -101,7 +101,7 @@ def general(spec, store, new: New, scores) -> Stepped:
     return Stepped(out_BHD, scores[0] if scores else None, store)
 
 
-def fused(spec, store, new: New, scores) -> Stepped:
+def fused(spec, store, new: QKV, scores) -> Stepped:
     policy = make_policy(spec)
     scores.clear()
     out_BHD = FUSED[type(policy)](policy).step(store, new, SCALING)

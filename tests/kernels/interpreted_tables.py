@@ -65,8 +65,8 @@ def evict(policy, whole, score_NKP=None) -> Tensor:
     """Call the kernel as a group of layers does."""
     fused, rows = FUSED[type(policy)](policy), len(whole.tail_BK) // LAYERS
     first = changed(whole, lambda tensor: tensor[:rows])
-    stamping = None if score_NKP is None else fused.stamping(whole.table, score_NKP)
-    return triton_tables.evict(whole, first, fused.eviction(first.table, whole.table), stamping)
+    stamping = None if score_NKP is None else fused.stamp_rule(whole.table, score_NKP)
+    return triton_tables.evict(whole, first, fused.eviction_rule(first.table, whole.table), stamping)
 
 
 def stamp(policy, table, score_NKP):

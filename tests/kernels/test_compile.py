@@ -98,8 +98,8 @@ def test_tables_of_all_layers(spec):
     fused = FUSED[type(policy)](policy)
     whole = SlotStore(policy, torch.zeros(layers * rows, heads, 0, 1), [pages] * layers * rows, pages)
     first = changed(whole, lambda tensor: tensor[:rows])
-    tables = whole, first, fused.eviction(first.table, whole.table)
-    stamping = fused.stamping(whole.table, torch.zeros(layers * rows, heads, pages))
+    tables = whole, first, fused.eviction_rule(first.table, whole.table)
+    stamping = fused.stamp_rule(whole.table, torch.zeros(layers * rows, heads, pages))
     with recorded() as launches:
         triton_tables.evict(*tables)
         triton_tables.evict(*tables, stamping)
@@ -120,4 +120,4 @@ def test_no_learning_needs_no_state():
     policy = make_policy("fifo")
     with recorded() as launches:
         FUSED[type(policy)](policy).step(make_store(policy, FULL), new_token(FULL), 0.1)
-    assert launches[1].options["LEARN"] == 0
+    assert launches[1].options["COMBINE"] == 0

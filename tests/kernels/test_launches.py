@@ -71,7 +71,7 @@ def test_a_step_of_the_cache_takes_at_most_three_launches_a_layer(spec, opens, l
         for layer in layers:
             layer.step(new, 0.1)
         of_layers = len(launches) + len(torch_too.names) - before
-        group.learn()
+        group.stamp_pages()
     policy = layers[0].policy
     assert opened == [opens or policy.page_size == 1] * LAYERS
     assert of_layers == 3 * LAYERS
@@ -89,7 +89,7 @@ def test_selection_takes_three_launches(launches):
 
 def test_the_tables_of_all_layers_take_one_launch(launches):
     (group,) = accelerators.group_layers(fused_layers("raas", 15))
-    for call in (group.choose_slots, group.learn):
+    for call in (group.choose_slots, group.stamp_pages):
         launches.clear()
         call()
         assert len(launches) == 1 and launches[0].grid == (LAYERS * 2,)

@@ -8,25 +8,25 @@ from __future__ import annotations
 from torch import Tensor
 
 from longthink.cache.store import SlotStore
-from longthink.kernels.triton_decode import Learn, Slots, combine, floats, plan_work, split
+from longthink.kernels.triton_decode import SideOutput, Slots, combine, floats, plan_work, split
 
-NOTHING = Learn()
-BOUND = Learn(bound=1)
+NOTHING = SideOutput()
+BOUND = SideOutput(bound=1)
 """Key bound of each page, the maximum over the group, -inf where the page is empty."""
-BOUND_SHARE = Learn(bound=2, combine=2)
+BOUND_SHARE = SideOutput(bound=2, combine=2)
 """The softmax over the pages of those bounds, the maximum over the group."""
-MASS = Learn(score=1, combine=1)
+MASS = SideOutput(score=1, combine=1)
 """Share of the attention that falls on each page, the maximum over the group."""
 
 
-def marks(state_BKS: Tensor, alpha: float, near: int) -> Learn:
+def marks(state_BKS: Tensor, alpha: float, near: int) -> SideOutput:
     """Write 1 where a token more than `near` tokens back got more than `alpha` of a query's attention (int8)."""
-    return Learn(score=3, combine=4, state_BKS=state_BKS, alpha=alpha, near=near)
+    return SideOutput(score=3, combine=4, state_BKS=state_BKS, alpha=alpha, near=near)
 
 
-def sums(state_BKS: Tensor) -> Learn:
+def sums(state_BKS: Tensor) -> SideOutput:
     """Add up the attention of each token, summed over the group (float32)."""
-    return Learn(score=2, combine=5, state_BKS=state_BKS)
+    return SideOutput(score=2, combine=5, state_BKS=state_BKS)
 
 
 def slots_of(store: SlotStore) -> Slots:
@@ -43,10 +43,10 @@ def step_attention(
     value_BKD: Tensor,
     slots: Slots,
     scaling: float,
-    learn: Learn = NOTHING,
+    side: SideOutput = NOTHING,
     score_BKP: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Append the token at `now_B`, read what is resident, and learn.
+    """Append the token at `now_B`, read what is resident, and side.
 
     The page of a token at its offset 0 is opened anew: whatever it held is gone.
 
@@ -58,23 +58,23 @@ def step_attention(
     Returns
     -------
     tuple of Tensor
-        Output BKGD, and the page scores that `learn` asks for, or None.
+        Output BKGD, and the page scores that `side` asks for, or None.
     """
     work = plan_work(query_BKGD, key_BKD, value_BKD, slots)
     rows, heads, groups, _ = query_BKGD.shape
     pages = work.tokens // work.page_size
-    if not (learn.bound or learn.score == 1):
+    if not (side.bound or side.score == 1):
         score_BKP = None
     elif score_BKP is None:
         score_BKP = floats(query_BKGD, (rows, heads, pages))
-    per_head = learn.bound == 2 or learn.score in (1, 3)
+    per_head = side.bound == 2 or side.score in (1, 3)
     score = query_BKGD if score_BKP is None else score_BKP
     if per_head:
         score = floats(query_BKGD, (rows, heads, groups, pages))
-    logit = floats(query_BKGD, (rows, heads, groups, work.tokens)) if learn.score > 1 else query_BKGD
-    partial, share = split(work, slots, score, logit, scaling, learn, append=True)
+    logit = floats(query_BKGD, (rows, heads, groups, work.tokens)) if side.score > 1 else query_BKGD
+    partial, share = split(work, slots, score, logit, scaling, side, append=True)
     result = score if score_BKP is None else score_BKP
-    out_BKGD = combine(work, slots, partial, share, logit, score, result, learn)
+    out_BKGD = combine(work, slots, partial, share, logit, score, result, side)
     return out_BKGD.to(query_BKGD.dtype), score_BKP
 
 

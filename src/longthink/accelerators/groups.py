@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from longthink.accelerators import triton_tables
-from longthink.accelerators.layers import Eviction, FusedLayer
+from longthink.accelerators.layers import EvictionRule, FusedLayer
 from longthink.cache import LayerCache
 from longthink.cache.store import SlotStore
 from longthink.policies import SavesTokens
@@ -34,7 +34,7 @@ def group_layers(layers: list[LayerCache]) -> list[LayerGroup]:
 class LayerGroup:
     """Layers of one policy whose page tables are views of one tensor for each field.
 
-    In a step, `refresh` comes first, `choose_slots` before the first layer if a row opens a page, `learn` after the
+    A step calls `refresh` first, `choose_slots` before the first layer if a row opens a page, `stamp_pages` after the
     last layer, and `release` at the end. They are not part of what is compiled: a program takes no tensors that
     overlap in memory.
 
@@ -71,14 +71,14 @@ class LayerGroup:
             _replace(store, [*kept, *(tensor[i * rows : (i + 1) * rows] for tensor in joined)])
         self._views = [store.table.position_BKS for store in stores]
         for layer in self.layers:
-            layer.renewed()
+            layer.refresh_compile_marks()
         # Keys and values of a layer stay where they are: nothing reads those of all layers at once.
         self._whole = copy(stores[0])
         self._whole.table = replace(stores[0].table)
         _replace(self._whole, [tensor[:0] for tensor in stores[0].tensors()[:2]] + joined)
         heads, pages = stores[0].keys_BKSD.shape[1], stores[0].pages
         score_NKP = torch.empty(rows * len(stores), heads, pages, device=self._whole.tail_BK.device)
-        self._stamping = self._fused[0].stamping(self._whole.table, score_NKP)
+        self._stamping = self._fused[0].stamp_rule(self._whole.table, score_NKP)
         self._scores = [None] * len(stores) if self._stamping is None else score_NKP.split(rows)
 
     def choose_slots(self) -> list[Tensor]:
@@ -92,7 +92,7 @@ class LayerGroup:
         full_NK = triton_tables.evict(*self._tables())
         return list(full_NK.chunk(len(self.layers))) if isinstance(self._policy, SavesTokens) else []
 
-    def learn(self) -> None:
+    def stamp_pages(self) -> None:
         """Stamp the pages by the scores of a step of all layers, in one launch."""
         if self._stamping is not None:
             triton_tables.evict(*self._tables(), self._stamping)
@@ -102,9 +102,9 @@ class LayerGroup:
         for fused in self._fused:
             fused.score_BKP = None
 
-    def _tables(self) -> tuple[SlotStore, SlotStore, Eviction]:
+    def _tables(self) -> tuple[SlotStore, SlotStore, EvictionRule]:
         first = self.layers[0].store
-        return self._whole, first, self._fused[0].eviction(first.table, self._whole.table)
+        return self._whole, first, self._fused[0].eviction_rule(first.table, self._whole.table)
 
     def save_tokens(self, full_LBK: list[Tensor]) -> None:
         """Save tokens of the pages that are evicted for the next token's, as `choose_slots` has returned them."""

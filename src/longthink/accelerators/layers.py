@@ -16,11 +16,11 @@ from longthink import accelerators
 from longthink.accelerators import attention
 from longthink.cache.step import QKV
 from longthink.cache.store import SlotStore
-from longthink.kernels.triton_decode import Learn
+from longthink.kernels.triton_decode import SideOutput
 from longthink.policies import PageTable
 
 
-class Eviction(NamedTuple):
+class EvictionRule(NamedTuple):
     """Which page is evicted.
 
     Attributes
@@ -41,7 +41,7 @@ class Eviction(NamedTuple):
     worth_NKP: Tensor | None = None
 
 
-class Stamping(NamedTuple):
+class StampRule(NamedTuple):
     """How pages are stamped: a share `r` of the best scores, or where `r` is None all scores above `alpha`."""
 
     stamp_NKP: Tensor
@@ -76,7 +76,7 @@ class FusedLayer:
         query_BHD, key_BKD, value_BKD = new
         query_BKGD = query_BHD.unflatten(1, (key_BKD.shape[1], -1))
         out_BKGD, score_BKP = attention.step_attention(
-            query_BKGD, key_BKD, value_BKD, attention.slots_of(store), scaling, self.learn(store.table),
+            query_BKGD, key_BKD, value_BKD, attention.slots_of(store), scaling, self.side_output(store.table),
             self.score_BKP,
         )  # fmt: skip
         if score_BKP is not None and self.score_BKP is None:
@@ -84,15 +84,15 @@ class FusedLayer:
         store.table.now_B.add_(1)
         return out_BKGD.flatten(1, 2)
 
-    def learn(self, table: PageTable) -> Learn:
+    def side_output(self, table: PageTable) -> SideOutput:
         """What the kernel writes beside the output."""
         del table
         return attention.NOTHING
 
     def use_scores(self, table: PageTable, score_BKP: Tensor) -> None:
-        """Learn from the scores of a step's pages, without a group."""
+        """SideOutput from the scores of a step's pages, without a group."""
 
-    def eviction(self, table: PageTable, whole: PageTable) -> Eviction:
+    def eviction_rule(self, table: PageTable, whole: PageTable) -> EvictionRule:
         """Which page of a group's tables is evicted.
 
         Parameters
@@ -100,9 +100,9 @@ class FusedLayer:
         table, whole
             The first layer's, where what is the same in all layers is read, and that of all layers.
         """
-        return Eviction(table.prompt_B if self.policy.pins_prompt() else torch.zeros_like(table.prompt_B))
+        return EvictionRule(table.prompt_B if self.policy.pins_prompt() else torch.zeros_like(table.prompt_B))
 
-    def stamping(self, table: PageTable, score_NKP: Tensor) -> Stamping | None:
+    def stamp_rule(self, table: PageTable, score_NKP: Tensor) -> StampRule | None:
         """How the scores of a step stamp the pages of a group's table; None if nothing is learned from scores."""
         del table, score_NKP
         return None
@@ -116,7 +116,7 @@ class FusedRaaS(FusedLayer):
     """The oldest stamp leaves; pages are stamped by their scores."""
 
     @override
-    def learn(self, table: PageTable) -> Learn:
+    def side_output(self, table: PageTable) -> SideOutput:
         if self.policy.score == "exact":
             return attention.MASS
         return attention.BOUND_SHARE if self.policy.used == "alpha" else attention.BOUND
@@ -127,38 +127,38 @@ class FusedRaaS(FusedLayer):
         self.policy.stamp(table, score_BKP.amax(1, keepdim=True) if shared else score_BKP)
 
     @override
-    def eviction(self, table: PageTable, whole: PageTable) -> Eviction:
-        return super().eviction(table, whole)._replace(worth_NKP=whole.state["stamp"])
+    def eviction_rule(self, table: PageTable, whole: PageTable) -> EvictionRule:
+        return super().eviction_rule(table, whole)._replace(worth_NKP=whole.state["stamp"])
 
     @override
-    def stamping(self, table: PageTable, score_NKP: Tensor) -> Stamping:
+    def stamp_rule(self, table: PageTable, score_NKP: Tensor) -> StampRule:
         r = self.policy.r if self.policy.used == "top_r" else None
-        return Stamping(table.state["stamp"], score_NKP, r, self.policy.alpha)
+        return StampRule(table.state["stamp"], score_NKP, r, self.policy.alpha)
 
 
 class FusedMilestone(FusedLayer):
     """The oldest young page leaves; marks are written by the kernel."""
 
     @override
-    def learn(self, table: PageTable) -> Learn:
+    def side_output(self, table: PageTable) -> SideOutput:
         return attention.marks(table.state["marked"], self.policy.alpha, self.policy.young // 2)
 
     @override
-    def eviction(self, table: PageTable, whole: PageTable) -> Eviction:
-        return super().eviction(table, whole)._replace(kept_B=self.policy.keepers(table))
+    def eviction_rule(self, table: PageTable, whole: PageTable) -> EvictionRule:
+        return super().eviction_rule(table, whole)._replace(kept_B=self.policy.keepers(table))
 
 
 class FusedH2O(FusedLayer):
     """The least attended token leaves, unless it is recent; attention is added up by the kernel."""
 
     @override
-    def learn(self, table: PageTable) -> Learn:
+    def side_output(self, table: PageTable) -> SideOutput:
         return attention.sums(table.state["mass"])
 
     @override
-    def eviction(self, table: PageTable, whole: PageTable) -> Eviction:
+    def eviction_rule(self, table: PageTable, whole: PageTable) -> EvictionRule:
         recent_B = self.policy.recent_pages(table)
-        return super().eviction(table, whole)._replace(recent_B=recent_B, worth_NKP=whole.state["mass"])
+        return super().eviction_rule(table, whole)._replace(recent_B=recent_B, worth_NKP=whole.state["mass"])
 
 
 class FusedQuest(FusedLayer):

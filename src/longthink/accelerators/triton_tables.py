@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longthink.accelerators.layers import Eviction, Stamping
+from longthink.accelerators.layers import EvictionRule, StampRule
 from longthink.cache.store import SlotStore
 from longthink.kernels.triton_parts import is_best, least_of_best, rank_key
 from longthink.policies import Moves
@@ -121,7 +121,9 @@ def move_kernel(
     tl.store(at + new, tl.load(at + old, mask=moved, other=0), mask=moved)
 
 
-def evict(whole: SlotStore, first: SlotStore, eviction: Eviction, stamping: Stamping | None = None) -> Tensor:
+def evict(
+    whole: SlotStore, first: SlotStore, eviction: EvictionRule, stamping: StampRule | None = None
+) -> Tensor:
     """Between two steps: stamp the pages that the last one used, and choose the slot of the next token's page.
 
     Where the next token opens a page, the tail becomes the first empty slot or, where the cap is reached, the slot

@@ -156,7 +156,7 @@ class LayerCache(CacheStats):
         needed = max(self._lengths) // self.policy.page_size + 1
         # What grows keeps some room, or it would be copied again at the next page.
         self._store.release(needed + needed // 2 if grows(self.policy) else max(self._caps))
-        self.renewed()
+        self.refresh_compile_marks()
 
     # Attention ----------------------------------------------------------------------------------------------
 
@@ -370,7 +370,7 @@ class LayerCache(CacheStats):
             if varies and tensor.ndim > 2 and tensor is not self.store.shifted_BKND:
                 torch._dynamo.maybe_mark_dynamic(tensor, 2)
 
-    def renewed(self) -> None:
+    def refresh_compile_marks(self) -> None:
         """Tell the compiler again, since tensors were replaced."""
         if self._prepared:
             self.prepare_compile()
@@ -391,4 +391,4 @@ class LayerCache(CacheStats):
         if grows(self.policy) and needed > self.store.pages:
             # A quarter more, and at most 1024 tokens, of which each step reads all: the copy in between is not felt.
             self.store.reserve(needed + min(self.store.pages // 4, 1024 // self.policy.page_size))
-            self.renewed()
+            self.refresh_compile_marks()

@@ -65,9 +65,9 @@ class SlotStore:
             cap=max(cap_B),
             state=policy.init_state(Shape(rows, tables, pages, policy.page_size), device),
         )
-        self._show()
+        self._expose_needs()
 
-    def _show(self) -> None:
+    def _expose_needs(self) -> None:
         """Let the policy see what it has declared."""
         self.table.vectors = (self.keys_BKSD, self.values_BKSD) if "vectors" in self.needs else None
         self.table.key_bounds = (self.kmin_BKPD, self.kmax_BKPD) if self.has_key_bounds else None
@@ -102,7 +102,7 @@ class SlotStore:
         table.state = {name: change(tensor) for name, tensor in table.state.items()}
         if self.shifted_BKND is not None:
             self.shifted_BKND = change(self.shifted_BKND)
-        self._show()
+        self._expose_needs()
 
     def tensors(self) -> list[Tensor]:
         """Every tensor of the store, keys and values first."""
@@ -133,7 +133,7 @@ class SlotStore:
             )
             grown[:, :, : tensor.shape[2]] = tensor
             table.state[name] = grown
-        self._show()
+        self._expose_needs()
 
     def release(self, pages: int) -> None:
         """Give back the page slots behind the first `pages`, which must be empty in all rows."""

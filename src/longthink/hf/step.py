@@ -247,7 +247,7 @@ class DecodeStep:
             position_B1 = self._cache.layers[0].slots.next_position_B[:, None]
             logits_BV: Tensor = self._run(_forward, self._model, view, token_B1, position_B1)
             for group in view.groups:
-                group.learn()
+                group.stamp_pages()
         finally:
             for group in view.groups:
                 group.release()

@@ -72,9 +72,9 @@ def decode_attention(
 
     `many` says that the slots are those of a cache that grows, for which another way is fastest on a CPU.
     """
-    attend = reference.decode_attention
+    attention = reference.decode_attention
     if runs_triton(query_BKGD):
-        from longthink.kernels.triton_decode import decode_attention as attend
+        from longthink.kernels.triton_decode import decode_attention as attention
     elif (
         query_BKGD.is_cpu
         and torch.compiler.is_compiling()
@@ -84,18 +84,18 @@ def decode_attention(
             len(query_BKGD) <= compiled.FEW_ROWS or keys_BKSD.dtype != query_BKGD.dtype
         )
     ):
-        attend = compiled.decode_attention
-    return attend(query_BKGD, keys_BKSD, values_BKSD, resident_BKS, scaling, with_weights=with_weights)
+        attention = compiled.decode_attention
+    return attention(query_BKGD, keys_BKSD, values_BKSD, resident_BKS, scaling, with_weights=with_weights)
 
 
 def paged_attention(query_BKGD: Tensor, paged: PagedKV, scaling: float) -> Tensor:
     """Attention of one new token per row over the blocks of its table: see `reference.paged_attention`."""
-    attend = reference.paged_attention
+    attention = reference.paged_attention
     if runs_triton(query_BKGD):
-        from longthink.kernels.triton_decode import paged_attention as attend
+        from longthink.kernels.triton_decode import paged_attention as attention
     elif query_BKGD.is_cpu and torch.compiler.is_compiling():
-        attend = compiled.paged_attention
-    return attend(query_BKGD, paged, scaling)
+        attention = compiled.paged_attention
+    return attention(query_BKGD, paged, scaling)
 
 
 def bound_scores(query_BKGD: Tensor, kmin_BKPD: Tensor, kmax_BKPD: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ def _append(
 
 
 @triton.jit
-def _representative(pointer, place, is_tail, fresh, key, live, d, D: tl.constexpr, HIGH: tl.constexpr):
+def _key_bounds(pointer, place, is_tail, fresh, key, live, d, D: tl.constexpr, HIGH: tl.constexpr):
     """Load representatives of pages; the tail's is widened by the new key, and written back."""
     real = live[:, None] & (d < D)[None, :]
     found, new = (
@@ -91,8 +91,8 @@ def _bounds(
         live = page < last
         place = page.to(tl.int64) * low_page
         is_tail = page == tail_page
-        low = _representative(kmin, place, is_tail, fresh, key, live, d, D, False)
-        high = _representative(kmax, place, is_tail, fresh, key, live, d, D, True)
+        low = _key_bounds(kmin, place, is_tail, fresh, key, live, d, D, False)
+        high = _key_bounds(kmax, place, is_tail, fresh, key, live, d, D, True)
         bound = dot(up.to(high.dtype), tl.trans(high))
         bound += dot(down.to(low.dtype), tl.trans(low))
         held = page[:, None] * T + tl.arange(0, T)[None, :]

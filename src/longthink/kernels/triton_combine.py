@@ -31,9 +31,9 @@ def _pages_total(score, pages, has, G: tl.constexpr, BLOCK_G: tl.constexpr, BLOC
 @triton.jit
 def _token_states(
     state, now, tail, logit, score, total, count, first, step, alpha, log2_alpha, pages,
-    G: tl.constexpr, T: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, LEARN: tl.constexpr,
+    G: tl.constexpr, T: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, COMBINE: tl.constexpr,
 ):  # fmt: skip
-    """Mark tokens that got more than alpha (LEARN 4), or add up what they got (5); a new token's page starts from 0.
+    """Mark tokens that got more than alpha (COMBINE 4) or sum what they got (5); a new page starts from 0.
 
     For 4, logits stand only in pages whose largest is large enough, and are -inf at tokens that are not far.
     """
@@ -44,7 +44,7 @@ def _token_states(
         opened = live & (page == tail) & (now % T == 0)
         where = logit + g[:, None] * count + token[None, :]
         read = live[None, :] & (g < G)[:, None]
-        if LEARN == 4:
+        if COMBINE == 4:
             top = tl.load(score + g[:, None] * pages + page[None, :], mask=read, other=float("-inf"))
             read = read & (top > total[:, None] + log2_alpha - MARGIN_LOG2)
             weight = tl.exp2(tl.load(where, mask=read, other=float("-inf")) - total[:, None])
@@ -62,11 +62,11 @@ def combine_kernel(
     alpha, log2_alpha,
     G: tl.constexpr, D: tl.constexpr, T: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, TABLE: tl.constexpr,
-    LEARN: tl.constexpr,
+    COMBINE: tl.constexpr,
 ):  # fmt: skip
     """One row and KV head, and a slice of its output and of its pages or tokens.
 
-    LEARN: see `triton_decode.Learn.combine`.
+    COMBINE: see `triton_decode.SideOutput.combine`.
     """
     begin, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     g, c, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_C), part * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -85,8 +85,8 @@ def combine_kernel(
     first, step = part * BLOCK_N, parts * BLOCK_N
     # Behind the last token of a table nothing was read, and no score was written.
     has = tl.minimum(tl.load(length + begin // heads).to(tl.int32), tokens) if TABLE else tokens
-    if LEARN == 1 or LEARN == 2:
-        if LEARN == 2:
+    if COMBINE == 1 or COMBINE == 2:
+        if COMBINE == 2:
             total = _pages_total(score, pages, tl.cdiv(has, T), G, BLOCK_G, BLOCK_P)
         for start in range(first, pages, step):
             page = start + tl.arange(0, BLOCK_N)
@@ -94,16 +94,16 @@ def combine_kernel(
             found = tl.load(score + g[:, None] * pages + page[None, :], mask=seen, other=float("-inf"))
             shares = tl.where(seen, tl.exp2(found - total[:, None]), 0.0)
             tl.store(result + begin * pages + page, group_max(shares), mask=page < pages)
-    if LEARN == 3:
+    if COMBINE == 3:
         for start in range(first, tokens, step):
             token = start + tl.arange(0, BLOCK_N)
             mine = (g < G)[:, None] & (token < tokens)[None, :]
             where = logit + g[:, None] * tokens + token[None, :]
             found = tl.load(where, mask=mine & (token < has)[None, :], other=float("-inf"))
             tl.store(where, tl.exp2(found - total[:, None]), mask=mine)
-    if LEARN >= 4:
+    if COMBINE >= 4:
         _token_states(
             state + begin * tokens, tl.load(now + begin // heads).to(tl.int32),
             tl.load(tail + begin).to(tl.int32), logit, score, total, tokens, first, step, alpha, log2_alpha, pages,
-            G, T, BLOCK_G, BLOCK_N, LEARN,
+            G, T, BLOCK_G, BLOCK_N, COMBINE,
         )  # fmt: skip

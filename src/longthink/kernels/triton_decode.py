@@ -41,7 +41,7 @@ class Slots(NamedTuple):
     kmax_BKPD: Tensor | None = None
 
 
-class Learn(NamedTuple):
+class SideOutput(NamedTuple):
     """What the kernels write beside the output.
 
     Attributes
@@ -94,17 +94,17 @@ def decode_attention(
     slots = Slots(keys_BKSD, values_BKSD, resident_BKS.to(torch.int32) - 1, nowhere, nowhere[:, 0], 1)
     work = plan_work(query_BKGD, query_BKGD[:, :, 0], query_BKGD[:, :, 0], slots)
     logit = floats(query_BKGD, (rows, heads, groups, work.tokens)) if with_weights else query_BKGD
-    learn = Learn(score=2, combine=3) if with_weights else Learn()
-    partial, share = split(work, slots, query_BKGD, logit, scaling, learn)
-    out = combine(work, slots, partial, share, logit, query_BKGD, query_BKGD, learn)
+    side = SideOutput(score=2, combine=3) if with_weights else SideOutput()
+    partial, share = split(work, slots, query_BKGD, logit, scaling, side)
+    out = combine(work, slots, partial, share, logit, query_BKGD, query_BKGD, side)
     return out.to(query_BKGD.dtype), logit if with_weights else None
 
 
 def paged_attention(query_BKGD: Tensor, paged: PagedKV, scaling: float) -> Tensor:
     """Attention over the blocks of a table: see `reference.paged_attention`."""
     work, none = plan_work(query_BKGD, query_BKGD[:, :, 0], query_BKGD[:, :, 0], paged), query_BKGD
-    partial, share = split(work, paged, none, none, scaling, Learn())
-    return combine(work, paged, partial, share, none, none, none, Learn()).to(query_BKGD.dtype)
+    partial, share = split(work, paged, none, none, scaling, SideOutput())
+    return combine(work, paged, partial, share, none, none, none, SideOutput()).to(query_BKGD.dtype)
 
 
 def plan_work(query: Tensor, key: Tensor, value: Tensor, cache: Slots | PagedKV) -> Work:
@@ -133,7 +133,7 @@ def split(
     score: Tensor,
     logit: Tensor,
     scaling: float,
-    learn: Learn,
+    side: SideOutput,
     cap: Tensor | None = None,
     *,
     append: bool = False,
@@ -166,13 +166,13 @@ def split(
         held = (keys, values, none, none, none, cache.block_BKP, cache.length_B, low, high)
     split_kernel[(rows * heads, work.splits)](
         work.query, work.key, work.value, *held, none if cap is None else cap, score, logit, partial, share,
-        scaling * LOG2E, _log2(learn.alpha), learn.near, *strides,
+        scaling * LOG2E, _log2(side.alpha), side.near, *strides,
         score.stride(1) if score is not none else 0, pages, work.tokens, work.split_tokens, heads,
         cache.tail_BK.shape[1] if isinstance(cache, Slots) else cache.block_BKP.shape[1],
         G=groups, D=dim, T=work.page_size, BLOCK_G=max(16, triton.next_power_of_2(groups)), BLOCK_S=work.block,
         BLOCK_D=max(16, triton.next_power_of_2(dim)),
         BLOCK_P=1 if cap is None else triton.next_power_of_2(pages), TABLE=isinstance(cache, PagedKV),
-        APPEND=append, BOUND=learn.bound, SCORE=learn.score, SELECT=cap is not None, ATTEND=attend,
+        APPEND=append, BOUND=side.bound, SCORE=side.score, SELECT=cap is not None, ATTEND=attend,
         num_warps=4, num_stages=2,
     )  # fmt: skip
     return partial, share
@@ -186,27 +186,27 @@ def combine(
     logit: Tensor,
     score: Tensor,
     result: Tensor,
-    learn: Learn,
+    side: SideOutput,
 ) -> Tensor:
     """Launch the combine kernel; it writes page scores to `result`, weights over the logits. Returns the output."""
     rows, heads, groups, dim = work.query.shape
     out = torch.empty_like(work.query)
-    pages, kind = work.tokens // work.page_size, learn.combine
+    pages, kind = work.tokens // work.page_size, side.combine
     state = now = tail = work.query
     if kind >= 4:
-        assert isinstance(cache, Slots) and learn.state_BKS is not None and learn.state_BKS.is_contiguous()
+        assert isinstance(cache, Slots) and side.state_BKS is not None and side.state_BKS.is_contiguous()
         assert cache.tail_BK.shape[1] == heads
-        state, now, tail = learn.state_BKS, cache.now_B, cache.tail_BK
+        state, now, tail = side.state_BKS, cache.now_B, cache.tail_BK
     # Slices of the output are programs of their own: one program a head would leave most of the GPU idle.
     slice_of = 32
     combine_kernel[(rows * heads, triton.cdiv(dim, slice_of))](
         partial, share, out, logit, score, result, state, now, tail,
         cache.length_B if isinstance(cache, PagedKV) else work.query, work.splits, work.tokens, pages, heads,
-        learn.alpha, _log2(learn.alpha),
+        side.alpha, _log2(side.alpha),
         G=groups, D=dim, T=work.page_size, BLOCK_G=triton.next_power_of_2(groups),
         BLOCK_C=triton.next_power_of_2(work.splits), BLOCK_D=slice_of,
         BLOCK_P=triton.next_power_of_2(pages) if kind == 2 else 1, BLOCK_N=128,
-        TABLE=isinstance(cache, PagedKV), LEARN=kind, num_warps=4,
+        TABLE=isinstance(cache, PagedKV), COMBINE=kind, num_warps=4,
     )  # fmt: skip
     return out
 
