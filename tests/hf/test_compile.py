@@ -69,7 +69,7 @@ def test_the_step_of_a_gpu_is_one_program_as_well(policy, light_compiler, monkey
     """Appending and reading as one call, and pages evicted for all layers behind the program: here in torch."""
     model = wide("qwen2", num_hidden_layers=3)
     fused.force(monkeypatch)
-    monkeypatch.setattr(step_module, "_AlikeLayer", step_module._StepLayer)
+    monkeypatch.setattr(step_module, "_SharedLayer", step_module._StaticLayer)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for seed, lengths in enumerate(BATCHES):
             eager, compiled = both(model, lengths, seed, policy=policy, budget=64)

@@ -14,8 +14,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 import longthink
 from longthink.hf import Request
-from longthink.hf.batcher import Batcher, Job
-from longthink.hf.seats import Seats
+from longthink.hf.batch import Batch
+from longthink.hf.scheduler import Job, Scheduler
 from longthink.policies import needs_budget
 from tests.hf.test_memory import live_bytes
 from tests.models import build, prompt
@@ -127,19 +127,19 @@ def test_many_threads_submit_stream_and_cancel(seed):
 
 
 class Schedule(RuleBasedStateMachine):
-    """Any order of submitting, cancelling and turns; tokens are prefixes of what `generate` gives."""
+    """Any order of submitting, cancelling and stepping; tokens are prefixes of what `generate` gives."""
 
     def __init__(self):
         super().__init__()
         self.spare = longthink.make_cache(small(), policy=self.policy, decode_budget=16)
-        self.seats = Seats(small(), self.spare, 3, compile=self.compile)
-        self.batcher = Batcher(self.seats)
+        self.batch = Batch(small(), self.spare, 3, compile=self.compile)
+        self.scheduler = Scheduler(self.batch)
         self.jobs = []
 
     @rule(which=st.integers(0, 5), limit=st.integers(1, LIMIT))
     def submit(self, which, limit):
         job = Job(Request(key="0", tokens=ids(which), max_new_tokens=limit, tag=which))
-        self.batcher.add(job, in_thread=False)
+        self.scheduler.add(job, in_thread=False)
         self.jobs.append((job, alone(which, self.policy)[:limit]))
 
     @rule(data=st.data())
@@ -147,33 +147,33 @@ class Schedule(RuleBasedStateMachine):
         if self.jobs:
             job, _ = data.draw(st.sampled_from(self.jobs))
             before = job.finished
-            self.batcher.cancel(job)
-            self.batcher.sweep()
+            self.scheduler.cancel(job)
+            self.scheduler.drop_cancelled()
             assert job.finished.finish == "cancelled" if before is None else job.finished is before
 
-    @rule(turns=st.integers(1, 9))
-    def turn(self, turns):
-        for _ in range(turns):
-            self.batcher.turn()
+    @rule(steps=st.integers(1, 9))
+    def step(self, steps):
+        for _ in range(steps):
+            self.scheduler.step()
 
     @invariant()
     def tokens_are_those_of_generate(self):
         for job, whole in self.jobs:
-            assert tuple(job.row.tokens) == whole[: len(job.row.tokens)]
-            assert not job.done or job.finished.tokens == tuple(job.row.tokens)
-            assert job.done or len(job.row.tokens) < len(whole)
+            assert tuple(job.state.tokens) == whole[: len(job.state.tokens)]
+            assert not job.done or job.finished.tokens == tuple(job.state.tokens)
+            assert job.done or len(job.state.tokens) < len(whole)
         waiting = sum(not job.done for job, _ in self.jobs)
-        assert self.seats.taken <= min(3, waiting)
-        if not self.seats.taken and not self.compile:
-            assert self.seats._cache is None
+        assert self.batch.occupied <= min(3, waiting)
+        if not self.batch.occupied and not self.compile:
+            assert self.batch._cache is None
 
     def teardown(self):
         while not all(job.done for job, _ in self.jobs):
-            self.batcher.turn()
+            self.scheduler.step()
         self.tokens_are_those_of_generate()
         for job, whole in self.jobs:
             assert job.finished.finish == "cancelled" or job.finished.tokens == whole
-        self.batcher.close()
+        self.scheduler.close()
         self.spare.close()
 
 
@@ -259,7 +259,7 @@ def test_map_raises_what_the_model_raised_and_the_engine_goes_on(error):
         with pytest.raises(type(error)):
             list(running.map(asked))
         hook.remove()
-        assert running._batcher._seats._cache is None
+        assert running._scheduler._batch._cache is None
         assert sorted(done.tokens for done in running.map(asked)) == sorted(alone(i) for i in range(5))
 
 
@@ -363,8 +363,8 @@ def test_memory_is_constant_over_two_hundred_requests(compile, light_compiler):
         for _ in range(4):
             handles = [running.submit(ids(i % 6), max_new_tokens=1 + i % 7) for i in range(50)]
             assert all(handle.result(PATIENCE).finish == "length" for handle in handles)
-            while running._batcher._seats.taken or (
-                running._batcher._seats._cache is not None and not compile
+            while running._scheduler._batch.occupied or (
+                running._scheduler._batch._cache is not None and not compile
             ):
                 time.sleep(0.01)
             del handles

@@ -101,11 +101,11 @@ def test_auto_changes_over_in_the_middle_when_enough_was_asked_for(
 def test_an_empty_seat_does_not_grow(light_compiler):
     with Engine(wide("qwen2", num_hidden_layers=1), policy="dense", seats=2, compile=True) as running:
         (done,) = running.map([Request(key="0", tokens=(5, 6, 7), max_new_tokens=150)])
-        seats = running._batcher._seats
-        lengths = seats._cache.layers[0].slots.length_B.tolist()
+        batch = running._scheduler._batch
+        lengths = batch._cache.layers[0].slots.length_B.tolist()
         (again,) = running.map([Request(key="0", tokens=(5, 6, 7), max_new_tokens=9)])
         assert again.tokens == done.tokens[:9]
-    assert seats._cache is None
+    assert batch._cache is None
     assert len(done.tokens) == 150
     assert lengths[0] == 3 + 149
     assert lengths[1] <= 65

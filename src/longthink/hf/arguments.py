@@ -14,7 +14,7 @@ Tokens = Tensor | Sequence[int] | Sequence[Sequence[int]] | Mapping[str, Any]
 """A prompt or a mask of one row or several, or what a tokenizer returns for it."""
 
 
-def take_prompt(
+def prompt_tensors(
     input_ids: Tokens | None, attention_mask: Tokens | None, options: dict[str, Any], device: torch.device
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return prompt and mask as tensors of shape (B, N), None where there is none.

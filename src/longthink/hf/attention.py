@@ -24,7 +24,7 @@ IMPLEMENTATION = "longthink"
 _MARK = "_longthink_layer"
 
 
-class AttendingLayer(Protocol):
+class AttentionLayer(Protocol):
     """What `update` leaves on the keys: a cache layer that computes its own attention."""
 
     def check_call(self, module: torch.nn.Module, dropout: float, use_cache: bool | None) -> None:
@@ -38,7 +38,7 @@ class AttendingLayer(Protocol):
         ...
 
 
-def mark(key: Tensor, layer: AttendingLayer) -> Tensor:
+def mark(key: Tensor, layer: AttentionLayer) -> Tensor:
     """View of the keys that carries the layer to the attention function."""
     key = key.view_as(key)
     setattr(key, _MARK, layer)
@@ -56,7 +56,7 @@ def longthink_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention function for `AttentionInterface`; with any other cache it is the library's SDPA."""
-    layer: AttendingLayer | None = getattr(key, _MARK, None)
+    layer: AttentionLayer | None = getattr(key, _MARK, None)
     if layer is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

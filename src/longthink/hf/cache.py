@@ -16,9 +16,9 @@ from longthink.accelerators import fused_steps
 from longthink.cache import FusedStep, LayerCache
 from longthink.config import DEFAULT_POLICY, KV_DTYPES, Budget, check_choice, check_int
 from longthink.errors import BudgetError, CacheStateError, UnsupportedFeatureError, UnsupportedModelError
+from longthink.hf.binding import ModelBinding, outside_inference
 from longthink.hf.layer import PagedLayer
 from longthink.hf.support import check_model, rope_frequencies
-from longthink.hf.tie import Tie, outside_inference
 from longthink.policies import Policy, make_policy, needs_budget, policy_budget, policy_spec, policy_to_dict
 
 
@@ -58,7 +58,7 @@ class PagedCache(Cache):
         self.kv_dtype = kv_dtype
         self.budget = budget
         self._rows = batch_size
-        self.tie = Tie(model)
+        self.binding = ModelBinding(model)
         frequencies = rope_frequencies(model)
         count = model.config.get_text_config(decoder=True).num_hidden_layers
         dtype = None if kv_dtype is None else getattr(torch, kv_dtype)
@@ -71,19 +71,19 @@ class PagedCache(Cache):
                 f"policy {policy_spec(policy)!r} keeps everything in all {count} layers of the model: the budget "
                 "would bound nothing"
             )
-        super().__init__(layers=[PagedLayer(layer, self.tie) for layer in slots])
+        super().__init__(layers=[PagedLayer(layer, self.binding) for layer in slots])
         self.open()
 
     # Opening and closing ------------------------------------------------------------------------------------
 
     def open(self) -> Self:
         """Let the model attend over this cache (done by the constructor; needed again after `close`)."""
-        self.tie.open(self)
+        self.binding.open(self)
         return self
 
     def close(self) -> None:
         """Give the model its own attention implementation back; the contents stay."""
-        self.tie.close()
+        self.binding.close()
 
     def __enter__(self) -> Self:
         return self.open()
@@ -93,13 +93,13 @@ class PagedCache(Cache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Copy the contents, for the same model or for the copy of it that is made along; open if this one is."""
-        model = self.tie.model
+        model = self.binding.model
         other = type(self).__new__(type(self))
         memo[id(self)] = other
-        memo[id(self.tie)] = Tie(memo.get(id(model), model))
+        memo[id(self.binding)] = ModelBinding(memo.get(id(model), model))
         for name, value in self.__dict__.items():
             setattr(other, name, copy.deepcopy(value, memo))
-        return other.open() if self.tie.is_open else other
+        return other.open() if self.binding.is_open else other
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refuse: what it holds means something to its model alone."""
@@ -150,7 +150,7 @@ class PagedCache(Cache):
             If the model stores more than one key per layer.
         """
         if layer_idx == 0:
-            self.tie.check_open()
+            self.binding.check_open()
             self._check_rows(len(key_states))
         self._check_layer(layer_idx)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -158,7 +158,7 @@ class PagedCache(Cache):
     @torch.compiler.disable
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Size and offset of the mask. A model asks before its layers run, so faults are found before anything is."""
-        self.tie.check_open()
+        self.binding.check_open()
         self._check_complete()
         return super().get_mask_sizes(query_length, layer_idx)
 
@@ -231,7 +231,7 @@ class PagedCache(Cache):
         CacheStateError
             If it holds no prompt or another number of rows, is closed, or a step was interrupted.
         """
-        self.tie.check_open()
+        self.binding.check_open()
         self._check_rows(rows)
         self._check_complete()
         if rows != self.rows:
@@ -252,7 +252,9 @@ class PagedCache(Cache):
 
     def fresh(self) -> PagedCache:
         """Make an empty cache of the same model, policy, budget and format."""
-        return PagedCache(self.tie.model, self.policy, self.budget, kv_dtype=self.kv_dtype, fused=self._fused)
+        return PagedCache(
+            self.binding.model, self.policy, self.budget, kv_dtype=self.kv_dtype, fused=self._fused
+        )
 
     @outside_inference
     def adopt(self, row: int, other: PagedCache) -> None:

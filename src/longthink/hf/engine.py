@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 
 from longthink.config import DEFAULT_POLICY, check_int
 from longthink.errors import BudgetError, EngineError, NonFiniteError
-from longthink.hf.batcher import Batcher, Job
+from longthink.hf.batch import Batch
 from longthink.hf.cache import PagedCache, make_cache
 from longthink.hf.request import Finished, Request
 from longthink.hf.sampling import Sampling
-from longthink.hf.seats import Seats
+from longthink.hf.scheduler import Job, Scheduler
 from longthink.hf.step import Compile, check_compile
 from longthink.policies import Policy
 
@@ -33,7 +33,7 @@ class Handle:
     @property
     def request(self) -> Request:
         """What was asked for."""
-        return self._job.row.request
+        return self._job.state.request
 
     @property
     def done(self) -> bool:
@@ -42,7 +42,7 @@ class Handle:
 
     def cancel(self) -> None:
         """End it before the next step, and give its seat to another; it keeps its tokens. Nothing if it is done."""
-        self._engine._batcher.cancel(self._job)
+        self._engine._scheduler.cancel(self._job)
 
     def __iter__(self) -> Iterator[int]:
         """Yield its tokens from the first one on, each as soon as it is there.
@@ -85,13 +85,13 @@ class Handle:
         if self._job.finished is None:
             error = self._job.error
             raise EngineError(
-                f"decoding failed with {type(error).__name__}: {error}; tokens before it: {len(self._job.row.tokens)}"
+                f"decoding failed with {type(error).__name__}: {error}; tokens before it: {len(self._job.state.tokens)}"
             ) from error
         return self._job.finished
 
 
 class Engine:
-    """A small continuous batcher: a fixed number of seats on one model, each with its own bounded cache row.
+    """A small continuous scheduler: a fixed number of seats on one model, each with its own bounded cache row.
 
     When a row is complete, the next prompt is read alone and takes its seat at once, in place. Every row counts its
     own positions and has its own budget, so the memory for any number of requests is that of the seats. Only the
@@ -158,10 +158,10 @@ class Engine:
         self.seats = seats
         self._vocabulary = model.get_input_embeddings().num_embeddings
         self._numbers = itertools.count()
-        self._batcher = Batcher(
-            Seats(model, spare, seats, prefill_chunk_size=prefill_chunk_size, compile=compile)
+        self._scheduler = Scheduler(
+            Batch(model, spare, seats, prefill_chunk_size=prefill_chunk_size, compile=compile)
         )
-        self._closer = weakref.finalize(self, _close, self._batcher, spare)
+        self._closer = weakref.finalize(self, _close, self._scheduler, spare)
 
     def submit(
         self,
@@ -230,7 +230,7 @@ class Engine:
                     running.append(self._add(request, in_thread=False))
                 if not running:
                     return
-                self._batcher.turn()
+                self._scheduler.step()
                 done = [handle for handle in running if handle.done]
                 running = [handle for handle in running if handle not in done]
                 for handle in done:
@@ -240,13 +240,13 @@ class Engine:
         finally:
             for handle in running:
                 handle.cancel()
-            self._batcher.sweep()
+            self._scheduler.drop_cancelled()
 
     def _add(self, request: Request, *, in_thread: bool) -> Handle:
         for token in request.tokens:
             check_int("token", token, 0, self._vocabulary - 1)
         handle = Handle(self, Job(request))
-        self._batcher.add(handle._job, in_thread=in_thread)
+        self._scheduler.add(handle._job, in_thread=in_thread)
         return handle
 
     def close(self) -> None:
@@ -263,6 +263,6 @@ class Engine:
         self.close()
 
 
-def _close(batcher: Batcher, spare: PagedCache) -> None:
-    batcher.close()
+def _close(scheduler: Scheduler, spare: PagedCache) -> None:
+    scheduler.close()
     spare.close()

@@ -10,12 +10,12 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from longthink.config import DEFAULT_POLICY, brief_repr, check_int
 from longthink.errors import NonFiniteError, UnsupportedFeatureError
-from longthink.hf.arguments import Tokens, take_prompt
+from longthink.hf.arguments import Tokens, prompt_tensors
+from longthink.hf.binding import check_gradient_checkpointing
 from longthink.hf.cache import PagedCache, make_cache
-from longthink.hf.loop import NEEDS_LIBRARY, StepLoop
+from longthink.hf.loop import NEEDS_LIBRARY, DecodeLoop
 from longthink.hf.step import Compile, check_compile, compiles
 from longthink.hf.support import check_model
-from longthink.hf.tie import check_gradient_checkpointing
 from longthink.policies import Policy, make_policy, policy_spec
 
 # Options of `model.generate` that a bounded cache cannot serve; None and False leave them off.
@@ -106,7 +106,7 @@ def generate(
     """
     check_compile(compile)
     check_model(model)
-    input_ids, attention_mask = take_prompt(input_ids, attention_mask, generate_kwargs, model.device)
+    input_ids, attention_mask = prompt_tensors(input_ids, attention_mask, generate_kwargs, model.device)
     _check_options(model, generate_kwargs)
     pieces = _piece_size(model, input_ids, prefill_chunk_size, generate_kwargs)
     cache = generate_kwargs.pop("past_key_values", None)
@@ -119,7 +119,7 @@ def generate(
     guards = LogitsProcessorList([_NonFiniteGuard(), *(generate_kwargs.pop("logits_processor", None) or [])])
     given = generate_kwargs.get("inputs_embeds") if input_ids is None else input_ids
     if _compiles(model, cache, 1 if given is None else len(given), compile, generate_kwargs):
-        generate_kwargs["custom_generate"] = StepLoop(compile, generate_kwargs.get("streamer"))
+        generate_kwargs["custom_generate"] = DecodeLoop(compile, generate_kwargs.get("streamer"))
     columns = 0 if pieces is None or input_ids is None else input_ids.shape[1]
     with cache, cache.begin_chunked_prefill(columns) if columns else nullcontext():
         return model.generate(
@@ -212,7 +212,7 @@ def _check_live_cache(
             f"past_key_values={type(cache).__name__} is no longthink cache: take the one that an earlier call with "
             "return_dict_in_generate=True returned, or make_cache(...)"
         )
-    cache.tie.check_model(model)
+    cache.binding.check_model(model)
     if budget is not None or decode_budget is not None:
         raise ValueError("past_key_values has its own budget: give neither budget nor decode_budget with it")
     if kv_dtype not in (None, cache.kv_dtype):

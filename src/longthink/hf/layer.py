@@ -11,7 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 from longthink.cache import LayerCache
 from longthink.errors import UnsupportedFeatureError
 from longthink.hf.attention import mark
-from longthink.hf.tie import Tie, outside_inference
+from longthink.hf.binding import ModelBinding, outside_inference
 
 
 class PagedLayer(CacheLayerMixin):
@@ -27,10 +27,10 @@ class PagedLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, slots: LayerCache, tie: Tie) -> None:
+    def __init__(self, slots: LayerCache, binding: ModelBinding) -> None:
         super().__init__()
         self.slots = slots
-        self.tie = tie
+        self.binding = binding
         self.columns = 0
         self.pending = False
 
@@ -48,7 +48,7 @@ class PagedLayer(CacheLayerMixin):
     def check_call(self, module: Any, dropout: float, use_cache: bool | None) -> None:
         """Refuse attention that would be wrong with this layer, before anything is taken in."""
         self.pending = False
-        self.tie.check_module(module)
+        self.binding.check_module(module)
         if dropout:
             raise UnsupportedFeatureError(
                 f"attention dropout ({dropout}) in training mode cannot be used with a bounded cache: call "

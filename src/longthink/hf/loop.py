@@ -19,7 +19,7 @@ NEEDS_LIBRARY = ("output_hidden_states", "num_beams", "synced_gpus", "token_heal
 """Options with which the loop of the library decodes, eagerly."""
 
 
-class StepLoop:
+class DecodeLoop:
     """A decoding loop for the argument `custom_generate` of ``model.generate``.
 
     Parameters

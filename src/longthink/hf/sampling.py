@@ -71,7 +71,7 @@ class Sampling:
         return weights_BV, order_BV
 
 
-def choose_each(
+def sample_rows(
     logits_BV: Tensor, samplings: Sequence[Sampling], generators: Sequence[torch.Generator]
 ) -> list[int]:
     """Token of each row, where every row has its own way of choosing."""

@@ -1,6 +1,6 @@
 """`DecodeStep`: one more token for every row of a `PagedCache`, by a compiled program or eagerly.
 
-The same two functions run in both cases: `_turn` opens pages, in the steps that need one, and `_forward` is the model
+The same two functions run in both cases: `_open_pages` opens pages, in the steps that need one, and `_forward` is the model
 with the tensor part of the cache in it. What counts tokens stays on the host, outside of both.
 
 Shape suffixes: B batch rows, V vocabulary.
@@ -26,9 +26,9 @@ from longthink.cache import LayerCache
 from longthink.config import check_choice
 from longthink.errors import UnsupportedFeatureError
 from longthink.hf.attention import mark
+from longthink.hf.binding import outside_inference
 from longthink.hf.cache import PagedCache
 from longthink.hf.linears import few_rows_backend
-from longthink.hf.tie import outside_inference
 from longthink.kernels.compiled import compile_isolated, is_compile_disabled, without_guards
 from longthink.policies import grows, policy_spec
 
@@ -40,7 +40,7 @@ PAYS_FROM = 8192
 _log = logging.getLogger(__name__)
 
 
-class _StepLayer:
+class _StaticLayer:
     """A layer whose step has begun: what the attention function finds on the keys."""
 
     def __init__(self, slots: LayerCache) -> None:
@@ -63,24 +63,24 @@ class _StepLayer:
         return self.slots.next_position_B
 
 
-class _AlikeLayer(_StepLayer):
+class _SharedLayer(_StaticLayer):
     """A layer that is compiled for one of its kind, and used by all: on CPUs, where a program takes long to make.
 
     The compiler does not see what such a region writes to. So outside of regions nothing may be read of a layer's
     tensors, and a region whose result nobody uses would be left out.
     """
 
-    attend = nested_compile_region(_StepLayer.attend)
-    open_pages = nested_compile_region(_StepLayer.open_pages)
+    attend = nested_compile_region(_StaticLayer.attend)
+    open_pages = nested_compile_region(_StaticLayer.open_pages)
 
 
-class _StepCache:
+class _StaticCache:
     """What the model sees of a cache while it decodes: nothing that changes from step to step but tensors."""
 
     is_compileable = True
 
     def __init__(self, cache: PagedCache, device: torch.device) -> None:
-        kind = _AlikeLayer if device.type == "cpu" else _StepLayer
+        kind = _SharedLayer if device.type == "cpu" else _StaticLayer
         self.layers = [kind(layer.slots) for layer in cache.layers]
         self.groups = group_layers([layer.slots for layer in cache.layers])
         grouped = [slots for group in self.groups for slots in group.layers]
@@ -103,13 +103,13 @@ class _StepCache:
         return query_length, 0
 
 
-def _forward(model: PreTrainedModel, cache: _StepCache, token_B1: Tensor, position_B1: Tensor) -> Tensor:
+def _forward(model: PreTrainedModel, cache: _StaticCache, token_B1: Tensor, position_B1: Tensor) -> Tensor:
     """Logits after one more token of every row, B x V."""
     out = model(token_B1, position_ids=position_B1, past_key_values=cache, use_cache=True)
     return out.logits[:, -1]
 
 
-def _turn(cache: _StepCache, full: list[list[Tensor]]) -> list[Tensor]:
+def _open_pages(cache: _StaticCache, full: list[list[Tensor]]) -> list[Tensor]:
     """Open the pages of the step that has begun, as far as no kernel has done it for all layers of a group."""
     for group, full_LBK in zip(cache.groups, full, strict=True):
         group.save_tokens(full_LBK)
@@ -126,7 +126,7 @@ class _Programs:
         # Sizes that may change are marked. The compiler would guess more from programs made before: those for other
         # numbers of rows, and then this one would be for any.
         self.by_function = {
-            function: compile_isolated(function, dynamic=False, **how) for function in (_forward, _turn)
+            function: compile_isolated(function, dynamic=False, **how) for function in (_forward, _open_pages)
         }
 
 
@@ -207,11 +207,11 @@ class DecodeStep:
         tokens: int | None = None,
     ) -> None:
         check_compile(compile)
-        cache.tie.check_model(model)
+        cache.binding.check_model(model)
         self._model = model
         self._cache = cache
         self._asked = compile
-        self._view = _StepCache(cache, model.device)
+        self._view = _StaticCache(cache, model.device)
         rows = cache.rows
         self.compiled = compiles(model, cache, compile, rows=rows, tokens=tokens)
         """Whether steps are compiled."""
@@ -243,7 +243,7 @@ class DecodeStep:
             for group in view.groups:
                 group.refresh()
             if opens:
-                self._run(_turn, view, [group.choose_slots() for group in view.groups])
+                self._run(_open_pages, view, [group.choose_slots() for group in view.groups])
             position_B1 = self._cache.layers[0].slots.next_position_B[:, None]
             logits_BV: Tensor = self._run(_forward, self._model, view, token_B1, position_B1)
             for group in view.groups:

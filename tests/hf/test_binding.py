@@ -105,7 +105,7 @@ def test_a_cache_can_be_copied_but_not_pickled(model, ids):
         assert torch.equal(model.generate(more, past_key_values=other, **GREEDY), ours)
         both = copy.deepcopy((model, other))
         model_of_both, cache_of_both = both
-        assert cache_of_both.tie.model is model_of_both
+        assert cache_of_both.binding.model is model_of_both
         model_of_both.generate(torch.cat([ours, ids], 1), past_key_values=cache_of_both, **GREEDY)
         with pytest.raises(longthink.UnsupportedFeatureError, match="cannot be pickled"):
             pickle.dumps(cache)

@@ -48,7 +48,7 @@ def check_gradient_checkpointing(model: PreTrainedModel) -> None:
         )
 
 
-class Tie:
+class ModelBinding:
     """Ties a cache to one model. It knows the model but does not keep it alive.
 
     Parameters
