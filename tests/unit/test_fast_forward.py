@@ -54,7 +54,6 @@ def cost(layer):
         "tail": table.page_BKP.amax(-1).tolist(),
         "evictable": evictable_pages(layer.policy, table).sum(-1).tolist(),
         "bytes": (layer.kv_bytes, layer.metadata_bytes),
-        "decoding": layer._decoding,
     }
 
 

@@ -90,7 +90,6 @@ def _grow(layer: LayerCache, store: SlotStore, tokens: int, generator: torch.Gen
     store.tail_BK.fill_((new - 1) // page_size)
     store.compute_key_bounds()
     layer._lengths = [new] * rows
-    layer._decoding = layer._decoding or tokens > 0
 
 
 def _set_clock(layer: LayerCache, store: SlotStore, jump: int) -> None:

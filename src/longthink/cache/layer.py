@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from longthink import kernels
-from longthink.cache.prompt import ChunkedPrompt, causal_mask, page_caps
+from longthink.cache.prompt import ChunkedPrompt, UserPages, causal_mask, page_caps
 from longthink.cache.stats import CacheStats
 from longthink.cache.step import QKV, Read, decode_step, open_pages, read_slots
 from longthink.cache.store import SlotStore
+from longthink.cache.turn import read_turn
 from longthink.config import Budget
 from longthink.errors import BudgetError, CacheStateError, UnsupportedFeatureError, UnsupportedModelError
 from longthink.policies import (
@@ -103,7 +104,8 @@ class LayerCache(CacheStats):
         # Host copies of lengths and caps: knowing when a page opens must not wait for the device.
         self._lengths: list[int] = []
         self._caps: list[int] = []
-        self._decoding = False
+        self._user: list[UserPages] = []
+        self._announced = 0
         self._prepared = False
 
     # What it holds ------------------------------------------------------------------------------------------
@@ -134,6 +136,7 @@ class LayerCache(CacheStats):
             return
         self._store.apply(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
         self._lengths, self._caps = ([old[i] for i in rows.tolist()] for old in (self._lengths, self._caps))
+        self._user = [self._user[i] for i in rows.tolist()]
         self._store.set_caps(self._caps)
 
     def adopt(self, row: int, other: LayerCache) -> None:
@@ -145,8 +148,8 @@ class LayerCache(CacheStats):
             self.select_rows(torch.tensor([*range(row), 0]))
         self._store.adopt(row, other._store)
         self._lengths[row], self._caps[row] = other._lengths[0], other._caps[0]
+        self._user[row] = other._user[0]
         self._store.set_caps(self._caps)
-        self._decoding = True
         self.release()
 
     def release(self) -> None:
@@ -163,20 +166,14 @@ class LayerCache(CacheStats):
     @property
     def in_chunked_prefill(self) -> bool:
         """Whether columns of an announced prompt are still to come."""
-        return self._chunks is not None
+        return self._chunks is not None or self._announced > 0
 
     def begin_chunked_prefill(self, columns: int) -> None:
-        """Announce a prompt that comes in chunks; behind a text that has decoded, chunks need no announcement.
-
-        Raises
-        ------
-        UnsupportedFeatureError
-            If tokens would be taken as more of a prompt that is there already.
-        """
+        """Announce a prompt, the first or that of a later turn, whose columns come in chunks."""
         if self._store is None:
             self._chunks = ChunkedPrompt(columns)
-        elif needs_budget(self.policy) and self._takes_as_prompt(columns):
-            raise UnsupportedFeatureError("more prompt behind a prompt: read it without prefill_chunk_size")
+        else:
+            self._announced = columns
 
     def attend(
         self,
@@ -188,9 +185,10 @@ class LayerCache(CacheStats):
     ) -> Tensor:
         """Take in new tokens and return their attention output.
 
-        The first tokens are the prompt. One token on a live cache is a decode step. Several tokens on a cache that
-        has decoded (a second turn) go through the decode step one by one, so the bound and the policy's rule hold
-        for them as well.
+        The first tokens are the prompt. On a live cache one token is a decode step, unless it was announced as a
+        prompt, and several are a later turn: what the user wrote. It is protected as the prompt is, and with a decode
+        budget the cache grows by its pages. Where nothing has to be evicted for it, it is read as one block, else token
+        by token.
 
         Parameters
         ----------
@@ -218,23 +216,74 @@ class LayerCache(CacheStats):
             raise CacheStateError(
                 f"the cache holds {len(self._lengths)} rows and was given {len(query_BHQD)}"
             )
-        if self._takes_as_prompt(query_BHQD.shape[2]):
-            return self._prefill(query_BHQD, key_BKQD, value_BKQD, valid_BQ, scaling)
-        self._decoding = True
+        columns = query_BHQD.shape[2]
+        block = query_BHQD, key_BKQD, value_BKQD
+        by_user = columns > 1 or self._announced > 0
+        if self._store is None or (by_user and grows(self.policy)):
+            out_BHQD = self._prefill(*block, valid_BQ, scaling)
+        elif by_user:
+            out_BHQD = self._read_turn(block, valid_BQ, scaling)
+        else:
+            active_B = None if valid_BQ is None else valid_BQ[:, 0]
+            new = query_BHQD[:, :, 0], key_BKQD[:, :, 0], value_BKQD[:, :, 0]
+            out_BHQD = self._decode_active(new, active_B, scaling)[:, :, None]
+        self._announced = max(0, self._announced - columns)
+        return out_BHQD
+
+    def _read_turn(self, block: QKV, valid_BQ: Tensor | None, scaling: float) -> Tensor:
+        query_BHQD, key_BKQD, value_BKQD = block
+        rows, _, columns, _ = query_BHQD.shape
+        counts = [columns] * rows if valid_BQ is None else valid_BQ.sum(1).tolist()
+        old = self._lengths
+        opened = self._start_turn(counts)
+        if all(pages <= cap for pages, cap in zip(opened, self._caps, strict=True)):
+            out_BHQD = read_turn(self.policy, self.store, block, valid_BQ, old, scaling)
+            self._lengths = [length + count for length, count in zip(old, counts, strict=True)]
+            self._protect(old)
+            return out_BHQD
         out_BHQD = torch.empty_like(query_BHQD)
-        for i in range(query_BHQD.shape[2]):
+        for i in range(columns):
             active_B = None if valid_BQ is None else valid_BQ[:, i]
             new = query_BHQD[:, :, i], key_BKQD[:, :, i], value_BKQD[:, :, i]
             out_BHQD[:, :, i] = self._decode_active(new, active_B, scaling)
+            self._protect(old)
         return out_BHQD
 
-    def _takes_as_prompt(self, new_tokens: int) -> bool:
-        if self._store is None:
-            return True
-        if not needs_budget(self.policy):
-            return new_tokens > 1
-        keeps_all = self.policy.pins_prompt() or grows(self.policy)
-        return not self._decoding and new_tokens > 1 and keeps_all
+    def _start_turn(self, counts: list[int]) -> list[int]:
+        """Make room for a turn of so many tokens, and return the page slots that each row fills without eviction."""
+        page_size = self.policy.page_size
+        lengths = [length + count for length, count in zip(self._lengths, counts, strict=True)]
+        caps = self._caps_of_turn(lengths)
+        held = [min(-(-n // page_size), cap) for n, cap in zip(self._lengths, self._caps, strict=True)]
+        new = [-(-m // page_size) - -(-n // page_size) for n, m in zip(self._lengths, lengths, strict=True)]
+        self._user, self._caps = self._user_after(lengths), caps
+        self.store.reserve(max(caps))
+        self.store.set_caps(caps)
+        self.refresh_compile_marks()
+        return [old + more for old, more in zip(held, new, strict=True)]
+
+    def _user_after(self, lengths: list[int]) -> list[UserPages]:
+        """Pages of the user when a turn has made the rows as long as this."""
+        old = self._lengths or [0] * len(lengths)
+        user = self._user or [UserPages()] * len(lengths)
+        return [
+            pages.and_then(start, length - start, self.policy.page_size)
+            for pages, start, length in zip(user, old, lengths, strict=True)
+        ]
+
+    def _caps_of_turn(self, lengths: list[int]) -> list[int]:
+        """Page slots of each row when a later turn has made it as long as this, if it fits; else `BudgetError`."""
+        if needs_budget(self.policy):
+            lengths = [pages.count * self.policy.page_size for pages in self._user_after(lengths)]
+        return page_caps(self.policy, self.budget, lengths, turns=True)
+
+    def _protect(self, starts: list[int]) -> None:
+        """Mark the pages from these positions on as the user's."""
+        table = self.store.table
+        first_B = torch.tensor(
+            [start // self.policy.page_size for start in starts], device=table.now_B.device
+        )
+        self.store.user_BKP.masked_fill_(table.page_BKP >= first_B[:, None, None], 1)
 
     # The prompt ---------------------------------------------------------------------------------------------
 
@@ -255,7 +304,11 @@ class LayerCache(CacheStats):
         old_B = torch.tensor(self._lengths or [0] * rows, device=real_BQ.device)
         position_BQ = torch.where(real_BQ, old_B[:, None] + real_BQ.cumsum(1) - 1, -1)
         lengths = (old_B + real_BQ.sum(1)).tolist()
-        caps = page_caps(self.policy, self.budget, lengths)
+        caps = (
+            self._caps_of_turn(lengths)
+            if self._store is not None
+            else page_caps(self.policy, self.budget, lengths)
+        )
 
         keys_BKND, values_BKND, readable_BN = key_BKQD, value_BKQD, real_BQ
         if self._store is not None:
@@ -294,18 +347,21 @@ class LayerCache(CacheStats):
         self._store.reserve(pages)
         self._store.set_caps(caps)
         table = self._store.table
-        table.prompt_B.copy_(torch.tensor(lengths))
-        table.now_B.copy_(table.prompt_B)
+        table.now_B.copy_(torch.tensor(lengths))
+        if not self._lengths:
+            table.prompt_B.copy_(table.now_B)
         mass_BKQ = None if mass_BKN is None else mass_BKN[..., old_slots:]
         kept_BKQ = None
         if isinstance(self.policy, TrimsPrompt):
-            kept_BKQ = self.policy.trim(position_BQ, table.prompt_B, table.cap_B, mass_BKQ)
+            kept_BKQ = self.policy.trim(position_BQ, table.now_B, table.cap_B, mass_BKQ)
         source_BKS = self._store.fill(key_BKQD, value_BKQD, position_BQ, kept_BKQ)
         mass_BKS = None
         if mass_BKN is not None and mass_BKQ is not None:
             mass_BKS = torch.where(source_BKS >= 0, mass_BKQ.gather(2, source_BKS.clamp(min=0)), 0)
             mass_BKS[..., :old_slots] += mass_BKN[..., :old_slots]
+        self._protect(self._lengths or [0] * len(lengths))
         self.policy.admit(table, mass_BKS)
+        self._user = self._user_after(lengths)
         self._lengths, self._caps = lengths, caps
         if isinstance(self.policy, ShiftsKeys) and self.policy.shifted_tokens():
             count = self.policy.shifted_tokens()
@@ -352,7 +408,6 @@ class LayerCache(CacheStats):
             None if no row opens a page; else whether one of them may have to evict another.
         """
         page_size, lengths = self.policy.page_size, self._lengths
-        self._decoding = True
         self._lengths = [length + 1 for length in lengths]
         if all(length % page_size for length in lengths):
             return None

@@ -5,6 +5,8 @@ Shape suffixes: B batch rows, K KV heads, Q new columns, N columns so far, D hea
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -13,8 +15,36 @@ from longthink.errors import BudgetError, CacheStateError
 from longthink.policies import Policy, needs_budget
 
 
-def page_caps(policy: Policy, budget: Budget | None, lengths: list[int]) -> list[int]:
+@dataclass(frozen=True)
+class UserPages:
+    """Pages of a row that hold what the user wrote: the prompt, and the prompts of later turns.
+
+    Attributes
+    ----------
+    count
+        How many there are. A page counts in whole, whatever else stands in it.
+    end
+        The first page behind the last of them.
+    """
+
+    count: int = 0
+    end: int = 0
+
+    def and_then(self, start: int, tokens: int, page_size: int) -> UserPages:
+        """Those and the pages of `tokens` more tokens from position `start` on."""
+        if not tokens:
+            return self
+        end = (start + tokens - 1) // page_size + 1
+        return UserPages(self.count + end - max(start // page_size, self.end), end)
+
+
+def page_caps(policy: Policy, budget: Budget | None, lengths: list[int], *, turns: bool = False) -> list[int]:
     """Page slots of each row, if its prompt fits.
+
+    Parameters
+    ----------
+    lengths
+        Tokens of each row's prompt; with `turns`, of all its prompts, in whole pages.
 
     Raises
     ------
@@ -30,7 +60,7 @@ def page_caps(policy: Policy, budget: Budget | None, lengths: list[int]) -> list
         if cap < required:
             raise BudgetError(
                 f"{budget} holds {cap} pages of {page_size} tokens, but policy {policy.name!r} needs "
-                f"{required} for a prompt of {length} tokens. Give budget >= {required * page_size}, or "
+                f"{required} for {'prompts' if turns else 'a prompt'} of {length} tokens. Give budget >= {required * page_size}, or "
                 f"decode_budget=... (tokens on top of the prompt), or a policy that evicts prompt tokens"
             )
     return caps

@@ -115,7 +115,7 @@ def decode_step(
     query_BKGD = query_BHD.unflatten(1, (key_BKD.shape[1], -1))
     store.append(key_BKD, value_BKD)
     if isinstance(policy, ShiftsKeys):
-        _shift_keys(policy, store)
+        shift_keys(policy, store)
     out_BKGD, weights_BKGS = read(policy, store, query_BKGD, scaling)
     shown_BKGD = query_BKGD if reads_vectors(store.needs) else None
     policy.observe(store.table, Step(shown_BKGD, weights_BKGS, scaling))
@@ -123,7 +123,7 @@ def decode_step(
     return out_BKGD.flatten(1, 2)
 
 
-def _shift_keys(policy: ShiftsKeys, store: SlotStore) -> None:
+def shift_keys(policy: ShiftsKeys, store: SlotStore) -> None:
     """Put the first keys where the policy reads them in this step, and keep them as they were written."""
     count = policy.shifted_tokens()
     if not count:

@@ -64,6 +64,7 @@ class SlotStore:
             cap_B=torch.tensor(cap_B, dtype=torch.int64, device=device),
             cap=max(cap_B),
             state=policy.init_state(Shape(rows, tables, pages, policy.page_size), device),
+            user_BKP=torch.zeros(rows, tables, pages, dtype=torch.int8, device=device),
         )
         self._expose_needs()
 
@@ -76,6 +77,12 @@ class SlotStore:
     def has_key_bounds(self) -> bool:
         """Whether the bounds of each page's keys are kept."""
         return self.kmin_BKPD.shape[2] > 0
+
+    @property
+    def user_BKP(self) -> Tensor:
+        """Pages that hold a token of a prompt: see `PageTable`."""
+        assert self.table.user_BKP is not None
+        return self.table.user_BKP
 
     @property
     def pages(self) -> int:
@@ -94,7 +101,7 @@ class SlotStore:
         table = self.table
         for owner, fields in (
             (self, ("keys_BKSD", "values_BKSD", "tail_BK")),
-            (table, ("position_BKS", "now_B", "prompt_B", "cap_B")),
+            (table, ("position_BKS", "now_B", "prompt_B", "cap_B", "user_BKP")),
             (self, ("kmin_BKPD", "kmax_BKPD")),
         ):
             for name in fields:
@@ -127,6 +134,7 @@ class SlotStore:
             self.kmin_BKPD = pad(self.kmin_BKPD, (0, 0, 0, more))
             self.kmax_BKPD = pad(self.kmax_BKPD, (0, 0, 0, more))
         table.position_BKS = pad(table.position_BKS, (0, tokens), value=-1)
+        table.user_BKP = pad(self.user_BKP, (0, more))
         for name, tensor in table.state.items():
             grown = tensor.new_zeros(
                 *tensor.shape[:2], tensor.shape[2] // old_pages * pages, *tensor.shape[3:]
@@ -247,7 +255,10 @@ class SlotStore:
             per_page = tensor.shape[2] == self.pages
             return At(tensor, entries(slot_BK[..., None] if per_page else tokens_BKT, tensor))
 
-        contents = [opened(tensor) for tensor in (self.keys_BKSD, self.values_BKSD, *table.state.values())]
+        contents = [
+            opened(tensor)
+            for tensor in (self.keys_BKSD, self.values_BKSD, self.user_BKP, *table.state.values())
+        ]
         kernels.empty(opened(table.position_BKS), contents, opens_B)
 
     def append(self, key_BKD: Tensor, value_BKD: Tensor) -> None:

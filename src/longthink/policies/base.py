@@ -38,9 +38,11 @@ class PageTable:
     now_B
         Logical position of the token that is being decoded, int64; after the prompt, that of the token to come.
     prompt_B
-        Prompt tokens of each row, int64.
+        Tokens of each row's first prompt, int64.
     cap_B, cap
         Page slots that each row may fill (or, where the cache grows, read), int64; and the largest of them.
+    user_BKP
+        Pages that hold a token of a prompt, the first or that of a later turn, int8; None where there is one turn only.
     state
         The policy's own tensors, from `Policy.init_state`. Dimension 2 counts page slots or token slots; the
         cache zeroes an entry when its slot is opened anew, moves token entries with their tokens, and takes rows
@@ -56,11 +58,26 @@ class PageTable:
     state: dict[str, Tensor] = field(default_factory=dict)
     vectors: tuple[Tensor, Tensor] | None = None
     key_bounds: tuple[Tensor, Tensor] | None = None
+    user_BKP: Tensor | None = None
 
     @property
     def page_BKP(self) -> Tensor:
         """Logical page in each slot (position // page_size), int32, -1 where the slot is empty."""
         return logical_pages(self.position_BKS, self.page_size)
+
+    @property
+    def prompt_BKP(self) -> Tensor:
+        """Pages that hold a token of a prompt, of whichever turn, bool."""
+        if self.user_BKP is None:
+            return (self.page_BKP >= 0) & holds_first(self, self.prompt_B)
+        return self.user_BKP > 0
+
+    @property
+    def prompt_pages_B(self) -> Tensor:
+        """Number of those pages, the same in every table of a row whose policy keeps them all."""
+        if self.user_BKP is None:
+            return (self.prompt_B + self.page_size - 1).div(self.page_size, rounding_mode="floor")
+        return self.user_BKP[:, 0].sum(-1)
 
     @property
     def resident_BKS(self) -> Tensor:
@@ -244,7 +261,7 @@ class Policy(ABC):
         """Pages that must not leave, bool BKP; of a full table, at least one resident page is not protected."""
         if not self.pins_prompt():
             return torch.zeros_like(table.page_BKP, dtype=torch.bool)
-        return holds_first(table, table.prompt_B)
+        return table.prompt_BKP
 
     def worth(self, table: PageTable) -> Tensor:
         """Worth of each page, BKP: the one with the least leaves, a tie going to the lowest logical page."""

@@ -98,7 +98,7 @@ class H2O(Policy, TrimsPrompt):
 
     def recent_pages(self, table: PageTable) -> Tensor:
         """How many of the most recent tokens each row protects, B."""
-        return self._recent(table.cap_B - table.prompt_B if self.pin_prompt else table.cap_B)
+        return self._recent(table.cap_B - table.prompt_pages_B if self.pin_prompt else table.cap_B)
 
     def _recent(self, capacity_B: Tensor) -> Tensor:
         return capacity_B - (capacity_B.double() * self.heavy + 1e-9).floor().to(capacity_B.dtype)

@@ -92,18 +92,15 @@ class Milestone(Policy, SavesTokens):
 
     def keepers(self, table: PageTable) -> Tensor:
         """How many keeper slots each row has, B."""
-        first_B = (table.prompt_B + self.page_size - 1).div(self.page_size, rounding_mode="floor")
-        decode_B = table.cap_B - first_B
+        decode_B = table.cap_B - table.prompt_pages_B
         count_B = (decode_B.double() * self.keep + 0.5 + 1e-9).floor().to(decode_B.dtype)
         young = -(-self.young // self.page_size)
         return torch.minimum(count_B, (decode_B - young).clamp(min=0))
 
     def _keeper_pages(self, table: PageTable) -> Tensor:
-        """The slots behind the prompt's: the first ones that decode tokens fill, and never opened again. B1P."""
-        first_B = (table.prompt_B + self.page_size - 1).div(self.page_size, rounding_mode="floor")
-        slots = torch.arange(table.page_BKP.shape[-1], device=table.prompt_B.device)
-        behind_BP = slots - first_B[:, None]
-        return ((behind_BP >= 0) & (behind_BP < self.keepers(table)[:, None]))[:, None]
+        """The first slots that hold no prompt: the first that decode tokens fill, and never opened again. BKP."""
+        free_BKP = ~table.prompt_BKP
+        return free_BKP & (free_BKP.cumsum(-1) <= self.keepers(table)[:, None, None])
 
     def _best(self, table: PageTable, candidate_BKS: Tensor) -> Tensor:
         """Mark the best candidates, as many as the keeper pages hold; ties go to the higher position."""

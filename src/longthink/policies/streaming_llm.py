@@ -72,7 +72,9 @@ class StreamingLLM(Policy, TrimsPrompt, ShiftsKeys):
 
     @override
     def shift_keys(self, table: PageTable, keys_BKND: Tensor, inv_freq_D: Tensor) -> Tensor:
-        return rotate_keys(keys_BKND, (table.now_B + 1 - table.cap_B).clamp(min=0), inv_freq_D)
+        # Tokens evicted so far: they all stood between the sinks and the window.
+        evicted_BK = table.position_BKS.amax(-1) + 1 - table.resident_BKS.sum(-1)
+        return rotate_keys(keys_BKND, evicted_BK[:, 0], inv_freq_D)
 
 
 def rotate_keys(keys_BKND: Tensor, shift_B: Tensor, inv_freq_D: Tensor) -> Tensor:
