@@ -1,4 +1,4 @@
-"""One attention layer's cache: prefill, the decode step, and what it holds.
+"""Bounded KV cache of one attention layer: prefill, decode steps, row operations.
 
 Shape suffixes: B batch rows, H query heads, K KV heads, G query heads per KV head, Q new tokens, S token slots,
 D head dim, N columns that a block of queries may read.
@@ -31,45 +31,45 @@ from longthink.policies import (
 
 
 class FusedStep(Protocol):
-    """A layer's decode step by kernels that were made for one policy class: see `longthink.accelerators`."""
+    """The decode step of a layer in kernels for one policy class: see `longthink.accelerators`."""
 
     def __init__(self, policy: Policy) -> None: ...
 
     def serves(self, store: SlotStore) -> bool:
-        """Whether the kernels run where the slots are."""
+        """Whether the kernels support the device and dtype of the slots."""
         ...
 
     def step(self, store: SlotStore, new: QKV, scaling: float) -> Tensor:
-        """Do what `decode_step` does for the policy."""
+        """Equivalent of `decode_step`."""
         ...
 
 
 class LayerCache(CacheStats):
-    """Bounded cache of one attention layer, for any number of rows.
+    """Bounded KV cache of one attention layer, for any number of rows.
 
-    The prompt is attended densely; a decode step evicts, writes, reads and learns as the policy says. Rows count
-    their own logical positions, so padding never takes a slot.
+    Prefill attends densely; a decode step evicts, appends, attends and observes as the policy says. Each row counts
+    its own logical positions, so padding takes no slot.
 
     Parameters
     ----------
     policy
-        What to keep.
+        Which tokens to keep.
     budget
-        How much to keep; may be None only where the policy needs none (`dense`).
+        How many to keep; None only where the policy needs no budget (`dense`).
     inv_freq_D
-        RoPE frequencies of the keys, for policies that number tokens inside the cache.
+        RoPE frequencies of the keys, for policies that shift keys.
     kv_dtype
-        Format that keys and values are kept in; None for that of the model.
+        Dtype of the stored keys and values; None for that of the model.
     fused
-        Decode steps by exact class of policy, taken where they serve the slots. A subclass of such a policy may
-        override any hook, so it never takes them.
+        Fused decode steps by exact policy class, used where they serve the slots. A subclass may override any hook,
+        so it never uses them.
 
     Raises
     ------
     BudgetError
         If the policy needs a budget and there is none.
     ValueError
-        If the policy declares a need that there is not.
+        If the policy declares an unknown need.
     """
 
     _read: Read = staticmethod(read_slots)
@@ -89,7 +89,6 @@ class LayerCache(CacheStats):
             raise ValueError(f"policy {policy.name!r} needs {sorted(unknown)}: allowed is {', '.join(NEEDS)}")
         fused_step = (fused or {}).get(type(policy))
         self.fused = None if fused_step is None else fused_step(policy)
-        """The policy's own kernels, where there are any."""
         self.policy = policy
         self.budget = budget
         self.kv_dtype = kv_dtype
@@ -97,39 +96,39 @@ class LayerCache(CacheStats):
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything and free the slots."""
+        """Drop all tokens and free the slots."""
         self._store: SlotStore | None = None
         self._chunks: ChunkedPrompt | None = None
-        # Host copies of lengths and caps: knowing when a page opens must not wait for the device.
+        # Host copies of lengths and caps: detecting that a page opens must not synchronise with the device.
         self._lengths: list[int] = []
         self._caps: list[int] = []
         self._decoding = False
         self._prepared = False
 
-    # What it holds ------------------------------------------------------------------------------------------
+    # State and rows -----------------------------------------------------------------------------------------
 
     @property
     def length_B(self) -> Tensor:
-        """Tokens that each row has seen, padding not counted."""
+        """Tokens that each row has seen, without padding, on the host."""
         return torch.tensor(self._lengths, dtype=torch.int64)
 
     @property
     def next_position_B(self) -> Tensor:
-        """Logical position of each row's next token, on the device of the cache."""
+        """Logical position of each row's next token, on the device."""
         return self.store.table.now_B.clone()
 
     @property
     def is_fused(self) -> bool:
-        """Whether steps are taken by the policy's own kernels."""
+        """Whether decode steps are fused."""
         return self.fused is not None and self.fused.serves(self.store)
 
     @property
     def sizes(self) -> tuple[torch.Size, int]:
-        """Shape of the slots of keys and of values, and the largest cap: what changes when rows change hands."""
+        """Shape of the slots, and the largest cap: what may change when rows come and go."""
         return self.store.keys_BKSD.shape, self.store.table.cap
 
     def select_rows(self, rows: Tensor) -> None:
-        """Make row i what row ``rows[i]`` was (beam search, batch changes)."""
+        """Reorder rows: row i becomes the old row ``rows[i]`` (beam search, batch changes)."""
         if self._store is None:
             return
         self._store.apply(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
@@ -137,11 +136,17 @@ class LayerCache(CacheStats):
         self._store.set_caps(self._caps)
 
     def adopt(self, row: int, other: LayerCache) -> None:
-        """Make a row, or one behind the last, what the only row of another cache is (continuous batching)."""
+        """Copy the only row of another cache into a row, or behind the last (continuous batching).
+
+        Raises
+        ------
+        CacheStateError
+            If a cache is empty, or the other has several rows.
+        """
         if self._store is None or other._store is None or len(other._lengths) != 1:
-            raise CacheStateError("adopt needs a cache with rows, and another with exactly one")
+            raise CacheStateError("adopt needs a cache with rows, and another with exactly one row")
         if row == len(self._lengths):
-            # Any row makes room: all of it is overwritten.
+            # The new row is a copy of any: all of it is overwritten.
             self.select_rows(torch.tensor([*range(row), 0]))
         self._store.adopt(row, other._store)
         self._lengths[row], self._caps[row] = other._lengths[0], other._caps[0]
@@ -150,11 +155,11 @@ class LayerCache(CacheStats):
         self.release()
 
     def release(self) -> None:
-        """Give back slots that no row can use: after a long row has left."""
+        """Free slots that no row can use, after a long row has left."""
         if self._store is None:
             return
         needed = max(self._lengths) // self.policy.page_size + 1
-        # What grows keeps some room, or it would be copied again at the next page.
+        # A cache that grows keeps spare slots, or the next page would copy it again.
         self._store.release(needed + needed // 2 if grows(self.policy) else max(self._caps))
         self.refresh_compile_marks()
 
@@ -162,21 +167,21 @@ class LayerCache(CacheStats):
 
     @property
     def in_chunked_prefill(self) -> bool:
-        """Whether columns of an announced prompt are still to come."""
+        """Whether chunks of the prompt are still to come."""
         return self._chunks is not None
 
     def begin_chunked_prefill(self, columns: int) -> None:
-        """Announce a prompt that comes in chunks; behind a text that has decoded, chunks need no announcement.
+        """Announce a prompt of `columns` columns that comes in chunks; a later turn needs no announcement.
 
         Raises
         ------
         UnsupportedFeatureError
-            If tokens would be taken as more of a prompt that is there already.
+            If it would extend a prompt that has not been followed by decoding.
         """
         if self._store is None:
             self._chunks = ChunkedPrompt(columns)
         elif needs_budget(self.policy) and self._takes_as_prompt(columns):
-            raise UnsupportedFeatureError("more prompt behind a prompt: read it without prefill_chunk_size")
+            raise UnsupportedFeatureError("a prompt cannot be extended in chunks: omit prefill_chunk_size")
 
     def attend(
         self,
@@ -186,11 +191,10 @@ class LayerCache(CacheStats):
         valid_BQ: Tensor | None = None,
         scaling: float | None = None,
     ) -> Tensor:
-        """Take in new tokens and return their attention output.
+        """Append new tokens and return their attention output.
 
-        The first tokens are the prompt. One token on a live cache is a decode step. Several tokens on a cache that
-        has decoded (a second turn) go through the decode step one by one, so the bound and the policy's rule hold
-        for them as well.
+        The first call is the prefill; a later call with one token is a decode step. Several tokens after decoding (a
+        second turn) go through the decode step one by one, so the bound and the policy hold for them too.
 
         Parameters
         ----------
@@ -202,12 +206,12 @@ class LayerCache(CacheStats):
         Returns
         -------
         Tensor
-            Shape BHQD. What stands at padding has no meaning.
+            Output, shape BHQD; meaningless at padding.
 
         Raises
         ------
         BudgetError
-            If the prompt does not fit; the cache is then as it was.
+            If the prompt does not fit; the cache is left unchanged.
         CacheStateError
             If the number of rows changed.
         """
@@ -236,7 +240,7 @@ class LayerCache(CacheStats):
         keeps_all = self.policy.pins_prompt() or grows(self.policy)
         return not self._decoding and new_tokens > 1 and keeps_all
 
-    # The prompt ---------------------------------------------------------------------------------------------
+    # Prefill ------------------------------------------------------------------------------------------------
 
     def _prefill(
         self,
@@ -250,7 +254,7 @@ class LayerCache(CacheStats):
         read_BQ = query_BHQD.new_ones(rows, columns, dtype=torch.bool) if valid_BQ is None else valid_BQ
         chunks, real_BQ = self._chunks, read_BQ
         if chunks is not None:
-            # All columns so far take the place of a whole prompt; only the new ones ask.
+            # The keys are those of all chunks so far, the queries those of this chunk.
             key_BKQD, value_BKQD, real_BQ = chunks.add(key_BKQD, value_BKQD, read_BQ)
         old_B = torch.tensor(self._lengths or [0] * rows, device=real_BQ.device)
         position_BQ = torch.where(real_BQ, old_B[:, None] + real_BQ.cumsum(1) - 1, -1)
@@ -259,7 +263,7 @@ class LayerCache(CacheStats):
 
         keys_BKND, values_BKND, readable_BN = key_BKQD, value_BKQD, real_BQ
         if self._store is not None:
-            # Blocks follow each other only where nothing is evicted, so all heads hold the same tokens.
+            # Prefill extends a cache only where nothing is evicted, so all heads hold the same tokens.
             keys_BKND = torch.cat([self._store.keys_BKSD, key_BKQD], 2)
             values_BKND = torch.cat([self._store.values_BKSD, value_BKQD], 2)
             readable_BN = torch.cat([self._store.table.resident_BKS[:, 0], real_BQ], 1)
@@ -286,7 +290,7 @@ class LayerCache(CacheStats):
         caps: list[int],
         mass_BKN: Tensor | None,
     ) -> None:
-        """Put the prompt into slots; from here on the block is part of the cache."""
+        """Write the prompt to the slots."""
         pages = -(-max(lengths) // self.policy.page_size) if grows(self.policy) else max(caps)
         if self._store is None:
             self._store = SlotStore(self.policy, key_BKQD, caps, pages, self.kv_dtype)
@@ -315,15 +319,15 @@ class LayerCache(CacheStats):
     def _checked_frequencies(self) -> Tensor:
         if self._inv_freq_D is None:
             raise UnsupportedModelError(
-                f"policy {policy_spec(self.policy)!r} turns keys inside the cache and needs the model's RoPE "
-                "frequencies, which this model does not offer; use streaming_llm:positions=logical"
+                f"policy {policy_spec(self.policy)!r} rotates keys inside the cache and needs the model's RoPE "
+                "frequencies, which this model does not expose; use streaming_llm:positions=logical"
             )
         return self._inv_freq_D
 
-    # One token ----------------------------------------------------------------------------------------------
+    # Decode -------------------------------------------------------------------------------------------------
 
     def _decode_active(self, new: QKV, active_B: Tensor | None, scaling: float) -> Tensor:
-        """Decode step in which only some rows take part; the others stay as they are."""
+        """Decode step of the active rows; the others are restored."""
         if active_B is None or bool(active_B.all()):
             return self._decode(new, scaling)
         self._reserve(max(self._lengths) + 1)
@@ -344,12 +348,12 @@ class LayerCache(CacheStats):
         return self.step(new, scaling)
 
     def begin_step(self) -> bool | None:
-        """Count a new token for every row, on the host alone: nothing waits for the device.
+        """Count a new token in every row, on the host only.
 
         Returns
         -------
         bool or None
-            None if no row opens a page; else whether one of them may have to evict another.
+            None if no row opens a page; else whether one of them may have to evict.
         """
         page_size, lengths = self.policy.page_size, self._lengths
         self._decoding = True
@@ -361,7 +365,7 @@ class LayerCache(CacheStats):
         return not grows(self.policy) and any(page > cap for page, cap in zip(pages, self._caps, strict=True))
 
     def prepare_compile(self) -> None:
-        """Tell the compiler which sizes differ between caches of the same policy and budget, and what stays put."""
+        """Mark dynamic sizes and static addresses for the compiler."""
         self._prepared = True
         for tensor in self.store.tensors():
             if tensor.device.type == "cuda":
@@ -371,24 +375,24 @@ class LayerCache(CacheStats):
                 torch._dynamo.maybe_mark_dynamic(tensor, 2)
 
     def refresh_compile_marks(self) -> None:
-        """Tell the compiler again, since tensors were replaced."""
+        """Mark again after tensors were replaced."""
         if self._prepared:
             self.prepare_compile()
 
     def open_pages(self, *, evicts: bool) -> None:
-        """Open pages where the step that has begun needs them: tensors alone, for a compiler."""
+        """Open pages for the step that `begin_step` counted: tensor code only, compilable."""
         open_pages(self.policy, self.store, evicts=evicts)
 
     def step(self, new: QKV, scaling: float) -> Tensor:
-        """Take in the token of the step that has begun, and return its attention output: tensors alone."""
+        """Append the token that `begin_step` counted and return its attention output, BHD: tensor code only."""
         if self.fused is not None and self.fused.serves(self.store):
             return self.fused.step(self.store, new, scaling)
         return decode_step(self.policy, self.store, new, scaling, self._read)
 
     def _reserve(self, tokens: int) -> None:
-        """Have slots for so many tokens, where the cache grows."""
+        """Allocate slots for this many tokens, where the cache grows."""
         needed = -(-tokens // self.policy.page_size)
         if grows(self.policy) and needed > self.store.pages:
-            # A quarter more, and at most 1024 tokens, of which each step reads all: the copy in between is not felt.
+            # At most 1024 tokens spare, because each step reads them all; the copies are amortised.
             self.store.reserve(needed + min(self.store.pages // 4, 1024 // self.policy.page_size))
             self.refresh_compile_marks()

@@ -1,4 +1,4 @@
-"""A prompt on its way into a cache: how many page slots it gets, and its columns while it comes in chunks.
+"""Prefill: page slots for a prompt, and the buffer of a chunked prefill.
 
 Shape suffixes: B batch rows, K KV heads, Q new columns, N columns so far, D head dim.
 """
@@ -14,12 +14,12 @@ from longthink.policies import Policy, needs_budget
 
 
 def page_caps(policy: Policy, budget: Budget | None, lengths: list[int]) -> list[int]:
-    """Page slots of each row, if its prompt fits.
+    """Page slots that each row may fill.
 
     Raises
     ------
     BudgetError
-        If one does not fit.
+        If a prompt does not fit.
     """
     page_size = policy.page_size
     if budget is None or not needs_budget(policy):
@@ -37,9 +37,7 @@ def page_caps(policy: Policy, budget: Budget | None, lengths: list[int]) -> list
 
 
 class ChunkedPrompt:
-    """Keys and values of a prompt that comes piece by piece, held until its last column is there.
-
-    A policy may choose what to keep from the whole prompt only, so nothing is dropped before.
+    """Keys and values of a chunked prefill until its last chunk: policies choose what to keep from the whole prompt.
 
     Parameters
     ----------
@@ -57,21 +55,19 @@ class ChunkedPrompt:
 
     @property
     def complete(self) -> bool:
-        """Whether the last column is there."""
         return self.seen == self.columns
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated for keys and values."""
         return sum(tensor.nbytes for tensor in (self._keys_BKND, self._values_BKND) if tensor is not None)
 
     def add(self, key_BKQD: Tensor, value_BKQD: Tensor, real_BQ: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Take in the next columns, and return keys, values and padding mask of all columns so far.
+        """Append a chunk; returns keys, values and padding mask of all columns so far.
 
         Raises
         ------
         CacheStateError
-            If there are more columns than the prompt has.
+            If there are more columns than announced.
         """
         start, self.seen = self.seen, self.seen + real_BQ.shape[1]
         if self.seen > self.columns:
@@ -90,7 +86,7 @@ class ChunkedPrompt:
         return self._keys_BKND[:, :, seen], self._values_BKND[:, :, seen], self._real_BN[:, seen]
 
     def add_mass(self, mass_BKN: Tensor) -> Tensor:
-        """Add the attention that the columns so far got from the last piece, and return what they got in all."""
+        """Add the attention that the columns received from the last chunk; returns their sums so far."""
         if self._mass_BKN is None:
             self._mass_BKN = mass_BKN.new_zeros(*mass_BKN.shape[:2], self.columns)
         self._mass_BKN[..., : self.seen] += mass_BKN
@@ -98,7 +94,7 @@ class ChunkedPrompt:
 
 
 def causal_mask(real_BN: Tensor, queries: int) -> Tensor:
-    """Let each of the last `queries` columns read the real ones up to itself. B1QN."""
+    """Causal mask of the last `queries` columns over all real columns, shape B1QN."""
     columns = real_BN.shape[1]
     causal_QN = torch.ones(queries, columns, dtype=torch.bool, device=real_BN.device).tril(columns - queries)
     return causal_QN & real_BN[:, None, None]
