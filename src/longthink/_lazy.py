@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first used: torch and transformers take seconds."""
+"""Lazy imports of a package's names, because torch and transformers take seconds."""
 
 from __future__ import annotations
 
@@ -8,15 +8,7 @@ from typing import Any
 
 
 def lazy_names(package: str, modules: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
-    """Return the ``__getattr__`` of a package.
-
-    Parameters
-    ----------
-    package
-        Its name.
-    modules
-        Its modules, and the names that the package takes from each.
-    """
+    """``__getattr__`` for a package that re-exports names of its modules."""
     home = {name: module for module, names in modules.items() for name in names}
 
     def get(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Validation helpers and the budget: how many tokens a layer may hold."""
+"""Argument validation, and the budget of a layer."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 DEFAULT_POLICY = "milestone"
-"""The policy where nobody names one; `benchmarks/2026-11-21-reasoner.md` says why."""
+"""Chosen by the measurements in `benchmarks/2026-11-21-reasoner.md`."""
 
 KV_DTYPES = ("bfloat16", "float16", "float32")
-"""Formats that keys and values may be kept in, if not in the model's own."""
+"""Dtypes for keys and values, if not that of the model."""
 
 
 def brief_repr(value: Any) -> str:
-    """Text of a value for a message: its own where it is short, else its type; a whole module says nothing."""
+    """``repr`` of a value for a message, or its type if that is long."""
     text = repr(value)
     return text if len(text) <= 60 and "\n" not in text else f"<{type(value).__name__}>"
 
@@ -28,7 +28,7 @@ def check_range(field: str, value: float, low: float, high: float | None = None)
 
 
 def check_int(field: str, value: int, low: int, high: int | None = None) -> None:
-    """Like `check_range`, and the value must be an integer."""
+    """Raise `ValueError` unless the value is an integer in the range."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{field}={brief_repr(value)} must be an integer: allowed is {_range(low, high)}")
     check_range(field, value, low, high)
@@ -47,14 +47,14 @@ def check_flag(field: str, value: bool) -> None:
 
 
 def check_sampling(temperature: float, top_p: float | None, top_k: int | None) -> None:
-    """Raise `ValueError` unless the three say how to choose a token; temperature 0 is greedy."""
+    """Raise `ValueError` unless these are valid together; temperature 0 is greedy."""
     check_range("temperature", temperature, 0.0)
     if top_p is not None:
         check_range("top_p", top_p, 0.0, 1.0)
     if top_k is not None:
         check_int("top_k", top_k, 1)
     if temperature == 0 and (top_p is not None or top_k is not None):
-        raise ValueError("top_p and top_k choose among sampled tokens: give a temperature above 0 as well")
+        raise ValueError("top_p and top_k need sampling: give a temperature above 0")
 
 
 def _range(low: float, high: float | None) -> str:
@@ -63,19 +63,19 @@ def _range(low: float, high: float | None) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """How many tokens one layer keeps for each row. Exactly one of the two fields is given.
+    """Tokens that a layer keeps per row. Exactly one of the two fields must be given.
 
     Parameters
     ----------
     budget
-        Tokens kept in all, prompt included.
+        Tokens kept in total, prompt included.
     decode_budget
-        Tokens kept on top of the prompt, whose length is counted when it is known.
+        Tokens kept on top of the prompt.
 
     Raises
     ------
     ValueError
-        If none or both are given, or a value is below 1.
+        If neither or both are given, or a value is below 1.
     """
 
     budget: int | None = None
@@ -92,7 +92,7 @@ class Budget:
                 check_int(field, getattr(self, field), 1)
 
     def pages(self, prompt: int, page_size: int) -> int:
-        """Page slots that a row with this many prompt tokens may fill."""
+        """Page slots of a row with this many prompt tokens."""
         if self.budget is not None:
             return self.budget // page_size
         assert self.decode_budget is not None

@@ -1,4 +1,4 @@
-"""What a result depends on besides its setup: versions and hardware."""
+"""Versions and hardware, recorded with each result."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
     import torch
     import transformers
 
@@ -24,13 +23,12 @@ def versions() -> dict[str, str]:
 
 
 def cores() -> int:
-    """Return the number of cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @cache
 def hardware() -> dict[str, str | int]:
-    """Return processor, cores that this process may use, and accelerator."""
     import torch
 
     found: dict[str, str | int] = {

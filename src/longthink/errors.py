@@ -1,4 +1,4 @@
-"""Errors that longthink raises on purpose. All derive from `LongthinkError`."""
+"""Errors of longthink. All derive from `LongthinkError`."""
 
 from __future__ import annotations
 
@@ -7,81 +7,75 @@ from contextlib import contextmanager
 
 
 class LongthinkError(Exception):
-    """Base of every error that longthink raises on purpose."""
+    """Base of all errors of longthink."""
 
 
 class BudgetError(LongthinkError, ValueError):
-    """The prompt does not fit in the budget, or the budget makes no sense for the policy."""
+    """The prompt exceeds the budget, or the policy does not take the budget."""
 
 
 class UnknownPolicyError(LongthinkError, ValueError):
-    """No policy of that name is registered."""
+    """No such policy is registered."""
 
 
 class UndeclaredNeedError(LongthinkError, ValueError):
-    """A policy reads what it has not declared in `needs`, and what the cache therefore does not provide."""
+    """A policy reads data that it has not declared in `needs`."""
 
     def __init__(self, need: str, what: str) -> None:
         super().__init__(f'a policy that reads {what} must declare it: add "{need}" to its `needs`')
 
 
 class UnsupportedModelError(LongthinkError, ValueError):
-    """The model has layers that a bounded page cache cannot serve right."""
+    """The model has layers that a bounded cache cannot serve correctly."""
 
 
 class UnsupportedFeatureError(LongthinkError, ValueError):
-    """A way of generating that a bounded page cache cannot serve right."""
+    """A generation mode that a bounded cache cannot serve correctly."""
 
 
 class CacheStateError(LongthinkError, RuntimeError):
-    """The cache was used in a way that would give wrong results silently."""
+    """The cache was used in a way that would silently give wrong results."""
 
 
 class NonFiniteError(LongthinkError, ArithmeticError):
-    """The model produced NaN: its weights or inputs are damaged."""
+    """The model produced NaN: its weights or inputs are corrupt."""
 
 
 class EngineError(LongthinkError, RuntimeError):
-    """The engine is closed, or decoding failed while it had this request; the cause is chained."""
+    """The engine is closed, or failed while decoding this request; the cause is chained."""
 
 
 class DataError(LongthinkError, ValueError):
-    """A problem set cannot be used; the message names file and line, and what was expected."""
+    """A problem set is invalid; the message names file, line and the expected content."""
 
 
 class MissingExtraError(LongthinkError, ImportError):
-    """A package is needed that comes with an extra of longthink; the message names the extra."""
+    """A required package is not installed; the message names the extra that provides it."""
 
 
 class GraderError(LongthinkError, RuntimeError):
-    """The process that grades answers cannot be started."""
+    """The grading process cannot be started."""
 
 
 class ResultStoreError(LongthinkError, ValueError):
-    """A result store, a file in it or a record for it is not what it must be."""
+    """A result store, a file in it or a record for it is invalid."""
 
 
 class TraceError(LongthinkError, ValueError):
-    """Recorded traces cannot be used: damaged, of other settings, or without what a replay needs."""
+    """Recorded traces are corrupt, have other settings, or lack data for the replay."""
 
 
 class BenchError(LongthinkError, RuntimeError):
-    """A process that measures something has failed."""
+    """A measuring process has failed."""
 
 
 class SweepError(LongthinkError, RuntimeError):
-    """A sweep cannot go on; what it has stored stays, and the same command goes on from there."""
+    """A sweep has stopped; its stored results remain, and the same command resumes it."""
 
 
 @contextmanager
 def needs_extra(extra: str) -> Iterator[None]:
-    """Turn a failed import in the ``with`` block into an error that names the extra to install.
-
-    Raises
-    ------
-    MissingExtraError
-        If a package that the block imports is not there.
-    """
+    """Raise `MissingExtraError`, which names the extra to install, if an import in the ``with`` block fails."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -184,7 +184,7 @@ def test_what_cannot_be_right_is_refused():
         )
     with longthink.make_cache(model, decode_budget=32) as cache, torch.no_grad():
         model(ids, past_key_values=cache)
-        with pytest.raises(longthink.UnsupportedFeatureError, match="more prompt behind a prompt"):
+        with pytest.raises(longthink.UnsupportedFeatureError, match="a prompt cannot be extended in chunks"):
             longthink.generate(
                 model, torch.cat([ids, ids], 1), past_key_values=cache, prefill_chunk_size=8, max_new_tokens=4
             )

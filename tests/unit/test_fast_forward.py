@@ -45,7 +45,7 @@ def cost(layer):
     return {
         "shapes": [(tuple(tensor.shape), tensor.dtype, tensor.stride()) for tensor in store.tensors()],
         "lengths": layer.length_B.tolist(),
-        "caps": layer._caps,
+        "caps": layer.rows.caps,
         "now": table.now_B.tolist(),
         "prompt": table.prompt_B.tolist(),
         "pages": (table.page_BKP >= 0).sum(-1).tolist(),
@@ -128,7 +128,7 @@ def test_stamps_keep_their_order_and_stay_behind_the_clock():
 
 
 def test_what_cannot_be_done_right_is_refused():
-    with pytest.raises(CacheStateError, match="read a prompt"):
+    with pytest.raises(CacheStateError, match="after prefill"):
         forward(LayerCache(Dense()), 10)
     layer = prompted("dense")
     layer.attend(
@@ -146,5 +146,5 @@ def test_what_cannot_be_done_right_is_refused():
 def test_a_growing_cache_with_a_state_of_its_own_is_refused():
     layer = prompted("dense")
     layer._store.table.state["age"] = torch.zeros(2, KV_HEADS, 2)
-    with pytest.raises(UnsupportedFeatureError, match="keeps a state of its own"):
+    with pytest.raises(UnsupportedFeatureError, match="has state in a cache that grows"):
         forward(layer, 10)

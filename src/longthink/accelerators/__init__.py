@@ -1,7 +1,7 @@
-"""Kernels made for single policies, above the cache: looked up by the *exact* class of a policy.
+"""Fused decode steps for individual policies, looked up by the *exact* class of a policy.
 
-A policy that is not in the table (`longthink.accelerators.table`), such as a subclass or a wrapper of one that is,
-takes the general route. So does every policy where there is no GPU with Triton; nothing here is imported then.
+Policies outside the table (`longthink.accelerators.table`), subclasses and wrappers included, take the general route.
+So does every policy without a GPU and Triton; then no other module here is imported.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 def available(tensor: torch.Tensor) -> bool:
-    """Whether fused steps run where the tensor is, on what it holds."""
+    """Whether fused steps support the tensor's device and dtype."""
     return kernels.runs_triton(tensor)
 
 
 def fused_steps(device: torch.device) -> Mapping[type[Policy], type[FusedStep]]:
-    """Decode steps by exact class of policy, for caches on a device."""
+    """Fused decode steps by exact policy class, for caches on a device."""
     if not available(torch.empty(0, device=device)):
         return {}
     from longthink.accelerators.table import FUSED
@@ -34,7 +34,7 @@ def fused_steps(device: torch.device) -> Mapping[type[Policy], type[FusedStep]]:
 
 
 def group_layers(layers: list[LayerCache]) -> list[LayerGroup]:
-    """Put the layers that one kernel can evict for together: see `LayerGroup`."""
+    """Group the layers that one kernel can evict for: see `LayerGroup`."""
     if not any(layer.is_fused for layer in layers):
         return []
     from longthink.accelerators.groups import group_layers

@@ -1,4 +1,4 @@
-"""A decode step's append, attention and scores in two launches a layer (three where pages are selected).
+"""Append, attention and scores of a decode step in two launches per layer (three where pages are selected).
 
 Shape suffixes: B rows, K KV heads, G query heads per KV head, P page slots, S token slots, D head dim.
 """
@@ -12,25 +12,24 @@ from longthink.kernels.triton_decode import SideOutput, Slots, combine, floats, 
 
 NOTHING = SideOutput()
 BOUND = SideOutput(bound=1)
-"""Key bound of each page, the maximum over the group, -inf where the page is empty."""
+"""Bound score of each page, maximum over the group, -inf where the page is empty."""
 BOUND_SHARE = SideOutput(bound=2, combine=2)
-"""The softmax over the pages of those bounds, the maximum over the group."""
+"""Softmax of the bound scores over the pages, maximum over the group."""
 MASS = SideOutput(score=1, combine=1)
-"""Share of the attention that falls on each page, the maximum over the group."""
+"""Attention share of each page, maximum over the group."""
 
 
 def marks(state_BKS: Tensor, alpha: float, near: int) -> SideOutput:
-    """Write 1 where a token more than `near` tokens back got more than `alpha` of a query's attention (int8)."""
+    """Write 1 where a token more than `near` positions back has more than `alpha` of a query's attention (int8)."""
     return SideOutput(score=3, combine=4, state_BKS=state_BKS, alpha=alpha, near=near)
 
 
 def sums(state_BKS: Tensor) -> SideOutput:
-    """Add up the attention of each token, summed over the group (float32)."""
+    """Accumulate the attention of each token, summed over the group (float32)."""
     return SideOutput(score=2, combine=5, state_BKS=state_BKS)
 
 
 def slots_of(store: SlotStore) -> Slots:
-    """The slots of a layer as the kernels take them."""
     table = store.table
     bounds = (store.kmin_BKPD, store.kmax_BKPD) if store.has_key_bounds else (None, None)
     held = (store.keys_BKSD, store.values_BKSD, table.position_BKS, store.tail_BK, table.now_B)
@@ -46,14 +45,9 @@ def step_attention(
     side: SideOutput = NOTHING,
     score_BKP: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Append the token at `now_B`, read what is resident, and side.
+    """Append the token at `now_B`, attend to the resident tokens, and write side outputs.
 
-    The page of a token at its offset 0 is opened anew: whatever it held is gone.
-
-    Parameters
-    ----------
-    score_BKP
-        Where page scores go (float32); None for a new tensor.
+    A token at offset 0 clears its page. Page scores go to `score_BKP` (float32), or to a new tensor if it is None.
 
     Returns
     -------
@@ -81,9 +75,9 @@ def step_attention(
 def select_attention(
     query_BKGD: Tensor, key_BKD: Tensor, value_BKD: Tensor, slots: Slots, cap_B: Tensor, scaling: float
 ) -> Tensor:
-    """Append the token at `now_B`, and read the tail and the pages with the highest bounds, `cap_B` in all. BKGD.
+    """Append the token at `now_B` and attend to the tail and the pages with the highest bounds, `cap_B` in all. BKGD.
 
-    For caches that grow: slot p holds page p, so ties go to the lower slot.
+    For caches that grow: slot p holds page p, so a tie goes to the lower slot.
     """
     work = plan_work(query_BKGD, key_BKD, value_BKD, slots)
     score = floats(query_BKGD, (*query_BKGD.shape[:2], work.tokens // work.page_size))

@@ -1,6 +1,6 @@
-"""Page tables of alike layers side by side in memory, so that one kernel stamps and evicts for all of them.
+"""Page tables of identical layers, contiguous in memory, so that one kernel stamps and evicts for all of them.
 
-Only where a fused step serves the layers: otherwise each layer's `longthink.cache.step` does it.
+Only for fused layers; the others evict in `longthink.cache.step`.
 
 Shape suffixes: N rows of all layers (layer after layer), B batch rows, K KV heads (1 where a table serves the whole
 layer), P page slots, S token slots.
@@ -22,7 +22,7 @@ from longthink.policies import SavesTokens
 
 
 def group_layers(layers: list[LayerCache]) -> list[LayerGroup]:
-    """Put the layers that a kernel can evict for together, those of one policy and shape."""
+    """Group the fused layers by policy and shape."""
     groups: dict[object, list[LayerCache]] = {}
     for layer in layers:
         if layer.is_fused and isinstance(layer.fused, FusedLayer) and layer.fused.grouped:
@@ -32,16 +32,15 @@ def group_layers(layers: list[LayerCache]) -> list[LayerGroup]:
 
 
 class LayerGroup:
-    """Layers of one policy whose page tables are views of one tensor for each field.
+    """Layers of one policy whose page tables are views of one tensor per field.
 
     A step calls `refresh` first, `choose_slots` before the first layer if a row opens a page, `stamp_pages` after the
-    last layer, and `release` at the end. They are not part of what is compiled: a program takes no tensors that
-    overlap in memory.
+    last layer, and `release` at the end, all outside the compiled program, whose inputs must not overlap in memory.
 
     Parameters
     ----------
     layers
-        Layers of the same policy and shape that have read the same tokens.
+        Layers of the same policy and shape that have seen the same tokens.
     """
 
     def __init__(self, layers: list[LayerCache]) -> None:
@@ -51,10 +50,10 @@ class LayerGroup:
         self._join()
 
     def refresh(self) -> None:
-        """Join the tables, unless they are joined: rows and slots that come and go bring new tensors.
+        """Join the tables again if changes of rows or slots have replaced their tensors.
 
-        From here to `release`, the layers leave the scores of their pages to the group. In other steps, such as those
-        of the library's own loop, each layer learns from its own.
+        Until `release`, the layers leave their page scores to the group. In other steps, such as those of
+        ``model.generate``, each layer stamps its own pages.
         """
         held = [layer.store.table.position_BKS for layer in self.layers]
         if any(new is not old for new, old in zip(held, self._views, strict=True)):
@@ -72,7 +71,7 @@ class LayerGroup:
         self._views = [store.table.position_BKS for store in stores]
         for layer in self.layers:
             layer.refresh_compile_marks()
-        # Keys and values of a layer stay where they are: nothing reads those of all layers at once.
+        # Keys and values stay separate: nothing reads those of all layers at once.
         self._whole = copy(stores[0])
         self._whole.table = replace(stores[0].table)
         _replace(self._whole, [tensor[:0] for tensor in stores[0].tensors()[:2]] + joined)
@@ -82,23 +81,23 @@ class LayerGroup:
         self._scores = [None] * len(stores) if self._stamping is None else score_NKP.split(rows)
 
     def choose_slots(self) -> list[Tensor]:
-        """Choose the slot of the next token's page, where it opens one; it is emptied as the token is written.
+        """Choose the slot for each page that the next token opens; writing the token clears it.
 
         Returns
         -------
         list of Tensor
-            For each layer, if its policy saves tokens: where a page is evicted, BK, for `save_tokens`.
+            If the policy saves tokens, where each layer evicts a page, BK, for `save_tokens`.
         """
         full_NK = triton_tables.evict(*self._tables())
         return list(full_NK.chunk(len(self.layers))) if isinstance(self._policy, SavesTokens) else []
 
     def stamp_pages(self) -> None:
-        """Stamp the pages by the scores of a step of all layers, in one launch."""
+        """Stamp the used pages of all layers in one launch."""
         if self._stamping is not None:
             triton_tables.evict(*self._tables(), self._stamping)
 
     def release(self) -> None:
-        """Let each layer learn from its own scores again: the step is over, or has failed."""
+        """Return the page scores to the layers, after a step or its failure."""
         for fused in self._fused:
             fused.score_BKP = None
 
@@ -107,7 +106,7 @@ class LayerGroup:
         return self._whole, first, self._fused[0].eviction_rule(first.table, self._whole.table)
 
     def save_tokens(self, full_LBK: list[Tensor]) -> None:
-        """Save tokens of the pages that are evicted for the next token's, as `choose_slots` has returned them."""
+        """Save tokens of the pages about to be overwritten; `full_LBK` comes from `choose_slots`."""
         for layer, full_BK in zip(self.layers, full_LBK, strict=False):
             store, policy = layer.store, layer.policy
             assert isinstance(policy, SavesTokens)
@@ -118,6 +117,6 @@ class LayerGroup:
 
 
 def _replace(store: SlotStore, tensors: list[Tensor]) -> None:
-    """Put these in the place of `SlotStore.tensors`, in that order."""
+    """Replace `SlotStore.tensors`, in that order."""
     new = iter(tensors)
     store.apply(lambda tensor: next(new))

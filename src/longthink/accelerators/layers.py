@@ -1,5 +1,6 @@
-"""Fused decode steps, one class for each policy class that has one. What a policy does is defined in its own file;
-here stands how the kernels are told to do the same, and tests compare the two.
+"""Fused decode steps, one class per policy class: the parameters with which the kernels reproduce a policy.
+
+The policy's own file is the definition; tests compare the two.
 
 Shape suffixes: N rows of all layers (layer after layer), B batch rows, K KV heads, P page slots, S token slots.
 """
@@ -21,18 +22,18 @@ from longthink.policies import PageTable
 
 
 class EvictionRule(NamedTuple):
-    """Which page is evicted.
+    """Parameters of the eviction rule.
 
     Attributes
     ----------
     pinned_B
-        So many tokens at the start stay, in whole pages.
+        Number of first tokens whose pages are protected.
     recent_B
-        So many pages before the new token's stay; None for none.
+        Number of most recent pages that are protected, or None.
     kept_B
-        So many slots behind the prompt's stay; None for none.
+        Number of slots after the prompt's that are protected, or None.
     worth_NKP
-        The least leaves, a tie going to the lowest page; None for the page number itself (the oldest).
+        The page with the least is evicted, a tie evicting the lowest page; None evicts the oldest page.
     """
 
     pinned_B: Tensor
@@ -42,7 +43,7 @@ class EvictionRule(NamedTuple):
 
 
 class StampRule(NamedTuple):
-    """How pages are stamped: a share `r` of the best scores, or where `r` is None all scores above `alpha`."""
+    """Parameters of the stamping rule: the best fraction `r` of the pages, or if None, scores above `alpha`."""
 
     stamp_NKP: Tensor
     score_NKP: Tensor
@@ -51,28 +52,22 @@ class StampRule(NamedTuple):
 
 
 class FusedLayer:
-    """The decode step of a layer by kernels.
-
-    Parameters
-    ----------
-    policy
-        A policy of exactly the class that the kernels are made for.
-    """
+    """The fused decode step of a layer, for a policy of exactly the class in `longthink.accelerators.table`."""
 
     grouped: ClassVar[bool] = True
-    """Whether one kernel can evict, and stamp, for all layers of the policy: see `LayerGroup`."""
+    """Whether one kernel can evict and stamp for all layers of the policy: see `LayerGroup`."""
 
     def __init__(self, policy: Any) -> None:
         self.policy = policy
         self.score_BKP: Tensor | None = None
-        """Where the scores of this step's pages go, if a group learns from them for all layers."""
+        """Destination of this step's page scores, if a group stamps for all layers."""
 
     def serves(self, store: SlotStore) -> bool:
-        """Whether the kernels run where the slots are."""
+        """Whether the kernels support the device and dtype of the slots."""
         return accelerators.available(store.keys_BKSD)
 
     def step(self, store: SlotStore, new: QKV, scaling: float) -> Tensor:
-        """Append, read and learn as `longthink.cache.step.decode_step` does for the policy. Returns BHD."""
+        """Equivalent of `longthink.cache.step.decode_step`. Returns BHD."""
         query_BHD, key_BKD, value_BKD = new
         query_BKGD = query_BHD.unflatten(1, (key_BKD.shape[1], -1))
         out_BKGD, score_BKP = attention.step_attention(
@@ -85,35 +80,29 @@ class FusedLayer:
         return out_BKGD.flatten(1, 2)
 
     def side_output(self, table: PageTable) -> SideOutput:
-        """What the kernel writes beside the output."""
+        """What the kernels write besides the attention output."""
         del table
         return attention.NOTHING
 
     def use_scores(self, table: PageTable, score_BKP: Tensor) -> None:
-        """SideOutput from the scores of a step's pages, without a group."""
+        """Update the policy's state from the page scores of a step, without a group."""
 
     def eviction_rule(self, table: PageTable, whole: PageTable) -> EvictionRule:
-        """Which page of a group's tables is evicted.
-
-        Parameters
-        ----------
-        table, whole
-            The first layer's, where what is the same in all layers is read, and that of all layers.
-        """
+        """Eviction rule of a group; `table` is the first layer's, for what all share, `whole` the joined one."""
         return EvictionRule(table.prompt_B if self.policy.pins_prompt() else torch.zeros_like(table.prompt_B))
 
     def stamp_rule(self, table: PageTable, score_NKP: Tensor) -> StampRule | None:
-        """How the scores of a step stamp the pages of a group's table; None if nothing is learned from scores."""
+        """Stamping rule of a group's joined tables; None if page scores do not stamp."""
         del table, score_NKP
         return None
 
 
 class FusedRecency(FusedLayer):
-    """The oldest page leaves."""
+    """Evict the oldest page."""
 
 
 class FusedRaaS(FusedLayer):
-    """The oldest stamp leaves; pages are stamped by their scores."""
+    """Evict the oldest stamp; stamp pages by their scores."""
 
     @override
     def side_output(self, table: PageTable) -> SideOutput:
@@ -137,7 +126,7 @@ class FusedRaaS(FusedLayer):
 
 
 class FusedMilestone(FusedLayer):
-    """The oldest young page leaves; marks are written by the kernel."""
+    """Evict the oldest young page; the kernel writes marks."""
 
     @override
     def side_output(self, table: PageTable) -> SideOutput:
@@ -149,7 +138,7 @@ class FusedMilestone(FusedLayer):
 
 
 class FusedH2O(FusedLayer):
-    """The least attended token leaves, unless it is recent; attention is added up by the kernel."""
+    """Evict the least attended token outside the window; the kernel accumulates attention."""
 
     @override
     def side_output(self, table: PageTable) -> SideOutput:
@@ -162,7 +151,7 @@ class FusedH2O(FusedLayer):
 
 
 class FusedQuest(FusedLayer):
-    """Nothing leaves; every program finds the pages with the highest bounds for itself."""
+    """Evict nothing; every program selects the pages with the highest bounds."""
 
     grouped = False
 

@@ -1,4 +1,4 @@
-"""Which policies have fused decode steps."""
+"""The policies that have fused decode steps."""
 
 from __future__ import annotations
 
@@ -19,4 +19,4 @@ FUSED: dict[type[Policy], type[FusedLayer]] = {
     RaaS: FusedRaaS,
     Recency: FusedRecency,
 }
-"""By exact class: a subclass may override any hook, so it is not served by the kernels of its parent."""
+"""By exact class: a subclass may override any hook, so the kernels of its parent do not serve it."""

@@ -1,4 +1,4 @@
-"""What is done once for all layers, in Triton: stamps, which page is evicted, the token copies of a page turn.
+"""Page tables of all layers in one Triton launch: stamps and evictions; and the token moves of a layer.
 
 Shape suffixes: N rows of all layers (layer after layer), B batch rows, K KV heads (1 where a table serves the whole
 layer), P page slots, M tokens moved.
@@ -21,7 +21,7 @@ _FAR = tl.constexpr(0x7FFFFFFF)
 
 @triton.jit
 def _pages(position, slots, P: tl.constexpr, T: tl.constexpr):
-    """Logical page in each slot, -1 where it is empty."""
+    """Logical page in each slot, -1 where empty."""
     token = tl.arange(0, P)[:, None] * T + tl.arange(0, T)[None, :]
     held = tl.max(tl.load(position + token, mask=(tl.arange(0, P) < slots)[:, None], other=-1), 1)
     return tl.where(held < 0, -1, held // T)
@@ -31,7 +31,7 @@ def _pages(position, slots, P: tl.constexpr, T: tl.constexpr):
 def _stamp(
     stamp, score, page, now, slots, shared, alpha, FRACTION: tl.constexpr, P: tl.constexpr, T: tl.constexpr
 ):
-    """Give the pages that were used the stamp `now`: see `RaaS.stamp`. FRACTION is negative where alpha decides."""
+    """Stamp the used pages with `now`: see `RaaS.stamp`. A negative FRACTION selects by alpha."""
     slot = tl.arange(0, P)
     worth = tl.load(score + slot, mask=slot < slots, other=float("-inf"))
     for head in range(1, shared):
@@ -58,7 +58,7 @@ def evict_kernel(
     FRACTION: tl.constexpr, P: tl.constexpr, T: tl.constexpr, STAMP: tl.constexpr, WORTH: tl.constexpr,
     RECENT: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
-    """One page table of one row and layer. WORTH: 0 the page, 1 a tensor, 2 the stamps that were just set."""
+    """One page table of one row and layer. WORTH: 0 the page number, 1 a tensor, 2 the stamps just set."""
     own = tl.program_id(0).to(tl.int64)
     row = own // tables % rows
     slot = tl.arange(0, P)
@@ -98,7 +98,7 @@ def move_kernel(
     keys, values, position, state, source, target, tokens, heads, tables, states, moves,
     D: tl.constexpr, M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One row and KV head: everything is read before anything is written."""
+    """One row and KV head: all reads precede the writes."""
     own = tl.program_id(0).to(tl.int64)
     row, head = own // heads, own % heads
     table = row * tables + head * tables // heads
@@ -111,7 +111,7 @@ def move_kernel(
     from_, to = (own * tokens + old)[:, None] * D + d[None, :], (own * tokens + new)[:, None] * D + d[None, :]
     tl.store(keys + to, tl.load(keys + from_, mask=real, other=0.0), mask=real)
     tl.store(values + to, tl.load(values + from_, mask=real, other=0.0), mask=real)
-    # A table that the heads of a layer share is changed by the first of them.
+    # A table shared by the heads of a layer is written by the first of them.
     moved = moved & (table * heads == row * tables * heads + head * tables)
     at = position + table * tokens
     place = tl.load(at + old, mask=moved, other=-1)
@@ -124,17 +124,11 @@ def move_kernel(
 def evict(
     whole: SlotStore, first: SlotStore, eviction: EvictionRule, stamping: StampRule | None = None
 ) -> Tensor:
-    """Between two steps: stamp the pages that the last one used, and choose the slot of the next token's page.
+    """Between two steps: stamp the pages that the last one used, and choose the slot of the next page.
 
-    Where the next token opens a page, the tail becomes the first empty slot or, where the cap is reached, the slot
-    of the page that is evicted. It keeps what it holds until a token is written there.
-
-    Parameters
-    ----------
-    whole
-        Page tables of all layers, contiguous.
-    first
-        Those of the first layer: what is the same in all layers is read there.
+    Where the next token opens a page, the tail becomes the first empty slot or, at the cap, the slot of the evicted
+    page, which keeps its contents until the token is written. `whole` holds the page tables of all layers,
+    contiguous; what all layers share is read from `first`.
 
     Returns
     -------
@@ -161,7 +155,7 @@ def evict(
 
 
 def move_tokens(store: SlotStore, moves: Moves, state_BKS: Tensor) -> None:
-    """Carry tokens to other slots, with position and their entry of `state_BKS`, in one launch."""
+    """Move tokens to other slots, with position and their entry of `state_BKS`, in one launch."""
     rows, heads, tokens, dim = store.keys_BKSD.shape
     tables, count = moves.source_BKM.shape[1:]
     move_kernel[(rows * heads,)](

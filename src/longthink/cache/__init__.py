@@ -1,4 +1,4 @@
-"""Fixed page slots and the decode step over them, independent of any model library."""
+"""Bounded KV cache of one attention layer, independent of any model library."""
 
 from longthink.cache.layer import FusedStep, LayerCache
 

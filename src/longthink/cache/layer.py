@@ -1,4 +1,4 @@
-"""One attention layer's cache: prefill, the decode step, and what it holds.
+"""Bounded KV cache of one attention layer: prefill, decode steps, row operations.
 
 Shape suffixes: B batch rows, H query heads, K KV heads, G query heads per KV head, Q new tokens, S token slots,
 D head dim, N columns that a block of queries may read.
@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from longthink import kernels
-from longthink.cache.prompt import ChunkedPrompt, UserPages, causal_mask, page_caps
+from longthink.cache.prompt import ChunkedPrompt, causal_mask
+from longthink.cache.rows import RowCounts
 from longthink.cache.stats import CacheStats
 from longthink.cache.step import QKV, Read, decode_step, open_pages, read_slots
 from longthink.cache.store import SlotStore
 from longthink.cache.turn import read_turn
 from longthink.config import Budget
-from longthink.errors import BudgetError, CacheStateError, UnsupportedFeatureError, UnsupportedModelError
+from longthink.errors import BudgetError, CacheStateError, UnsupportedModelError
 from longthink.policies import (
     NEEDS,
     Policy,
@@ -32,45 +33,45 @@ from longthink.policies import (
 
 
 class FusedStep(Protocol):
-    """A layer's decode step by kernels that were made for one policy class: see `longthink.accelerators`."""
+    """The decode step of a layer in kernels for one policy class: see `longthink.accelerators`."""
 
     def __init__(self, policy: Policy) -> None: ...
 
     def serves(self, store: SlotStore) -> bool:
-        """Whether the kernels run where the slots are."""
+        """Whether the kernels support the device and dtype of the slots."""
         ...
 
     def step(self, store: SlotStore, new: QKV, scaling: float) -> Tensor:
-        """Do what `decode_step` does for the policy."""
+        """Equivalent of `decode_step`."""
         ...
 
 
 class LayerCache(CacheStats):
-    """Bounded cache of one attention layer, for any number of rows.
+    """Bounded KV cache of one attention layer, for any number of rows.
 
-    The prompt is attended densely; a decode step evicts, writes, reads and learns as the policy says. Rows count
-    their own logical positions, so padding never takes a slot.
+    Prefill attends densely; a decode step evicts, appends, attends and observes as the policy says. Each row counts
+    its own logical positions, so padding takes no slot.
 
     Parameters
     ----------
     policy
-        What to keep.
+        Which tokens to keep.
     budget
-        How much to keep; may be None only where the policy needs none (`dense`).
+        How many to keep; None only where the policy needs no budget (`dense`).
     inv_freq_D
-        RoPE frequencies of the keys, for policies that number tokens inside the cache.
+        RoPE frequencies of the keys, for policies that shift keys.
     kv_dtype
-        Format that keys and values are kept in; None for that of the model.
+        Dtype of the stored keys and values; None for that of the model.
     fused
-        Decode steps by exact class of policy, taken where they serve the slots. A subclass of such a policy may
-        override any hook, so it never takes them.
+        Fused decode steps by exact policy class, used where they serve the slots. A subclass may override any hook,
+        so it never uses them.
 
     Raises
     ------
     BudgetError
         If the policy needs a budget and there is none.
     ValueError
-        If the policy declares a need that there is not.
+        If the policy declares an unknown need.
     """
 
     _read: Read = staticmethod(read_slots)
@@ -90,7 +91,6 @@ class LayerCache(CacheStats):
             raise ValueError(f"policy {policy.name!r} needs {sorted(unknown)}: allowed is {', '.join(NEEDS)}")
         fused_step = (fused or {}).get(type(policy))
         self.fused = None if fused_step is None else fused_step(policy)
-        """The policy's own kernels, where there are any."""
         self.policy = policy
         self.budget = budget
         self.kv_dtype = kv_dtype
@@ -98,67 +98,71 @@ class LayerCache(CacheStats):
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything and free the slots."""
+        """Drop all tokens and free the slots."""
         self._store: SlotStore | None = None
         self._chunks: ChunkedPrompt | None = None
-        # Host copies of lengths and caps: knowing when a page opens must not wait for the device.
-        self._lengths: list[int] = []
-        self._caps: list[int] = []
-        self._user: list[UserPages] = []
+        self.rows = RowCounts(self.policy, self.budget)
         self._announced = 0
+        self._later_turns = False
         self._prepared = False
 
-    # What it holds ------------------------------------------------------------------------------------------
+    # State and rows -----------------------------------------------------------------------------------------
 
     @property
     def length_B(self) -> Tensor:
-        """Tokens that each row has seen, padding not counted."""
-        return torch.tensor(self._lengths, dtype=torch.int64)
+        """Tokens that each row has seen, without padding, on the host."""
+        return torch.tensor(self.rows.lengths, dtype=torch.int64)
 
     @property
     def next_position_B(self) -> Tensor:
-        """Logical position of each row's next token, on the device of the cache."""
+        """Logical position of each row's next token, on the device."""
         return self.store.table.now_B.clone()
 
     @property
     def is_fused(self) -> bool:
-        """Whether steps are taken by the policy's own kernels."""
-        return self.fused is not None and self.fused.serves(self.store)
+        """Whether decode steps are fused."""
+        # Kernels know the prompt as the first pages of the text.
+        return self.fused is not None and not self._later_turns and self.fused.serves(self.store)
 
     @property
     def sizes(self) -> tuple[torch.Size, int]:
-        """Shape of the slots of keys and of values, and the largest cap: what changes when rows change hands."""
+        """Shape of the slots, and the largest cap: what may change when rows come and go."""
         return self.store.keys_BKSD.shape, self.store.table.cap
 
     def select_rows(self, rows: Tensor) -> None:
-        """Make row i what row ``rows[i]`` was (beam search, batch changes)."""
+        """Reorder rows: row i becomes the old row ``rows[i]`` (beam search, batch changes)."""
         if self._store is None:
             return
         self._store.apply(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
-        self._lengths, self._caps = ([old[i] for i in rows.tolist()] for old in (self._lengths, self._caps))
-        self._user = [self._user[i] for i in rows.tolist()]
-        self._store.set_caps(self._caps)
+        self.rows.select(rows.tolist())
+        self._store.set_caps(self.rows.caps)
 
     def adopt(self, row: int, other: LayerCache) -> None:
-        """Make a row, or one behind the last, what the only row of another cache is (continuous batching)."""
-        if self._store is None or other._store is None or len(other._lengths) != 1:
-            raise CacheStateError("adopt needs a cache with rows, and another with exactly one")
-        if row == len(self._lengths):
-            # Any row makes room: all of it is overwritten.
+        """Copy the only row of another cache into a row, or behind the last (continuous batching).
+
+        Raises
+        ------
+        CacheStateError
+            If a cache is empty, or the other has several rows.
+        """
+        if self._store is None or other._store is None or len(other.rows.lengths) != 1:
+            raise CacheStateError("adopt needs a cache with rows, and another with exactly one row")
+        if row == len(self.rows.lengths):
+            # The new row is a copy of any: all of it is overwritten.
             self.select_rows(torch.tensor([*range(row), 0]))
         self._store.adopt(row, other._store)
-        self._lengths[row], self._caps[row] = other._lengths[0], other._caps[0]
-        self._user[row] = other._user[0]
-        self._store.set_caps(self._caps)
+        self.rows.adopt(row, other.rows)
+        self._later_turns |= other._later_turns
+        self._store.set_caps(self.rows.caps)
         self.release()
 
     def release(self) -> None:
-        """Give back slots that no row can use: after a long row has left."""
+        """Free slots that no row can use, after a long row has left."""
         if self._store is None:
             return
-        needed = max(self._lengths) // self.policy.page_size + 1
-        # What grows keeps some room, or it would be copied again at the next page.
-        self._store.release(needed + needed // 2 if grows(self.policy) else max(self._caps))
+        needed = max(self.rows.lengths) // self.policy.page_size + 1
+        # A cache that grows keeps spare slots, or the next page would copy it again.
+        self._store.release(needed + needed // 2 if grows(self.policy) else max(self.rows.caps))
         self.refresh_compile_marks()
 
     # Attention ----------------------------------------------------------------------------------------------
@@ -183,12 +187,11 @@ class LayerCache(CacheStats):
         valid_BQ: Tensor | None = None,
         scaling: float | None = None,
     ) -> Tensor:
-        """Take in new tokens and return their attention output.
+        """Append new tokens and return their attention output.
 
-        The first tokens are the prompt. On a live cache one token is a decode step, unless it was announced as a
-        prompt, and several are a later turn: what the user wrote. It is protected as the prompt is, and with a decode
-        budget the cache grows by its pages. Where nothing has to be evicted for it, it is read as one block, else token
-        by token.
+        The first call is the prefill. Later, one token is a decode step (unless a chunked prefill was begun), and
+        several are the prompt of another turn: protected as the first one is, and with a decode budget the cache grows
+        by its pages. It is read as one block, or token by token if something must be evicted for it.
 
         Parameters
         ----------
@@ -200,21 +203,21 @@ class LayerCache(CacheStats):
         Returns
         -------
         Tensor
-            Shape BHQD. What stands at padding has no meaning.
+            Output, shape BHQD; meaningless at padding.
 
         Raises
         ------
         BudgetError
-            If the prompt does not fit; the cache is then as it was.
+            If the prompt does not fit; the cache is left unchanged.
         CacheStateError
             If the number of rows changed.
         """
         scaling = query_BHQD.shape[-1] ** -0.5 if scaling is None else scaling
         if valid_BQ is not None and bool(valid_BQ.all()):
             valid_BQ = None
-        if self._store is not None and len(self._lengths) != len(query_BHQD):
+        if self._store is not None and len(self.rows.lengths) != len(query_BHQD):
             raise CacheStateError(
-                f"the cache holds {len(self._lengths)} rows and was given {len(query_BHQD)}"
+                f"the cache holds {len(self.rows.lengths)} rows and was given {len(query_BHQD)}"
             )
         columns = query_BHQD.shape[2]
         block = query_BHQD, key_BKQD, value_BKQD
@@ -231,61 +234,40 @@ class LayerCache(CacheStats):
         return out_BHQD
 
     def _read_turn(self, block: QKV, valid_BQ: Tensor | None, scaling: float) -> Tensor:
+        """Read the prompt of a later turn, as one block unless something must be evicted for it."""
         query_BHQD, key_BKQD, value_BKQD = block
         rows, _, columns, _ = query_BHQD.shape
         counts = [columns] * rows if valid_BQ is None else valid_BQ.sum(1).tolist()
-        old = self._lengths
-        opened = self._start_turn(counts)
-        if all(pages <= cap for pages, cap in zip(opened, self._caps, strict=True)):
-            out_BHQD = read_turn(self.policy, self.store, block, valid_BQ, old, scaling)
-            self._lengths = [length + count for length, count in zip(old, counts, strict=True)]
-            self._protect(old)
-            return out_BHQD
-        out_BHQD = torch.empty_like(query_BHQD)
-        for i in range(columns):
-            active_B = None if valid_BQ is None else valid_BQ[:, i]
-            new = query_BHQD[:, :, i], key_BKQD[:, :, i], value_BKQD[:, :, i]
-            out_BHQD[:, :, i] = self._decode_active(new, active_B, scaling)
-            self._protect(old)
-        return out_BHQD
-
-    def _start_turn(self, counts: list[int]) -> list[int]:
-        """Make room for a turn of so many tokens, and return the page slots that each row fills without eviction."""
-        page_size = self.policy.page_size
-        lengths = [length + count for length, count in zip(self._lengths, counts, strict=True)]
-        caps = self._caps_of_turn(lengths)
-        held = [min(-(-n // page_size), cap) for n, cap in zip(self._lengths, self._caps, strict=True)]
-        new = [-(-m // page_size) - -(-n // page_size) for n, m in zip(self._lengths, lengths, strict=True)]
-        self._user, self._caps = self._user_after(lengths), caps
+        caps = self.rows.later_caps(counts)
+        needed, starts = self.rows.slots_needed(counts), self.rows.lengths
+        self.rows.add_prompt(counts, caps)
+        self._later_turns = True
         self.store.reserve(max(caps))
         self.store.set_caps(caps)
         self.refresh_compile_marks()
-        return [old + more for old, more in zip(held, new, strict=True)]
+        if all(pages <= cap for pages, cap in zip(needed, caps, strict=True)):
+            out_BHQD = read_turn(self.policy, self.store, block, valid_BQ, starts, scaling)
+        else:
+            self.rows.lengths = starts
+            out_BHQD = torch.empty_like(query_BHQD)
+            for i in range(columns):
+                active_B = None if valid_BQ is None else valid_BQ[:, i]
+                new = query_BHQD[:, :, i], key_BKQD[:, :, i], value_BKQD[:, :, i]
+                out_BHQD[:, :, i] = self._decode_active(new, active_B, scaling)
+                self.store.mark_prompt(starts)
+        self.store.mark_prompt(starts)
+        return out_BHQD
 
-    def _user_after(self, lengths: list[int]) -> list[UserPages]:
-        """Pages of the user when a turn has made the rows as long as this."""
-        old = self._lengths or [0] * len(lengths)
-        user = self._user or [UserPages()] * len(lengths)
-        return [
-            pages.and_then(start, length - start, self.policy.page_size)
-            for pages, start, length in zip(user, old, lengths, strict=True)
-        ]
+    def rewind(self, lengths: list[int]) -> None:
+        """Drop each row's tokens from these lengths on: what stood there was padding.
 
-    def _caps_of_turn(self, lengths: list[int]) -> list[int]:
-        """Page slots of each row when a later turn has made it as long as this, if it fits; else `BudgetError`."""
-        if needs_budget(self.policy):
-            lengths = [pages.count * self.policy.page_size for pages in self._user_after(lengths)]
-        return page_caps(self.policy, self.budget, lengths, turns=True)
+        What those tokens have evicted does not come back.
+        """
+        assert self._store is not None
+        self._store.truncate(lengths)
+        self.rows.rewind(lengths)
 
-    def _protect(self, starts: list[int]) -> None:
-        """Mark the pages from these positions on as the user's."""
-        table = self.store.table
-        first_B = torch.tensor(
-            [start // self.policy.page_size for start in starts], device=table.now_B.device
-        )
-        self.store.user_BKP.masked_fill_(table.page_BKP >= first_B[:, None, None], 1)
-
-    # The prompt ---------------------------------------------------------------------------------------------
+    # Prefill ------------------------------------------------------------------------------------------------
 
     def _prefill(
         self,
@@ -299,20 +281,16 @@ class LayerCache(CacheStats):
         read_BQ = query_BHQD.new_ones(rows, columns, dtype=torch.bool) if valid_BQ is None else valid_BQ
         chunks, real_BQ = self._chunks, read_BQ
         if chunks is not None:
-            # All columns so far take the place of a whole prompt; only the new ones ask.
+            # The keys are those of all chunks so far, the queries those of this chunk.
             key_BKQD, value_BKQD, real_BQ = chunks.add(key_BKQD, value_BKQD, read_BQ)
-        old_B = torch.tensor(self._lengths or [0] * rows, device=real_BQ.device)
+        old_B = torch.tensor(self.rows.lengths or [0] * rows, device=real_BQ.device)
         position_BQ = torch.where(real_BQ, old_B[:, None] + real_BQ.cumsum(1) - 1, -1)
-        lengths = (old_B + real_BQ.sum(1)).tolist()
-        caps = (
-            self._caps_of_turn(lengths)
-            if self._store is not None
-            else page_caps(self.policy, self.budget, lengths)
-        )
+        counts = real_BQ.sum(1).tolist()
+        caps = self.rows.first_caps(counts) if self._store is None else self.rows.later_caps(counts)
 
         keys_BKND, values_BKND, readable_BN = key_BKQD, value_BKQD, real_BQ
         if self._store is not None:
-            # Blocks follow each other only where nothing is evicted, so all heads hold the same tokens.
+            # Prefill extends a cache only where nothing is evicted, so all heads hold the same tokens.
             keys_BKND = torch.cat([self._store.keys_BKSD, key_BKQD], 2)
             values_BKND = torch.cat([self._store.values_BKSD, value_BKQD], 2)
             readable_BN = torch.cat([self._store.table.resident_BKS[:, 0], real_BQ], 1)
@@ -327,7 +305,7 @@ class LayerCache(CacheStats):
 
         if chunks is None or chunks.complete:
             self._chunks = None
-            self._admit(key_BKQD, value_BKQD, position_BQ, lengths, caps, mass_BKN)
+            self._admit(key_BKQD, value_BKQD, position_BQ, counts, caps, mass_BKN)
         return out_BHQD
 
     def _admit(
@@ -335,20 +313,22 @@ class LayerCache(CacheStats):
         key_BKQD: Tensor,
         value_BKQD: Tensor,
         position_BQ: Tensor,
-        lengths: list[int],
+        counts: list[int],
         caps: list[int],
         mass_BKN: Tensor | None,
     ) -> None:
-        """Put the prompt into slots; from here on the block is part of the cache."""
-        pages = -(-max(lengths) // self.policy.page_size) if grows(self.policy) else max(caps)
+        """Write the prompt to the slots."""
+        starts = self.rows.lengths or [0] * len(counts)
+        self.rows.add_prompt(counts, caps)
+        pages = -(-max(self.rows.lengths) // self.policy.page_size) if grows(self.policy) else max(caps)
         if self._store is None:
             self._store = SlotStore(self.policy, key_BKQD, caps, pages, self.kv_dtype)
-        old_slots = self._store.table.position_BKS.shape[-1] if self._lengths else 0
+        old_slots = self._store.table.position_BKS.shape[-1] if max(starts) else 0
         self._store.reserve(pages)
         self._store.set_caps(caps)
         table = self._store.table
-        table.now_B.copy_(torch.tensor(lengths))
-        if not self._lengths:
+        table.now_B.copy_(torch.tensor(self.rows.lengths))
+        if not max(starts):
             table.prompt_B.copy_(table.now_B)
         mass_BKQ = None if mass_BKN is None else mass_BKN[..., old_slots:]
         kept_BKQ = None
@@ -359,10 +339,8 @@ class LayerCache(CacheStats):
         if mass_BKN is not None and mass_BKQ is not None:
             mass_BKS = torch.where(source_BKS >= 0, mass_BKQ.gather(2, source_BKS.clamp(min=0)), 0)
             mass_BKS[..., :old_slots] += mass_BKN[..., :old_slots]
-        self._protect(self._lengths or [0] * len(lengths))
+        self._store.mark_prompt(starts)
         self.policy.admit(table, mass_BKS)
-        self._user = self._user_after(lengths)
-        self._lengths, self._caps = lengths, caps
         if isinstance(self.policy, ShiftsKeys) and self.policy.shifted_tokens():
             count = self.policy.shifted_tokens()
             self._store.shifted_BKND = self._store.keys_BKSD[:, :, :count].clone()
@@ -371,26 +349,26 @@ class LayerCache(CacheStats):
     def _checked_frequencies(self) -> Tensor:
         if self._inv_freq_D is None:
             raise UnsupportedModelError(
-                f"policy {policy_spec(self.policy)!r} turns keys inside the cache and needs the model's RoPE "
-                "frequencies, which this model does not offer; use streaming_llm:positions=logical"
+                f"policy {policy_spec(self.policy)!r} rotates keys inside the cache and needs the model's RoPE "
+                "frequencies, which this model does not expose; use streaming_llm:positions=logical"
             )
         return self._inv_freq_D
 
-    # One token ----------------------------------------------------------------------------------------------
+    # Decode -------------------------------------------------------------------------------------------------
 
     def _decode_active(self, new: QKV, active_B: Tensor | None, scaling: float) -> Tensor:
-        """Decode step in which only some rows take part; the others stay as they are."""
+        """Decode step of the active rows; the others are restored."""
         if active_B is None or bool(active_B.all()):
             return self._decode(new, scaling)
-        self._reserve(max(self._lengths) + 1)
+        self._reserve(max(self.rows.lengths) + 1)
         idle = (~active_B).nonzero().flatten()
         kept = [tensor[idle] for tensor in self.store.tensors()]
-        lengths = list(self._lengths)
+        lengths = list(self.rows.lengths)
         out_BHD = self._decode(new, scaling)
         for tensor, rows in zip(self.store.tensors(), kept, strict=True):
             tensor[idle] = rows
         for row in idle.tolist():
-            self._lengths[row] = lengths[row]
+            self.rows.lengths[row] = lengths[row]
         return out_BHD
 
     def _decode(self, new: QKV, scaling: float) -> Tensor:
@@ -400,23 +378,20 @@ class LayerCache(CacheStats):
         return self.step(new, scaling)
 
     def begin_step(self) -> bool | None:
-        """Count a new token for every row, on the host alone: nothing waits for the device.
+        """Count a new token in every row, on the host only.
 
         Returns
         -------
         bool or None
-            None if no row opens a page; else whether one of them may have to evict another.
+            None if no row opens a page; else whether one of them may have to evict.
         """
-        page_size, lengths = self.policy.page_size, self._lengths
-        self._lengths = [length + 1 for length in lengths]
-        if all(length % page_size for length in lengths):
-            return None
-        self._reserve(max(self._lengths))
-        pages = (length // page_size + 1 for length in lengths)
-        return not grows(self.policy) and any(page > cap for page, cap in zip(pages, self._caps, strict=True))
+        evicts = self.rows.add_token()
+        if evicts is not None:
+            self._reserve(max(self.rows.lengths))
+        return evicts
 
     def prepare_compile(self) -> None:
-        """Tell the compiler which sizes differ between caches of the same policy and budget, and what stays put."""
+        """Mark dynamic sizes and static addresses for the compiler."""
         self._prepared = True
         for tensor in self.store.tensors():
             if tensor.device.type == "cuda":
@@ -426,24 +401,24 @@ class LayerCache(CacheStats):
                 torch._dynamo.maybe_mark_dynamic(tensor, 2)
 
     def refresh_compile_marks(self) -> None:
-        """Tell the compiler again, since tensors were replaced."""
+        """Mark again after tensors were replaced."""
         if self._prepared:
             self.prepare_compile()
 
     def open_pages(self, *, evicts: bool) -> None:
-        """Open pages where the step that has begun needs them: tensors alone, for a compiler."""
+        """Open pages for the step that `begin_step` counted: tensor code only, compilable."""
         open_pages(self.policy, self.store, evicts=evicts)
 
     def step(self, new: QKV, scaling: float) -> Tensor:
-        """Take in the token of the step that has begun, and return its attention output: tensors alone."""
-        if self.fused is not None and self.fused.serves(self.store):
+        """Append the token that `begin_step` counted and return its attention output, BHD: tensor code only."""
+        if self.fused is not None and self.is_fused:
             return self.fused.step(self.store, new, scaling)
         return decode_step(self.policy, self.store, new, scaling, self._read)
 
     def _reserve(self, tokens: int) -> None:
-        """Have slots for so many tokens, where the cache grows."""
+        """Allocate slots for this many tokens, where the cache grows."""
         needed = -(-tokens // self.policy.page_size)
         if grows(self.policy) and needed > self.store.pages:
-            # A quarter more, and at most 1024 tokens, of which each step reads all: the copy in between is not felt.
+            # At most 1024 tokens spare, because each step reads them all; the copies are amortised.
             self.store.reserve(needed + min(self.store.pages // 4, 1024 // self.policy.page_size))
             self.refresh_compile_marks()

@@ -1,4 +1,4 @@
-"""What a layer's cache holds: bytes and tokens.
+"""Bytes and tokens of a layer's cache.
 
 Shape suffixes: B batch rows, K KV heads, S token slots.
 """
@@ -8,19 +8,20 @@ from __future__ import annotations
 from torch import Tensor
 
 from longthink.cache.prompt import ChunkedPrompt
+from longthink.cache.rows import RowCounts
 from longthink.cache.store import SlotStore
 
 
 class CacheStats:
-    """The accounts of a `LayerCache`: nothing here changes what is held."""
+    """Read-only statistics of a `LayerCache`."""
 
     _store: SlotStore | None
     _chunks: ChunkedPrompt | None
-    _lengths: list[int]
+    rows: RowCounts
 
     @property
     def store(self) -> SlotStore:
-        """The slots, of a cache that holds a prompt."""
+        """The slots; only after prefill."""
         assert self._store is not None
         return self._store
 
@@ -32,36 +33,36 @@ class CacheStats:
 
     @property
     def metadata_bytes(self) -> int:
-        """Bytes allocated for positions, representatives and the policy's state."""
+        """Bytes allocated for positions, key bounds and policy state."""
         return 0 if self._store is None else sum(tensor.nbytes for tensor in self._store.tensors()[2:])
 
     @property
     def dense_kv_bytes(self) -> int:
-        """Bytes that keys and values of all tokens seen would take."""
-        return sum(self.row_dense_kv_bytes(row) for row in range(len(self._lengths)))
+        """Bytes that a dense cache would take for keys and values."""
+        return sum(self.row_dense_kv_bytes(row) for row in range(len(self.rows.lengths)))
 
     @property
     def num_evicted(self) -> int:
-        """Tokens seen and no longer resident, summed over rows and KV heads."""
-        return sum(self.row_evicted(row) for row in range(len(self._lengths)))
+        """Evicted tokens, summed over rows and KV heads."""
+        return sum(self.row_evicted(row) for row in range(len(self.rows.lengths)))
 
     def row_dense_kv_bytes(self, row: int) -> int:
-        """Bytes that keys and values of all tokens that a row has seen would take."""
-        return 2 * self._lengths[row] * self.store.keys_BKSD[0, :, 0].nbytes
+        """Bytes that a dense cache would take for keys and values of a row."""
+        return 2 * self.rows.lengths[row] * self.store.keys_BKSD[0, :, 0].nbytes
 
     def row_evicted(self, row: int) -> int:
-        """Tokens that a row has seen and no longer holds, summed over KV heads."""
+        """Evicted tokens of a row, summed over KV heads."""
         resident_KS = self.store.table.resident_BKS[row]
         shared = self.store.keys_BKSD.shape[1] // len(resident_KS)
-        return (self._lengths[row] * len(resident_KS) - int(resident_KS.sum())) * shared
+        return (self.rows.lengths[row] * len(resident_KS) - int(resident_KS.sum())) * shared
 
     @property
     def position_BKS(self) -> Tensor | None:
-        """Logical position in each token slot, -1 where there is none; K is 1 where a table serves the layer."""
+        """Logical position in each token slot, -1 where empty; K is 1 where one table serves the layer."""
         return None if self._store is None else self._store.table.position_BKS
 
     def resident_positions(self) -> list[list[list[int]]]:
-        """Logical positions that each row and KV head holds, in order."""
+        """Sorted logical positions resident in each row and KV head."""
         if self._store is None:
             return []
         position_BKS = self._store.table.position_BKS.expand(-1, self._store.keys_BKSD.shape[1], -1)

@@ -1,7 +1,7 @@
-"""The decode step of one layer: tensors in, tensors out, the same shapes each time.
+"""The decode step of one layer, as pure tensor code of fixed shapes.
 
-What is here reads no Python number that changes from step to step, and waits for no value of the device, so a
-compiler makes one program of it; without a compiler it is the eager step. `LayerCache` counts tokens beside it.
+Nothing here depends on a Python number that changes between steps or synchronises with the device, so the step
+compiles into one program; `LayerCache` counts tokens on the host. The same functions run eagerly.
 
 Shape suffixes: B batch rows, H query heads, K KV heads, G query heads per KV head, P page slots, S token slots,
 D head dim.
@@ -29,7 +29,7 @@ from longthink.policies import (
 )
 
 QKV = tuple[Tensor, Tensor, Tensor]
-"""A token's query (BHD), key and value (BKD)."""
+"""Query (BHD), key and value (BKD) of one token per row."""
 Read = Callable[[Policy, SlotStore, Tensor, float], tuple[Tensor, Tensor | None]]
 
 
@@ -41,14 +41,14 @@ def evictable_pages(policy: Policy, table: PageTable) -> Tensor:
 def choose_slots(
     policy: Policy, table: PageTable, opens_B: Tensor, *, evicts: bool
 ) -> tuple[Tensor, Moves | None]:
-    """Slot for the page of each row's new token, an empty one or that of the evicted page; and tokens to save.
+    """Slot for each row's next page, empty or that of the evicted page, and the tokens to save from it.
 
     Parameters
     ----------
     opens_B
-        Rows whose token opens a page. For the others the slot has no meaning.
+        Rows whose token opens a page; the slot of the others is meaningless.
     evicts
-        False if it is known that every row that opens a page has an empty slot.
+        False if every row that opens a page is known to have an empty slot.
     """
     page_BKP = table.page_BKP
     empty_BKP = page_BKP < 0
@@ -64,13 +64,7 @@ def choose_slots(
 
 
 def open_pages(policy: Policy, store: SlotStore, *, evicts: bool) -> None:
-    """Give each row whose token at `now_B` begins a page a slot, and empty it.
-
-    Parameters
-    ----------
-    evicts
-        False if it is known that every row that opens a page has an empty slot.
-    """
+    """Open a page in each row whose token at `now_B` starts one; `evicts` as in `choose_slots`."""
     opens_B = store.table.now_B % policy.page_size == 0
     slot_BK, moves = choose_slots(policy, store.table, opens_B, evicts=evicts)
     if moves is not None:
@@ -81,7 +75,7 @@ def open_pages(policy: Policy, store: SlotStore, *, evicts: bool) -> None:
 def read_slots(
     policy: Policy, store: SlotStore, query_BKGD: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention over what is resident, or over the pages that the policy selects."""
+    """Attention over the pages that the policy selects, or over all resident ones."""
     table = store.table
     selected_BKR = policy.select(table, query_BKGD) if isinstance(policy, SelectsPages) else None
     if selected_BKR is not None:
@@ -99,12 +93,12 @@ def read_slots(
 def decode_step(
     policy: Policy, store: SlotStore, new: QKV, scaling: float, read: Read = read_slots
 ) -> Tensor:
-    """Append the token at `now_B`, read what is resident, let the policy learn, and go on to the next position.
+    """Append the token at `now_B`, attend, let the policy observe, and advance `now_B`.
 
     Parameters
     ----------
     read
-        Gives the attention output (BKGD), and its weights, of what is in the slots.
+        Returns the attention output over the slots (BKGD) and its weights.
 
     Returns
     -------
@@ -124,7 +118,7 @@ def decode_step(
 
 
 def shift_keys(policy: ShiftsKeys, store: SlotStore) -> None:
-    """Put the first keys where the policy reads them in this step, and keep them as they were written."""
+    """Replace the first keys by those to read in this step; the keys as written are kept aside."""
     count = policy.shifted_tokens()
     if not count:
         return

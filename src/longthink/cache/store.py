@@ -1,4 +1,4 @@
-"""Page slots of one layer: the only place where a token's keys and values can be.
+"""Page slots of one layer: the only memory for keys and values.
 
 Shape suffixes: B batch rows, K KV heads (1 in tables that a whole layer shares), P page slots, T tokens in a page,
 S = P * T token slots, D head dim, Q columns of a prompt block, M tokens moved, R pages read, N first token slots.
@@ -23,15 +23,15 @@ class SlotStore:
     Parameters
     ----------
     policy
-        Says how many tables the layer has, what state they carry and what the policy may see.
+        Determines the number of page tables, their state and what the policy sees.
     key_BKQD
-        Any keys of the layer: they give rows, KV heads, head dim, dtype and device.
+        Any keys of the layer: they determine rows, KV heads, head dim, dtype and device.
     cap_B
         Page slots that each row may fill or read.
     pages
         Page slots to allocate.
     dtype
-        Format of keys and values; None for that of the keys.
+        Dtype of keys and values; None for that of `key_BKQD`.
     """
 
     def __init__(
@@ -48,13 +48,13 @@ class SlotStore:
         self.tail_BK = torch.zeros(rows, tables, dtype=torch.int64, device=device)
         self.keys_BKSD = key_BKQD.new_zeros(rows, kv_heads, tokens, head_dim)
         self.values_BKSD = key_BKQD.new_zeros(rows, kv_heads, tokens, head_dim)
-        # Asked once: a compiler need not follow what a subclass makes of it.
+        # Read once: the compiler need not trace a subclass's property.
         self.needs = policy.needs
         bounded = pages if "key_bounds" in self.needs else 0
         self.kmin_BKPD = key_BKQD.new_zeros(rows, kv_heads, bounded, head_dim)
         self.kmax_BKPD = key_BKQD.new_zeros(rows, kv_heads, bounded, head_dim)
         self.shifted_BKND: Tensor | None = None
-        """The first keys as they were written, where the policy shifts them (`ShiftsKeys`)."""
+        """The first keys as written, where the policy shifts them (`ShiftsKeys`)."""
         self.inv_freq_D: Tensor | None = None
         self.table = PageTable(
             page_size=policy.page_size,
@@ -69,13 +69,11 @@ class SlotStore:
         self._expose_needs()
 
     def _expose_needs(self) -> None:
-        """Let the policy see what it has declared."""
         self.table.vectors = (self.keys_BKSD, self.values_BKSD) if "vectors" in self.needs else None
         self.table.key_bounds = (self.kmin_BKPD, self.kmax_BKPD) if self.has_key_bounds else None
 
     @property
     def has_key_bounds(self) -> bool:
-        """Whether the bounds of each page's keys are kept."""
         return self.kmin_BKPD.shape[2] > 0
 
     @property
@@ -86,18 +84,18 @@ class SlotStore:
 
     @property
     def pages(self) -> int:
-        """Page slots allocated."""
+        """Number of allocated page slots."""
         return self.table.position_BKS.shape[-1] // self.table.page_size
 
     def set_caps(self, cap_B: list[int]) -> None:
-        """Set how many page slots each row may fill or read."""
+        """Set the page slots that each row may fill or read."""
         self.table.cap_B.copy_(torch.tensor(cap_B))
         self.table.cap = max(cap_B)
 
-    # Whole-store operations -----------------------------------------------------------------------------------
+    # The whole store ----------------------------------------------------------------------------------------
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Replace every tensor, of which dimension 0 counts rows, by what `change` makes of it."""
+        """Replace every tensor by ``change(tensor)``; dimension 0 counts rows."""
         table = self.table
         for owner, fields in (
             (self, ("keys_BKSD", "values_BKSD", "tail_BK")),
@@ -112,7 +110,7 @@ class SlotStore:
         self._expose_needs()
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor of the store, keys and values first."""
+        """All tensors, keys and values first."""
         found: list[Tensor] = []
 
         def collect(tensor: Tensor) -> Tensor:
@@ -123,7 +121,7 @@ class SlotStore:
         return found
 
     def reserve(self, pages: int) -> None:
-        """Have at least this many page slots; old ones keep their place."""
+        """Grow to at least this many page slots; existing ones keep their place."""
         more = pages - self.pages
         if more <= 0:
             return
@@ -144,7 +142,7 @@ class SlotStore:
         self._expose_needs()
 
     def release(self, pages: int) -> None:
-        """Give back the page slots behind the first `pages`, which must be empty in all rows."""
+        """Free the page slots behind the first `pages`, which must be empty in all rows."""
         old_pages = self.pages
         if pages >= old_pages:
             return
@@ -152,13 +150,13 @@ class SlotStore:
         def shorten(tensor: Tensor) -> Tensor:
             if tensor.ndim <= 2 or tensor is self.shifted_BKND:
                 return tensor
-            # A copy, because a view would keep the memory.
+            # A view would keep the memory.
             return tensor[:, :, : tensor.shape[2] // old_pages * pages].clone()
 
         self.apply(shorten)
 
     def adopt(self, row: int, other: SlotStore, other_row: int = 0) -> None:
-        """Make a row what a row of another store of the same policy is, in every slot."""
+        """Overwrite a row with a row of another store of the same policy."""
         self.reserve(other.pages)
         for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
             if mine.ndim > 2:
@@ -167,12 +165,12 @@ class SlotStore:
             else:
                 mine[row] = theirs[other_row]
 
-    # The prompt ---------------------------------------------------------------------------------------------
+    # Prefill ------------------------------------------------------------------------------------------------
 
     def fill(
         self, key_BKQD: Tensor, value_BKQD: Tensor, position_BQ: Tensor, kept_BKQ: Tensor | None
     ) -> Tensor:
-        """Write a block of prompt tokens into the slots, pages in order of position.
+        """Write a block of prompt tokens to the slots, pages in order of position.
 
         Parameters
         ----------
@@ -184,19 +182,19 @@ class SlotStore:
         Returns
         -------
         Tensor
-            Column that each token slot took its token from, -1 where it took none, BKS.
+            Source column of each token slot, -1 where nothing was written, BKS.
         """
         table, page_size = self.table, self.table.page_size
         real_B1Q = (position_BQ >= 0)[:, None]
         if kept_BKQ is None:
             kept_BKQ, slot_BKQ = real_B1Q, position_BQ[:, None]
         else:
-            # Kept pages close ranks: a page's slot is the number of kept pages before it.
+            # Kept pages are packed: the slot of a page is the number of kept pages before it.
             offset = position_BQ[:, None] % page_size
             slot_BKQ = ((kept_BKQ & (offset == 0)).cumsum(-1) - 1) * page_size + offset
         tables, tokens = table.position_BKS.shape[1:]
         shape = (len(position_BQ), tables, position_BQ.shape[1])
-        # One slot too many takes the columns that are not kept.
+        # Columns that are not kept go to an extra slot.
         slot_BKQ = torch.where(kept_BKQ, slot_BKQ, tokens).expand(shape)
         columns = torch.arange(shape[2], device=key_BKQD.device).expand(shape)
         source_BKS = torch.full((*shape[:2], tokens + 1), -1, device=key_BKQD.device)
@@ -215,7 +213,7 @@ class SlotStore:
         return source_BKS
 
     def compute_key_bounds(self) -> None:
-        """Take the bounds of all pages from their keys."""
+        """Compute the key bounds of all pages from their keys."""
         if not self.has_key_bounds:
             return
         table = self.table
@@ -229,10 +227,42 @@ class SlotStore:
             found = extreme(torch.where(resident, keys, neutral), -2)
             bound.copy_(found.masked_fill(empty, 0))
 
-    # One token ----------------------------------------------------------------------------------------------
+    def mark_prompt(self, starts: list[int]) -> None:
+        """Mark the pages from these positions on as pages of a prompt."""
+        table = self.table
+        first_B = torch.tensor(starts, device=table.now_B.device) // table.page_size
+        self.user_BKP.masked_fill_(table.page_BKP >= first_B[:, None, None].clamp(min=0), 1)
+
+    def truncate(self, lengths: list[int]) -> None:
+        """Drop the tokens from these positions on, and make the page of the next token the tail."""
+        table, page_size = self.table, self.table.page_size
+        length_B11 = torch.tensor(lengths, device=table.now_B.device)[:, None, None]
+        shorter_B11 = length_B11 < table.now_B[:, None, None]
+        table.position_BKS.masked_fill_(table.position_BKS >= length_B11, -1)
+        self.compute_key_bounds()
+        page_BKP = table.page_BKP
+        self.user_BKP.masked_fill_(page_BKP < 0, 0)
+        table.now_B.copy_(length_B11[:, 0, 0])
+        # A slot of tokens that were moved there may have the same number, so every token must stand in its place.
+        position_BKPT = table.position_BKS.unflatten(-1, (-1, page_size))
+        next_B11 = length_B11 // page_size
+        place_B11T = (next_B11 * page_size)[..., None] + torch.arange(page_size, device=page_BKP.device)
+        in_place_BKPT = (position_BKPT < 0) | (position_BKPT == place_B11T)
+        tail_BKP = (page_BKP == next_B11) & in_place_BKPT.all(-1)
+        tail_BK = torch.where(tail_BKP.any(-1), tail_BKP.int().argmax(-1), (page_BKP < 0).int().argmax(-1))
+        self.tail_BK.copy_(torch.where(shorter_B11[..., 0], tail_BK, self.tail_BK))
+        if self.has_key_bounds:
+            # A tail whose first tokens are gone begins with neutral bounds, as if the next token were its first.
+            fresh_BK = shorter_B11[..., 0] & ~tail_BKP.any(-1)
+            page = entries(self.tail_BK[..., None], self.kmin_BKPD)
+            for bound, sign in ((self.kmin_BKPD, 1), (self.kmax_BKPD, -1)):
+                neutral = sign * torch.finfo(bound.dtype).max / 4
+                bound[page] = torch.where(fresh_BK[..., None, None], neutral, bound[page])
+
+    # Decode -------------------------------------------------------------------------------------------------
 
     def move(self, moves: Moves) -> None:
-        """Carry tokens to other slots, with position and token state; then empty the slots they came from."""
+        """Copy tokens to other slots, with position and token state, and empty their old slots."""
         table = self.table
         tokens = table.position_BKS.shape[-1]
         per_token = [tensor for tensor in table.state.values() if tensor.shape[2] == tokens]
@@ -244,7 +274,7 @@ class SlotStore:
         kernels.move_tokens(carried(table.position_BKS), contents)
 
     def open_pages(self, slot_BK: Tensor, opens_B: Tensor) -> None:
-        """Empty the named slots, where the row opens a page, and make them the tail."""
+        """Where a row opens a page, empty the given slots and make them the tail."""
         table, page_size = self.table, self.table.page_size
         slot_BK = torch.where(opens_B[:, None], slot_BK, self.tail_BK)
         self.tail_BK.copy_(slot_BK)
@@ -262,7 +292,7 @@ class SlotStore:
         kernels.empty(opened(table.position_BKS), contents, opens_B)
 
     def append(self, key_BKD: Tensor, value_BKD: Tensor) -> None:
-        """Write the token of position `now_B` into the tail."""
+        """Write the token at position `now_B` to the tail."""
         table = self.table
         offset_B = table.now_B % table.page_size
         token_BK1 = (self.tail_BK * table.page_size + offset_B[:, None])[..., None]
@@ -277,7 +307,7 @@ class SlotStore:
             kernels.widen(At(self.kmin_BKPD, page), At(self.kmax_BKPD, page), key_BK1D, first)
 
     def read(self, slot_BKR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys, values and residency of the named pages; a negative slot reads as empty."""
+        """Keys, values and residency mask of the given page slots; a negative slot reads as empty."""
         table, page_size = self.table, self.table.page_size
         within = torch.arange(page_size, device=slot_BKR.device)
         token_BKS = (slot_BKR.clamp(min=0)[..., None] * page_size + within).flatten(2)

@@ -1,6 +1,6 @@
 """A later turn: what the user writes behind a text that has been decoded, read as one block.
 
-Attention is computed for many tokens at once; then they enter the slots one by one and the policy observes each, so the
+Attention is computed for many tokens at once; then they are appended one by one and the policy observes each, so the
 cache ends up as if they had been decoded. Nothing is evicted meanwhile: every row must have slots for all of them.
 
 Shape suffixes: B batch rows, H query heads, K KV heads (1 in tables that a whole layer shares), G query heads per KV

@@ -1,8 +1,7 @@
-"""Tensor functions over pages, behind one set of names: nothing here knows a policy.
+"""Tensor functions over pages, independent of any policy, dispatched by device.
 
-`reference` defines them in plain torch and runs on every device, `pages` writes to pages in place. Tensors on a GPU
-go to Triton kernels of the same names, where there are some and Triton is installed (docs/kernels.md); `compiled` is
-what a compiled step does its own way on a CPU.
+`reference` defines them in plain torch; `pages` writes to pages in place; `compiled` is for compiled steps on a CPU.
+Tensors on a GPU go to the Triton kernel of the same name, where there is one (docs/kernels.md).
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ def _has_triton() -> bool:
 
 
 def runs_triton(tensor: Tensor) -> bool:
-    """Whether there are Triton kernels for where the tensor is and what it holds."""
+    """Whether Triton kernels support the tensor's device and dtype, and Triton is installed."""
     return tensor.is_cuda and tensor.dtype != torch.float64 and _has_triton()
 
 
@@ -70,7 +69,7 @@ def decode_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of one new token per row: see `reference.decode_attention`.
 
-    `many` says that the slots are those of a cache that grows, for which another way is fastest on a CPU.
+    `many` marks the slots of a cache that grows: on a CPU, SDPA is faster over them.
     """
     attention = reference.decode_attention
     if runs_triton(query_BKGD):
@@ -80,7 +79,7 @@ def decode_attention(
         and torch.compiler.is_compiling()
         and not many
         and (
-            # SDPA is faster for many rows, unless it would have to widen the keys first.
+            # SDPA is faster for large batches, unless it would have to widen the keys first.
             len(query_BKGD) <= compiled.FEW_ROWS or keys_BKSD.dtype != query_BKGD.dtype
         )
     ):
@@ -89,7 +88,7 @@ def decode_attention(
 
 
 def paged_attention(query_BKGD: Tensor, paged: PagedKV, scaling: float) -> Tensor:
-    """Attention of one new token per row over the blocks of its table: see `reference.paged_attention`."""
+    """Attention of one new token per row over its block table: see `reference.paged_attention`."""
     attention = reference.paged_attention
     if runs_triton(query_BKGD):
         from longthink.kernels.triton_decode import paged_attention as attention
@@ -99,6 +98,6 @@ def paged_attention(query_BKGD: Tensor, paged: PagedKV, scaling: float) -> Tenso
 
 
 def bound_scores(query_BKGD: Tensor, kmin_BKPD: Tensor, kmax_BKPD: Tensor) -> Tensor:
-    """Quest's upper bound of the largest q.k in each page: see `reference.bound_scores`."""
+    """Quest's upper bound on q.k in each page: see `reference.bound_scores`."""
     by_sums = query_BKGD.is_cpu and torch.compiler.is_compiling()
     return (compiled if by_sums else reference).bound_scores(query_BKGD, kmin_BKPD, kmax_BKPD)

@@ -1,8 +1,7 @@
-"""What a compiled step does its own way on a CPU: sums of products, which the compiler turns into loops.
+"""Kernels for compiled steps on a CPU: sums of products, which the compiler turns into loops; and compiler helpers.
 
-They read each key once, also through a block table. That wins for the slots of a budget; over many thousands of them
-SDPA's blocks are faster. Without a compiler the sums would materialise every product, so eager steps take
-`reference`, which is also the definition.
+The loops read each key once, also through a block table. That is faster for the slots of a budget; over many
+thousands SDPA's blocking wins. Eagerly the sums would materialise every product, so eager steps use `reference`.
 
 Shape suffixes: see `reference`.
 """
@@ -21,7 +20,7 @@ from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from longthink.kernels.reference import PagedKV, gather_blocks, masked_softmax, wide_dtype
 
 FEW_ROWS = 4
-"""Rows up to which sums of products are faster than what a library has for many: SDPA here, and linear layers."""
+"""Batch size up to which sums of products are faster than library kernels: SDPA here, and linear layers."""
 
 
 def decode_attention(
@@ -38,7 +37,6 @@ def decode_attention(
     if values_BKSD.dtype == wide:
         out_BKGD = weights_BKGS @ values_BKSD
     else:
-        # Narrow values are widened as they are read.
         out_BKGD = (weights_BKGS[..., None] * values_BKSD.to(wide)[:, :, None]).sum(-2)
     return out_BKGD.to(query_BKGD.dtype), weights_BKGS if with_weights else None
 
@@ -46,8 +44,8 @@ def decode_attention(
 def paged_attention(query_BKGD: Tensor, paged: PagedKV, scaling: float) -> Tensor:
     """Attention over the blocks of a table, read in place: see `reference.paged_attention`.
 
-    The values of each page are summed first. That takes a half to a third of the time of one long sum, which waits
-    for itself, and of a matrix product, which needs a copy.
+    Summing each page first takes a half to a third of the time of one long dependent sum, or of a matrix product,
+    which needs a copy.
     """
     wide, tokens = wide_dtype(query_BKGD.dtype), paged.values_XTKD.shape[1]
     keys, values, resident = gather_blocks(paged, query_BKGD.shape[1])
@@ -64,7 +62,7 @@ def _weights(query_BKGD: Tensor, keys_BKSD: Tensor, resident_BKS: Tensor, scalin
 
 
 def bound_scores(query_BKGD: Tensor, kmin_BKPD: Tensor, kmax_BKPD: Tensor) -> Tensor:
-    """Quest's upper bound of the largest q.k in each page: see `reference.bound_scores`."""
+    """See `reference.bound_scores`."""
     wide = wide_dtype(query_BKGD.dtype)
     query = query_BKGD.to(wide)[:, :, :, None]
     highest, lowest = (x.to(wide)[:, :, None] for x in (kmax_BKPD, kmin_BKPD))
@@ -72,12 +70,12 @@ def bound_scores(query_BKGD: Tensor, kmin_BKPD: Tensor, kmax_BKPD: Tensor) -> Te
 
 
 def is_compile_disabled() -> bool:
-    """Whether the environment keeps torch from compiling: what should be a program would be a plain function."""
+    """Whether the environment disables torch.compile, which then returns plain functions."""
     return os.environ.get("TORCHDYNAMO_DISABLE") == "1" or bool(torch._dynamo.config.disable)
 
 
 def compile_isolated(function: Callable[..., Any], **options: Any) -> Any:
-    """Compile a function with a code object of its own: the compiler counts and keeps its programs by code object."""
+    """Compile a copy of a function: the compiler counts and caches programs by code object."""
     own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
     return torch.compile(own, fullgraph=True, **options)
 
@@ -94,7 +92,7 @@ def without_guards(program: Any) -> Callable[..., Any] | None:
 
 
 def mark_dynamic(tensor: Tensor, *dims: int) -> Tensor:
-    """Let the compiler know that some sizes of a tensor change from call to call."""
+    """Tell the compiler that these dimensions of a tensor change between calls."""
     for dim in dims:
         torch._dynamo.maybe_mark_dynamic(tensor, dim)
     return tensor

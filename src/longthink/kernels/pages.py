@@ -1,7 +1,6 @@
-"""Writing to pages in place, wherever they lie: in the slots of a layer or in the blocks of a pool.
+"""In-place writes to pages, in the slots of a layer or the blocks of a pool; the owner passes the indices.
 
-Whoever owns the memory says by index where a token or a page is; what happens there is written here, once.
-Whole index tensors instead of scatter and gather: a compiler writes those in place, without a copy of the cache.
+Advanced indexing instead of scatter and gather: the compiler writes it in place, without copying the cache.
 
 Shape suffixes: B batch rows, K KV heads (1 where one page table serves a whole layer), T tokens in a page, S token
 slots, P page slots, D head dim, M tokens moved. L, where a caller has it, counts layers in front of B.
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 Index = tuple[Tensor, ...]
-"""Index tensors that name one entry of a tensor for each row and KV head, and leave its last dimensions."""
+"""Index tensors into the leading dimensions of a tensor, for each row and KV head."""
 
 
 class At(NamedTuple):
@@ -27,38 +26,38 @@ class At(NamedTuple):
 
 
 def logical_pages(position_BKS: Tensor, page_size: int) -> Tensor:
-    """Logical page in each slot (the largest position // page_size), -1 where the slot is empty. Shape BKP.
+    """Logical page in each slot (largest position // page_size), -1 where the slot is empty. Shape BKP.
 
-    The maximum is taken in halves: a compiler vectorises that over slots, but makes scalar code of a maximum over a
-    few tokens. Page sizes are powers of two: a shift is exact, and much cheaper than a division.
+    The maximum is taken by halving: the compiler vectorises that over slots, but not a maximum over a few tokens.
+    Page sizes are powers of two, so a shift replaces the slower division.
     """
     last_BKPT, tokens = position_BKS.unflatten(-1, (-1, page_size)), page_size
     while tokens > 1:
-        # By numbers that a compiler knows, where it does not know how many slots there are.
+        # The page size is a compile-time constant, the number of slots may not be.
         tokens //= 2
         last_BKPT = torch.maximum(last_BKPT[..., :tokens], last_BKPT[..., tokens:])
     return last_BKPT[..., 0] >> (page_size.bit_length() - 1)
 
 
 def entries(index_BKM: Tensor, tensor: Tensor) -> Index:
-    """Rows, heads and entries of dimension 2 that the index names, for all KV heads of the tensor."""
+    """Index of the entries ``index_BKM`` of dimension 2, for all KV heads of the tensor."""
     rows, heads = (torch.arange(size, device=index_BKM.device) for size in tensor.shape[:2])
     return rows[:, None, None], heads[:, None], index_BKM
 
 
 def append(keys: At, values: At, key: Tensor, value: Tensor) -> None:
-    """Write a token's key and value; the cache may be of a narrower format."""
+    """Write a token's key and value, cast to the dtype of the cache."""
     for (tensor, place), new in ((keys, key), (values, value)):
         tensor[place] = new.to(tensor.dtype)
 
 
 def widen(kmin: At, kmax: At, key: Tensor, first: Tensor) -> None:
-    """Widen the key bounds of a page by a new key; the first key of a page starts them anew.
+    """Extend the key bounds of a page by a new key; the first key of a page resets them.
 
     Parameters
     ----------
     first
-        True where the token is the first one of its page, broadcastable to the keys.
+        True where the token is the first of its page, broadcastable to the keys.
     """
     for (tensor, place), extreme in ((kmin, torch.minimum), (kmax, torch.maximum)):
         new = key.to(tensor.dtype)
@@ -66,14 +65,9 @@ def widen(kmin: At, kmax: At, key: Tensor, first: Tensor) -> None:
 
 
 def empty(positions: At, contents: Iterable[At], where: Tensor | None = None) -> None:
-    """Empty pages: no positions, and zeros for keys, values and state.
+    """Empty pages: positions become -1, keys, values and state 0, in the rows `where` (B), or in all if None.
 
-    Old numbers must go too: a NaN left behind would reach the output through its zero weight.
-
-    Parameters
-    ----------
-    where
-        Rows (B) whose page is emptied; None for all.
+    Contents must be cleared because a stale NaN would reach the output through its zero weight.
     """
     for (tensor, place), nothing in ((positions, -1), *((content, 0) for content in contents)):
         if where is None:
@@ -86,10 +80,9 @@ def empty(positions: At, contents: Iterable[At], where: Tensor | None = None) ->
 def move_tokens(
     positions: tuple[Tensor, Index, Index], contents: Iterable[tuple[Tensor, Index, Index]]
 ) -> None:
-    """Carry tokens to other places: (tensor, source, target) of positions, and of all that goes with a token.
+    """Move tokens: (tensor, source, target) of positions, and of everything else stored per token.
 
-    A source that does not become a target is empty afterwards. A pair with source == target moves nothing. No source
-    may be the target of another pair.
+    A source is empty afterwards unless it is also its own target. No source may be the target of another pair.
     """
     for tensor, source, target in contents:
         tensor[target] = tensor[source]

@@ -1,4 +1,4 @@
-"""Attention and page scores in plain torch: the definition that every faster kernel is tested against.
+"""Attention and page scores in plain torch: the reference for every faster kernel.
 
 Shape suffixes: B batch rows, H query heads, K KV heads (1 where one page table serves a whole layer),
 G query heads per KV head, Q query tokens, N key columns, P page slots or pages of a block table, T tokens in a page,
@@ -15,14 +15,14 @@ from torch.nn.functional import scaled_dot_product_attention
 
 _QUERIES_AT_ONCE = 256
 _COMPARED_AT_ONCE = 128
-"""Page slots up to which comparing each with each is faster than sorting."""
+"""Page slots up to which pairwise comparison is faster than sorting."""
 
 
 class PagedKV(NamedTuple):
-    """Physical blocks shared by all requests, and the block table of each: page p of row b is ``block_BKP[b, k, p]``.
+    """Blocks of a pool that all requests share, and block tables: page p of row b is ``block_BKP[b, k, p]``.
 
-    K of the block table is 1 where it serves all KV heads. `length_B` counts a row's tokens; only its last page is
-    partial.
+    K of the block table is 1 where it serves all KV heads. `length_B` counts a row's tokens; only its last page may
+    be partial.
     """
 
     keys_XTKD: Tensor
@@ -39,12 +39,12 @@ def block_attention(
     Parameters
     ----------
     mask_BKQN
-        True where a query may read a key, broadcastable over B and K; None for a plain causal block (Q == N).
+        True where a query may read a key, broadcastable over B and K; None for a causal block (Q == N).
 
     Returns
     -------
     Tensor
-        Output, shape BHQD. A query that may read nothing (padding) gets zeros.
+        Output, shape BHQD; zeros for a query that may read nothing (padding).
     """
     groups = query_BHQD.shape[1] // key_BKND.shape[1]
     if mask_BKQN is None:
@@ -60,15 +60,14 @@ def block_attention(
 def column_mass(
     query_BHQD: Tensor, key_BKND: Tensor, mask_BKQN: Tensor, readers_BQ: Tensor, scaling: float
 ) -> Tensor:
-    """Softmax attention that each key column receives, summed over the queries and the heads of its group.
+    """Softmax attention that each key column receives, summed over queries and the heads of its group.
 
-    Works on slices of the queries, so that memory stays linear in the prompt (H2O accumulates the prefill,
-    arXiv 2306.14048).
+    Queries are processed in slices, so memory is linear in the prompt.
 
     Parameters
     ----------
     readers_BQ
-        True for the queries that count (padding does not).
+        True for queries that are not padding.
 
     Returns
     -------
@@ -104,11 +103,11 @@ def decode_attention(
     Parameters
     ----------
     keys_BKSD, values_BKSD
-        May be of a narrower format than the query.
+        May be of a narrower dtype than the query.
     resident_BKS
         True where a token slot holds a token.
     with_weights
-        Also return the softmax weights, for policies that learn from exact attention.
+        Also return the softmax weights.
 
     Returns
     -------
@@ -116,10 +115,10 @@ def decode_attention(
         Output BKGD, and weights BKGS (float32 or wider) or None.
     """
     mask_BKGS = resident_BKS[:, :, None]
-    # On a CPU, one query over narrow keys is faster when each key is widened as it is read, which a compiler fuses.
+    # On a CPU it is faster to widen narrow keys as they are read, which the compiler fuses, than to narrow the query.
     widens = keys_BKSD.dtype != query_BKGD.dtype and keys_BKSD.device.type == "cpu"
     if not with_weights and not widens:
-        # The group's heads stand where SDPA expects query tokens: they share the keys of their KV head.
+        # The heads of a group take the place of SDPA's query tokens: they share the keys of their KV head.
         mask = mask_BKGS.expand(-1, query_BKGD.shape[1], query_BKGD.shape[2], -1)
         out_BKGD = scaled_dot_product_attention(
             query_BKGD.to(keys_BKSD.dtype), keys_BKSD, values_BKSD, attn_mask=mask, scale=scaling
@@ -133,13 +132,13 @@ def decode_attention(
 
 
 def paged_attention(query_BKGD: Tensor, paged: PagedKV, scaling: float) -> Tensor:
-    """Attention of one new token per row, already written, over the blocks of its table. Returns BKGD."""
+    """Attention of one new token per row, which has been written, over the blocks of its table. Returns BKGD."""
     keys, values, resident = gather_blocks(paged, query_BKGD.shape[1])
     return decode_attention(query_BKGD, keys, values, resident, scaling, with_weights=False)[0]
 
 
 def gather_blocks(paged: PagedKV, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values of each row (BKSD), and whether a token is there (BKS)."""
+    """Keys and values of each row (BKSD), and the residency mask (BKS)."""
     block_BKP = paged.block_BKP.clamp(min=0).long()
     head_K1 = torch.arange(heads, device=block_BKP.device)[:, None]
     keys, values = (
@@ -148,22 +147,22 @@ def gather_blocks(paged: PagedKV, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     )
     token = torch.arange(keys.shape[2], device=keys.device)
     resident_BKS = (token < paged.length_B[:, None])[:, None].expand(-1, heads, -1)
-    # A block of another request may hold anything, and zero times NaN, or NaN plus a mask, is NaN.
+    # Unused entries may hold NaN, which survives both a zero weight and an additive mask.
     keys, values = (x.masked_fill(~resident_BKS[..., None], 0) for x in (keys, values))
     return keys, values, resident_BKS
 
 
 def masked_softmax(logits: Tensor, mask: Tensor) -> Tensor:
-    """Softmax over the last dimension where the mask is True; zeros where it is False."""
+    """Softmax over the last dimension, restricted to the mask; zeros elsewhere."""
     floor = torch.finfo(logits.dtype).min
     return torch.where(mask, logits, floor).softmax(-1) * mask
 
 
 def bound_scores(query_BKGD: Tensor, kmin_BKPD: Tensor, kmax_BKPD: Tensor) -> Tensor:
-    """Quest's upper bound of the largest q.k in each page (arXiv 2406.10774, algorithm 1), shape BKGP.
+    """Quest's upper bound on q.k in each page (arXiv 2406.10774, algorithm 1), shape BKGP.
 
-    ``sum_d max(q_d * kmin_d, q_d * kmax_d)`` as two products: positive query parts meet the maxima,
-    negative ones the minima.
+    ``sum_d max(q_d * kmin_d, q_d * kmax_d)`` as two products: the positive part of the query times the maxima, and
+    the negative part times the minima.
     """
     wide = wide_dtype(query_BKGD.dtype)
     query = query_BKGD.to(wide)
@@ -172,7 +171,7 @@ def bound_scores(query_BKGD: Tensor, kmin_BKPD: Tensor, kmax_BKPD: Tensor) -> Te
 
 
 def page_mass(weights_BKGS: Tensor, page_size: int) -> Tensor:
-    """Share of the attention that falls on each page slot, shape BKGP."""
+    """Share of the attention on each page slot, shape BKGP."""
     return weights_BKGS.unflatten(-1, (-1, page_size)).sum(-1)
 
 
@@ -190,7 +189,7 @@ def top_fraction(score_BKP: Tensor, page_BKP: Tensor, fraction: float) -> Tensor
         Boolean, shape BKP.
     """
     resident_BKP = page_BKP >= 0
-    # The small offset undoes what binary fractions add: 0.3 * 170 pages must count 51, not 52.
+    # The offset cancels binary rounding: 0.3 * 170 pages must count 51, not 52.
     count_BK1 = (resident_BKP.sum(-1, keepdim=True).double() * fraction - 1e-9).ceil()
     return _rank(score_BKP, page_BKP) < count_BK1
 
@@ -201,22 +200,22 @@ def top_pages(score_BKP: Tensor, page_BKP: Tensor, count: int) -> Tensor:
 
 
 def _rank(score_BKP: Tensor, page_BKP: Tensor) -> Tensor:
-    """Place of each slot in `_order`."""
+    """Rank of each slot in `_order`."""
     if score_BKP.shape[-1] > _COMPARED_AT_ONCE:
         return _order(score_BKP, page_BKP).argsort(-1)
-    # A compiler makes one loop of all comparisons, and none of a sort or of `isnan`. NaN is more than infinity.
+    # The compiler fuses comparisons into one loop, but neither a sort nor `isnan`. NaN ranks above infinity.
     broken_BKP, empty_BKP = score_BKP != score_BKP, page_BKP < 0
     score = score_BKP.masked_fill(broken_BKP, torch.inf).masked_fill(empty_BKP, -torch.inf)
     far = torch.iinfo(page_BKP.dtype).max
     page = torch.where(broken_BKP, page_BKP - far // 2, page_BKP).masked_fill(empty_BKP, far)
     mine_BKP1, other_BK1P = (score[..., None], page[..., None]), (score[..., None, :], page[..., None, :])
     tied_BKPP = (other_BK1P[0] == mine_BKP1[0]) & (other_BK1P[1] < mine_BKP1[1])
-    # Sums of integers are not vectorised; these are exact in float32.
+    # Integer sums are not vectorised; these are exact in float32.
     return ((other_BK1P[0] > mine_BKP1[0]) | tied_BKPP).sum(-1, dtype=torch.float32)
 
 
 def _order(score_BKP: Tensor, page_BKP: Tensor) -> Tensor:
-    """Slots by falling score, then by rising page; empty slots come last."""
+    """Slots by descending score, then by ascending page; empty slots last."""
     score = torch.where(page_BKP >= 0, score_BKP, -torch.inf)
     far = torch.iinfo(page_BKP.dtype).max
     by_page = torch.where(page_BKP >= 0, page_BKP, far).argsort(dim=-1, stable=True)
@@ -226,7 +225,7 @@ def _order(score_BKP: Tensor, page_BKP: Tensor) -> Tensor:
 def lowest(priority_BKP: Tensor, page_BKP: Tensor, candidates_BKP: Tensor) -> Tensor:
     """Slot of the candidate with the smallest priority; ties go to the lowest logical page. Shape BK.
 
-    NaN counts as the smallest. A slot that is no candidate never wins as long as there is a candidate.
+    NaN counts as the smallest. Without any candidate the result is meaningless.
     """
     priority = priority_BKP
     if priority.is_floating_point():
@@ -240,5 +239,5 @@ def lowest(priority_BKP: Tensor, page_BKP: Tensor, candidates_BKP: Tensor) -> Te
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that scores and softmax weights are kept in."""
+    """Dtype of scores and softmax weights."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,7 +1,7 @@
-"""Split-KV decode attention in Triton: append, read, learn. `triton_decode` launches it.
+"""Split-KV decode attention in Triton; `triton_decode` launches it.
 
-A program of the split kernel serves one row, one KV head with its whole group of query heads, and a run of pages.
-The same code reads page slots and block pools: only the place of a page differs. Logits are in units of log2.
+A program serves one row, one KV head with its group of query heads, and a range of pages. The same code reads page
+slots and block pools, which differ only in the address of a page. Logits are in base 2.
 
 Shape suffixes: see `reference`; C splits.
 """
@@ -24,7 +24,7 @@ from longthink.kernels.triton_parts import (
 
 @triton.jit
 def _new_token(row, table, tables, length, tail, now, T: tl.constexpr, TABLE: tl.constexpr):
-    """Index of the new token among those read, and its position."""
+    """Token slot and position of the new token."""
     if TABLE:
         position = tl.load(length + row).to(tl.int32) - 1
         token = position
@@ -36,7 +36,7 @@ def _new_token(row, table, tables, length, tail, now, T: tl.constexpr, TABLE: tl
 
 @triton.jit
 def _page_place(page, live, row, table, table_row, page_stride, TABLE: tl.constexpr):
-    """Where pages begin, in elements from the begin of the row and head."""
+    """Offsets of pages, in elements from the start of the row and head."""
     if TABLE:
         page = tl.load(table + row * table_row + page, mask=live, other=0)
     return page.to(tl.int64) * page_stride
@@ -47,7 +47,7 @@ def _append(
     keys, values, place, key, value, position, token, now, writes_position,
     T: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Write the new token; its page holds nothing behind it."""
+    """Write the new token and clear the positions behind it in its page."""
     d = tl.arange(0, BLOCK_D)
     tl.store(keys + place + d, key, mask=d < D)
     tl.store(values + place + d, value, mask=d < D)
@@ -62,7 +62,7 @@ def _append(
 
 @triton.jit
 def _key_bounds(pointer, place, is_tail, fresh, key, live, d, D: tl.constexpr, HIGH: tl.constexpr):
-    """Load representatives of pages; the tail's is widened by the new key, and written back."""
+    """Load key bounds of pages; those of the tail are extended by the new key and stored."""
     real = live[:, None] & (d < D)[None, :]
     found, new = (
         tl.load(pointer + place[:, None] + d[None, :], mask=real, other=0.0),
@@ -83,7 +83,7 @@ def _bounds(
     G: tl.constexpr, D: tl.constexpr, T: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr, BOUND: tl.constexpr,
 ):  # fmt: skip
-    """Quest's bound of the pages from `first` to `last`; the page of the new token is widened first."""
+    """Quest's bound of the pages from `first` to `last`, after extending the bounds of the tail."""
     d, g = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_G)
     up, down = tl.maximum(query.to(tl.float32), 0.0), tl.minimum(query.to(tl.float32), 0.0)
     for start in range(first, last, BLOCK_P):
@@ -111,9 +111,9 @@ def _page_scores(
     logits, total, far, token, start, end, score, score_stride, logit, tokens, log2_alpha,
     G: tl.constexpr, T: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, SCORE: tl.constexpr,
 ):  # fmt: skip
-    """Store what the combine needs of a tile: page sums, all logits, or logits of pages that may reach alpha.
+    """Store what the combine kernel needs: page sums, all logits, or logits of pages that may exceed alpha.
 
-    `total` is the log2 of the sum so far, so a share of it is never less than the share of the whole.
+    `total` is log2 of the running sum, so a share of it is never less than the final share.
     """
     g = tl.arange(0, BLOCK_G)
     inside = (g < G)[:, None] & ((token >= start) & (token < end))[None, :]
@@ -140,7 +140,7 @@ def _page_scores(
 
 @triton.jit
 def _chosen(score, position, count, tail_page, pages, T: tl.constexpr, BLOCK_P: tl.constexpr):
-    """What `is_best` needs to know the pages to read: the tail, and the best of the resident ones."""
+    """Threshold for `is_best`: the tail and the best resident pages, `count` in all."""
     page = tl.arange(0, BLOCK_P)
     live = page < pages
     bound = tl.load(score + page, mask=live, other=0.0)
@@ -156,7 +156,7 @@ def _attend(
     G: tl.constexpr, D: tl.constexpr, T: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr, TABLE: tl.constexpr, APPEND: tl.constexpr, SCORE: tl.constexpr, SELECT: tl.constexpr,
 ):  # fmt: skip
-    """Softmax attention over the tokens from `start` to `end`: the output, and log2 of the sum."""
+    """Softmax attention over the tokens from `start` to `end`: output, and log2 of the sum."""
     d = tl.arange(0, BLOCK_D)
     top = tl.full((BLOCK_G,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_G,), tl.float32)
@@ -171,7 +171,7 @@ def _attend(
             resident, held = live & (token <= token_new), token
         else:
             held = tl.load(position + token, mask=live, other=-1)
-            # Behind the new token its page holds nothing, whether or not another program has written that yet.
+            # Tokens behind the new one in its page are stale, whether or not another program has cleared them.
             resident = (held >= 0) & ~((page == token_new // T) & (token > token_new) & APPEND)
         if SELECT:
             bound = tl.load(score + page, mask=live, other=0.0)
@@ -187,7 +187,7 @@ def _attend(
         v = tl.where(is_new[:, None], value[None, :], v)
         top, total, out = attend_tile(top, total, out, logits, v)
         if SCORE > 0:
-            # What stands at the place of the new token may still be the position of another.
+            # The position at the new token's slot may still be that of its predecessor.
             far = resident & ~is_new & (held < now - near)
             _page_scores(
                 logits, top + tl.log2(total), far, token, start, end, score, score_stride, logit, tokens,
@@ -206,7 +206,7 @@ def split_kernel(
     BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, TABLE: tl.constexpr, APPEND: tl.constexpr, BOUND: tl.constexpr,
     SCORE: tl.constexpr, SELECT: tl.constexpr, ATTEND: tl.constexpr,
 ):  # fmt: skip
-    """One row and KV head, and the tokens of one split; see `triton_decode.split`. With TABLE it only reads."""
+    """One row, KV head and split; see `triton_decode.split`. With TABLE it only reads."""
     row, head, split = tl.program_id(0) // heads, tl.program_id(0) % heads, tl.program_id(1)
     own = head * tables // heads
     g, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)

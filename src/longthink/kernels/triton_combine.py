@@ -1,4 +1,4 @@
-"""The splits of an attention step become one, and logits become shares of the attention, in Triton.
+"""Combine the splits of split-KV attention, and turn logits into shares of the attention, in Triton.
 
 Shape suffixes: see `reference`; C splits.
 """
@@ -13,7 +13,7 @@ from longthink.kernels.triton_parts import MARGIN_LOG2, group_max
 
 @triton.jit
 def _log2_sum(logits):
-    """log2 of the sum of 2**x over the last dimension; of nothing it is 0, so that shares of nothing are 0."""
+    """log2 of the sum of 2**x over the last dimension; 0 if there are no terms, so that their shares are 0."""
     top = tl.max(logits, 1)
     top = tl.where(top == float("-inf"), 0.0, top)
     total = tl.sum(tl.exp2(logits - top[:, None]), 1)
@@ -22,7 +22,7 @@ def _log2_sum(logits):
 
 @triton.jit
 def _pages_total(score, pages, has, G: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr):
-    """log2 of the sum of 2**score over all pages, for each query head."""
+    """log2 of the sum of 2**score over all pages, per query head."""
     g, p = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_P)
     live = (g < G)[:, None] & (p < has)[None, :]
     return _log2_sum(tl.load(score + g[:, None] * pages + p[None, :], mask=live, other=float("-inf")))
@@ -33,9 +33,9 @@ def _token_states(
     state, now, tail, logit, score, total, count, first, step, alpha, log2_alpha, pages,
     G: tl.constexpr, T: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, COMBINE: tl.constexpr,
 ):  # fmt: skip
-    """Mark tokens that got more than alpha (COMBINE 4) or sum what they got (5); a new page starts from 0.
+    """Mark tokens whose weight exceeds alpha (COMBINE 4) or sum the weights (5); a new page starts from 0.
 
-    For 4, logits stand only in pages whose largest is large enough, and are -inf at tokens that are not far.
+    For 4, logits are stored only in pages that may exceed alpha, and are -inf at tokens that are near.
     """
     g = tl.arange(0, BLOCK_G)
     for start in range(first, count, step):
@@ -66,7 +66,7 @@ def combine_kernel(
 ):  # fmt: skip
     """One row and KV head, and a slice of its output and of its pages or tokens.
 
-    COMBINE: see `triton_decode.SideOutput.combine`.
+    COMBINE: see `triton_decode.SideOutput`.
     """
     begin, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     g, c, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_C), part * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -83,7 +83,7 @@ def combine_kernel(
     logit += begin * G * tokens
     score += begin * G * pages
     first, step = part * BLOCK_N, parts * BLOCK_N
-    # Behind the last token of a table nothing was read, and no score was written.
+    # Beyond a row's last token no score was written.
     has = tl.minimum(tl.load(length + begin // heads).to(tl.int32), tokens) if TABLE else tokens
     if COMBINE == 1 or COMBINE == 2:
         if COMBINE == 2:

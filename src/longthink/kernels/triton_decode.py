@@ -1,7 +1,7 @@
-"""Decode attention on a GPU: split-KV in one launch, the splits combined in another.
+"""Decode attention on a GPU: one launch for split-KV attention, one to combine the splits.
 
-`decode_attention` and `paged_attention` only read. What else the two kernels can do on the way (append, page scores,
-logits, per-token sums) is for `longthink.accelerators`, through `split` and `combine`.
+`decode_attention` and `paged_attention` only read. The kernels can also append and write side outputs, for the fused
+steps of `longthink.accelerators`, through `split` and `combine`.
 
 Shape suffixes: see `reference`; C splits.
 """
@@ -22,13 +22,13 @@ from longthink.kernels.triton_combine import combine_kernel
 
 LOG2E = 1.4426950408889634
 PROGRAMS_PER_PROCESSOR = 4
-"""Split programs that a multiprocessor shall have: enough to hide the latency of memory."""
+"""Split programs per multiprocessor: enough to hide memory latency."""
 
 
 class Slots(NamedTuple):
-    """Page slots of one layer, and where the new token goes: `tail_BK` is its page slot, `now_B` its position.
+    """Page slots of one layer, and page slot (`tail_BK`) and position (`now_B`) of the new token.
 
-    `kmin_BKPD` and `kmax_BKPD` are the pages' key bounds, given exactly where page scores by bound are wanted.
+    Key bounds `kmin_BKPD` and `kmax_BKPD` are given where bound scores are wanted.
     """
 
     keys_BKSD: Tensor
@@ -42,20 +42,20 @@ class Slots(NamedTuple):
 
 
 class SideOutput(NamedTuple):
-    """What the kernels write beside the output.
+    """What the kernels write besides the attention output.
 
     Attributes
     ----------
     score
-        Of the split: 0 nothing, 1 page sums, 2 all logits, 3 the logits of pages in which a token farther than `near`
-        may have got more than `alpha` of a query's attention.
+        Of the split kernel: 0 nothing, 1 page sums, 2 all logits, 3 the logits of pages in which a token more than
+        `near` positions back may have more than `alpha` of a query's attention.
     combine
-        Of the combine: 0 nothing, 1 the share of each page (maximum over the group), 2 the same of page scores by
-        their own sum, 3 softmax weights, 4 a 1 in `state_BKS` where such a token did get more than `alpha` (int8),
-        5 the attention of each token, summed over the group, added to `state_BKS` (float32). 4 and 5 start a new page
-        from 0.
+        Of the combine kernel: 0 nothing, 1 the attention share of each page (maximum over the group), 2 the same from
+        the page scores, normalised by their own sum, 3 softmax weights, 4 a 1 in `state_BKS` (int8) where such a
+        token has more than `alpha`, 5 attention summed over the group and added to `state_BKS` (float32). 4 and 5
+        reset a new page to 0.
     bound
-        Page scores from the key bounds: 0 none, 1 the maximum over the group, 2 of each query head.
+        Page scores from the key bounds: 0 none, 1 the maximum over the group, 2 per query head.
     """
 
     score: int = 0
@@ -67,7 +67,7 @@ class SideOutput(NamedTuple):
 
 
 class Work(NamedTuple):
-    """Tensors of one layer's step as the kernels want them, and how the tokens are split."""
+    """Inputs of one layer's launches, and the division of its tokens into splits."""
 
     query: Tensor
     key: Tensor
@@ -101,14 +101,14 @@ def decode_attention(
 
 
 def paged_attention(query_BKGD: Tensor, paged: PagedKV, scaling: float) -> Tensor:
-    """Attention over the blocks of a table: see `reference.paged_attention`."""
+    """Attention over a block table: see `reference.paged_attention`."""
     work, none = plan_work(query_BKGD, query_BKGD[:, :, 0], query_BKGD[:, :, 0], paged), query_BKGD
     partial, share = split(work, paged, none, none, scaling, SideOutput())
     return combine(work, paged, partial, share, none, none, none, SideOutput()).to(query_BKGD.dtype)
 
 
 def plan_work(query: Tensor, key: Tensor, value: Tensor, cache: Slots | PagedKV) -> Work:
-    """Lay out a launch: formats, and how many splits of how many tokens."""
+    """Cast the inputs and choose the number and size of splits."""
     if isinstance(cache, Slots):
         tokens, page_size = cache.keys_BKSD.shape[2], cache.page_size
         keys, values = cache.keys_BKSD, cache.values_BKSD
@@ -116,12 +116,12 @@ def plan_work(query: Tensor, key: Tensor, value: Tensor, cache: Slots | PagedKV)
         page_size = cache.keys_XTKD.shape[1]
         tokens, keys, values = cache.block_BKP.shape[2] * page_size, cache.keys_XTKD, cache.values_XTKD
     assert keys.stride() == values.stride() and keys.stride(-1) == 1 and tokens % page_size == 0
-    # Two tiles of keys and values in flight fit in shared memory: 64 tokens up to 128 dimensions.
+    # Two tiles of keys and values in flight must fit in shared memory: 64 tokens up to 128 dimensions.
     block = max(page_size, 64 if query.shape[-1] <= 128 else 32)
     blocks = triton.cdiv(tokens, block)
     wanted = triton.cdiv(_processors(query.device) * PROGRAMS_PER_PROCESSOR, query.shape[0] * query.shape[1])
     per_split = triton.cdiv(blocks, min(blocks, wanted))
-    # Where the cache is narrower than the model, the query is narrowed: a tensor core takes one format.
+    # A tensor core takes one dtype: the query is cast to that of the cache.
     query, key, value = (x.to(keys.dtype).contiguous() for x in (query, key, value))
     splits = triton.cdiv(blocks, per_split)
     return Work(query, key, value, tokens, page_size, per_split * block, splits, block)
@@ -139,12 +139,9 @@ def split(
     append: bool = False,
     attend: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Launch the split kernel; with `cap`, it reads only that many pages of each row, those with the best `score`.
+    """Launch the split kernel; with `cap`, it reads only that many pages per row, those with the best `score`.
 
-    Returns
-    -------
-    tuple of Tensor
-        Output of each split, and log2 of its softmax sum.
+    Returns the output of each split, and log2 of its softmax sum.
     """
     rows, heads, groups, dim = work.query.shape
     partial = floats(work.query, (rows, heads, work.splits, groups, dim))
@@ -188,7 +185,7 @@ def combine(
     result: Tensor,
     side: SideOutput,
 ) -> Tensor:
-    """Launch the combine kernel; it writes page scores to `result`, weights over the logits. Returns the output."""
+    """Launch the combine kernel: page scores go to `result`, weights replace the logits. Returns the output."""
     rows, heads, groups, dim = work.query.shape
     out = torch.empty_like(work.query)
     pages, kind = work.tokens // work.page_size, side.combine
@@ -197,7 +194,7 @@ def combine(
         assert isinstance(cache, Slots) and side.state_BKS is not None and side.state_BKS.is_contiguous()
         assert cache.tail_BK.shape[1] == heads
         state, now, tail = side.state_BKS, cache.now_B, cache.tail_BK
-    # Slices of the output are programs of their own: one program a head would leave most of the GPU idle.
+    # The output is sliced into programs: one program per head would leave most of the GPU idle.
     slice_of = 32
     combine_kernel[(rows * heads, triton.cdiv(dim, slice_of))](
         partial, share, out, logit, score, result, state, now, tail,
@@ -212,7 +209,6 @@ def combine(
 
 
 def floats(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Uninitialised float32 memory on the device of a tensor."""
     return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
@@ -222,5 +218,5 @@ def _log2(alpha: float) -> float:
 
 @remember
 def _processors(device: torch.device) -> int:
-    """Multiprocessors of the device; a CPU, where only Triton's interpreter runs, counts as a small one."""
+    """Multiprocessors of the device; 2 on a CPU (Triton's interpreter)."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

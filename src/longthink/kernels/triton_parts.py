@@ -1,4 +1,4 @@
-"""Pieces that several Triton kernels share: products, softmax over tiles, and choosing the best pages.
+"""Device functions shared by the Triton kernels: products, online softmax, top-k pages.
 
 Shape suffixes: P page slots.
 """
@@ -9,13 +9,13 @@ import triton
 import triton.language as tl
 
 MARGIN_LOG2 = tl.constexpr(1e-3)
-"""Slack for rounding where logits that cannot be above alpha are left out; twice that where they are stored."""
+"""Rounding margin for skipping logits that cannot exceed alpha; doubled where they are stored."""
 _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
 def dot(a, b):
-    """Product of two tiles, summed in float32. Triton's interpreter cannot multiply bfloat16 as it is."""
+    """Product of two tiles with float32 accumulation. Triton's interpreter cannot multiply bfloat16."""
     if _INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision="ieee")
@@ -23,7 +23,7 @@ def dot(a, b):
 
 @triton.jit
 def attend_tile(top, total, out, logits, v):
-    """Take a tile of logits (base 2) and values into a softmax: its maximum, its sum and its output so far."""
+    """Online softmax: update maximum, sum and output by a tile of logits (base 2) and values."""
     higher = tl.maximum(top, tl.max(logits, 1))
     safe = tl.where(higher == float("-inf"), 0.0, higher)
     shrink, weight = tl.exp2(top - safe), tl.exp2(logits - safe[:, None])
@@ -32,14 +32,14 @@ def attend_tile(top, total, out, logits, v):
 
 @triton.jit
 def group_max(x):
-    """Maximum over the query heads of a group; NaN where one of them is, as torch has it."""
+    """Maximum over the query heads of a group; propagates NaN, as torch does."""
     broken = tl.max((x != x).to(tl.int32), 0) > 0
     return tl.where(broken, float("nan"), tl.max(x, 0))
 
 
 @triton.jit
 def rank_key(score):
-    """Return integers from 0 to 2**32 - 1 in the order of the scores; NaN is the largest, as torch sorts."""
+    """Order-preserving map of scores to integers from 0 to 2**32 - 1; NaN is the largest, as in torch."""
     score = tl.where(score == 0, 0.0, score)  # the two zeros are a tie
     bits = tl.where(score != score, 0x7FFFFFFF, score.to(tl.int32, bitcast=True)).to(tl.int64)
     return tl.where(bits < 0, -(bits & 0x7FFFFFFF) - 1, bits) + 0x80000000
@@ -47,9 +47,9 @@ def rank_key(score):
 
 @triton.jit
 def least_of_best(key, page, count):
-    """Return the key of the `count`-th best page, and the last page that counts among those of that very key.
+    """Key of the `count`-th best page, and the last page selected among those with that key.
 
-    Found bit by bit, which takes no memory and no sort. Ties go to the lower page; negative keys do not count.
+    A bitwise binary search, without sorting or memory. Ties go to the lower page; negative keys do not count.
     """
     least = (count * 0).to(tl.int64)
     for step in range(32):
@@ -68,5 +68,5 @@ def least_of_best(key, page, count):
 
 @triton.jit
 def is_best(key, page, least, last):
-    """Whether pages are among the best that `least_of_best` found."""
+    """Whether pages are among those that `least_of_best` selected."""
     return (key > least) | ((key == least) & (page <= last))

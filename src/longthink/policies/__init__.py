@@ -1,4 +1,4 @@
-"""Policies: which page leaves when the slots are full. One file each; pure tensor functions over a `PageTable`."""
+"""Policies: which page to evict when the slots are full. One file each, pure tensor functions over a `PageTable`."""
 
 from longthink.policies.base import (
     NEEDS,

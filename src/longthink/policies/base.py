@@ -1,4 +1,4 @@
-"""The contract of a policy: which page leaves when the slots are full, and what a policy may learn from a step.
+"""The contract of a policy: which page to evict when the slots are full, and what it may learn from a decode step.
 
 Shape suffixes: B batch rows, K KV heads (1 where one table serves the whole layer), G query heads per KV head,
 P page slots, T tokens in a page, S = P * T token slots, D head dim, Q columns of a prompt block, R pages read,
@@ -25,28 +25,28 @@ NEEDS = ("weights", "key_bounds", "prompt_mass", "vectors")
 
 @dataclass(eq=False)
 class PageTable:
-    """What one layer's slots hold: the whole of a policy's world.
+    """What one layer's slots hold; all that a policy sees of a cache.
 
-    A policy reads what it has declared in `Policy.needs`, and writes only into the tensors of `state`, in place.
+    A policy reads what it has declared in `Policy.needs` and writes only to the tensors of `state`, in place.
 
     Attributes
     ----------
     page_size
         Tokens in a page (T).
     position_BKS
-        Logical position of the token in each token slot, int32, -1 where there is none.
+        Logical position of the token in each token slot, int32, -1 where it is empty.
     now_B
-        Logical position of the token that is being decoded, int64; after the prompt, that of the token to come.
+        Logical position of the token being decoded, int64; after prefill, of the first token to decode.
     prompt_B
         Tokens of each row's first prompt, int64.
     cap_B, cap
-        Page slots that each row may fill (or, where the cache grows, read), int64; and the largest of them.
+        Page slots that each row may fill (or read, where the cache grows), int64; and their maximum.
     user_BKP
-        Pages that hold a token of a prompt, the first or that of a later turn, int8; None where there is one turn only.
+        Pages that hold a token of any turn's prompt, int8; None where there can be one turn only (vLLM).
     state
-        The policy's own tensors, from `Policy.init_state`. Dimension 2 counts page slots or token slots; the
-        cache zeroes an entry when its slot is opened anew, moves token entries with their tokens, and takes rows
-        apart and together along dimension 0.
+        The policy's own tensors, from `Policy.init_state`. Dimension 2 counts page slots or token slots. The cache
+        zeroes an entry when its page is opened, moves token entries with their tokens, and selects rows along
+        dimension 0.
     """
 
     page_size: int
@@ -67,14 +67,14 @@ class PageTable:
 
     @property
     def prompt_BKP(self) -> Tensor:
-        """Pages that hold a token of a prompt, of whichever turn, bool."""
+        """Pages that hold a token of any turn's prompt, bool."""
         if self.user_BKP is None:
             return (self.page_BKP >= 0) & holds_first(self, self.prompt_B)
         return self.user_BKP > 0
 
     @property
     def prompt_pages_B(self) -> Tensor:
-        """Number of those pages, the same in every table of a row whose policy keeps them all."""
+        """Number of prompt pages, shape B; the same for all KV heads where the policy pins the prompt."""
         if self.user_BKP is None:
             return (self.prompt_B + self.page_size - 1).div(self.page_size, rounding_mode="floor")
         return self.user_BKP[:, 0].sum(-1)
@@ -116,7 +116,7 @@ class PageTable:
 
 
 class Shape(NamedTuple):
-    """Sizes of a table, for `Policy.init_state`: rows, page tables, page slots, page size."""
+    """Sizes of a page table: rows, page tables, page slots, page size."""
 
     B: int
     K: int
@@ -130,11 +130,11 @@ class Step(NamedTuple):
     Attributes
     ----------
     queries_BKGD, attention_BKGS
-        What `query_BKGD` and `weights_BKGS` give, None where it is not declared.
+        Read them as `query_BKGD` and `weights_BKGS`; None where not declared.
     scaling
         Factor on q.k before the softmax.
     over_ranks
-        Gives the largest of each number over all processes that hold some heads of the layer, if there are several.
+        Elementwise maximum over the tensor-parallel ranks that share the heads of the layer; None without ranks.
     """
 
     queries_BKGD: Tensor | None
@@ -157,18 +157,15 @@ class Step(NamedTuple):
         return self.attention_BKGS
 
     def max_over_heads(self, score_BKP: Tensor) -> Tensor:
-        """Largest score over all KV heads of the layer, B1P: for policies with one table per layer."""
+        """Maximum over all KV heads of the layer, B1P: for policies with one table per layer."""
         score_B1P = score_BKP.amax(1, keepdim=True)
         return score_B1P if self.over_ranks is None else self.over_ranks(score_B1P)
 
 
 class Moves(NamedTuple):
-    """Tokens that change place before a slot is overwritten; a pair with source == target moves nothing.
+    """Token slots to copy from and to before a page is overwritten; a pair with source == target moves nothing.
 
-    Attributes
-    ----------
-    source_BKM, target_BKM
-        Token slots. The sources become empty unless they are overwritten themselves.
+    A source that is not also a target is empty afterwards.
     """
 
     source_BKM: Tensor
@@ -176,7 +173,7 @@ class Moves(NamedTuple):
 
 
 class PolicyInfo(NamedTuple):
-    """What tables and documents say of a policy: cost of a step, memory, what it keeps, where it comes from."""
+    """What listings say about a policy: time of a step, memory, what it keeps, where it comes from."""
 
     time: str
     memory: str
@@ -188,27 +185,26 @@ class PolicyInfo(NamedTuple):
 class Policy(ABC):
     """Base of all policies: a frozen set of options and pure functions over a `PageTable`.
 
-    A subclass overrides what it needs; the defaults keep the prompt and evict the oldest page. State lives in
-    the table, never in the policy object, so one policy object serves any number of layers and caches. What only
-    some policies want is a protocol that they also implement: `TrimsPrompt`, `SavesTokens`, `SelectsPages`,
-    `ShiftsKeys`, `SharesTable`.
+    The defaults pin the prompt and evict the oldest page. State lives in the table, never in the policy object, so
+    one object serves any number of layers and caches. Optional behaviour is a protocol that a policy also implements:
+    `TrimsPrompt`, `SavesTokens`, `SelectsPages`, `ShiftsKeys`, `SharesTable`.
 
-    In a decode step, when the new token opens a page and all slots are full, the page that is not `protected` and has
-    the least `worth` is evicted. The token is written, attention runs, and `observe` learns.
+    When the new token of a decode step opens a page and all slots are full, the unprotected page with the least
+    `worth` is evicted. Then the token is written, attention runs, and `observe` updates the state.
     """
 
     name: ClassVar[str]
-    """Name under which the policy is registered; that of the class until it is."""
+    """Name in the registry; the name of the class until it is registered."""
     info: ClassVar[PolicyInfo] = PolicyInfo("", "", "", "")
     bounds: ClassVar[Literal["memory", "reads", "nothing"]] = "memory"
-    """What the budget bounds: the tokens held, or only the tokens read in a step, or nothing (no budget is given).
-    Unless it is memory, slots are added as the text grows."""
+    """What the budget bounds: the tokens held, only the tokens read in a step, or nothing (there is no budget).
+    Unless it is memory, the cache grows with the sequence."""
 
     page_size: int = 16
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        # A subclass is another policy: without a name of its own it must not pass for the one it inherits from.
+        # A subclass is another policy: it must not inherit the name.
         if "name" not in cls.__dict__:
             cls.name = cls.__name__
 
@@ -217,92 +213,91 @@ class Policy(ABC):
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the cache shall provide: any of "weights" (attention weights for `observe`), "key_bounds" (elementwise
-        minimum and maximum of each page's keys), "prompt_mass" (attention mass of the prompt's columns for `trim` and
-        `admit`), "vectors" (keys and values in the table). Queries come with "key_bounds" and with "vectors". What is
-        not declared is not there.
+        """What the cache must provide: any of "weights" (attention weights for `observe`), "key_bounds" (elementwise
+        minimum and maximum of each page's keys), "prompt_mass" (attention that the prompt's columns received, for
+        `trim` and `admit`), "vectors" (keys and values in the table). "key_bounds" and "vectors" include queries.
+        Reading what is not declared raises `UndeclaredNeedError`.
         """
         return frozenset()
 
     def pins_prompt(self) -> bool:
-        """Whether all prompt pages stay; then the prompt must fit in the budget.
+        """Whether no prompt page is ever evicted; then the prompt must fit in the budget.
 
-        A method, unlike `needs`: it is asked inside compiled steps, where a compiler takes ``super().property`` for
-        the property itself, which is always true.
+        A method, unlike `needs`, because compiled steps call it: torch.compile evaluates ``super().property`` to the
+        property object, which is always true.
         """
         return True
 
     def for_layer(self, layer_idx: int) -> Policy:
-        """Return the policy that serves this layer."""
+        """Policy for this layer."""
         del layer_idx
         return self
 
     def required_pages(self, prompt: int) -> int:
-        """Fewest page slots with which a row with this many prompt tokens can be decoded."""
+        """Minimum page slots to decode a row with this many prompt tokens."""
         return -(-prompt // self.page_size) + 1 if self.pins_prompt() else 1
 
     def init_state(self, shape: Shape, device: torch.device) -> dict[str, Tensor]:
-        """Zeroed tensors that the policy needs, B x K x (P or S) x anything."""
+        """The policy's state, zero-initialised, B x K x (P or S) x anything."""
         del shape, device
         return {}
 
     def admit(self, table: PageTable, mass_BKS: Tensor | None) -> None:
-        """Set the state of the slots that the prompt fills.
+        """Initialise the state of the slots that the prompt fills.
 
         Parameters
         ----------
         mass_BKS
-            Attention that each prompt token got from the prompt, summed over queries and the heads of its group;
-            None unless "prompt_mass" is needed.
+            Attention that each prompt token received from the prompt, summed over queries and the heads of its group;
+            None unless `needs` has "prompt_mass".
         """
         del table, mass_BKS
 
     def protected(self, table: PageTable) -> Tensor:
-        """Pages that must not leave, bool BKP; of a full table, at least one resident page is not protected."""
+        """Pages that must not be evicted, bool BKP; at least one page of a full table must be unprotected."""
         if not self.pins_prompt():
             return torch.zeros_like(table.page_BKP, dtype=torch.bool)
         return table.prompt_BKP
 
     def worth(self, table: PageTable) -> Tensor:
-        """Worth of each page, BKP: the one with the least leaves, a tie going to the lowest logical page."""
+        """Worth of each page, BKP: the page with the least is evicted; a tie evicts the lowest logical page."""
         return table.page_BKP
 
     def observe(self, table: PageTable, step: Step) -> None:
-        """Learn from the step, into `table.state`."""
+        """Update `table.state` after the attention of a decode step."""
         del table, step
 
 
 def holds_first(table: PageTable, tokens_B: Tensor) -> Tensor:
-    """Pages that hold any of the first tokens of the text, bool BKP."""
+    """Pages that hold any of the first `tokens_B` positions, bool BKP."""
     return table.page_BKP * table.page_size < tokens_B[:, None, None]
 
 
 def reads_vectors(needs: frozenset[str]) -> bool:
-    """Whether a policy with these needs may look at queries, keys or values, beyond the attention weights."""
+    """Whether these needs include queries, keys or values."""
     return "vectors" in needs or "key_bounds" in needs
 
 
 def needs_budget(policy: Policy) -> bool:
-    """Whether a budget must be given: unless the policy bounds nothing."""
     return policy.bounds != "nothing"
 
 
 def grows(policy: Policy) -> bool:
-    """Whether slots are added as the text grows: unless memory is bounded."""
+    """Whether the cache grows with the sequence."""
     return policy.bounds != "memory"
 
 
-# What only some policies want ---------------------------------------------------------------------------------
+# Optional behaviour ---------------------------------------------------------------------------------------------
 
 
 @runtime_checkable
 class TrimsPrompt(Protocol):
-    """A policy that may evict prompt tokens as soon as the prompt has been read."""
+    """A policy that may evict prompt tokens after prefill."""
 
     def trim(
         self, position_BQ: Tensor, length_B: Tensor, cap_B: Tensor, mass_BKQ: Tensor | None
     ) -> Tensor | None:
-        """Mark the prompt tokens to keep, bool BKQ in whole pages; None keeps all.
+        """Prompt tokens to keep, bool BKQ in whole pages; None keeps all.
 
         Parameters
         ----------
@@ -313,57 +308,54 @@ class TrimsPrompt(Protocol):
         cap_B
             Page slots that each row may fill.
         mass_BKQ
-            As in `Policy.admit`, of the columns.
+            As in `Policy.admit`, per column.
         """
         ...
 
 
 @runtime_checkable
 class SavesTokens(Protocol):
-    """A policy that saves tokens from a page before it is overwritten."""
+    """A policy that saves tokens of a page before it is overwritten."""
 
     def moves(self, table: PageTable, slot_BK: Tensor, full_BK: Tensor) -> Moves | None:
-        """Tokens to save from the slots that are about to be overwritten (where `full_BK`); None for none."""
+        """Tokens to save from the page slots about to be overwritten (where `full_BK`); None for none."""
         ...
 
 
 @runtime_checkable
 class SelectsPages(Protocol):
-    """A policy that reads some of the pages it holds."""
+    """A policy that reads only some of the resident pages."""
 
     def select(self, table: PageTable, query_BKGD: Tensor) -> Tensor | None:
-        """Page slots to read in this step, BKR, negative to read nothing; None reads everything resident."""
+        """Page slots to read in this step, BKR, negative for none; None reads all resident pages."""
         ...
 
 
 @runtime_checkable
 class ShiftsKeys(Protocol):
-    """A policy that reads the first tokens as if they stood at later positions."""
+    """A policy that reads the first tokens at shifted positions."""
 
     def shifted_tokens(self) -> int:
-        """How many of the first token slots are read at shifted positions; 0 for none."""
+        """Number of first token slots to shift."""
         ...
 
     def shift_keys(self, table: PageTable, keys_BKND: Tensor, inv_freq_D: Tensor) -> Tensor:
-        """Return those keys as this step reads them, given as they were written (rotated by RoPE).
+        """Keys to read in this step, from the keys as they were written (rotated by RoPE).
 
-        Parameters
-        ----------
-        inv_freq_D
-            Rotation per position of each of the D / 2 frequency pairs.
+        `inv_freq_D` holds the rotation per position of each of the D / 2 frequency pairs.
         """
         ...
 
 
 @runtime_checkable
 class SharesTable(Protocol):
-    """A policy that may keep one page table for the whole layer."""
+    """A policy that may use one page table for the whole layer."""
 
     def tables(self, kv_heads: int) -> int:
-        """Page tables of a layer: one per KV head, or 1."""
+        """Number of page tables: `kv_heads`, or 1."""
         ...
 
 
 def page_tables(policy: Policy, kv_heads: int) -> int:
-    """Page tables that a layer has: one per KV head, or 1 for the whole layer."""
+    """Number of page tables of a layer: one per KV head, or 1."""
     return policy.tables(kv_heads) if isinstance(policy, SharesTable) else kv_heads

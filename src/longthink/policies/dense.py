@@ -1,4 +1,4 @@
-"""Dense: everything kept, everything read."""
+"""Dense: the full KV cache."""
 
 from __future__ import annotations
 
@@ -14,16 +14,10 @@ from longthink.policies.registry import register
 @register("dense")
 @dataclass(frozen=True, kw_only=True)
 class Dense(Policy):
-    """The full KV cache: what every other policy is measured against.
-
-    Differs from the paper: there is none.
-    """
+    """Keep and read everything: the reference for every other policy. Differs from the paper: nothing."""
 
     info: ClassVar[PolicyInfo] = PolicyInfo(
-        time="O(N)",
-        memory="O(N)",
-        keeps="everything",
-        source="the transformer itself (arXiv 1706.03762)",
+        time="O(N)", memory="O(N)", keeps="everything", source="the transformer itself (arXiv 1706.03762)"
     )
     bounds = "nothing"
 

@@ -1,4 +1,4 @@
-"""H2O: heavy hitters by accumulated attention, and the most recent tokens."""
+"""H2O: keep the heavy hitters, by accumulated attention, and the most recent tokens."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from longthink.policies.registry import register
 class H2O(Policy, TrimsPrompt):
     """Keep the tokens with the largest accumulated attention and the most recent ones (arXiv 2306.14048, alg. 1).
 
-    Softmax attention is summed over the queries since a token entered the cache, prefill included, and over the
-    query heads of a KV head. Differs from the paper: the victim leaves before the new token is written, so that
-    the budget is a hard bound; under GQA scores are kept per KV head.
+    A token's score is the softmax attention it has received since it entered the cache, prefill included, summed over
+    queries and over the query heads of a KV head. Differs from the paper: eviction precedes the write, so that the
+    budget is a hard bound; under GQA scores are kept per KV head.
 
     Parameters
     ----------
     heavy
-        Share of the budget for heavy hitters; the rest is the window of recent tokens.
+        Fraction of the budget for heavy hitters; the rest is the window of recent tokens.
     pin_prompt
-        Keep all prompt tokens and split only what is left of the budget (a control of ours; off in the paper).
+        Keep all prompt tokens and split only the rest of the budget (our control; off in the paper).
     """
 
     info: ClassVar[PolicyInfo] = PolicyInfo(
@@ -71,7 +71,7 @@ class H2O(Policy, TrimsPrompt):
         recent_BQ = real_BQ & (position_BQ >= (length_B - self._recent(cap_B))[:, None])
         worth_BKQ = torch.where(recent_BQ[:, None], torch.inf, mass_BKQ.nan_to_num(nan=0.0))
         worth_BKQ = torch.where(real_BQ[:, None], worth_BKQ, -torch.inf)
-        # Ties leave the lowest position first: sort by falling position, then stably by falling worth.
+        # A tie evicts the lowest position: sort by descending position, then stably by descending worth.
         late_first = position_BQ.argsort(-1, descending=True)[:, None].expand_as(worth_BKQ)
         order = late_first.gather(
             -1, worth_BKQ.gather(-1, late_first).argsort(dim=-1, descending=True, stable=True)
@@ -97,7 +97,7 @@ class H2O(Policy, TrimsPrompt):
         table.state["mass"].add_(step.weights_BKGS.sum(2))
 
     def recent_pages(self, table: PageTable) -> Tensor:
-        """How many of the most recent tokens each row protects, B."""
+        """Number of most recent tokens that each row protects, shape B."""
         return self._recent(table.cap_B - table.prompt_pages_B if self.pin_prompt else table.cap_B)
 
     def _recent(self, capacity_B: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Milestone: tokens that look like those the model came back to outlive their page."""
+"""Milestone: tokens that resemble those the model re-read outlive their page."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from longthink.policies.registry import register
 @register("milestone")
 @dataclass(frozen=True, kw_only=True)
 class Milestone(Policy, SavesTokens):
-    """Keep the prompt, a window of young pages, and keeper pages of the tokens worth coming back to (our own).
+    """Keep the prompt, a window of young pages, and keeper pages for tokens likely to be re-read (our own).
 
-    When the oldest young page leaves, its tokens and those of the keeper pages compete. A token is marked once a
-    query gave it more than `alpha` of its attention from afar: the model came back to it. The tokens that look most
-    like the marked ones stay, by a linear discriminant on keys and values that is fitted to what is resident at that
-    moment. So a result that nothing has read yet is kept for its kind, which no rule that only counts reads can do.
+    A token is marked once a distant query gave it more than `alpha` of its attention: the model re-read it. When the
+    oldest young page is evicted, its tokens compete with those in the keeper pages, and the tokens that most resemble
+    the marked ones stay, by a linear discriminant on keys and values fitted to the resident tokens. A result that
+    nothing has read yet is thus kept for its kind, which no rule that only counts reads can do.
     Differs from the paper: there is none; `raas` gave the idea of milestones.
 
     Parameters
     ----------
     keep
-        Share of the decode pages that are keeper pages, as far as `young` leaves them.
+        Fraction of the decode pages that are keeper pages, after `young` is served.
     young
-        Fewest tokens of the young pages. Afar is more than half of it: 16 tokens.
+        Minimum number of tokens in young pages. A query is distant from a token more than half as many behind it.
     alpha
-        Share of a query's attention above which it came back to a token.
+        Share of a query's attention above which it re-reads a token.
     ridge
-        Regularisation of the discriminant, a share of the features' mean variance.
+        Regularisation of the discriminant, as a fraction of the features' mean variance.
     """
 
     info: ClassVar[PolicyInfo] = PolicyInfo(
@@ -91,22 +91,22 @@ class Milestone(Policy, SavesTokens):
         table.state["marked"].bitwise_or_((far_BKS & (step.weights_BKGS.amax(2) > self.alpha)).to(torch.int8))
 
     def keepers(self, table: PageTable) -> Tensor:
-        """How many keeper slots each row has, B."""
+        """Number of keeper pages of each row, shape B."""
         decode_B = table.cap_B - table.prompt_pages_B
         count_B = (decode_B.double() * self.keep + 0.5 + 1e-9).floor().to(decode_B.dtype)
         young = -(-self.young // self.page_size)
         return torch.minimum(count_B, (decode_B - young).clamp(min=0))
 
     def _keeper_pages(self, table: PageTable) -> Tensor:
-        """The first slots that hold no prompt: the first that decode tokens fill, and never opened again. BKP."""
+        """The first slots without prompt tokens, bool BKP: decode tokens fill them first; they are never reopened."""
         free_BKP = ~table.prompt_BKP
         return free_BKP & (free_BKP.cumsum(-1) <= self.keepers(table)[:, None, None])
 
     def _best(self, table: PageTable, candidate_BKS: Tensor) -> Tensor:
-        """Mark the best candidates, as many as the keeper pages hold; ties go to the higher position."""
+        """The best candidates, as many as the keeper pages hold; ties go to the higher position."""
         score_BKS, T = self._scores(table), self.page_size
         room_B = self.keepers(table) * T
-        # The keeper pages and one more compete: never more than a page of tokens has to go.
+        # The keeper pages and one more compete, so at most a page of tokens loses.
         surplus_BK1 = candidate_BKS.sum(-1, keepdim=True) - room_B[:, None, None]
         last_BK1 = _smallest(score_BKS, candidate_BKS, T).gather(-1, (surplus_BK1 - 1).clamp(0, T - 1))
         worse_BKS = candidate_BKS & (score_BKS < last_BK1)
@@ -118,7 +118,7 @@ class Milestone(Policy, SavesTokens):
         return candidate_BKS & ~(goes_BKS & (surplus_BK1 > 0))
 
     def _scores(self, table: PageTable) -> Tensor:
-        """How much each token looks like those that the model came back to, by its key and by its value."""
+        """How much each token resembles the marked ones, by key plus by value."""
         marked_BKS, resident_BKS = table.state["marked"] > 0, table.resident_BKS
         by_key_BKS, by_value_BKS = (
             discriminant_scores(features_BKSD, marked_BKS, resident_BKS, self.ridge)
@@ -130,14 +130,13 @@ class Milestone(Policy, SavesTokens):
 def discriminant_scores(
     features_BKSD: Tensor, marked_BKS: Tensor, resident_BKS: Tensor, ridge: float
 ) -> Tensor:
-    """How much each token looks like the marked ones and unlike the rest: a linear discriminant, shape BKS.
+    """How much each token resembles the marked ones and not the rest: a linear discriminant, shape BKS.
 
     With mean m and covariance C of the resident tokens' features, mean b of the marked ones and D features, the score
     of token x is ``(x - m) . w`` with ``(C + ridge * trace(C) / D * I) w = b - m``: ridge regression of the mark, up
-    to a factor. All scores are 0 where nothing is marked or numbers are broken.
+    to a factor. Scores are 0 where nothing is marked and where they are not finite.
 
-    Sums go through the features in the order in which they lie in memory, token by token or feature by feature: a
-    compiler makes loops of them that need no copy.
+    Sums follow the memory order of the features, token-major or feature-major, so that the compiler needs no copy.
     """
     x, tokens, features = features_BKSD.to(wide_dtype(features_BKSD.dtype)), 2, 3
     if features_BKSD.stride(3) != 1:
@@ -151,7 +150,7 @@ def discriminant_scores(
     covariance_BKDD = across @ across.transpose(2, 3) / count
     difference_BKD = (x * marked).sum(tokens) / marked.sum(tokens).clamp(min=1)
     spread_BK1 = covariance_BKDD.diagonal(dim1=2, dim2=3).mean(-1, keepdim=True)
-    # The tiny number keeps a table of equal tokens from being singular.
+    # The tiny constant keeps the matrix regular when all tokens are equal.
     ridge_BKD = (ridge * spread_BK1 + 1e-30).expand_as(difference_BKD)
     ridged_BKDD = covariance_BKDD + torch.diag_embed(ridge_BKD)
     direction_BKD1 = torch.linalg.solve_ex(ridged_BKDD, difference_BKD[..., None])[0]
@@ -160,6 +159,6 @@ def discriminant_scores(
 
 
 def _smallest(value_BKS: Tensor, of_BKS: Tensor, count: int) -> Tensor:
-    """The smallest of some values, in rising order and then as large as can be, shape BKT."""
+    """The `count` smallest of the masked values, ascending and padded with the largest value, shape BKT."""
     most = torch.inf if value_BKS.is_floating_point() else torch.iinfo(value_BKS.dtype).max
     return torch.where(of_BKS, value_BKS, most).topk(count, largest=False).values

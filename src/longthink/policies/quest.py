@@ -1,4 +1,4 @@
-"""Quest: everything kept, the most promising pages read."""
+"""Quest: keep everything and read only the most promising pages."""
 
 from __future__ import annotations
 
@@ -19,22 +19,19 @@ from longthink.policies.registry import register
 @register("quest")
 @dataclass(frozen=True, kw_only=True)
 class Quest(Policy, SelectsPages):
-    """Keep everything and read per step and KV head the pages with the highest bound (arXiv 2406.10774).
+    """Keep everything; each step and KV head reads the pages with the highest bound (arXiv 2406.10774, algorithm 1).
 
-    Differs from the paper: one choice per KV head (maximum over its query heads), because a KV head's pages are
-    read once for its whole group; the authors' code leaves the first two layers dense (`dense_layers`).
+    Differs from the paper: one selection per KV head (maximum over its query heads), whose pages are read once for
+    the whole group. The authors' code leaves the first two layers dense: ``dense_layers=2``.
 
     Parameters
     ----------
     dense_layers
-        Number of first layers left dense.
+        Number of leading layers that stay dense.
     """
 
     info: ClassVar[PolicyInfo] = PolicyInfo(
-        time="O(L)",
-        memory="O(N)",
-        keeps="everything; reads the best pages",
-        source="arXiv 2406.10774",
+        time="O(L)", memory="O(N)", keeps="everything; reads the best pages", source="arXiv 2406.10774"
     )
     bounds = "reads"
 
@@ -64,6 +61,6 @@ class Quest(Policy, SelectsPages):
         tail_B11 = table.now_B.div(self.page_size, rounding_mode="floor")[:, None, None]
         score_BKP = torch.where(page_BKP == tail_B11, torch.inf, score_BKP)
         slot_BKR = top_pages(score_BKP, page_BKP, table.cap)
-        # Rows of a batch may read different numbers of pages: the surplus repeats no page, it reads an empty slot.
+        # Rows of a batch may read different numbers of pages; the surplus slots are masked out.
         surplus = torch.arange(slot_BKR.shape[-1], device=slot_BKR.device) >= table.cap_B[:, None, None]
         return torch.where(surplus, -1, slot_BKR)

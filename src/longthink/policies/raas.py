@@ -1,4 +1,4 @@
-"""RaaS: least recently *used* pages give way; the prompt stays."""
+"""RaaS: pin the prompt and evict the least recently *used* page."""
 
 from __future__ import annotations
 
@@ -21,33 +21,29 @@ from longthink.policies.registry import register
 class RaaS(Policy, TrimsPrompt, SharesTable):
     """Stamp the pages that a query uses with the current step; evict the oldest stamp (arXiv 2502.11147, sec. 3).
 
-    Differs from the paper: scores are reduced over the query heads of a KV head (maximum), without which no
-    memory could be freed under grouped-query attention; otherwise nothing with the defaults (version 2).
+    Differs from the paper: scores are reduced to the maximum over the query heads of a KV head; per-query-head scores
+    would free no memory under grouped-query attention. The defaults are otherwise those of version 2.
 
     Parameters
     ----------
     r
-        Share of the resident pages that count as used, best scores first (``used="top_r"``).
+        Fraction of the resident pages that count as used, best scores first (``used="top_r"``).
     used
-        ``top_r`` (version 2 of the paper) or ``alpha`` (version 1: normalised score above a threshold).
+        ``top_r`` (version 2 of the paper) or ``alpha`` (version 1: normalised score above `alpha`).
     alpha
-        The threshold, a share of the attention.
+        Threshold on the normalised score.
     score
-        ``bound``: Quest's upper bound from the page's representatives. ``exact``: the page's share of the softmax
-        attention.
+        ``bound``: Quest's upper bound from the page's key bounds. ``exact``: the page's share of the attention.
     sharing
         One page table per ``kv_head``, or one per ``layer`` (maximum over all heads).
     pin_prompt
         Never evict a page that holds a prompt token.
     dense_layers
-        Number of first layers left dense.
+        Number of leading layers that stay dense.
     """
 
     info: ClassVar[PolicyInfo] = PolicyInfo(
-        time="O(L)",
-        memory="O(L)",
-        keeps="prompt + most recently used pages",
-        source="arXiv 2502.11147",
+        time="O(L)", memory="O(L)", keeps="prompt + most recently used pages", source="arXiv 2502.11147"
     )
 
     r: float = 0.5
@@ -121,7 +117,7 @@ class RaaS(Policy, TrimsPrompt, SharesTable):
         self.stamp(table, step.max_over_heads(score_BKP) if self.sharing == "layer" else score_BKP)
 
     def stamp(self, table: PageTable, score_BKP: Tensor) -> None:
-        """Give the pages that were used the stamp `now_B`: those with the best scores, and that of the new token."""
+        """Stamp the used pages with `now_B`: those with the best scores, and the page of the new token."""
         stamp_BKP, page_BKP, now_B11 = table.state["stamp"], table.page_BKP, table.now_B[:, None, None]
         if self.used == "top_r":
             used_BKP = top_fraction(score_BKP, page_BKP, self.r)

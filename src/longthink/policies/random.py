@@ -1,4 +1,4 @@
-"""Random, the control that any clever choice must beat: pinned prompt, random eviction."""
+"""Random, a control: pin the prompt and evict random pages."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from longthink.policies.registry import register
 @register("random")
 @dataclass(frozen=True, kw_only=True)
 class Random(Policy):
-    """Keep the prompt and evict a uniformly random page, drawn anew for each layer, KV head and step.
+    """Keep the prompt and evict a uniformly random page, drawn independently per layer, KV head and step.
 
-    The draws depend on nothing but `seed`, layer, head, page and step: a row gets the same ones alone and in a
-    batch. Differs from the paper: arXiv 2609.03430 evicts tokens; here pages, like the policies it is a control for.
+    Draws depend only on `seed`, layer, head, page and step, so a row gets the same ones alone and in a batch.
+    Differs from the paper: it evicts tokens, and this pages, as the policies do that it is a control for.
 
     Parameters
     ----------
@@ -29,10 +29,7 @@ class Random(Policy):
     """
 
     info: ClassVar[PolicyInfo] = PolicyInfo(
-        time="O(L)",
-        memory="O(L)",
-        keeps="prompt + random pages",
-        source="control (arXiv 2609.03430)",
+        time="O(L)", memory="O(L)", keeps="prompt + random pages", source="control (arXiv 2609.03430)"
     )
 
     seed: int = 0
@@ -56,8 +53,8 @@ _MASK64 = (1 << 64) - 1
 def draws(seed: int, page_BKP: Tensor, now_B: Tensor) -> Tensor:
     """Uniform pseudo-random integers that depend only on (seed, KV head, page, step), shape BKP.
 
-    A counter-based generator gives a row the same draws alone and in a batch. With all arithmetic modulo
-    2**64, ``mix`` the finaliser of splitmix64 (``z += 0x9E3779B97F4A7C15; z = (z ^ z >> 30) *
+    A counter-based generator, so that batching changes no draw. With all arithmetic modulo 2**64, ``mix`` the
+    finaliser of splitmix64 (``z += 0x9E3779B97F4A7C15; z = (z ^ z >> 30) *
     0xBF58476D1CE4E5B9; z = (z ^ z >> 27) * 0x94D049BB133111EB; z ^ z >> 31``, shifts unsigned) and ``h`` the
     index of the KV head: ``x = mix(mix(mix(mix(seed) + h) + page) + now)``, of which the upper 32 bits count.
     """

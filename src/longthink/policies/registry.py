@@ -1,6 +1,6 @@
-"""Which policies there are: the built-in ones and those of other packages (entry point `longthink.policies`).
+"""The registry of policies: built-in ones, and those of other packages (entry point `longthink.policies`).
 
-A policy as text is its name and its options, ``raas:r=0.25:score=exact``. An option that is itself a policy stands in
+The spec of a policy is its name and options, ``raas:r=0.25:score=exact``. An option that is itself a policy is put in
 parentheses: ``keep_first:steps=64:then=(raas:r=0.25)``.
 """
 
@@ -17,18 +17,18 @@ from longthink.policies.base import Policy, needs_budget
 
 ENTRY_POINTS = "longthink.policies"
 ALIASES = {"fifo": ("recency", {"page_size": "16"})}
-"""Names that stand for another policy with some of its options."""
+"""Short names for a policy with some options set."""
 _REGISTRY: dict[str, type[Policy]] = {}
 _P = TypeVar("_P", bound=type[Policy])
 
 
 def register(name: str) -> Callable[[_P], _P]:
-    """Class decorator: make a policy known under a name.
+    """Class decorator: register a policy under a name.
 
     Raises
     ------
     ValueError
-        If another class has the name already.
+        If another class has the name.
     """
 
     def add(cls: _P) -> _P:
@@ -54,7 +54,7 @@ def get_policy_class(name: str) -> type[Policy]:
     Raises
     ------
     UnknownPolicyError
-        If there is none of that name, or an entry point does not lead to a policy.
+        If there is no such policy, or its entry point is not a subclass of `Policy`.
     """
     if name not in _REGISTRY:
         for entry in entry_points(group=ENTRY_POINTS, name=name):
@@ -65,17 +65,17 @@ def get_policy_class(name: str) -> type[Policy]:
                 )
             register(name)(cls)
     if name not in _REGISTRY:
-        raise UnknownPolicyError(f"unknown policy {name!r}: there are {', '.join(available_policies())}")
+        raise UnknownPolicyError(f"unknown policy {name!r}: available are {', '.join(available_policies())}")
     return _REGISTRY[name]
 
 
 def make_policy(spec: str | Policy) -> Policy:
-    """Policy from a text such as ``raas`` or ``raas:r=0.25:score=exact``; a policy is passed through.
+    """Policy from a spec such as ``raas:r=0.25:score=exact``; a `Policy` is returned as it is.
 
     Raises
     ------
     UnknownPolicyError
-        If there is no policy of that name.
+        If there is no such policy.
     ValueError
         If an option is unknown or out of range.
     """
@@ -102,7 +102,7 @@ def make_policy(spec: str | Policy) -> Policy:
 
 
 def policy_spec(policy: Policy) -> str:
-    """Shortest text that `make_policy` turns into this policy, such as ``raas:r=0.25``."""
+    """Shortest spec that `make_policy` turns into this policy, such as ``raas:r=0.25``."""
     changed = [
         f"{f.name}=({policy_spec(value)})" if isinstance(value, Policy) else f"{f.name}={value}"
         for f in dataclasses.fields(policy)
@@ -112,7 +112,7 @@ def policy_spec(policy: Policy) -> str:
 
 
 def policy_to_dict(policy: Policy) -> dict[str, Any]:
-    """All options as JSON-ready values; `policy_from_dict` reads it back."""
+    """Name and all options as JSON values."""
     options = {f.name: getattr(policy, f.name) for f in dataclasses.fields(policy)}
     return {"name": policy.name} | {
         field: policy_to_dict(value) if isinstance(value, Policy) else value
@@ -121,13 +121,13 @@ def policy_to_dict(policy: Policy) -> dict[str, Any]:
 
 
 def policy_from_dict(values: dict[str, Any]) -> Policy:
-    """Policy from what `policy_to_dict` returned."""
+    """Inverse of `policy_to_dict`."""
     options: dict[str, Any] = {
         field: policy_from_dict(value) if isinstance(value, dict) else value
         for field, value in values.items()
     }
     name: str = options.pop("name", "")
-    if name in ALIASES:  # rows that were stored while it was a policy of its own
+    if name in ALIASES:  # results stored while it was a policy of its own
         name = ALIASES[name][0]
     cls = get_policy_class(name)
     _check_fields(cls, options)
@@ -137,12 +137,12 @@ def policy_from_dict(values: dict[str, Any]) -> Policy:
 def policy_budget(
     policy: Policy, budget: int | None = None, decode_budget: int | None = None
 ) -> Budget | None:
-    """Return the budget of these many tokens, or None where the policy keeps everything.
+    """Budget for a policy; None where it keeps everything.
 
     Raises
     ------
     BudgetError
-        If the policy needs a budget and none is given, or the other way round.
+        If the policy needs a budget and there is none, or the reverse.
     ValueError
         If both are given, or one is out of range.
     """
@@ -155,12 +155,12 @@ def policy_budget(
 
 
 def with_page_size(policy: Policy, page_size: int) -> Policy:
-    """Return the policy, and any that it wraps, with another page size.
+    """Copy of the policy, and of any that it wraps, with another page size.
 
     Raises
     ------
     ValueError
-        If one of them cannot have pages of that size.
+        If one of them does not support the page size.
     """
     wrapped = {
         f.name: with_page_size(value, page_size)
@@ -171,7 +171,7 @@ def with_page_size(policy: Policy, page_size: int) -> Policy:
 
 
 def _split(spec: str) -> list[str]:
-    """Split a text at the colons outside of parentheses."""
+    """Split a spec at colons outside parentheses."""
     parts, depth = [""], 0
     for letter in spec:
         depth += (letter == "(") - (letter == ")")
@@ -192,7 +192,6 @@ def _check_fields(cls: type[Policy], options: dict[str, Any]) -> None:
 
 
 def _parse(field: str, text: str, kind: Any) -> Any:
-    """Value of an option from its text, by the type of its dataclass field."""
     if isinstance(kind, type) and issubclass(kind, Policy):
         return make_policy(text.removeprefix("(").removesuffix(")"))
     if kind is bool:

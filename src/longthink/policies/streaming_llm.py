@@ -1,4 +1,4 @@
-"""StreamingLLM: attention sinks and a window."""
+"""StreamingLLM: keep the attention sinks and a sliding window."""
 
 from __future__ import annotations
 
@@ -20,23 +20,20 @@ from longthink.policies.registry import register
 class StreamingLLM(Policy, TrimsPrompt, ShiftsKeys):
     """Keep the first `sinks` tokens and the most recent ``budget - sinks`` (arXiv 2309.17453, section 3.2).
 
-    Differs from the paper: nothing with ``positions="cache"``. The authors number the tokens inside the cache by
-    caching keys before RoPE; the window moves as one, so turning the sinks alone gives the same attention.
+    Differs from the paper: nothing, with ``positions="cache"``. The authors cache keys before RoPE and assign
+    positions inside the cache. The window shifts as one block, so rotating only the sinks gives the same attention.
 
     Parameters
     ----------
     sinks
-        Tokens at the start that always stay.
+        Number of first tokens that are never evicted.
     positions
-        ``cache``: distances are those inside the cache, as in the paper. ``logical``: sinks keep their true
-        distance, which grows with the text.
+        ``cache``: distances inside the cache, as in the paper. ``logical``: sinks keep their true distance, which
+        grows with the sequence.
     """
 
     info: ClassVar[PolicyInfo] = PolicyInfo(
-        time="O(L)",
-        memory="O(L)",
-        keeps="attention sinks + most recent tokens",
-        source="arXiv 2309.17453",
+        time="O(L)", memory="O(L)", keeps="attention sinks + most recent tokens", source="arXiv 2309.17453"
     )
 
     page_size: int = 1
@@ -78,16 +75,13 @@ class StreamingLLM(Policy, TrimsPrompt, ShiftsKeys):
 
 
 def rotate_keys(keys_BKND: Tensor, shift_B: Tensor, inv_freq_D: Tensor) -> Tensor:
-    """Turn keys that carry RoPE as if they stood `shift` positions later (half-split layout).
+    """Rotate keys that carry RoPE (half-split layout) to `shift_B` positions later.
 
-    Parameters
-    ----------
-    inv_freq_D
-        Rotation per position of each of the D / 2 frequency pairs.
+    `inv_freq_D` holds the rotation per position of each of the D / 2 frequency pairs.
     """
     angle = shift_B.to(torch.float64)[:, None] * inv_freq_D.to(torch.float64)
     angle = torch.cat([angle, angle], -1)[:, None, None]
     keys = keys_BKND.to(wide_dtype(keys_BKND.dtype))
     first, second = keys.chunk(2, -1)
-    turned = keys * angle.cos().to(keys.dtype) + torch.cat([-second, first], -1) * angle.sin().to(keys.dtype)
-    return turned.to(keys_BKND.dtype)
+    rotated = keys * angle.cos().to(keys.dtype) + torch.cat([-second, first], -1) * angle.sin().to(keys.dtype)
+    return rotated.to(keys_BKND.dtype)
