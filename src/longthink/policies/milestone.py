@@ -31,7 +31,7 @@ class Milestone(Policy, SavesTokens):
     keep
         Fraction of the decode pages that are keeper pages, after `young` is served.
     young
-        Minimum number of tokens in young pages. A query is distant from a token more than half as many behind it.
+        Minimum number of tokens in young pages. A query is distant from tokens more than `young` / 2 positions back.
     alpha
         Share of a query's attention above which it re-reads a token.
     ridge
