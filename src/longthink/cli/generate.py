@@ -113,7 +113,7 @@ def generate(prompt: str | None = None, /, *, options: GenerateOptions = _DEFAUL
     else:
         write_text("\n")
         note(closing_line(decoded, cache))
-        if cache.kv_bytes > cache.dense_kv_bytes and cache.break_even_tokens is not None:
+        if (cache.break_even_tokens or 0) > cache.get_seq_length():
             note(larger_than_dense(cache))
         if run.problem is not None and decoded.stopped == "end":
             verdict = "right" if grade(run.problem, decoded.text) else "wrong"

@@ -239,7 +239,5 @@ def _pace(times: list[float]) -> tuple[float | None, float | None]:
     if len(times) < _FEWEST_TIMED:
         return None, None
     quarter = len(times) // 4
-    return (
-        1000 * (times[quarter] - times[0]) / quarter,
-        1000 * (times[-1] - times[-1 - quarter]) / quarter,
-    )
+    early, late = times[quarter] - times[0], times[-1] - times[-1 - quarter]
+    return 1000 * early / quarter, 1000 * late / quarter

@@ -33,15 +33,6 @@ def outside_inference(function: Callable[P, R]) -> Callable[P, R]:
     return ordinary
 
 
-def check_gradient_checkpointing(model: PreTrainedModel) -> None:
-    """Raise `UnsupportedFeatureError` for gradient checkpointing in training mode, which bypasses the cache."""
-    if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        raise UnsupportedFeatureError(
-            f"{type(model).__name__} is in training mode with gradient checkpointing, which bypasses the cache: "
-            "call model.eval() to generate"
-        )
-
-
 class ModelBinding:
     """Binds a cache to one model, which it does not keep alive."""
 
@@ -79,22 +70,18 @@ class ModelBinding:
             self._closer()
 
     def check_open(self) -> None:
-        """Raise unless the model's attention goes through its caches now.
-
-        Raises
-        ------
-        CacheStateError
-            If the cache is closed, its model deleted, or the attention implementation was changed.
-        UnsupportedFeatureError
-            If the model's layers would bypass the cache.
-        """
+        """Raise unless the model exists, its attention goes through its caches, and its layers use them."""
         model = self._model()
         if not self.is_open or model is None or model.config._attn_implementation != IMPLEMENTATION:
             raise CacheStateError(
                 "this cache is closed, or the model's attention implementation was changed: call cache.open(), "
                 "or use it in a `with cache:` block"
             )
-        check_gradient_checkpointing(model)
+        if model.training and any(getattr(part, "gradient_checkpointing", False) for part in model.modules()):
+            raise UnsupportedFeatureError(
+                f"{type(model).__name__} is in training mode with gradient checkpointing, which bypasses the cache: "
+                "call model.eval() to generate"
+            )
 
     def check_model(self, model: PreTrainedModel) -> None:
         """Raise `CacheStateError` unless the cache is for this model."""

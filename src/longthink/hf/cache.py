@@ -138,19 +138,14 @@ class PagedCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Add the new keys and values of a layer, both B x K x Q x D.
-
-        Raises
-        ------
-        CacheStateError
-            If the cache is closed or for another model, a step was interrupted, or the number of rows is not
-            `batch_size`.
-        UnsupportedModelError
-            If the model stores more than one key per layer.
-        """
+        """Add the new keys and values of a layer, B x K x Q x D, if the cache is open and the model the right one."""
         if layer_idx == 0:
             self.binding.check_open()
-            self._check_rows(len(key_states))
+            rows = len(key_states)
+            if self._rows is not None and rows != self._rows:
+                raise CacheStateError(
+                    f"the cache was made for batch_size={self._rows} and was given {rows} rows"
+                )
         self._check_layer(layer_idx)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
@@ -160,10 +155,6 @@ class PagedCache(Cache):
         self.binding.check_open()
         self._check_complete()
         return super().get_mask_sizes(query_length, layer_idx)
-
-    def _check_rows(self, rows: int) -> None:
-        if self._rows is not None and rows != self._rows:
-            raise CacheStateError(f"the cache was made for batch_size={self._rows} and was given {rows} rows")
 
     def _check_complete(self) -> None:
         if any(layer.pending or layer.columns != self.layers[0].columns for layer in self.layers):
@@ -224,7 +215,6 @@ class PagedCache(Cache):
     def begin_step(self, rows: int) -> bool:
         """Count one more token for every row, and return whether any row begins a page."""
         self.binding.check_open()
-        self._check_rows(rows)
         self._check_complete()
         if rows != self.rows:
             raise CacheStateError(f"the cache holds {self.rows} rows and was given {rows}")
@@ -330,15 +320,11 @@ class PagedCache(Cache):
         }
 
     def __repr__(self) -> str:
-        shown = {
+        shown = self.summary() | {
             "policy": policy_spec(self.policy),
-            **({} if self.budget is None else {k: v for k, v in vars(self.budget).items() if v is not None}),
-            "columns": self.get_seq_length(),
-            "kv_bytes": self.kv_bytes,
-            "dense_kv_bytes": self.dense_kv_bytes,
             "break_even_tokens": self.break_even_tokens,
         }
-        return f"PagedCache({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+        return f"PagedCache({', '.join(f'{k}={v!r}' for k, v in shown.items() if v is not None)})"
 
 
 def make_cache(

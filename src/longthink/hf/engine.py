@@ -176,14 +176,10 @@ class Engine:
         ----------
         tokens
             Token ids of one prompt: integers, or a tensor of shape (N,) or (1, N).
-        max_new_tokens
-            Largest number of tokens to generate.
-        sampling
-            How tokens are sampled.
         key
             Seeds the request's random generator; by default the number of the request.
-        tag
-            Any object, returned with the result.
+        max_new_tokens, sampling, tag
+            As in `longthink.hf.Request`.
 
         Raises
         ------

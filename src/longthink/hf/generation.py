@@ -11,7 +11,6 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from longthink.config import DEFAULT_POLICY, check_int, shown
 from longthink.errors import NonFiniteError, UnsupportedFeatureError
 from longthink.hf.arguments import Tokens, prompt_tensors
-from longthink.hf.binding import check_gradient_checkpointing
 from longthink.hf.cache import PagedCache, make_cache
 from longthink.hf.loop import NEEDS_LIBRARY, DecodeLoop
 from longthink.hf.step import Compile, check_compile, compiles
@@ -110,7 +109,7 @@ def generate(
     # Options of the call, of `generation_config=` and of the model, merged as `model.generate` merges them.
     options = dict(generate_kwargs)
     config, others = model._prepare_generation_config(options.pop("generation_config", None), **options)
-    _check_options(model, config, others)
+    _check_options(config, others)
     chunk_size = config.prefill_chunk_size if prefill_chunk_size is None else prefill_chunk_size
     if chunk_size is not None:
         check_int("prefill_chunk_size", chunk_size, 1)
@@ -155,8 +154,7 @@ def _own_loop(config: GenerationConfig, others: dict[str, Any], compile: Compile
     return True
 
 
-def _check_options(model: PreTrainedModel, config: GenerationConfig, others: dict[str, Any]) -> None:
-    check_gradient_checkpointing(model)
+def _check_options(config: GenerationConfig, others: dict[str, Any]) -> None:
     for option, reason in _REFUSED.items():
         value = getattr(config, option, others.get(option))
         if value is not None and value is not False:

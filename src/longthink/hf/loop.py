@@ -5,6 +5,7 @@ Shape suffixes: B batch rows, N tokens, V vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,15 +20,15 @@ NEEDS_LIBRARY = ("output_hidden_states", "num_beams", "synced_gpus", "token_heal
 """Options that only transformers' own loop supports; it decodes eagerly."""
 
 
+@dataclass(frozen=True)
 class DecodeLoop:
     """Value for the argument `custom_generate` of ``model.generate``.
 
-    The streamer is given here because ``model.generate`` does not pass its own to custom loops.
+    The streamer is a field because ``model.generate`` does not pass its own to custom loops.
     """
 
-    def __init__(self, compile: Compile, streamer: Any) -> None:
-        self._compile = compile
-        self._streamer = streamer
+    compile: Compile
+    streamer: Any
 
     def __call__(
         self,
@@ -44,7 +45,7 @@ class DecodeLoop:
         cache: PagedCache = model_kwargs["past_key_values"]
         logits_BV = model._prefill(input_ids, generation_config, model_kwargs).logits[:, -1]
         step = DecodeStep(
-            model, cache, compile=self._compile, tokens=generation_config.max_length - input_ids.shape[1]
+            model, cache, compile=self.compile, tokens=generation_config.max_length - input_ids.shape[1]
         )
         ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         kept: dict[str, list[Tensor]] = {"scores": [], "logits": []}
@@ -70,15 +71,15 @@ class DecodeLoop:
             text_BN[:, count] = token_B
             count += 1
             input_ids = text_BN[:, :count]
-            if self._streamer is not None:
-                self._streamer.put(token_B.cpu())
+            if self.streamer is not None:
+                self.streamer.put(token_B.cpu())
             running_B &= ~stopping_criteria(input_ids, tuple(kept["scores"]))
             if not running_B.any():
                 break
             logits_BV = step(token_B[:, None])
         input_ids = input_ids.clone()
-        if self._streamer is not None:
-            self._streamer.end()
+        if self.streamer is not None:
+            self.streamer.end()
         if not generation_config.return_dict_in_generate:
             return input_ids
         outputs = {name: tuple(kept[name]) for name in wanted}

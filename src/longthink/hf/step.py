@@ -121,22 +121,20 @@ def _open_pages(cache: _StaticCache, full: list[list[Tensor]]) -> list[Tensor]:
     return [layer.open_pages() for layer in cache.ungrouped]
 
 
-class _Programs:
-    """The two functions compiled, for one model and one shape of its cache."""
-
-    def __init__(self, device: torch.device) -> None:
-        options: dict[str, Any] = {"mode": "reduce-overhead"} if device.type == "cuda" else {}
-        if device.type == "cpu":
-            options = {"backend": few_rows_backend}
-        # Sizes that vary are marked. With dynamic=None the compiler would generalise from earlier programs: after one
-        # for another batch size, this one would be made for any.
-        self.by_function = {
-            function: own_program(function, dynamic=False, **options) for function in (_forward, _open_pages)
-        }
-
+_Programs = dict[Callable[..., Any], Any]
+"""The two functions compiled, for one model and one shape of its cache."""
 
 _programs: weakref.WeakKeyDictionary[PreTrainedModel, dict[Hashable, _Programs]] = weakref.WeakKeyDictionary()
 """Programs that have run, by model and `_key`."""
+
+
+def _new_programs(device: torch.device) -> _Programs:
+    options: dict[str, Any] = {"mode": "reduce-overhead"} if device.type == "cuda" else {}
+    if device.type == "cpu":
+        options = {"backend": few_rows_backend}
+    # Sizes that vary are marked. With dynamic=None the compiler would generalise from earlier programs: after one for
+    # another batch size, this one would be made for any.
+    return {function: own_program(function, dynamic=False, **options) for function in (_forward, _open_pages)}
 
 
 def _key(cache: PagedCache, rows: int) -> Hashable:
@@ -219,7 +217,7 @@ class DecodeStep:
         if self.compiled:
             self._programs = _programs.get(model, {}).get(self._key)
             if self._programs is None:
-                self._programs = _Programs(model.device)
+                self._programs = _new_programs(model.device)
                 if tokens != 1:  # the only token comes from the prefill: no step follows
                     _log.warning(COMPILING, policy_spec(cache.policy))
             for layer in cache.layers:
@@ -256,7 +254,7 @@ class DecodeStep:
         known, unguarded = self._unguarded.get(function, (None, None))
         if unguarded is not None and known == sizes:
             return unguarded(*args)
-        program = self._programs.by_function[function]
+        program = self._programs[function]
         try:
             result = program(*args)
         except TorchDynamoException as error:
