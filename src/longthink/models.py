@@ -1,4 +1,4 @@
-"""Loading a model by name: the built-in one, a local folder or the Hub."""
+"""Loading a model by name: the built-in one, a local folder or a model on the Hub."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ class Loaded:
     model, tokenizer
         The transformers objects.
     name
-        What the user asked for.
+        Name as given to `load_model`.
     revision
-        Commit of the Hub, or what was asked for; the built-in model: a hash of its weights; a local folder: None.
+        Commit on the Hub, or the revision as given; for the built-in model a hash of its weights; for a local folder
+        None.
     builtin
         Whether it is the built-in reasoner.
     seconds
-        Time that loading took.
+        Loading time.
     """
 
     model: Any
@@ -45,11 +46,11 @@ class Loaded:
 
     @property
     def context(self) -> int | None:
-        """Longest text the model was made for, in tokens, if its configuration says so."""
+        """Context length of the model in tokens, or None if its configuration does not give one."""
         return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
     def describe(self) -> dict[str, Any]:
-        """Return what a record of a run needs to know about the model."""
+        """Return a description of the model for the record of a run."""
         return {
             "name": self.name,
             "architecture": type(self.model).__name__,
@@ -62,14 +63,14 @@ class Loaded:
 def load_model(
     name: str = REASONER, *, device: str = "auto", dtype: str = "auto", revision: str | None = None
 ) -> Loaded:
-    """Load a model and its tokenizer; weights come from safetensors only and no remote code runs.
+    """Load a model and its tokenizer, from safetensors only and without remote code.
 
     Parameters
     ----------
     name
         ``reasoner`` (the built-in model), a local folder, or the id of a model on the Hub.
     device
-        Device such as ``cpu`` or ``cuda:1``; ``auto`` takes the first accelerator there is.
+        Device such as ``cpu`` or ``cuda:1``; ``auto`` takes the first accelerator, if any.
     dtype
         ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the checkpoint's own.
     revision
@@ -78,29 +79,29 @@ def load_model(
     Raises
     ------
     ValueError, OSError
-        If there is no such model, it cannot be reached, or it is not a causal language model in safetensors.
+        If the model does not exist, cannot be reached, or is not a causal language model in safetensors.
     """
     started = time.monotonic()
     import torch
     from transformers.utils import logging
 
-    # Its bar counts tensors, and would break into the lines that a command shows.
+    # Its progress bar counts tensors, and would interrupt a command's own output.
     logging.disable_progress_bar()
     place = pick_device(torch, device)
     if name == REASONER:
         from longthink.reasoner.pretrained import load_reasoner, weights_revision
 
         model, tokenizer = load_reasoner()
-        # Results of other weights than these must not pass for theirs.
+        # Results of different weights must not be mixed up.
         revision = weights_revision()
         if "OMP_NUM_THREADS" not in os.environ:
-            # Too small to gain from threads, and a second one would wait wherever the cores are busy.
+            # Too small to gain from threads; a second one would only wait where cores are busy.
             torch.set_num_threads(1)
         if dtype != "auto":
             model = model.to(getattr(torch, dtype))
     else:
         model, tokenizer = _from_pretrained(name, dtype, revision)
-    # The commit that a branch or tag stood for, where the Hub told it.
+    # The commit of a branch or tag, if the Hub reported it.
     revision = getattr(model.config, "_commit_hash", None) or revision
     return Loaded(
         model=model.to(place).eval(),
@@ -113,13 +114,7 @@ def load_model(
 
 
 def pick_device(torch: Any, name: str) -> torch.device:
-    """Return the device of that name; ``auto`` is the first accelerator there is, or the CPU.
-
-    Raises
-    ------
-    ValueError
-        If it cannot be used here.
-    """
+    """Return the named device, or `ValueError` if it cannot be used; ``auto`` is the first accelerator or the CPU."""
     if name == "auto":
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
@@ -135,7 +130,7 @@ def _from_pretrained(name: str, dtype: str, revision: str | None) -> tuple[Any, 
     local = folder.is_dir()
     if not local and (folder.is_absolute() or name.startswith((".", "~")) or not _HUB_ID.fullmatch(name)):
         raise ValueError(
-            f"model {name!r}: there is no such folder, and it cannot be the id of a model on the Hub"
+            f"model {name!r}: there is no such folder, and it is not a valid id of a model on the Hub"
         )
     if local and not (folder / "config.json").is_file():
         raise ValueError(f"model folder {name!r} has no config.json")
@@ -151,7 +146,7 @@ def _from_pretrained(name: str, dtype: str, revision: str | None) -> tuple[Any, 
 
 
 def _model_class(source: str, revision: str | None) -> Any:
-    """Return the automatic class for a language model, or for one that sees as well."""
+    """Return the auto class for text models, or for models that also take images."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -159,17 +154,17 @@ def _model_class(source: str, revision: str | None) -> Any:
     )
 
     kind = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False).model_type
-    sees = (
+    vision = (
         kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     )
-    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    return AutoModelForImageTextToText if vision else AutoModelForCausalLM
 
 
 def _tokenizer(source: str, revision: str | None) -> Any:
-    """Load the tokenizer, as the class that its configuration names.
+    """Load the tokenizer with the class that its configuration names.
 
-    `AutoTokenizer` overrides that class for some model types, Qwen2 among them, and then makes a byte-level tokenizer
-    of any tokenizer.json: a word-level one would give wrong ids without a word.
+    `AutoTokenizer` overrides that class for some model types, Qwen2 among them, and reads any tokenizer.json as a
+    byte-level one: a word-level tokenizer would silently give wrong ids.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
@@ -180,10 +175,10 @@ def _tokenizer(source: str, revision: str | None) -> Any:
 
 
 def _why_not(error: BaseException) -> str:
-    """Return the reason for which a model could not be had, in words for the person who asked for it."""
+    """Return the reason why a model could not be loaded, in words for its user."""
     reasons = {
-        "GatedRepoError": "the Hub gives it only to those who accepted its terms: do so there, then `hf auth login`",
-        "RepositoryNotFoundError": "the Hub has no model of that name (or it is private: `hf auth login`)",
+        "GatedRepoError": "it is gated: accept its terms on the Hub, then run `hf auth login`",
+        "RepositoryNotFoundError": "the Hub has no such model, or it is private: then run `hf auth login`",
         "LocalEntryNotFoundError": "it is not on this machine and the Hub cannot be reached",
         "OfflineModeIsEnabled": "it is not on this machine and HF_HUB_OFFLINE forbids asking the Hub",
     }

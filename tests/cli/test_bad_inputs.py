@@ -65,7 +65,7 @@ CASES = {
     "folder without model": ("generate hello --model {folder}", "has no config.json"),
     "folder without weights": ("generate hello --model {weightless}", "safetensors"),
     "not on the hub": ("generate hello --model nobody/nothing-of-that-name", "it is not on this machine"),
-    "not a model id": ("generate hello --model a/b/c", "cannot be the id of a model"),
+    "not a model id": ("generate hello --model a/b/c", "is not a valid id of a model"),
     "sliding window": ("generate hello --model {sliding} --decode-budget 32", "sliding"),
     "demo without policies": ("demo --policies ,", "policies is empty"),
     "demo with an unknown policy": ("demo --policies dense,best", "unknown policy 'best'"),
@@ -119,7 +119,7 @@ def test_lm_eval_is_not_loaded_for_what_can_be_refused_before(call, monkeypatch)
 @pytest.mark.parametrize(
     ("closed", "words", "message"),
     [
-        ("stdin", ["generate", "-"], "standard input is closed: give the prompt"),
+        ("stdin", ["generate", "-"], "standard input is closed: pass the prompt"),
         ("stdout", ["policies"], "standard output is closed: send it"),
     ],
 )
@@ -143,7 +143,7 @@ def test_a_full_disk_says_so(call, monkeypatch):
     monkeypatch.setattr("longthink.policies.available_policies", full)
     code, _, err = call("policies")
     assert code == 1
-    assert err == "longthink: No space left on device: make room and run the same command again\n"
+    assert err == "longthink: No space left on device: free some space and run the same command again\n"
 
 
 def test_unknown_policy_names_those_there_are(call):

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 import subprocess
 
 import pytest
@@ -36,6 +37,40 @@ def test_streams_the_text_and_ends_with_the_figures(call, plain_model):
     assert ", dense would be " in last
     assert last.endswith(" evictions")
     assert not last.endswith(" 0 evictions")
+
+
+def test_a_cache_that_is_larger_than_dense_says_why(call, plain_model):
+    command = ("generate", "hello there", "--model", plain_model, "--policy", "raas", "--decode-budget", 64)
+    short = call(*command, "--max-new-tokens", 8)[2].splitlines()
+    assert short[-2].startswith("8 tokens")
+    assert short[-1].startswith(
+        "the bounded cache is larger than a dense one here because its slots are allocated"
+    )
+    (length,) = re.findall("pays off from ([0-9]+) tokens on, prompt included", short[-1])
+    # The last token of a text is never stored: the cache of a prompt of 2 and n new tokens holds n + 1.
+    for new, larger in ((int(length) - 2, True), (int(length) - 1, False)):
+        assert ("larger than a dense" in call(*command, "--max-new-tokens", new)[2]) == larger
+
+
+def test_compiling_is_announced_on_standard_error_and_once(call, plain_model, monkeypatch):
+    monkeypatch.setattr("longthink.hf.step.few_rows_backend", "eager")
+    command = (
+        "generate",
+        "hello there",
+        "--model",
+        plain_model,
+        "--decode-budget",
+        16,
+        "--max-new-tokens",
+        4,
+    )
+    code, out, err = call(*command, "--compile", "on", "--debug")
+    assert code == 0
+    assert err.count("compiling the decode step") == 1
+    assert "about a minute" in err and "--compile off" in err and "compiling" not in out
+    assert "compiling" not in call(*command, "--compile", "off")[2]
+    assert "compiling" not in call(*command)[2]
+    torch.compiler.reset()
 
 
 def test_a_prompt_read_in_pieces_gives_the_same_text(call, plain_model):

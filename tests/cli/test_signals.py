@@ -79,7 +79,9 @@ def test_standard_output_on_a_full_disk(start):
         process = start("policies", stdout=full)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert err.decode() == "longthink: No space left on device: make room and run the same command again\n"
+    assert (
+        err.decode() == "longthink: No space left on device: free some space and run the same command again\n"
+    )
 
 
 def test_model_text_cannot_command_the_terminal(start, tmp_path):

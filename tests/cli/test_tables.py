@@ -138,7 +138,7 @@ def test_doctor_knows_the_build_of_vllm(call, vllm_of, versions, build):
     vllm_of(**versions)
     found, text = doctor_on_vllm(call)
     assert (found["version"], found["build"], found["problem"]) == (*versions.values(), build, None)
-    assert f"for {build.upper()}s: the plugin is there" in text
+    assert f"for {build.upper()}s: the plugin is installed" in text
 
 
 @pytest.mark.parametrize("version", ["0.29.1", "0.34.0", "0.34.0rc1", "1.0"])

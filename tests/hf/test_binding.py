@@ -85,7 +85,7 @@ def test_parts_of_a_model_get_their_own_implementations_back():
         assert one.config.vision_config._attn_implementation == "eager"
 
 
-@pytest.mark.skipif(not attention._REMEMBERS, reason="torch < 2.13 compiles no name that remembers another")
+@pytest.mark.skipif(not attention._COMPILES_NAME, reason="torch < 2.13 cannot compile a subclass of str")
 def test_a_copy_of_a_model_has_the_attention_that_the_model_came_with(model, ids):
     expected = model.generate(ids, **GREEDY)
     with longthink.make_cache(model, budget=64) as cache:

@@ -58,16 +58,17 @@ def test_settings_of_the_model_count_beside_a_generation_config(model, ids, monk
     ("name", "value"),
     [("output_hidden_states", True), ("stop_strings", ["x"]), ("num_beams", 2), ("token_healing", True)],
 )
-def test_what_our_loop_does_not_know_is_left_to_the_library(model, ids, monkeypatch, name, value):
-    monkeypatch.setattr("longthink.hf.step.PAYS_FROM", 1)
-    monkeypatch.setattr("longthink.hf.step._has_compiler", lambda device: True)
-    with longthink.make_cache(model, budget=64) as cache:
-        config = GenerationConfig(max_new_tokens=5)
-        for options in ({}, {"generation_config": config}):
-            assert generation_module._compiles(model, cache, 1, "auto", dict(max_new_tokens=5) | options)
-            assert not generation_module._compiles(model, cache, 1, "auto", options | {name: value})
-        setattr(config, name, value)
-        assert not generation_module._compiles(model, cache, 1, "auto", {"generation_config": config})
+def test_options_that_only_the_library_supports_are_left_to_its_loop(model, name, value):
+    def own_loop(generation_config=None, **options):
+        merged = model._prepare_generation_config(generation_config, **options)
+        return generation_module._own_loop(*merged, "auto")
+
+    config = GenerationConfig(max_new_tokens=5)
+    for given in (None, config):
+        assert own_loop(given, max_new_tokens=5)
+        assert not own_loop(given, **{name: value})
+    setattr(config, name, value)
+    assert not own_loop(config)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +161,7 @@ def test_embeddings_with_and_without_ids(model, ids, with_ids, compile, light_co
     ("words", "options", "message"),
     [
         (([[5, 6], [7]],), {}, "lists of equal length"),
-        (("hello",), {}, "input_ids='hello' is no tensor of token ids"),
+        (("hello",), {}, "input_ids='hello' is not a tensor of token ids"),
         ((torch.ones(1, 3),), {}, r"input_ids of shape \(1, 3\) and type torch.float32"),
         ((torch.ones(1, 1, 3, dtype=torch.int64),), {}, r"shape \(1, 1, 3\)"),
         (([5],), {"inputs": [5]}, "given twice"),
@@ -243,7 +244,7 @@ def test_a_cache_that_shall_not_be_used_is_refused(model, ids, monkeypatch):
     hook = model.register_forward_hook(lambda *_: calls.append(1))
     with longthink.make_cache(model, policy="raas", budget=64) as cache:
         of_model(model, monkeypatch, use_cache=False)
-        with pytest.raises(longthink.UnsupportedFeatureError, match=r"use_cache=False.*give use_cache=True"):
+        with pytest.raises(longthink.UnsupportedFeatureError, match=r"use_cache=False.*pass use_cache=True"):
             model.generate(ids, past_key_values=cache, **GREEDY)
         hook.remove()
         assert not calls
@@ -268,9 +269,9 @@ def test_compiled_model_is_told_apart(model, ids):
 @pytest.mark.parametrize(
     ("kind", "learns_prompts", "instead"),
     [
-        ("LORA", False, r"give model\.get_base_model\(\)"),
+        ("LORA", False, r"pass model\.get_base_model\(\)"),
         ("PROMPT_TUNING", True, r"past_key_values=make_cache\(model\.get_base_model\(\)"),
-        ("PREFIX_TUNING", True, "vectors of no token"),
+        ("PREFIX_TUNING", True, "vectors that belong to no token"),
     ],
 )
 def test_what_to_write_for_models_of_peft(ids, kind, learns_prompts, instead):

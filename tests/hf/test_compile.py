@@ -331,3 +331,30 @@ def test_nothing_of_the_compiler_is_left_set(light_compiler):
         wide("qwen2", num_hidden_layers=1), (20,), policy="recency:page_size=16", budget=64, max_new_tokens=3
     )
     assert torch._dynamo.config.get_config_copy() == before
+
+
+def test_compiling_is_announced_before_it_starts_and_once(light_compiler, caplog):
+    model = wide("qwen2", num_hidden_layers=1)
+    ids, mask = prompt((20, 20))
+
+    def announced(rows=1, tokens=4, **options):
+        caplog.clear()
+        longthink.generate(
+            model, ids[:rows], mask[:rows], policy="recency", budget=64, do_sample=False, max_new_tokens=tokens,
+            pad_token_id=PAD, **options,
+        )  # fmt: skip
+        return [record for record in caplog.records if record.name.startswith("longthink.")]
+
+    assert announced(compile=False) == announced(compile="auto") == []
+    # The only token comes from the prompt: nothing is compiled.
+    assert announced(compile=True, tokens=1) == []
+    # A step that never ran has compiled nothing either.
+    with longthink.make_cache(model, policy="recency", budget=64) as cache:
+        model(ids[:1], past_key_values=cache)
+        DecodeStep(model, cache, compile=True)
+        assert not step_module.compiles(model, cache, "auto", rows=1, tokens=4)
+    (record,) = announced(compile=True)
+    assert record.levelname == "WARNING"  # shown by default
+    assert "about a minute" in record.getMessage() and "compile=False" in record.getMessage()
+    assert announced(compile=True) == announced(compile="auto") == []
+    assert len(announced(compile=True, rows=2)) == 1

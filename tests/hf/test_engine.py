@@ -15,7 +15,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 import longthink
 from longthink.hf import Request
 from longthink.hf.batch import Batch
-from longthink.hf.scheduler import Job, Scheduler
+from longthink.hf.request import Job
+from longthink.hf.scheduler import Scheduler
 from longthink.policies import needs_budget
 from tests.hf.test_memory import live_bytes
 from tests.models import build, prompt
@@ -159,9 +160,9 @@ class Schedule(RuleBasedStateMachine):
     @invariant()
     def tokens_are_those_of_generate(self):
         for job, whole in self.jobs:
-            assert tuple(job.state.tokens) == whole[: len(job.state.tokens)]
-            assert not job.done or job.finished.tokens == tuple(job.state.tokens)
-            assert job.done or len(job.state.tokens) < len(whole)
+            assert tuple(job.tokens) == whole[: len(job.tokens)]
+            assert not job.done or job.finished.tokens == tuple(job.tokens)
+            assert job.done or len(job.tokens) < len(whole)
         waiting = sum(not job.done for job, _ in self.jobs)
         assert self.batch.occupied <= min(3, waiting)
         if not self.batch.occupied and not self.compile:
@@ -347,7 +348,7 @@ def test_prompts_without_room_and_broken_numbers_are_errors_of_the_stream():
         ([1], dict(max_new_tokens=0), "max_new_tokens=0"),
         ([1], dict(sampling="hot"), "sampling='hot' must be a longthink.Sampling"),
         ([1], dict(sampling=dict(temperature=1.0)), "must be a longthink.Sampling"),
-        ([1], dict(key=3), "key=3 must be a text"),
+        ([1], dict(key=3), "key=3 must be a string"),
     ],
 )
 def test_requests_without_sense_are_refused_at_once(tokens, options, message):

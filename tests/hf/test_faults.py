@@ -175,7 +175,7 @@ def test_assisted_decoding_is_refused(model):
 
 def test_foreign_cache_and_contradictions_with_a_live_cache(model):
     ids, _ = prompt((5,))
-    with pytest.raises(longthink.UnsupportedFeatureError, match="DynamicCache is no longthink cache"):
+    with pytest.raises(longthink.UnsupportedFeatureError, match="DynamicCache is not a longthink cache"):
         longthink.generate(model, ids, past_key_values=DynamicCache(), max_new_tokens=2)
     with longthink.make_cache(model, budget=64) as cache:
         with pytest.raises(ValueError, match="has its own budget"):

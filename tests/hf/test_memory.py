@@ -105,3 +105,28 @@ def test_kv_bytes_equal_the_formula_and_metadata_is_small(policy, rows):
     assert layer.kv_bytes == 2 * rows * 2 * 512 * 128 * 4
     # Positions cost 4 bytes a token; representatives 2 keys a page; stamps and masses 4 bytes each.
     assert layer.metadata_bytes <= 0.09 * layer.kv_bytes
+
+
+@pytest.mark.parametrize("budget", [{"budget": 64}, {"decode_budget": 40}])
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("policy", BOUNDED)
+def test_a_cache_says_from_which_length_on_it_is_smaller_than_a_dense_one(policy, rows, budget):
+    model, (ids, _) = build("qwen2"), prompt((20,) * rows)
+    with longthink.make_cache(model, policy=policy, **budget) as cache, torch.no_grad():
+        assert cache.break_even_tokens is None
+        model(ids, past_key_values=cache)
+        length = cache.break_even_tokens
+        assert 20 < length <= 80
+        for seen in range(21, length + 2):
+            model(ids[:, :1], past_key_values=cache)
+            assert (cache.kv_bytes <= cache.dense_kv_bytes) == (seen >= length)
+        assert f"break_even_tokens={cache.break_even_tokens}" in repr(cache)
+
+
+def test_a_cache_that_evicts_nothing_has_no_such_length():
+    model = build("qwen2")
+    for policy in set(longthink.available_policies()) - set(BOUNDED):
+        budget = {} if policy == "dense" else {"budget": 64}
+        with longthink.make_cache(model, policy=policy, **budget) as cache, torch.no_grad():
+            model(prompt((20,))[0], past_key_values=cache)
+            assert cache.kv_bytes and cache.break_even_tokens is None

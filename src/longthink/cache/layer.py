@@ -190,8 +190,8 @@ class LayerCache(CacheStats):
         """Append new tokens and return their attention output.
 
         The first call is the prefill. Later, one token is a decode step (unless a chunked prefill was begun), and
-        several are the prompt of another turn: protected as the first one is, and with a decode budget the cache grows
-        by its pages. It is read as one block, or token by token if something must be evicted for it.
+        several are the prompt of another turn: protected as the first one is, and with a decode budget the cache
+        grows by its pages. It is read as one block, or token by token if something must be evicted for it.
 
         Parameters
         ----------

@@ -1,23 +1,26 @@
-"""The command line application: its commands, and the one way into all of them.
+"""The command line application: its commands and their common entry point.
 
-Only light modules are imported here; torch, transformers and matplotlib are imported inside the commands that use
-them, so that ``longthink --help`` answers at once.
+Only light modules are imported here; commands import torch, transformers and matplotlib when they run, so that
+``longthink --help`` answers in 0.3 s.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
+from longthink import __version__
 from longthink.cli.doctor import doctor
 from longthink.cli.errors import check_surroundings, guarded
 from longthink.cli.generate import generate
 from longthink.cli.options import Switch
 from longthink.cli.policies import policies
+from longthink.cli.progress import show_log
 from longthink.cli.reasoner import reasoner_app
 from longthink.cli.vllm_args import vllm_args
 
@@ -31,17 +34,17 @@ LABORATORY = {
     "report": "report:report",
     "lm-eval": "harness:lm_eval",
 }
-"""Commands of the laboratory and their places in `longthink.lab.cli`, imported when used: the core needs none."""
+"""Commands of the laboratory and their places in `longthink.lab.cli`, imported on use: the core needs none."""
 
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
-"""Threads that wait must sleep: spinning counts as CPU time, and takes it from others."""
+"""Makes waiting threads sleep: spinning counts as CPU time and takes it from other threads."""
 
 
 def wait_passively(words: list[str]) -> None:
-    """Start the process again with `PASSIVE` set, if ``words`` call for a benchmark and it is not.
+    """Restart the process with `PASSIVE` set, if ``words`` start a benchmark and it is not set.
 
-    OpenMP reads these variables when torch is loaded, so they cannot be set later. Where programs cannot be
-    replaced by another (Windows), or torch is there already, nothing happens; the output says how it ran.
+    OpenMP reads these variables when torch is loaded, so they cannot be set later. On Windows, and if torch has been
+    loaded, this has no effect; benchmark output records the settings.
     """
     command = next((word for word in words if not word.startswith("-")), None)
     if command != "bench" or os.name != "posix" or "torch" in sys.modules:
@@ -51,16 +54,10 @@ def wait_passively(words: list[str]) -> None:
         os.execve(sys.executable, sys.orig_argv, os.environ | PASSIVE)
 
 
-def _version() -> str:
-    from longthink import __version__
-
-    return f"longthink {__version__}"
-
-
 app = App(
     name="longthink",
     help="Bounded KV cache for reasoning models: constant memory per token, however long the chain of thought.",
-    version=_version,
+    version=f"longthink {__version__}",
     help_format="markdown",
     suppress_keyboard_interrupt=False,
 )
@@ -74,7 +71,7 @@ for _name, _place in LABORATORY.items():
     app.command(f"longthink.lab.cli.{_place}", name=_name, **_own_help)
 app.meta.group_parameters = "Global options"
 app.meta.suppress_keyboard_interrupt = False
-# What stands behind "--" is for the command, so the delimiter must reach it.
+# Words after "--" are for the command, so the delimiter must reach it.
 app.meta.end_of_options_delimiter = ""
 
 
@@ -88,10 +85,11 @@ def _launch(
     Parameters
     ----------
     debug
-        Show tracebacks and the messages of the libraries underneath.
+        Show tracebacks and the messages of the underlying libraries.
     """
 
     def action() -> int:
+        show_log()
         if not debug:
             _quiet_libraries()
         result = app(
@@ -112,8 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if sys.stderr is None:
-        # Notes would go to standard output instead, into the middle of a JSON document.
-        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (open as long as the process is)
+        # Notes would otherwise go to standard output, into the middle of a JSON document.
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (open until the process ends)
     if arguments is None:
         wait_passively(words)
 
@@ -121,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_surroundings(words)
         if not words or words[0].startswith("-"):
             for name in LABORATORY:
-                app[name]  # import it: the list of commands shows the first line of each
+                app[name]  # imports it: the list of commands shows the first line of its docstring
         result = app.meta(words, exit_on_error=False, print_error=False, result_action="return_value")
         return result if isinstance(result, int) else 0
 
@@ -129,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _dash_is_stdin(tokens: Sequence[str]) -> list[str]:
-    """Write a lone ``-`` as ``--file=-``: the parser takes it for a nameless option."""
+    """Replace a lone ``-`` by ``--file=-``: the parser would take it for an option without a name."""
     words = list(tokens)
     end = words.index("--") if "--" in words else len(words)
     for i in range(end):
@@ -139,11 +137,8 @@ def _dash_is_stdin(tokens: Sequence[str]) -> list[str]:
 
 
 def _quiet_libraries() -> None:
-    """Keep the warnings and progress bars of the libraries underneath off the terminal."""
-    import os
-    import warnings
-
+    """Hide warnings of the underlying libraries."""
     warnings.simplefilter("ignore")
-    # Read when the libraries are imported, which is later than this.
+    # Read when the libraries are imported, which is after this.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,4 +1,4 @@
-"""Running one generation: text as it comes, the time of every token, and a clean end on Ctrl-C."""
+"""One generation with streamed text, the time of every token, and a clean end on Ctrl-C."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 @dataclass
 class Decoded:
-    """What a generation has produced so far; complete once :func:`decode` returns.
+    """Output of a generation so far; complete once :func:`decode` returns.
 
     Attributes
     ----------
     tokens
         Ids of the new tokens.
     text
-        Their text, special tokens left out.
+        Their text, without special tokens.
     step_s
-        Seconds for each new token; the first includes the prompt.
+        Seconds per new token; the first includes the prefill.
     stopped
-        ``end`` (the model ended), ``length`` (token limit) or ``interrupted``.
+        ``end`` (end token), ``length`` (token limit) or ``interrupted``.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -39,7 +39,7 @@ class Decoded:
 
     @property
     def prompt_s(self) -> float:
-        """Seconds until the first token: the prompt."""
+        """Seconds until the first token: the prefill."""
         return self.step_s[0] if self.step_s else 0.0
 
     @property
@@ -49,11 +49,11 @@ class Decoded:
 
     @property
     def tokens_per_s(self) -> float:
-        """Tokens a second after the first token (0 if there are fewer than two)."""
+        """Tokens per second after the first token (0 if there are fewer than two)."""
         return (len(self.step_s) - 1) / self.decode_s if self.decode_s > 0 else 0.0
 
     def ms_per_token(self, part: slice) -> float:
-        """Mean milliseconds of a part of the tokens after the first (NaN if the part is empty)."""
+        """Mean milliseconds per token of a part of the tokens after the first (NaN if empty)."""
         times = self.step_s[1:][part]
         return 1000 * sum(times) / len(times) if times else float("nan")
 
@@ -61,8 +61,8 @@ class Decoded:
 class Detokenizer:
     """Turns token ids into text one by one, in constant time each.
 
-    A token's text can depend on its neighbours (a space before it, half of a character), so each is decoded together
-    with the few before it, and text is held back while it ends in an incomplete character.
+    A token's text can depend on its neighbours (a leading space, half a character), so each is decoded together with
+    the few before it, and text is held back while it ends in an incomplete character.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -72,7 +72,7 @@ class Detokenizer:
         self._shown = 0
 
     def add(self, token: int) -> str:
-        """Return the text that ``token`` completes; empty while a character is incomplete."""
+        """Return the text completed by ``token``; empty while a character is incomplete."""
         self._ids.append(token)
         known, text = self._texts()
         if text.endswith("\N{REPLACEMENT CHARACTER}") or len(text) <= len(known):
@@ -87,14 +87,14 @@ class Detokenizer:
         return text[len(known) :]
 
     def _texts(self) -> tuple[str, str]:
-        """Text of the recent tokens already shown, and of all recent tokens."""
+        """Text of the recent tokens that were shown, and of all recent tokens."""
         known = self._tokenizer.decode(self._ids[self._start : self._shown], skip_special_tokens=True)
         text = self._tokenizer.decode(self._ids[self._start :], skip_special_tokens=True)
         return known, text
 
 
 class _Listener:
-    """Streamer of ``model.generate``: it gets the prompt first and then every token."""
+    """Streamer for ``model.generate``, which passes the prompt first and then every token."""
 
     def __init__(
         self, decoded: Decoded, tokenizer: Any, on_text: Callable[[str], None], on_step: Callable[[int], None]
@@ -115,7 +115,7 @@ class _Listener:
         self._decoded.tokens.append(token)
         self._emit(self._detokenizer.add(token))
         self._on_step(len(self._decoded.tokens))
-        # What was done here is the display's time, not the model's.
+        # Time spent here belongs to the display, not to the model.
         self._clock = time.perf_counter()
 
     def end(self) -> None:
@@ -153,9 +153,9 @@ def decode(
     on_step
         Called after each token with the number of tokens so far; its time is not counted as the model's.
     interrupted
-        Asked after each token; True ends the generation there.
+        Called after each token; True ends the generation.
     **generate_kwargs
-        For ``model.generate``; ``max_new_tokens`` must be among them.
+        Passed to ``model.generate``; must include ``max_new_tokens``.
     """
     from longthink.hf import generate
 
@@ -182,9 +182,9 @@ def decode(
 
 @contextmanager
 def catch_interrupt() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C inside the ``with`` block into a flag, so that a token is finished before the end.
+    """Make the first Ctrl-C in the ``with`` block set a flag, so that the current token is completed.
 
-    Yields a function that says whether Ctrl-C was pressed. A second Ctrl-C raises ``KeyboardInterrupt`` as usual.
+    Yields a function that returns the flag. A second Ctrl-C raises ``KeyboardInterrupt`` as usual.
     """
     pressed = threading.Event()
 
@@ -195,7 +195,7 @@ def catch_interrupt() -> Iterator[Callable[[], bool]]:
         pressed.set()
 
     if threading.current_thread() is not threading.main_thread():
-        # Signal handlers can only be set in the main thread; elsewhere Ctrl-C does not arrive either.
+        # Only the main thread can set signal handlers, and only it receives Ctrl-C.
         yield pressed.is_set
         return
     previous = signal.signal(signal.SIGINT, handler)

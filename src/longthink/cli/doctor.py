@@ -1,4 +1,4 @@
-"""``longthink doctor``: whether this machine has what longthink needs."""
+"""``longthink doctor``: whether this machine meets longthink's requirements."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import platform
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from longthink import __version__
 from longthink.cli.errors import EXIT_FAILED
 from longthink.cli.options import Switch
 from longthink.cli.terminal import out_console, write_json, write_table
@@ -19,7 +20,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True, kw_only=True)
 class _Requirement:
-    """One required package (or Python itself), what is wanted and what is there."""
+    """A required package (or Python itself): supported and installed versions."""
 
     name: str
     wanted: str
@@ -28,7 +29,7 @@ class _Requirement:
 
 
 def doctor(*, json: Switch = False) -> int:
-    """Check versions, devices, kernels and vLLM; the exit code is 1 if something required is missing or out of range.
+    """Check versions, devices, kernels and vLLM; exit code 1 if a requirement is missing or out of range.
 
     Parameters
     ----------
@@ -39,7 +40,7 @@ def doctor(*, json: Switch = False) -> int:
     ok = all(requirement.ok for requirement in requirements)
     report = {
         "ok": ok,
-        "longthink": _own_version(),
+        "longthink": __version__,
         "platform": platform.platform(),
         "requirements": [asdict(requirement) for requirement in requirements],
         "kernels": _kernels(),
@@ -53,14 +54,8 @@ def doctor(*, json: Switch = False) -> int:
     return 0 if ok else EXIT_FAILED
 
 
-def _own_version() -> str:
-    from longthink import __version__
-
-    return __version__
-
-
 def _requirements() -> list[_Requirement]:
-    """Compare what is installed with what the package's own metadata asks for."""
+    """Compare installed versions with the package's metadata."""
     from packaging.requirements import Requirement
     from packaging.specifiers import SpecifierSet
 
@@ -68,7 +63,7 @@ def _requirements() -> list[_Requirement]:
         metadata = importlib.metadata.metadata("longthink")
     except importlib.metadata.PackageNotFoundError as error:
         raise ValueError(
-            "longthink is not installed (pip install -e . in a checkout), so nothing says what it needs"
+            "longthink is not installed (pip install -e . in a checkout), so its requirements are unknown"
         ) from error
     wanted = [Requirement(line) for line in metadata.get_all("Requires-Dist") or ()]
     rows = [_check("python", SpecifierSet(metadata["Requires-Python"] or ""), platform.python_version())]
@@ -79,7 +74,7 @@ def _requirements() -> list[_Requirement]:
 
 
 def _check(name: str, specifier: Any, found: str | None) -> _Requirement:
-    # A pre-release or a local build (2.13.0+cpu) of a good version is as good.
+    # Pre-releases and local builds (2.13.0+cpu) of a supported version are supported.
     ok = found is not None and specifier.contains(found, prereleases=True)
     return _Requirement(name=name, wanted=str(specifier), found=found, ok=ok)
 
@@ -92,7 +87,7 @@ def _installed(name: str) -> str | None:
 
 
 def _kernels() -> dict[str, Any]:
-    """Return the kernel modules of the package, and whether Triton is there to run the Triton ones."""
+    """Return the package's kernel modules, and whether Triton is installed for those that need it."""
     import longthink.kernels
 
     return {
@@ -102,7 +97,7 @@ def _kernels() -> dict[str, Any]:
 
 
 def _vllm() -> dict[str, Any] | None:
-    """Return what is known of the installed vLLM and of the plugin in it, or None where there is none."""
+    """Return facts about the installed vLLM and its plugin, or None if there is none."""
     from longthink.vllm.versions import installed, plugin_problem, supported_range
 
     vllm = installed()
@@ -111,13 +106,13 @@ def _vllm() -> dict[str, Any] | None:
     problem = plugin_problem()
     if not vllm.in_range:
         problem = (
-            f"out of range, supported is {supported_range()}: vLLM runs, and refuses longthink's options"
+            f"out of range, supported is {supported_range()}: vLLM runs, but refuses longthink's options"
         )
     return {**asdict(vllm), "supported": str(supported_range()), "problem": problem}
 
 
 def _torch_facts() -> dict[str, Any]:
-    """Return devices, the number formats that work on them, and threads."""
+    """Return devices with their working number formats, and threads."""
     import torch
 
     names = ["cpu"]
@@ -133,7 +128,7 @@ def _torch_facts() -> dict[str, Any]:
 
 
 def _multiplies(torch: Any, device: str, dtype: Any) -> bool:
-    """Say whether a device can multiply matrices of a dtype, by doing it."""
+    """Return whether a device can multiply matrices of a dtype, by trying."""
     try:
         ones = torch.ones(4, 4, device=device, dtype=dtype)
         return bool((ones @ ones == 4).all())
@@ -160,11 +155,13 @@ def _print_report(report: dict[str, Any]) -> None:
     triton = "installed" if kernels["triton"] else "not installed"
     console.print(f"kernels  {', '.join(kernels['modules'])} (Triton {triton})")
     console.print(_vllm_line(report["vllm"]), markup=False)
-    console.print("all good" if report["ok"] else "something required is missing or out of range")
+    console.print("all good" if report["ok"] else "a requirement is missing or out of range")
 
 
 def _vllm_line(vllm: dict[str, Any] | None) -> str:
     if vllm is None:
         return "vLLM     not installed"
     name = f"vLLM     {vllm['distribution']} {vllm['version']}, for {vllm['build'].upper()}s"
-    return f"{name}: {vllm['problem'] or 'the plugin is there (longthink vllm-args starts it)'}"
+    return (
+        f"{name}: {vllm['problem'] or 'the plugin is installed (longthink vllm-args shows how to start it)'}"
+    )

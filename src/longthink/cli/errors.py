@@ -1,4 +1,4 @@
-"""What becomes of an exception: one clear line on standard error and an exit code, never a surprise traceback."""
+"""From an exception to one line on standard error and an exit code, without a traceback."""
 
 from __future__ import annotations
 
@@ -21,32 +21,18 @@ EXIT_CLOSED_PIPE = 141
 
 
 def check_surroundings(words: Sequence[str]) -> None:
-    """Refuse to start where a command could only fail later: without standard output, or with damaged arguments.
-
-    Raises
-    ------
-    ValueError
-        If standard output is closed, or an argument is not UTF-8 text.
-    """
+    """Raise `ValueError` if standard output is closed or an argument is not UTF-8: commands would fail later."""
     if sys.stdout is None:
         raise ValueError("standard output is closed: send it to a file, or to /dev/null")
     for number, word in enumerate(words, 1):
-        # Python puts such characters where bytes could not be decoded.
+        # Python's stand-ins for bytes that it could not decode.
         if any("\ud800" <= letter <= "\udfff" for letter in word):
             readable = os.fsencode(word).decode("utf-8", "backslashreplace")
             raise ValueError(f"argument {number} is not UTF-8 text: {readable}")
 
 
 def guarded(action: Callable[[], int], *, debug: bool) -> int:
-    """Run ``action`` and return its exit code, turning exceptions into a line and a code.
-
-    Parameters
-    ----------
-    action
-        The command; it returns its exit code.
-    debug
-        Show the traceback as well.
-    """
+    """Run ``action`` and return its exit code; exceptions become a line, with `debug` a traceback too, and a code."""
     try:
         code = action()
         if sys.stdout is not None:
@@ -66,13 +52,12 @@ def guarded(action: Callable[[], int], *, debug: bool) -> int:
 
 
 def _explain(error: Exception) -> tuple[str, int]:
-    """Return the message and the exit code for ``error``."""
-    # Running out of memory has no common base class outside torch, which may not even be imported here.
+    # Out-of-memory errors have no common base class outside torch, which may not have been imported.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return f"out of memory ({error}); a smaller model, dtype or budget may fit", EXIT_FAILED
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}: make room and run the same command again", EXIT_FAILED
+        return f"{where}{error.strerror}: free some space and run the same command again", EXIT_FAILED
     if isinstance(error, FileNotFoundError) and error.filename:
         return f"no such file or folder: {error.filename}", EXIT_BAD_INPUT
     if isinstance(error, OSError) and error.filename and error.strerror:
@@ -88,9 +73,9 @@ def _explain(error: Exception) -> tuple[str, int]:
 
 
 def _forget_stdout() -> None:
-    """Point standard output at nothing, so that the flush at interpreter exit does not meet the closed pipe again."""
+    """Redirect standard output to nothing, or the flush at interpreter exit would hit the closed pipe again."""
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError):
-        # Standard output is not a real file (a test has replaced it): there is nothing to redirect.
+        # Standard output is not a real file (replaced by a test).
         return

@@ -21,24 +21,23 @@ from longthink.cli.options import (
 from longthink.cli.progress import progress
 from longthink.cli.prompts import check_words, encode_prompt, read_prompt
 from longthink.cli.terminal import note, shares_place, size_text, write_json, write_text
-from longthink.config import DEFAULT_POLICY, check_int
+from longthink.config import DEFAULT_POLICY, Budget, check_int
 from longthink.environment import versions
-from longthink.models import REASONER
+from longthink.models import REASONER, Loaded
+from longthink.reasoner import Problem, grade, make_problem
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from longthink.hf import PagedCache
-    from longthink.models import Loaded
     from longthink.policies import Policy
-    from longthink.reasoner import Problem
 
 DECODE_BUDGET = 1024
-"""Tokens kept on top of the prompt when no budget is given."""
+"""Tokens kept on top of the prompt if no budget is given."""
 DECODE_BUDGET_BUILTIN = 256
 """The same for the built-in model, whose texts are shorter."""
 MAX_NEW_TOKENS = 2048
-"""Tokens to generate at most when nothing is said, except for the built-in model."""
+"""Default limit of new tokens, except for the built-in model."""
 
 
 @Parameter(name="*")
@@ -50,18 +49,19 @@ class GenerateOptions(ProblemOptions, SamplingOptions, BudgetOptions, ModelOptio
     """Read the prompt from this UTF-8 text file (- is standard input)."""
 
     raw: Switch = False
-    """Give the prompt to the model as it is, without the chat template."""
+    """Pass the prompt to the model as it is, without the chat template."""
 
     policy: str = DEFAULT_POLICY
-    """What the cache keeps, options after colons, such as raas:r=0.25; see "longthink policies"."""
+    """What the cache keeps, with options after colons, such as raas:r=0.25; see "longthink policies"."""
 
     kv_dtype: str | None = None
-    """Format to keep keys and values in: bfloat16, float16 or float32; the model's own unless given."""
+    """Format to store keys and values in: bfloat16, float16 or float32; by default the model's own."""
 
     compile: Literal["auto", "on", "off"] = "auto"
-    """Compile the decode step, which takes about a minute; auto: where so many tokens may come that it pays."""
+    """Compile the decode step, which takes about a minute; auto: if so many tokens are requested that it pays."""
+
     prefill_chunk_size: int | None = None
-    """Read the prompt in pieces of this many tokens: for prompts that memory cannot take at once."""
+    """Prefill the prompt in chunks of this many tokens, for prompts that do not fit in memory at once."""
 
     json: Switch = False
     """Print one JSON document instead of the text."""
@@ -85,19 +85,19 @@ class _Run:
 def generate(prompt: str | None = None, /, *, options: GenerateOptions = _DEFAULTS) -> int:
     """Generate text with a bounded KV cache.
 
-    The text goes to standard output; a line with tokens, speed and memory follows on standard error. Ctrl-C ends
-    the text there.
+    The text goes to standard output; a line with tokens, speed and memory follows on standard error. Ctrl-C ends the
+    text.
 
     Parameters
     ----------
     prompt
-        The prompt, or - for standard input, which is also read when something is piped in. Without a prompt the
+        The prompt, or - for standard input, which is also read if something is piped in. Without a prompt the
         built-in model gets a problem of its own kind (profile, size, seed).
     """
     text = read_prompt(prompt, options.file)
     if text is None and options.model != REASONER:
         raise ValueError(
-            'there is no prompt: give it as an argument, with --file, or on standard input ("-")'
+            'there is no prompt: pass it as an argument, with --file, or on standard input ("-")'
         )
     run = _prepare(text, options)
     from longthink import make_cache
@@ -113,9 +113,9 @@ def generate(prompt: str | None = None, /, *, options: GenerateOptions = _DEFAUL
     else:
         write_text("\n")
         note(closing_line(decoded, cache))
+        if (cache.break_even_tokens or 0) > cache.get_seq_length():
+            note(larger_than_dense(cache))
         if run.problem is not None and decoded.stopped == "end":
-            from longthink.reasoner import grade
-
             verdict = "right" if grade(run.problem, decoded.text) else "wrong"
             note(f"the answer is {run.problem.answer}: the model is {verdict}")
     return EXIT_INTERRUPTED if decoded.stopped == "interrupted" else 0
@@ -131,8 +131,6 @@ def _prepare(text: str | None, options: GenerateOptions) -> _Run:
     loaded = load_model(options)
     problem = None
     if text is None:
-        from longthink.reasoner import make_problem
-
         problem = make_problem(seed=options.seed, profile=options.profile, size=options.size)
         text = problem.prompt
     inputs = encode_prompt(loaded.tokenizer, text, raw=options.raw)
@@ -146,13 +144,11 @@ def _problem_name(options: ProblemOptions) -> str:
 
 
 def _budget(options: GenerateOptions, policy: Policy) -> dict[str, Any]:
-    """Return the budget arguments of ``make_cache``, choosing one where none is given."""
+    """Return the budget arguments of ``make_cache``, with a default if none is given."""
     from longthink.policies import needs_budget
 
     chosen = options.given_budget
     if chosen:
-        from longthink import Budget
-
         Budget(**chosen)
     elif needs_budget(policy):
         chosen = {"decode_budget": DECODE_BUDGET_BUILTIN if options.model == REASONER else DECODE_BUDGET}
@@ -216,8 +212,16 @@ def closing_line(decoded: Decoded, cache: PagedCache) -> str:
     )
 
 
+def larger_than_dense(cache: PagedCache) -> str:
+    """Return the reason why a bounded cache takes more memory than a dense one on a short text."""
+    return (
+        "the bounded cache is larger than a dense one here because its slots are allocated in full with the prompt: "
+        f"it pays off from {cache.break_even_tokens:,} tokens on, prompt included"
+    )
+
+
 def _record(run: _Run, decoded: Decoded, cache: PagedCache) -> dict[str, Any]:
-    """Return everything that is worth keeping about a generation, ready for JSON."""
+    """Return the JSON document of a generation."""
     options, problem = run.options, run.problem
     held = cache.summary()
     sampling = {name: getattr(options, name) for name in ("temperature", "top_p", "top_k", "seed")}
@@ -241,8 +245,6 @@ def _record(run: _Run, decoded: Decoded, cache: PagedCache) -> dict[str, Any]:
         "versions": versions(),
     }
     if problem is not None:
-        from longthink.reasoner import grade
-
         record["problem"] = {
             "profile": options.profile,
             "size": options.size,

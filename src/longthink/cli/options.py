@@ -1,7 +1,7 @@
 """Options that several commands share, each declared once.
 
-The string under a field is its help text. Annotations are real objects here, not strings: the commands inherit these
-fields into other modules, where the names in a string would be unknown.
+The string below a field is its help text. Annotations are objects, not strings: commands in other modules inherit
+these fields, and names in a string would be unknown there.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from longthink.policies import Policy
 
 Switch = Annotated[bool, Parameter(negative="", show_default=False)]
-"""A flag without a ``--no-`` form: off unless it is given."""
+"""A flag without a ``--no-`` form, off by default."""
 
 SizeName = Annotated[str, Parameter(choices=tuple(SIZES))]
 """Name of a problem size."""
@@ -27,13 +27,13 @@ SizeName = Annotated[str, Parameter(choices=tuple(SIZES))]
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """Which model, where and how precise."""
+    """Model, device and number format."""
 
     model: str = REASONER
     """Hub id or local folder of a causal language model (safetensors), or "reasoner", the built-in one."""
 
     device: str = "auto"
-    """Device such as cpu or cuda:1; auto takes the first accelerator there is."""
+    """Device such as cpu or cuda:1; auto takes the first accelerator, if any."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of weights and cache; auto takes the checkpoint's own."""
@@ -45,14 +45,14 @@ class BudgetOptions:
     """How many tokens the cache keeps per layer."""
 
     budget: int | None = None
-    """Tokens kept per layer, prompt included."""
+    """Tokens kept per layer, including the prompt."""
 
     decode_budget: int | None = None
-    """Tokens kept per layer on top of the prompt, which then stays whole."""
+    """Tokens kept per layer on top of the prompt, which is then kept whole."""
 
     @property
     def given_budget(self) -> dict[str, int]:
-        """Budget arguments of ``make_cache`` that were given."""
+        """The given budget as arguments of ``make_cache``."""
         given = {"budget": self.budget, "decode_budget": self.decode_budget}
         return {name: value for name, value in given.items() if value is not None}
 
@@ -60,19 +60,19 @@ class BudgetOptions:
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How the next token is chosen, and when to stop."""
+    """How the next token is sampled, and when to stop."""
 
     max_new_tokens: int | None = None
-    """Tokens to generate at most [default: 2048; the built-in model: until it ends]."""
+    """Largest number of tokens to generate [default: 2048; the built-in model: until it ends]."""
 
     temperature: float = 0.0
-    """Softmax temperature; 0 always takes the most likely token."""
+    """Softmax temperature; 0 takes the most likely token."""
 
     top_p: float | None = None
     """Sample from the smallest set of tokens with this probability (needs a temperature above 0)."""
 
     top_k: int | None = None
-    """Sample from this many most likely tokens (needs a temperature above 0)."""
+    """Sample from this many of the most likely tokens (needs a temperature above 0)."""
 
     def __post_init__(self) -> None:
         check_sampling(self.temperature, self.top_p, self.top_k)
@@ -80,10 +80,10 @@ class SamplingOptions:
             check_int("max_new_tokens", self.max_new_tokens, 1)
 
     def generate_kwargs(self) -> dict[str, Any]:
-        """Return the arguments of ``model.generate``, independent of the checkpoint's own defaults."""
+        """Return arguments of ``model.generate`` that override all defaults of the checkpoint."""
         if self.temperature == 0:
             return {"do_sample": False, "num_beams": 1}
-        # 0 and 1.0 are "off" in transformers; leaving them out would let the checkpoint's defaults in.
+        # 0 and 1.0 mean "off" in transformers; leaving them out would apply the checkpoint's defaults.
         return {
             "do_sample": True,
             "num_beams": 1,
@@ -96,7 +96,7 @@ class SamplingOptions:
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class ProblemOptions:
-    """Which problem the built-in model gets."""
+    """Problem for the built-in model."""
 
     profile: Annotated[str, Parameter(choices=tuple(PROFILES))] = "chain"
     """When earlier values are needed again."""
@@ -114,7 +114,7 @@ def policy_list(text: str) -> "list[Policy]":
     Raises
     ------
     ValueError
-        If the list is empty, or one of them is no policy.
+        If the list is empty, or one of them is not a policy.
     """
     from longthink.policies import make_policy
 
@@ -125,13 +125,7 @@ def policy_list(text: str) -> "list[Policy]":
 
 
 def policy_specs(text: str) -> list[str]:
-    """Texts of the policies of a list, each in its shortest form.
-
-    Raises
-    ------
-    ValueError
-        As `policy_list` does.
-    """
+    """Specs of the policies of a list, each in its shortest form; errors as in `policy_list`."""
     from longthink.policies import policy_spec
 
     return [policy_spec(policy) for policy in policy_list(text)]

@@ -1,4 +1,4 @@
-"""``longthink policies``: what can be kept, and what it costs."""
+"""``longthink policies``: what each policy keeps, and what it costs."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Progress on standard error: a live bar on a terminal, now and then a plain line anywhere else."""
+"""Progress on standard error: a live bar on a terminal, occasional plain lines elsewhere, and the library's log."""
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import time
@@ -15,28 +16,43 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 FIRST_LINE_S = 2.0
-"""A plain progress line appears only for work that takes longer than this (seconds)."""
+"""Seconds before the first plain line; shorter work prints none."""
 LINE_EVERY_S = 10.0
 """Seconds between further plain lines."""
 
 
+class _Notes(logging.Handler):
+    """Writes messages of the library as lines of the command line, above a live bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note(record.getMessage())
+
+
+_NOTES = _Notes(logging.WARNING)
+
+
+def show_log() -> None:
+    """Show what the library logs, such as that it compiles for a minute."""
+    logging.getLogger("longthink").addHandler(_NOTES)
+
+
 class Task(Protocol):
-    """One piece of work whose progress is shown."""
+    """Work whose progress is shown."""
 
     def advance_to(self, done: int, detail: str = "") -> None:
-        """Say that ``done`` units are complete, with a short ``detail`` such as a rate."""
+        """Show that ``done`` units are complete, with a short ``detail`` such as a rate."""
 
     def hide(self) -> None:
-        """Take the display away early, because something else will be written now."""
+        """Remove the display early, before something else is written."""
 
 
 class _LineTask:
-    """Plain lines, rarely enough for a log file."""
+    """Plain lines, few enough for a log file."""
 
     def __init__(self, title: str, total: int | None, unit: str) -> None:
         self._title, self._total, self._unit = title, total, unit
         self._next = time.monotonic() + FIRST_LINE_S
-        # Work that cannot report while it runs (loading a model) still says that it is under way.
+        # Work that cannot report progress (loading a model) still shows that it has started.
         self._opening = threading.Timer(FIRST_LINE_S, note, [f"{title} ..."])
         self._opening.daemon = True
         self._opening.start()
@@ -55,8 +71,6 @@ class _LineTask:
 
 
 class _BarTask:
-    """A row of a live rich display."""
-
     def __init__(self, display: Progress, row: TaskID) -> None:
         self._display, self._row = display, row
 
@@ -74,9 +88,9 @@ def progress(title: str, *, total: int | None = None, unit: str = "") -> Iterato
     Parameters
     ----------
     title
-        What is being done, as a short phrase.
+        The work, as a short phrase.
     total
-        Units of work, or None if that is not known (a moving bar is shown then).
+        Units of work, or None if unknown.
     unit
         Name of the unit, in the plural.
     """

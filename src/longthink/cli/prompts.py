@@ -1,4 +1,4 @@
-"""Where a prompt comes from, and how it becomes the token ids that a model reads."""
+"""Reading a prompt from an argument, a file or standard input, and encoding it."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ STDIN = "-"
 
 
 def read_prompt(prompt: str | None, file: str | None) -> str | None:
-    """Return the prompt from the argument, the file or standard input, or None where there is none.
+    """Return the prompt from the argument, the file or standard input, or None if there is none.
 
     Parameters
     ----------
     prompt
         The prompt as given on the command line.
     file
-        Path of a text file; ``-`` is standard input. Standard input is also read when neither is given and
-        something is piped in.
+        Path of a text file, or ``-`` for standard input, which is also read if it is piped and neither is given.
 
     Raises
     ------
@@ -43,9 +42,9 @@ def read_prompt(prompt: str | None, file: str | None) -> str | None:
     if file is None and not _is_piped():
         return None
     if sys.stdin is None:
-        raise ValueError("standard input is closed: give the prompt as an argument or with --file")
+        raise ValueError("standard input is closed: pass the prompt as an argument or with --file")
     if is_terminal(sys.stdin):
-        note("type the prompt, then end it with Ctrl-D on a line of its own")
+        note("type the prompt, then press Ctrl-D on a line of its own")
     text = _decoded(sys.stdin.buffer.read(), "standard input")
     if file is None and not text.strip():
         return None
@@ -55,7 +54,7 @@ def read_prompt(prompt: str | None, file: str | None) -> str | None:
 def encode_prompt(tokenizer: Any, prompt: str, *, raw: bool) -> dict[str, Tensor]:
     """Return ``input_ids`` and ``attention_mask`` of one row.
 
-    The tokenizer's chat template is applied where there is one, unless ``raw``.
+    The tokenizer's chat template, if any, is applied unless ``raw``.
     """
     if raw or not tokenizer.chat_template:
         encoded = tokenizer(prompt, return_tensors="pt")
@@ -72,24 +71,18 @@ def encode_prompt(tokenizer: Any, prompt: str, *, raw: bool) -> dict[str, Tensor
 
 
 def check_words(tokenizer: Any, prompt: str) -> None:
-    """Refuse a prompt with words that a tokenizer of whole words does not have.
-
-    Raises
-    ------
-    ValueError
-        Naming the first such words.
-    """
+    """Raise `ValueError` naming the first words of the prompt that a word-level tokenizer does not know."""
     known = tokenizer.get_vocab()
     unknown = [word for word in prompt.split() if word not in known]
     if unknown:
         raise ValueError(
             f"the built-in model does not know {', '.join(map(repr, unknown[:3]))}: it reads only problems such as "
-            "those of `longthink reasoner problem`; for other text give --model"
+            "those of `longthink reasoner problem`; for other text use --model"
         )
 
 
 def _is_piped() -> bool:
-    """Say whether standard input is a pipe or a file, that is whether somebody meant it to be read."""
+    """Whether standard input is a pipe or a file, and so meant to be read."""
     try:
         mode = os.fstat(sys.stdin.fileno()).st_mode
     except (AttributeError, OSError, ValueError):
@@ -107,5 +100,5 @@ def _decoded(data: bytes, source: str | None) -> str:
 def _checked(text: str, source: str | None) -> str:
     if not text.strip():
         raise ValueError(f"{source} is empty")
-    # The newline that ends a text file is not part of what was asked.
+    # The newline at the end of a text file is not part of the prompt.
     return text.removesuffix("\n")

@@ -1,4 +1,10 @@
-"""Hugging Face transformers: the cache, the attention function, `generate` and `Engine`."""
+"""Hugging Face transformers: the cache, the attention function, `generate` and `Engine`.
+
+From the model upwards: `attention` replaces the model's attention function and `binding` ties a cache to one model;
+`layer` and `cache` are the `CacheLayerMixin` and `Cache` of transformers over `longthink.cache.LayerCache`; `step` is
+one decode step, eager or compiled; `generation` wraps ``model.generate`` (with `loop` where steps are compiled);
+`batch`, `scheduler` and `engine` are continuous batching.
+"""
 
 from longthink.hf.cache import PagedCache, make_cache
 from longthink.hf.engine import Engine, Handle

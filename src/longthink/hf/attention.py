@@ -1,7 +1,7 @@
-"""Attention of Hugging Face models over a `PagedCache`, switched on per model and off again.
+"""The attention function of models that use a `PagedCache`, installed per model and removed again.
 
-A cache layer's `update` gets no query, and an attention function gets no cache: `update` marks the key tensor
-with its layer, and the attention function finds the layer there. Nothing global is written, so threads and
+A cache layer's `update` does not see the query, and an attention function does not see the cache. So `update`
+attaches the layer to the key tensor, where the attention function finds it. There is no global state: threads and
 nested calls cannot mix up their caches.
 """
 
@@ -25,21 +25,21 @@ _MARK = "_longthink_layer"
 
 
 class AttentionLayer(Protocol):
-    """What `update` leaves on the keys: a cache layer that computes its own attention."""
+    """What `update` attaches to the keys: a cache layer that computes its own attention."""
 
     def check_call(self, module: torch.nn.Module, dropout: float, use_cache: bool | None) -> None:
-        """Raise if this module, or the way it is called, would make the layer give something wrong."""
+        """Raise if the output would be wrong for this module or these arguments."""
         ...
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scaling: float | None
     ) -> Tensor:
-        """Attention output of the new tokens, B x H x Q x D."""
+        """Append the new tokens and return their attention output, B x H x Q x D."""
         ...
 
 
 def mark(key: Tensor, layer: AttentionLayer) -> Tensor:
-    """View of the keys that carries the layer to the attention function."""
+    """Return a view of the keys with the layer attached."""
     key = key.view_as(key)
     setattr(key, _MARK, layer)
     return key
@@ -55,7 +55,7 @@ def longthink_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention function for `AttentionInterface`; with any other cache it is the library's SDPA."""
+    """Attention function for `AttentionInterface`; without a `PagedCache` it is transformers' SDPA."""
     layer: AttentionLayer | None = getattr(key, _MARK, None)
     if layer is None:
         return sdpa_attention_forward(
@@ -63,9 +63,7 @@ def longthink_attention(
         )
     for name in ("sliding_window", "softcap", "s_aux"):
         if kwargs.get(name) is not None:
-            raise UnsupportedModelError(
-                f"{type(module).__name__} asks for {name}: such layers are not supported"
-            )
+            raise UnsupportedModelError(f"{type(module).__name__} uses {name}: such layers are not supported")
     layer.check_call(module, dropout, kwargs.get("use_cache"))
     valid = _valid_columns(attention_mask, query.shape[2])
     out = layer.attend(query, key, value, valid, scaling)
@@ -73,12 +71,12 @@ def longthink_attention(
 
 
 def _valid_columns(mask: Tensor | None, columns: int) -> Tensor | None:
-    """Which of the new tokens are real, B x Q, from the block mask that the library made."""
+    """Which of the new tokens are real, B x Q, from the block mask that transformers made."""
     if mask is None:
         return None
     if mask.dtype != torch.bool or mask.shape[-2:] != (columns, columns) or mask.shape[1] != 1:
         raise UnsupportedFeatureError(
-            f"attention mask of shape {tuple(mask.shape)} and type {mask.dtype}: give the 2D padding mask instead"
+            f"attention mask of shape {tuple(mask.shape)} and type {mask.dtype}: pass the 2D padding mask instead"
         )
     valid = mask[:, 0, -1]
     causal = torch.ones(columns, columns, dtype=torch.bool, device=mask.device).tril()
@@ -91,10 +89,10 @@ AttentionInterface.register(IMPLEMENTATION, longthink_attention)
 AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
 
 
-class _Ours(str):
-    """The name of our implementation, as it stands in a model's config; a copy of it is what stood there before.
+class _Name(str):
+    """Our implementation's name in a model's config; a copy of it is the name that it replaced.
 
-    So a copy of the model, which no cache is open for, has the attention that the caller gave the model.
+    So a copy of the model, for which no cache is open, has the model's original attention.
     """
 
     previous: str
@@ -106,13 +104,13 @@ class _Ours(str):
         return str, (self.previous,)
 
 
-_REMEMBERS = Version(torch.__version__) >= Version("2.13")
-"""The compiler of older versions takes no subclass of `str` for a constant. There a copy that is made of a model
-while a cache is open goes on under our name, which is the library's SDPA for every cache but ours."""
+_COMPILES_NAME = Version(torch.__version__) >= Version("2.13")
+"""Older compilers accept no subclass of `str` as a constant. There, a model copied while a cache is open keeps our
+name, which means SDPA for every other cache."""
 
 
 class _Installed:
-    """The attention implementation that a model had, and how many open caches replaced it."""
+    """A model's original attention implementation, and the number of open caches."""
 
     def __init__(self) -> None:
         self.previous: str | dict[str, Any] | None = None
@@ -122,26 +120,26 @@ class _Installed:
 _installed: weakref.WeakKeyDictionary[PreTrainedModel, _Installed] = weakref.WeakKeyDictionary()
 
 
-# Reentrant: a cache that the garbage collector closes may do so in the middle of an `install` of the same thread.
+# Reentrant: the garbage collector may close a cache in the middle of `install` in the same thread.
 _lock = threading.RLock()
 
 
 def install(model: PreTrainedModel) -> None:
-    """Let the model attend over paged caches, until `uninstall` was called as often as `install`."""
+    """Install the attention function, until `uninstall` has been called as often as `install`."""
     with _lock:
         installed = _installed.setdefault(model, _Installed())
         if model.config._attn_implementation != IMPLEMENTATION:
             installed.previous = _implementations(model.config)
             model.set_attn_implementation(IMPLEMENTATION)
-            if _REMEMBERS:
-                _name_previous(model.config, installed.previous)
+            if _COMPILES_NAME:
+                _keep_previous(model.config, installed.previous)
         installed.users += 1
 
 
 def uninstall(model_ref: weakref.ref[PreTrainedModel]) -> None:
-    """Take one `install` back; the last one gives the model the attention implementation that it had.
+    """Undo one `install`; the last one restores the model's original attention implementation.
 
-    If somebody has given it another one meanwhile, that one stays.
+    An implementation that was set in the meantime stays.
     """
     model = model_ref()
     with _lock:
@@ -156,19 +154,18 @@ def uninstall(model_ref: weakref.ref[PreTrainedModel]) -> None:
 
 
 def _implementations(config: PreTrainedConfig) -> str | dict[str, Any]:
-    """What `set_attn_implementation` takes to give a model all implementations that it has now."""
+    """Current implementations of all parts of a model, as an argument of `set_attn_implementation`."""
     parts = {name: part for name in config.sub_configs if (part := getattr(config, name, None)) is not None}
     own: str = config._attn_implementation
     return {"": own, **{name: _implementations(part) for name, part in parts.items()}} if parts else own
 
 
-def _name_previous(config: PreTrainedConfig, previous: str | dict[str, Any]) -> None:
-    """Let the name of our implementation remember what stood in its place."""
+def _keep_previous(config: PreTrainedConfig, previous: str | dict[str, Any]) -> None:
     parts = previous if isinstance(previous, dict) else {"": previous}
     if config._attn_implementation == IMPLEMENTATION:
-        name = _Ours(IMPLEMENTATION)
+        name = _Name(IMPLEMENTATION)
         name.previous = parts[""]
-        # The property would write to the configs of all parts.
+        # The property's setter would change the configs of all parts.
         config._attn_implementation_internal = name
     for part in parts.keys() - {""}:
-        _name_previous(getattr(config, part), parts[part])
+        _keep_previous(getattr(config, part), parts[part])

@@ -9,46 +9,20 @@ Shape suffixes: B batch rows, V tokens of the vocabulary.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from longthink.hf.cache import PagedCache
-from longthink.hf.request import Finished, Request
-from longthink.hf.sampling import generator_for, sample_rows
+from longthink.hf.request import Finished, Job
+from longthink.hf.sampling import sample_rows
 from longthink.hf.step import Compile, DecodeStep, compiles
 
 _FEWEST_TIMED = 8
 """Tokens below which the quarters of a request are too short to time."""
 _PADDING_TOKENS = 64
 """Tokens after which a padding row is reset, so that it does not grow a cache that can grow."""
-
-
-@dataclass(eq=False)
-class RequestState:
-    """A request while it is decoded."""
-
-    request: Request
-    generator: torch.Generator = field(init=False)
-    started: float = 0.0
-    tokens: list[int] = field(default_factory=list)
-    times: list[float] = field(default_factory=list)
-    rows: int = 1
-    kv_bytes_peak: int = 0
-    nan: bool = False
-
-    def __post_init__(self) -> None:
-        self.generator = generator_for(self.request.key)
-
-    def finish_reason(self, end_tokens: frozenset[int]) -> str | None:
-        """`Finished.finish`, or None while there is more to decode."""
-        if self.nan:
-            return "nan"
-        if self.tokens[-1] in end_tokens:
-            return "stop"
-        return "length" if len(self.tokens) >= self.request.max_new_tokens else None
 
 
 class Batch:
@@ -82,7 +56,7 @@ class Batch:
     ) -> None:
         self.model = model
         self.seats = seats
-        self.rows: list[RequestState | None] = []
+        self.rows: list[Job | None] = []
         self._template = template
         self._cache: PagedCache | None = None
         self._chunk_size = prefill_chunk_size
@@ -103,36 +77,30 @@ class Batch:
 
     # Admission and release ----------------------------------------------------------------------------------
 
-    def prefill(self, state: RequestState) -> PagedCache:
-        """Prefill a request that has no seat yet, and sample its first token.
-
-        Raises
-        ------
-        BudgetError
-            If the prompt does not fit.
-        """
-        state.started = time.perf_counter()
+    def prefill(self, job: Job) -> PagedCache:
+        """Prefill a request that has no seat yet and sample its first token; `BudgetError` if it does not fit."""
+        job.started = time.perf_counter()
         cache = self._template.fresh()
         try:
-            logits_BV = self._prefill(state.request.tokens, cache)
-            state.kv_bytes_peak = cache.kv_bytes
-            self._append_tokens(logits_BV, [state])
+            logits_BV = self._prefill(job.request.tokens, cache)
+            job.kv_bytes_peak = cache.kv_bytes
+            self._append_tokens(logits_BV, [job])
         except BaseException:
             cache.close()
             raise
         return cache
 
-    def admit(self, state: RequestState, cache: PagedCache) -> None:
+    def admit(self, job: Job, cache: PagedCache) -> None:
         """Give a prefilled request, whose cache this is, a free seat."""
         assert self.occupied < self.seats
-        limit = state.request.max_new_tokens
+        limit = job.request.max_new_tokens
         self._requested += limit
         self._expected_steps = max(self._expected_steps, limit, self._requested // self.seats)
         self._static = self._static or compiles(
             self.model, self._template, self._compile, rows=self.seats, tokens=self._expected_steps
         )
         if self._cache is None and not self._static:
-            self._cache, self.rows = cache, [state]
+            self._cache, self.rows = cache, [job]
             self._step = DecodeStep(self.model, cache, compile=False)
             return
         with cache:
@@ -141,7 +109,7 @@ class Batch:
             assert self._cache is not None
             seat = self.rows.index(None) if None in self.rows else len(self.rows)
             self._cache.adopt(seat, cache)
-            self.rows[seat : seat + 1] = [state]
+            self.rows[seat : seat + 1] = [job]
 
     def _make_static(self) -> None:
         """Switch to compiled steps: one shape, with a row for every seat."""
@@ -153,9 +121,9 @@ class Batch:
         self._padding_age = [_PADDING_TOKENS] * self.seats
         self._step = DecodeStep(self.model, self._cache, compile=self._compile, tokens=self._expected_steps)
 
-    def release(self, state: RequestState) -> None:
+    def release(self, job: Job) -> None:
         """Free the seat of a request."""
-        seat = self.rows.index(state)
+        seat = self.rows.index(job)
         self.rows[seat] = None
         if self._static:
             self._padding_age[seat] = _PADDING_TOKENS
@@ -179,18 +147,18 @@ class Batch:
         self._compact()
         cache, step = self._cache, self._step
         assert cache is not None and step is not None
-        tokens = [[0 if state is None else state.tokens[-1]] for state in self.rows]
+        tokens = [[0 if job is None else job.tokens[-1]] for job in self.rows]
         logits_BV = step(torch.tensor(tokens, device=self.model.device))
         if self._static and not step.compiled:
             self._static, self._compile = False, False
         self._padding_age = [age + 1 for age in self._padding_age]
         share = cache.kv_bytes // len(self.rows)
-        occupied = [seat for seat, state in enumerate(self.rows) if state is not None]
-        states = [state for state in self.rows if state is not None]
-        for state in states:
-            state.rows = max(state.rows, len(states))
-            state.kv_bytes_peak = max(state.kv_bytes_peak, share)
-        self._append_tokens(logits_BV if len(occupied) == len(self.rows) else logits_BV[occupied], states)
+        occupied = [seat for seat, job in enumerate(self.rows) if job is not None]
+        jobs = [job for job in self.rows if job is not None]
+        for job in jobs:
+            job.rows = max(job.rows, len(jobs))
+            job.kv_bytes_peak = max(job.kv_bytes_peak, share)
+        self._append_tokens(logits_BV if len(occupied) == len(self.rows) else logits_BV[occupied], jobs)
 
     def _compact(self) -> None:
         """Remove empty rows; in a static batch reset padding rows that are due."""
@@ -207,7 +175,7 @@ class Batch:
                         self._cache.adopt(seat, padding)
                         self._padding_age[seat] = 1
             return
-        kept = [seat for seat, state in enumerate(self.rows) if state is not None]
+        kept = [seat for seat, job in enumerate(self.rows) if job is not None]
         if len(kept) < len(self.rows):
             self.rows = [self.rows[seat] for seat in kept]
             self._cache.keep_rows(kept)
@@ -225,39 +193,42 @@ class Batch:
                 logits = self.model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         return logits[:, -1]
 
-    def _append_tokens(self, logits_BV: Tensor, states: list[RequestState]) -> None:
+    def _append_tokens(self, logits_BV: Tensor, jobs: list[Job]) -> None:
         nan_B = logits_BV.isnan().any(-1)
         chosen = sample_rows(
             torch.where(nan_B[:, None], 0, logits_BV),
-            [state.request.sampling for state in states],
-            [state.generator for state in states],
+            [job.request.sampling for job in jobs],
+            [job.generator for job in jobs],
         )
         now = time.perf_counter()
-        for state, token, nan in zip(states, chosen, nan_B.tolist(), strict=True):
-            state.nan = nan
+        for job, token, nan in zip(jobs, chosen, nan_B.tolist(), strict=True):
+            job.nan = nan
             if not nan:
-                state.tokens.append(token)
-                state.times.append(now)
+                job.tokens.append(token)
+                job.times.append(now)
 
-    def result(self, state: RequestState, finish: str, own: PagedCache | None = None) -> Finished:
+    def result(self, job: Job, finish: str, own: PagedCache | None = None) -> Finished:
         """Result of a request in its seat, or of one that was not admitted and has a cache of its `own`."""
-        cache, row = (self._cache, self.rows.index(state)) if own is None else (own, 0)
+        cache, row = (self._cache, self.rows.index(job)) if own is None else (own, 0)
         assert cache is not None
-        early, late = _pace(state.times)
+        early, late = _pace(job.times)
         note = None
         if finish == "nan":
-            length = len(state.request.tokens) + len(state.tokens)
-            note = f"the model's logits are NaN after {length} tokens: its weights are damaged, or the dtype is too narrow"
+            length = len(job.request.tokens) + len(job.tokens)
+            note = (
+                f"the model's logits are NaN after {length} tokens: its weights are damaged, or the dtype is too "
+                "narrow"
+            )
         return Finished(
-            request=state.request,
-            tokens=tuple(state.tokens),
+            request=job.request,
+            tokens=tuple(job.tokens),
             finish=finish,
             note=note,
             ms_per_token_early=early,
             ms_per_token_late=late,
-            seconds=(state.times[-1] if state.times else time.perf_counter()) - state.started,
-            rows=state.rows,
-            kv_bytes_peak=state.kv_bytes_peak,
+            seconds=(job.times[-1] if job.times else time.perf_counter()) - job.started,
+            rows=job.rows,
+            kv_bytes_peak=job.kv_bytes_peak,
             dense_kv_bytes=cache.row_dense_kv_bytes(row),
             evicted=cache.row_evicted(row),
         )
@@ -268,7 +239,5 @@ def _pace(times: list[float]) -> tuple[float | None, float | None]:
     if len(times) < _FEWEST_TIMED:
         return None, None
     quarter = len(times) // 4
-    return (
-        1000 * (times[quarter] - times[0]) / quarter,
-        1000 * (times[-1] - times[-1 - quarter]) / quarter,
-    )
+    early, late = times[quarter] - times[0], times[-1] - times[-1 - quarter]
+    return 1000 * early / quarter, 1000 * late / quarter

@@ -1,4 +1,4 @@
-"""What ties a cache to its model: attention that is switched over, and the checks that it is this model that runs."""
+"""`ModelBinding`: a cache belongs to one model, whose attention function is replaced while the cache is open."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ R = TypeVar("R")
 
 
 def outside_inference(function: Callable[P, R]) -> Callable[P, R]:
-    """Let a function make ordinary tensors under `torch.inference_mode` too.
+    """Make a function create ordinary tensors even under `torch.inference_mode`.
 
-    A tensor that is made there can never be written to outside, so a cache that was filled under it could not go on.
+    Inference tensors cannot be written to outside of it, so a cache filled there could not be used any further.
     """
 
     @functools.wraps(function)
@@ -33,29 +33,8 @@ def outside_inference(function: Callable[P, R]) -> Callable[P, R]:
     return ordinary
 
 
-def check_gradient_checkpointing(model: PreTrainedModel) -> None:
-    """Refuse a model in training mode whose layers leave the cache out.
-
-    Raises
-    ------
-    UnsupportedFeatureError
-        If it is in training mode with gradient checkpointing.
-    """
-    if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        raise UnsupportedFeatureError(
-            f"{type(model).__name__} is in training mode with gradient checkpointing, where its layers use no cache: "
-            "call model.eval() to generate"
-        )
-
-
 class ModelBinding:
-    """Ties a cache to one model. It knows the model but does not keep it alive.
-
-    Parameters
-    ----------
-    model
-        The model that the cache is for.
-    """
+    """Binds a cache to one model, which it does not keep alive."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = weakref.ref(model)
@@ -64,27 +43,21 @@ class ModelBinding:
 
     @property
     def model(self) -> PreTrainedModel:
-        """The model.
-
-        Raises
-        ------
-        CacheStateError
-            If it is gone.
-        """
+        """The model; `CacheStateError` if it has been deleted."""
         model = self._model()
         if model is None:
-            raise CacheStateError("the model of this cache is gone")
+            raise CacheStateError("the model of this cache has been deleted")
         return model
 
     @property
     def is_open(self) -> bool:
-        """Whether the model was made to attend over the cache, and nobody has closed it since."""
+        """Whether `open` has been called, and not `close` since."""
         return self._closer is not None and self._closer.alive
 
     def open(self, cache: object) -> None:
-        """Let the model attend over the cache until `close`, or until the cache is collected."""
+        """Route the model's attention through the cache until `close`, or until the cache is garbage-collected."""
         model = self.model
-        # After somebody has set another attention implementation, opening again means it.
+        # If another attention implementation was set in the meantime, opening again replaces it.
         if self.is_open and model.config._attn_implementation == IMPLEMENTATION:
             return
         self.close()
@@ -92,46 +65,42 @@ class ModelBinding:
         self._closer = weakref.finalize(cache, uninstall, self._model)
 
     def close(self) -> None:
-        """Give the model its own attention implementation back."""
+        """Restore the model's own attention implementation."""
         if self._closer is not None:
             self._closer()
 
     def check_open(self) -> None:
-        """Raise unless the model attends over its caches now.
-
-        Raises
-        ------
-        CacheStateError
-            If the cache is closed, its model gone, or the attention implementation another.
-        UnsupportedFeatureError
-            If the model's layers would leave the cache out.
-        """
+        """Raise unless the model exists, its attention goes through its caches, and its layers use them."""
         model = self._model()
         if not self.is_open or model is None or model.config._attn_implementation != IMPLEMENTATION:
             raise CacheStateError(
                 "this cache is closed, or the model's attention implementation was changed: call cache.open(), "
                 "or use it in a `with cache:` block"
             )
-        check_gradient_checkpointing(model)
+        if model.training and any(getattr(part, "gradient_checkpointing", False) for part in model.modules()):
+            raise UnsupportedFeatureError(
+                f"{type(model).__name__} is in training mode with gradient checkpointing, which bypasses the cache: "
+                "call model.eval() to generate"
+            )
 
     def check_model(self, model: PreTrainedModel) -> None:
         """Raise `CacheStateError` unless the cache is for this model."""
         own = self._model()
         if own is not model:
-            name = "one that is gone" if own is None else f"another {type(own).__name__}"
+            name = "deleted" if own is None else f"another {type(own).__name__}"
             raise CacheStateError(
-                f"this cache is for another model ({name}): make one for this {type(model).__name__} with "
+                f"this cache is for another model ({name}): create one for this {type(model).__name__} with "
                 "make_cache(model, ...)"
             )
 
     def check_module(self, module: Any) -> None:
-        """Raise `CacheStateError` unless the module that attends is part of the model."""
+        """Raise `CacheStateError` unless the attention module is part of the model."""
         if id(module) in self._modules:
             return
-        # Adapters may have put other modules in since the last look.
+        # Adapters may have inserted modules since the last check.
         self._modules = frozenset(map(id, self.model.modules()))
         if id(module) not in self._modules:
             raise CacheStateError(
-                f"this cache is for another model: {type(module).__name__} is no part of its "
+                f"this cache is for another model: {type(module).__name__} is not part of its "
                 f"{type(self.model).__name__}"
             )

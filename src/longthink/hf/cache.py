@@ -1,4 +1,7 @@
-"""`PagedCache`: a transformers `Cache` of fixed page slots."""
+"""`PagedCache`: a transformers `Cache` with a bounded number of page slots.
+
+It is what users create; each layer is a `PagedLayer` over a `LayerCache`.
+"""
 
 from __future__ import annotations
 
@@ -19,29 +22,25 @@ from longthink.errors import BudgetError, CacheStateError, UnsupportedFeatureErr
 from longthink.hf.binding import ModelBinding, outside_inference
 from longthink.hf.layer import PagedLayer
 from longthink.hf.support import check_model, rope_frequencies
-from longthink.policies import Policy, make_policy, needs_budget, policy_budget, policy_spec, policy_to_dict
+from longthink.policies import (
+    Policy,
+    grows,
+    make_policy,
+    needs_budget,
+    policy_budget,
+    policy_spec,
+    policy_to_dict,
+)
 
 
 class PagedCache(Cache):
-    """KV cache of fixed page slots for one model; use `make_cache` to create one.
+    """Bounded KV cache for one model; use `make_cache` to create one.
 
-    While it is open, the model attends through longthink (other caches still work); closing it gives the model
-    its own attention implementation back. It is a context manager, and closes itself when it is collected.
+    While it is open, the model's attention goes through longthink (other caches still work); `close` restores the
+    model's own attention. It is a context manager, and is closed when it is garbage-collected.
 
-    Parameters
-    ----------
-    model
-        The model that will use it.
-    policy
-        What to keep.
-    budget
-        How much to keep, or None for a policy that needs none.
-    batch_size
-        Rows it is meant for; other numbers are refused. None takes any.
-    kv_dtype
-        Format that keys and values are kept in, one of `longthink.config.KV_DTYPES`; None for the model's own.
-    fused
-        Decode steps by exact class of policy; None for those that there are for the model's device.
+    The parameters are those of `make_cache`, with policy and budget as objects; `fused` are the fused decode steps by
+    exact policy class, by default those available on the model's device.
     """
 
     def __init__(
@@ -69,7 +68,7 @@ class PagedCache(Cache):
         if needs_budget(policy) and not any(needs_budget(layer.policy) for layer in slots):
             raise BudgetError(
                 f"policy {policy_spec(policy)!r} keeps everything in all {count} layers of the model: the budget "
-                "would bound nothing"
+                "would have no effect"
             )
         super().__init__(layers=[PagedLayer(layer, self.binding) for layer in slots])
         self.open()
@@ -77,12 +76,12 @@ class PagedCache(Cache):
     # Opening and closing ------------------------------------------------------------------------------------
 
     def open(self) -> Self:
-        """Let the model attend over this cache (done by the constructor; needed again after `close`)."""
+        """Route the model's attention through this cache (the constructor does; needed again after `close`)."""
         self.binding.open(self)
         return self
 
     def close(self) -> None:
-        """Give the model its own attention implementation back; the contents stay."""
+        """Restore the model's own attention implementation; the contents stay."""
         self.binding.close()
 
     def __enter__(self) -> Self:
@@ -92,7 +91,7 @@ class PagedCache(Cache):
         self.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Copy the contents, for the same model or for the copy of it that is made along; open if this one is."""
+        """Copy the contents, bound to the same model or to a copy made by the same call; open if this one is."""
         model = self.binding.model
         other = type(self).__new__(type(self))
         memo[id(self)] = other
@@ -102,27 +101,27 @@ class PagedCache(Cache):
         return other.open() if self.binding.is_open else other
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Refuse: what it holds means something to its model alone."""
+        """Raise: the contents are of use to this model only."""
         raise UnsupportedFeatureError(
             "a longthink cache belongs to a model in this process and cannot be pickled; copy.deepcopy copies it"
         )
 
     @contextmanager
     def begin_chunked_prefill(self, columns: int) -> Iterator[None]:
-        """Take the next columns as one prompt, in however many calls of the model they come.
+        """Treat the next columns as one prompt, even if they are split over several calls of the model.
 
-        What follows is as if they had come in one call. Until the last column is there, keys and values of all of
-        them are held, in all layers. If the ``with`` block is left before, the cache is reset.
+        The result is that of a single call. Until the last column has been read, the keys and values of all columns
+        are kept, in all layers. Leaving the ``with`` block before that resets the cache.
 
         Parameters
         ----------
         columns
-            Columns of the prompt, padding included.
+            Columns of the prompt, including padding.
 
         Raises
         ------
         UnsupportedFeatureError
-            If the cache has read a prompt and decoded nothing since. On one that has decoded, this changes nothing.
+            If the cache has read a prompt and decoded nothing since. If it has decoded, this has no effect.
         """
         check_int("columns", columns, 1)
         for layer in self.layers:
@@ -133,47 +132,38 @@ class PagedCache(Cache):
             if any(layer.slots.in_chunked_prefill for layer in self.layers):
                 self.reset()
 
-    # The library's interface --------------------------------------------------------------------------------
+    # Interface of transformers ------------------------------------------------------------------------------
 
     @torch.compiler.disable
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Take in the new keys and values of a layer.
-
-        Raises
-        ------
-        CacheStateError
-            If the cache is closed or another model's, a step was interrupted, or the number of rows is not the one
-            asked for.
-        UnsupportedModelError
-            If the model stores more than one key per layer.
-        """
+        """Add the new keys and values of a layer, B x K x Q x D, if the cache is open and the model the right one."""
         if layer_idx == 0:
             self.binding.check_open()
-            self._check_rows(len(key_states))
+            rows = len(key_states)
+            if self._rows is not None and rows != self._rows:
+                raise CacheStateError(
+                    f"the cache was made for batch_size={self._rows} and was given {rows} rows"
+                )
         self._check_layer(layer_idx)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     @torch.compiler.disable
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Size and offset of the mask. A model asks before its layers run, so faults are found before anything is."""
+        """Size and offset of the mask. Models ask before their layers run, so errors surface before any change."""
         self.binding.check_open()
         self._check_complete()
         return super().get_mask_sizes(query_length, layer_idx)
 
-    def _check_rows(self, rows: int) -> None:
-        if self._rows is not None and rows != self._rows:
-            raise CacheStateError(f"the cache was made for batch_size={self._rows} and was given {rows} rows")
-
     def _check_complete(self) -> None:
         if any(layer.pending or layer.columns != self.layers[0].columns for layer in self.layers):
             raise CacheStateError(
-                "a step on this cache was interrupted: call cache.reset() or make a new one"
+                "a step on this cache was interrupted: call cache.reset() or create a new one"
             )
 
     def _check_layer(self, index: int) -> None:
-        """Raise unless keys of this layer are what comes next: a layer attends before the next one's keys come."""
+        """Raise unless keys of this layer come next: each layer attends before the next one adds its keys."""
         if index >= len(self.layers):
             raise CacheStateError(
                 f"this cache has {len(self.layers)} layers and was given keys of layer {index}: it is for another "
@@ -183,56 +173,48 @@ class PagedCache(Cache):
         if layer.pending:
             raise UnsupportedModelError(
                 f"layer {index} has stored keys twice in one step: either the model stores more than one key per "
-                "layer, which a bounded page cache cannot serve right, or a step was interrupted: then call "
-                "cache.reset()"
+                "layer, which a bounded cache does not support, or a step was interrupted; then call cache.reset()"
             )
         if index == 0:
             self._check_complete()
         elif before.pending:
-            before.pending = False  # nothing was taken in
+            before.pending = False  # nothing was appended
             raise CacheStateError(
-                "the model that runs does not attend over this cache: it is for another model; make one with "
-                "make_cache(model, ...)"
+                "the running model does not use this cache for attention: it is for another model; create one "
+                "with make_cache(model, ...)"
             )
 
     def activate_past_recording(self) -> None:
-        """Refuse: asked for by assisted decoding, which takes tokens back."""
+        """Raise: assisted decoding, which calls this, removes tokens again."""
         raise UnsupportedFeatureError(
-            "assisted decoding takes tokens back, and evicted tokens cannot come back: generate without assistant "
-            "model and prompt lookup, or use transformers' own cache"
+            "assisted decoding removes tokens again, and evicted tokens cannot be restored: generate without "
+            "assistant model and prompt lookup, or use transformers' own cache"
         )
 
     @property
     def max_cache_len(self) -> int:
-        """Refuse: asked for by prefix tuning of PEFT, which fills the cache with vectors of no token."""
+        """Raise: PEFT's prefix tuning, which asks for this, fills the cache with vectors that belong to no token."""
         raise UnsupportedFeatureError(
-            "prefix tuning fills a cache with vectors of no token, which a policy cannot count: use transformers' "
-            "own cache"
+            "prefix tuning fills a cache with vectors that belong to no token, which a policy cannot count: use "
+            "transformers' own cache"
         )
 
-    # The step of `DecodeStep`, which does not come through `update` --------------------------------------------
+    # For `DecodeStep`, which does not use `update` -----------------------------------------------------------
 
     @property
     def rows(self) -> int:
-        """Rows that it holds, 0 before the prompt."""
+        """Number of rows; 0 before the prompt."""
         return len(self.layers[0].slots.length_B)
 
     @property
     def sizes(self) -> tuple[tuple[torch.Size, int], ...]:
-        """Of each layer, what a program may have to be looked at again for: see `LayerCache.sizes`."""
+        """`LayerCache.sizes` of each layer: a compiled step is valid until they change."""
         return tuple(layer.slots.sizes for layer in self.layers)
 
     @outside_inference
     def begin_step(self, rows: int) -> bool:
-        """Count one more token of every row, and return whether one of them opens a page.
-
-        Raises
-        ------
-        CacheStateError
-            If it holds no prompt or another number of rows, is closed, or a step was interrupted.
-        """
+        """Count one more token for every row, and return whether any row begins a page."""
         self.binding.check_open()
-        self._check_rows(rows)
         self._check_complete()
         if rows != self.rows:
             raise CacheStateError(f"the cache holds {self.rows} rows and was given {rows}")
@@ -243,7 +225,7 @@ class PagedCache(Cache):
         return opens
 
     def end_step(self) -> None:
-        """Say that the step that has begun is complete."""
+        """Complete the step that `begin_step` began."""
         for layer in self.layers:
             layer.pending = False
             layer.columns += 1
@@ -251,21 +233,16 @@ class PagedCache(Cache):
     # Continuous batching ------------------------------------------------------------------------------------
 
     def fresh(self) -> PagedCache:
-        """Make an empty cache of the same model, policy, budget and format."""
+        """Return an empty cache for the same model, with the same policy, budget and format."""
         return PagedCache(
             self.binding.model, self.policy, self.budget, kv_dtype=self.kv_dtype, fused=self._fused
         )
 
     @outside_inference
     def adopt(self, row: int, other: PagedCache) -> None:
-        """Make a row what the only row of another cache is; the number of rows as `row` adds one.
+        """Replace a row by the only row of another cache; with `row` equal to the number of rows, append it.
 
-        Afterwards rows may have seen different numbers of tokens, so the model must be given `position_ids`.
-
-        Raises
-        ------
-        CacheStateError
-            If the other cache has another policy, budget or format, or not exactly one row.
+        Rows may then have seen different numbers of tokens, so the model needs `position_ids`.
         """
         if (other.policy, other.budget, other.kv_dtype) != (self.policy, self.budget, self.kv_dtype):
             raise CacheStateError("adopt needs a cache of the same policy and budget, in the same format")
@@ -274,12 +251,12 @@ class PagedCache(Cache):
 
     @outside_inference
     def keep_rows(self, rows: list[int]) -> None:
-        """Keep only the given rows, and no more slots than they need."""
+        """Keep only the given rows, and free slots that they do not need."""
         for layer in self.layers:
             layer.slots.select_rows(torch.tensor(rows))
             layer.slots.release()
 
-    # What it holds ------------------------------------------------------------------------------------------
+    # Contents -----------------------------------------------------------------------------------------------
 
     @property
     def kv_bytes(self) -> int:
@@ -293,28 +270,43 @@ class PagedCache(Cache):
 
     @property
     def dense_kv_bytes(self) -> int:
-        """Bytes that keys and values of all tokens seen would take."""
+        """Bytes that a dense cache would take for all tokens seen, all layers."""
         return sum(layer.slots.dense_kv_bytes for layer in self.layers)
 
     @property
+    def break_even_tokens(self) -> int | None:
+        """Length of text (tokens of a row) from which this cache takes no more bytes than a dense one.
+
+        The slots of a bounded layer are allocated in full with the prompt, so on shorter texts `kv_bytes` is above
+        `dense_kv_bytes`. None before the prompt, and for policies that evict nothing.
+        """
+        bounded = [layer.slots for layer in self.layers if not grows(layer.slots.policy)]
+        dense = sum(slots.dense_kv_bytes for slots in bounded)
+        if not dense:
+            return None
+        # Bytes of all rows over the bytes of one token in each row, rounded up.
+        tokens = int(bounded[0].length_B.sum())
+        return -(-sum(slots.kv_bytes for slots in bounded) * tokens // (dense * self.rows))
+
+    @property
     def num_evicted(self) -> int:
-        """Tokens seen and no longer resident, summed over layers, rows and KV heads."""
+        """Tokens seen and evicted, summed over layers, rows and KV heads."""
         return sum(layer.slots.num_evicted for layer in self.layers)
 
     def row_dense_kv_bytes(self, row: int) -> int:
-        """Bytes that keys and values of all tokens that a row has seen would take, all layers."""
+        """`dense_kv_bytes` of one row."""
         return sum(layer.slots.row_dense_kv_bytes(row) for layer in self.layers)
 
     def row_evicted(self, row: int) -> int:
-        """Tokens that a row has seen and no longer holds, summed over layers and KV heads."""
+        """`num_evicted` of one row."""
         return sum(layer.slots.row_evicted(row) for layer in self.layers)
 
     def resident_positions(self, layer: int) -> list[list[list[int]]]:
-        """Logical positions (padding not counted) that a layer holds: a sorted list per row and KV head."""
+        """Logical positions (not counting padding) that a layer holds: a sorted list per row and KV head."""
         return self.layers[layer].slots.resident_positions()
 
     def summary(self) -> dict[str, Any]:
-        """Policy, budget and what is held, ready for JSON."""
+        """Policy, budget and sizes, ready for JSON."""
         return {
             "policy": policy_to_dict(self.policy),
             "budget": None if self.budget is None else self.budget.budget,
@@ -327,6 +319,13 @@ class PagedCache(Cache):
             "num_evicted": self.num_evicted,
         }
 
+    def __repr__(self) -> str:
+        brief_repr = self.summary() | {
+            "policy": policy_spec(self.policy),
+            "break_even_tokens": self.break_even_tokens,
+        }
+        return f"PagedCache({', '.join(f'{k}={v!r}' for k, v in brief_repr.items() if v is not None)})"
+
 
 def make_cache(
     model: PreTrainedModel,
@@ -337,31 +336,30 @@ def make_cache(
     batch_size: int | None = None,
     kv_dtype: str | None = None,
 ) -> PagedCache:
-    """Cache for ``model.generate(..., past_key_values=cache)``, for any number of turns.
+    """Create a cache for ``model.generate(..., past_key_values=cache)``, for any number of turns.
 
-    What it cannot serve it refuses when the model is called. Of one thing a cache is told nothing: with
-    ``guidance_scale`` the library reads a second text in a cache of its own, which nothing bounds. Only `generate`
-    can refuse that.
+    Unsupported features raise an error when the model is called, with one exception: with ``guidance_scale``
+    transformers decodes a second text in an unbounded cache of its own, which only `generate` can refuse.
 
     Parameters
     ----------
     model
         A decoder-only transformers model with full attention.
     policy
-        A policy, its name, or a text such as ``raas:r=0.25``.
+        A policy, its name, or a spec such as ``raas:r=0.25``.
     budget, decode_budget
-        Tokens to keep in each layer and row: prompt included, or on top of the prompt. Exactly one of the two,
-        and none for ``dense``.
+        Tokens to keep per layer and row: including the prompt, or on top of it. Give exactly one; neither for
+        ``dense``.
     batch_size
-        Rows that the cache is meant for; None takes any number.
+        The only number of rows to accept; None accepts any.
     kv_dtype
-        Format that keys and values are kept in: ``bfloat16``, ``float16`` or ``float32``; None for the model's own.
-        Half the bytes for a float32 model; what it saves in time depends on the processor.
+        Format that keys and values are stored in: ``bfloat16``, ``float16`` or ``float32``; None for the model's own.
+        16 bits halve the bytes for a float32 model; whether they save time depends on the processor.
 
     Raises
     ------
     UnsupportedModelError
-        If the model would be served wrongly.
+        If the model is not supported.
     BudgetError
         If the budget does not suit the policy.
     ValueError

@@ -1,4 +1,4 @@
-"""`Engine`: requests of many callers through a fixed number of seats on one model."""
+"""`Engine`: continuous batching of many callers' requests on one model: what users see of `Scheduler`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from longthink.config import DEFAULT_POLICY, check_int
 from longthink.errors import BudgetError, EngineError, NonFiniteError
 from longthink.hf.batch import Batch
 from longthink.hf.cache import PagedCache, make_cache
-from longthink.hf.request import Finished, Request
+from longthink.hf.request import Finished, Job, Request
 from longthink.hf.sampling import Sampling
-from longthink.hf.scheduler import Job, Scheduler
+from longthink.hf.scheduler import Scheduler
 from longthink.hf.step import Compile, check_compile
 from longthink.policies import Policy
 
@@ -24,7 +24,7 @@ _GREEDY = Sampling()
 
 
 class Handle:
-    """A request that was submitted. Iterate over it for its tokens as they come; any number of threads may."""
+    """A submitted request. Iterating over it yields its tokens as they are decoded, in any number of threads."""
 
     def __init__(self, engine: Engine, job: Job) -> None:
         self._engine = engine
@@ -32,31 +32,30 @@ class Handle:
 
     @property
     def request(self) -> Request:
-        """What was asked for."""
-        return self._job.state.request
+        return self._job.request
 
     @property
     def done(self) -> bool:
-        """Whether nothing more will come."""
+        """Whether it has ended; no more tokens will come."""
         return self._job.done
 
     def cancel(self) -> None:
-        """End it before the next step, and give its seat to another; it keeps its tokens. Nothing if it is done."""
+        """End it before the next step and free its seat; its tokens so far stay. No effect if it is done."""
         self._engine._scheduler.cancel(self._job)
 
     def __iter__(self) -> Iterator[int]:
-        """Yield its tokens from the first one on, each as soon as it is there.
+        """Yield its tokens from the first one on, as they are decoded.
 
         Raises
         ------
         BudgetError
             If the prompt does not fit.
         NonFiniteError
-            After the tokens before it, if the model produces NaN.
+            If the model produces NaN, after the tokens before it.
         EngineError
-            After the tokens before it, if decoding failed; the cause is chained.
+            If decoding failed, after the tokens before it; the cause is chained.
         """
-        yield from self._job.tokens()
+        yield from self._job.stream()
         finished = self.result()
         if finished.finish == "no_room":
             raise BudgetError(finished.note)
@@ -64,9 +63,9 @@ class Handle:
             raise NonFiniteError(finished.note)
 
     def result(self, timeout: float | None = None) -> Finished:
-        """Wait until it is done.
+        """Wait until it is done and return its result.
 
-        A prompt without room and broken numbers are results as well: see `Finished`.
+        A prompt that does not fit and NaN are results too: see `Finished.finish`.
 
         Parameters
         ----------
@@ -85,45 +84,44 @@ class Handle:
         if self._job.finished is None:
             error = self._job.error
             raise EngineError(
-                f"decoding failed with {type(error).__name__}: {error}; tokens before it: {len(self._job.state.tokens)}"
+                f"decoding failed after {len(self._job.tokens)} tokens with {type(error).__name__}: {error}"
             ) from error
         return self._job.finished
 
 
 class Engine:
-    """A small continuous scheduler: a fixed number of seats on one model, each with its own bounded cache row.
+    """Continuous batching with a fixed number of seats on one model, each a row of one bounded cache.
 
-    When a row is complete, the next prompt is read alone and takes its seat at once, in place. Every row counts its
-    own positions and has its own budget, so the memory for any number of requests is that of the seats. Only the
-    model's end tokens (from its generation config) end a row: penalties and other settings of that config are not
-    applied.
+    When a request finishes, the next prompt is prefilled alone and takes over its seat, in place. Each row counts its
+    own positions and has its own budget, so memory depends on the number of seats, not of requests. Of the model's
+    generation config only the end tokens are used: penalties and other settings are not applied.
 
-    What a request gives does not depend on its neighbours but through the rounding of batched arithmetic: in float32
-    the tokens are those of `generate`, in narrower formats two nearly equal logits may change places.
+    A request's tokens depend on its neighbours only through the rounding of batched arithmetic: in float32 they are
+    those of `generate`; in narrower formats nearly equal logits may swap.
 
-    Use it in a ``with`` block, or close it. Until then the model attends through longthink.
+    Use it in a ``with`` block, or close it. Until then the model's attention goes through longthink.
 
     Parameters
     ----------
     model
         A decoder-only transformers model with full attention.
     policy
-        What to keep: a policy, its name, or a text such as ``raas:r=0.25``.
+        What to keep: a policy, its name, or a spec such as ``raas:r=0.25``.
     budget, decode_budget
-        Tokens to keep in each layer and row: prompt included, or on top of the prompt. Exactly one of the two,
-        and none for ``dense``.
+        Tokens to keep per layer and row: including the prompt, or on top of it. Give exactly one; neither for
+        ``dense``.
     seats
-        Rows decoded side by side at most.
+        Largest number of requests decoded at once.
     prefill_chunk_size
-        Tokens of a prompt to read at once; None reads it in one go.
+        Prompt tokens to prefill at a time; None for all at once.
     kv_dtype
-        Format that keys and values are kept in; see `make_cache`.
+        Format that keys and values are stored in; see `make_cache`.
     compile
-        Whether the decode step is compiled into one program. That takes about a minute, once for each model, policy,
-        budget and number of seats, and makes each token cheaper. Every step then has `seats` rows, whether taken or
-        not; otherwise the batch shrinks while seats are empty. ``auto`` changes over to it when requests have asked
-        for `longthink.hf.PAYS_FROM` steps (a request for so many tokens, or all together for so many times `seats`),
-        or where the program is there already, and goes on eagerly where compiling fails.
+        Whether to compile the decode step. Compiling takes about a minute, once for each model, policy, budget and
+        number of seats, and makes each token cheaper. A compiled step always has `seats` rows; an eager one has a row
+        for each running request. ``auto`` switches to compiled steps once a request asks for `longthink.hf.PAYS_FROM`
+        tokens, or all together for `seats` times as many, or if this shape has been compiled before; it decodes
+        eagerly if compiling fails.
 
     Raises
     ------
@@ -151,17 +149,17 @@ class Engine:
         check_compile(compile)
         if prefill_chunk_size is not None:
             check_int("prefill_chunk_size", prefill_chunk_size, 1)
-        # It stays empty, and keeps the model attending through longthink until the end.
-        spare = make_cache(
+        # It stays empty; while it is open, the model's attention goes through longthink.
+        template = make_cache(
             model, policy=policy, budget=budget, decode_budget=decode_budget, kv_dtype=kv_dtype
         )
         self.seats = seats
         self._vocabulary = model.get_input_embeddings().num_embeddings
         self._numbers = itertools.count()
         self._scheduler = Scheduler(
-            Batch(model, spare, seats, prefill_chunk_size=prefill_chunk_size, compile=compile)
+            Batch(model, template, seats, prefill_chunk_size=prefill_chunk_size, compile=compile)
         )
-        self._closer = weakref.finalize(self, _close, self._scheduler, spare)
+        self._closer = weakref.finalize(self, _close, self._scheduler, template)
 
     def submit(
         self,
@@ -172,20 +170,16 @@ class Engine:
         key: str | None = None,
         tag: Any = None,
     ) -> Handle:
-        """Ask for a text and return at once; a thread of the engine decodes it. Any thread may call this.
+        """Queue a request and return at once; the engine's thread decodes it. Any thread may call this.
 
         Parameters
         ----------
         tokens
             Token ids of one prompt: integers, or a tensor of shape (N,) or (1, N).
-        max_new_tokens
-            Tokens after which it is cut off.
-        sampling
-            How tokens are chosen.
         key
             Seeds the request's random generator; by default the number of the request.
-        tag
-            Anything to find in the result.
+        max_new_tokens, sampling, tag
+            As in `longthink.hf.Request`.
 
         Raises
         ------
@@ -197,7 +191,7 @@ class Engine:
         if isinstance(tokens, Tensor):
             if tokens.numel() != tokens.shape[-1]:
                 raise ValueError(
-                    f"tokens of shape {tuple(tokens.shape)}: allowed is one prompt, (N,) or (1, N)"
+                    f"tokens of shape {tuple(tokens.shape)}: allowed is one prompt, shape (N,) or (1, N)"
                 )
             tokens = tokens.flatten().tolist()
         number = next(self._numbers)
@@ -211,17 +205,17 @@ class Engine:
         return self._add(request, in_thread=True)
 
     def map(self, requests: Iterable[Request]) -> Iterator[Finished]:
-        """Decode requests in the calling thread and yield each as soon as it is complete.
+        """Decode requests in the calling thread and yield each result as soon as it is complete.
 
-        Requests are taken one by one, when there is a seat for them. If the iteration is given up, those that are
-        not complete are cancelled.
+        Requests are taken from the iterable one by one, as seats become free. Abandoning the iteration cancels those
+        that are running.
 
         Raises
         ------
         EngineError
             If the engine is closed.
         Exception
-            Whatever the model raises.
+            Any error that the model raises.
         """
         source, running = iter(requests), list[Handle]()
         try:
@@ -250,9 +244,9 @@ class Engine:
         return handle
 
     def close(self) -> None:
-        """Cancel what is not complete, free the memory, and give the model its own attention implementation back.
+        """Wait for the current step, cancel all other work, free the memory and restore the model's attention.
 
-        Waits for the step that is being decoded. Nothing that waits for a handle waits for ever.
+        Threads that wait for a handle return.
         """
         self._closer()
 
@@ -263,6 +257,6 @@ class Engine:
         self.close()
 
 
-def _close(scheduler: Scheduler, spare: PagedCache) -> None:
+def _close(scheduler: Scheduler, template: PagedCache) -> None:
     scheduler.close()
-    spare.close()
+    template.close()

@@ -1,4 +1,4 @@
-"""`generate`: the one changed line."""
+"""`generate`: ``model.generate`` with a bounded cache, and the checks that transformers does not make."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from longthink.config import DEFAULT_POLICY, brief_repr, check_int
 from longthink.errors import NonFiniteError, UnsupportedFeatureError
 from longthink.hf.arguments import Tokens, prompt_tensors
-from longthink.hf.binding import check_gradient_checkpointing
 from longthink.hf.cache import PagedCache, make_cache
 from longthink.hf.loop import NEEDS_LIBRARY, DecodeLoop
 from longthink.hf.step import Compile, check_compile, compiles
 from longthink.hf.support import check_model
 from longthink.policies import Policy, make_policy, policy_spec
 
-# Options of `model.generate` that a bounded cache cannot serve; None and False leave them off.
+# Options of `model.generate` that do not work with a bounded cache; None and False leave them off.
 _REFUSED = {
-    "assistant_model": "assisted decoding takes tokens back",
-    "prompt_lookup_num_tokens": "assisted decoding takes tokens back",
-    "assistant_early_exit": "assisted decoding takes tokens back",
-    "use_mtp": "assisted decoding takes tokens back",
-    "penalty_alpha": "contrastive search takes tokens back",
+    "assistant_model": "assisted decoding removes tokens again",
+    "prompt_lookup_num_tokens": "assisted decoding removes tokens again",
+    "assistant_early_exit": "assisted decoding removes tokens again",
+    "use_mtp": "assisted decoding removes tokens again",
+    "penalty_alpha": "contrastive search removes tokens again",
     "dola_layers": "DoLa decoding is not supported",
     "custom_generate": "custom decoding loops are not supported",
     "cache_implementation": "longthink is the cache",
@@ -34,10 +33,10 @@ _MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
 
 
 class _NonFiniteGuard(LogitsProcessor):
-    """Stops generation at the first NaN: its tokens would be noise that looks like an answer."""
+    """Stops generation at the first NaN: the tokens after it would be noise that looks like an answer."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        # The largest of numbers among which there is a NaN is NaN.
+        # max() propagates NaN.
         if scores.max().isnan():
             raise NonFiniteError(
                 f"the model's logits are NaN after {input_ids.shape[1]} tokens: its weights or inputs are damaged, "
@@ -59,34 +58,34 @@ def generate(
     prefill_chunk_size: int | None = None,
     **generate_kwargs: Any,
 ) -> Any:
-    """Like ``model.generate(input_ids, ...)``, with a KV cache that stays within a budget.
+    """Call ``model.generate(input_ids, ...)`` with a KV cache that stays within a budget.
 
     Parameters
     ----------
     model
         A decoder-only transformers model with full attention.
     input_ids, attention_mask
-        Prompt tokens, left-padded for batches, and their padding mask: tensors or lists, of shape (B, N), or (N,)
-        for one row. What a tokenizer returns is taken as well, mask and all; with ``inputs_embeds=`` there may be
-        none.
+        Prompt tokens, left-padded for batches, and their padding mask: tensors or lists of shape (B, N), or (N,)
+        for one row. The output of a tokenizer works too, including its mask; omit both with ``inputs_embeds=``.
     policy
-        What to keep: a policy, its name, or a text such as ``raas:r=0.25``.
+        What to keep: a policy, its name, or a spec such as ``raas:r=0.25``.
     budget, decode_budget
-        Tokens to keep in each layer and row: prompt included, or on top of the prompt. Exactly one of the two,
-        and none for ``dense``.
+        Tokens to keep per layer and row: including the prompt, or on top of it. Give exactly one; neither for
+        ``dense``.
     kv_dtype
-        Format that keys and values are kept in; see `make_cache`.
+        Format that keys and values are stored in; see `make_cache`.
     compile
-        Whether the decode step is compiled into one program. That takes about a minute, once for each model, policy,
-        budget and number of rows, and makes each token cheaper. ``auto`` compiles from `longthink.hf.PAYS_FROM` new
-        tokens on, or where the program is there already, and goes on eagerly where compiling fails.
+        Whether to compile the decode step. Compiling takes about a minute, once for each model, policy, budget and
+        number of rows, is announced by the logger ``longthink``, and makes each token cheaper. ``auto`` compiles from
+        `longthink.hf.PAYS_FROM` new tokens on, or if this shape has been compiled before; it decodes eagerly if
+        compiling fails.
     prefill_chunk_size
-        Columns of the prompt to read at once; None reads it in one go. The tokens are the same but for rounding, and
-        the memory beside the cache follows the piece, not the prompt.
+        Columns of the prompt to prefill at a time; None for all at once. Tokens are the same up to rounding, and the
+        memory needed besides the cache depends on the chunk, not on the prompt.
     **generate_kwargs
-        Anything that ``model.generate`` takes: ``max_new_tokens``, ``do_sample``, ``streamer``, ... What is not given
-        comes from ``generation_config=``, and then from the model's own generation config, as in transformers. With
-        ``past_key_values=`` the cache of an earlier call goes on (a second turn); then no budget is given.
+        Arguments of ``model.generate``: ``max_new_tokens``, ``do_sample``, ``streamer``, ... Defaults come from
+        ``generation_config=``, then from the model's own generation config, as in transformers. With
+        ``past_key_values=`` the cache of an earlier call is continued (a second turn); then give no budget.
 
     Returns
     -------
@@ -98,7 +97,7 @@ def generate(
     BudgetError
         If the prompt does not fit, or the budget does not suit the policy.
     UnsupportedModelError, UnsupportedFeatureError
-        If the model, or a way of decoding, would be served wrongly; or with ``compile=True`` cannot be compiled.
+        If the model or a way of decoding is not supported, or cannot be compiled with ``compile=True``.
     NonFiniteError
         If the model produces NaN.
     ValueError
@@ -107,8 +106,15 @@ def generate(
     check_compile(compile)
     check_model(model)
     input_ids, attention_mask = prompt_tensors(input_ids, attention_mask, generate_kwargs, model.device)
-    _check_options(model, generate_kwargs)
-    pieces = _piece_size(model, input_ids, prefill_chunk_size, generate_kwargs)
+    # Options of the call, of `generation_config=` and of the model, merged as `model.generate` merges them.
+    options = dict(generate_kwargs)
+    config, others = model._prepare_generation_config(options.pop("generation_config", None), **options)
+    _check_options(config, others)
+    chunk_size = config.prefill_chunk_size if prefill_chunk_size is None else prefill_chunk_size
+    if chunk_size is not None:
+        check_int("prefill_chunk_size", chunk_size, 1)
+        if input_ids is None or others.get("inputs_embeds") is not None:
+            raise UnsupportedFeatureError(f"prefill_chunk_size={chunk_size} needs the prompt as input_ids")
     cache = generate_kwargs.pop("past_key_values", None)
     if cache is None:
         cache = make_cache(
@@ -117,52 +123,44 @@ def generate(
     else:
         _check_live_cache(model, cache, policy, budget, decode_budget, kv_dtype)
     guards = LogitsProcessorList([_NonFiniteGuard(), *(generate_kwargs.pop("logits_processor", None) or [])])
-    given = generate_kwargs.get("inputs_embeds") if input_ids is None else input_ids
-    if _compiles(model, cache, 1 if given is None else len(given), compile, generate_kwargs):
+    prompt = others.get("inputs_embeds") if input_ids is None else input_ids
+    rows = (1 if prompt is None else len(prompt)) * (config.num_return_sequences or 1)
+    tokens = config.max_new_tokens or config.max_length
+    if _own_loop(config, others, compile) and compiles(model, cache, compile, rows=rows, tokens=tokens):
         generate_kwargs["custom_generate"] = DecodeLoop(compile, generate_kwargs.get("streamer"))
-    columns = 0 if pieces is None or input_ids is None else input_ids.shape[1]
+    columns = 0 if chunk_size is None or input_ids is None else input_ids.shape[1]
     with cache, cache.begin_chunked_prefill(columns) if columns else nullcontext():
         return model.generate(
             input_ids,
             attention_mask=attention_mask,
             past_key_values=cache,
             logits_processor=guards,
-            prefill_chunk_size=pieces,
+            prefill_chunk_size=chunk_size,
             **generate_kwargs,
         )
 
 
-def _settled(model: PreTrainedModel, options: dict[str, Any]) -> tuple[GenerationConfig, dict[str, Any]]:
-    """What the library will decode with, and what it is no option of: merged as `model.generate` does it."""
-    options = dict(options)
-    return model._prepare_generation_config(options.pop("generation_config", None), **options)
-
-
-def _compiles(
-    model: PreTrainedModel, cache: PagedCache, rows: int, compile: Compile, options: dict[str, Any]
-) -> bool:
-    """Whether our own loop decodes, with a compiled step."""
-    config, others = _settled(model, options)
+def _own_loop(config: GenerationConfig, others: dict[str, Any], compile: Compile) -> bool:
+    """Whether `DecodeLoop` supports the options; raise if it does not and compiling was requested."""
     for name in NEEDS_LIBRARY:
         value = getattr(config, name, None) or others.get(name)
         if value is None or value is False or (name == "num_beams" and value == 1):
             continue
         if compile is True:
             raise UnsupportedFeatureError(
-                f"compile=True cannot be used with {name}={brief_repr(value)}: give compile='auto'"
+                f"compile=True cannot be used with {name}={brief_repr(value)}: pass compile='auto'"
             )
         return False
-    rows *= config.num_return_sequences or 1
-    return compiles(model, cache, compile, rows=rows, tokens=config.max_new_tokens or config.max_length)
+    return True
 
 
-def _check_options(model: PreTrainedModel, options: dict[str, Any]) -> None:
-    check_gradient_checkpointing(model)
-    for option in ("assistant_model", "custom_generate"):
-        _refuse(option, options.get(option))
-    config, _ = _settled(model, options)
-    for option in _REFUSED:
-        _refuse(option, getattr(config, option, None))
+def _check_options(config: GenerationConfig, others: dict[str, Any]) -> None:
+    for option, reason in _REFUSED.items():
+        value = getattr(config, option, others.get(option))
+        if value is not None and value is not False:
+            raise UnsupportedFeatureError(
+                f"{option}={brief_repr(value)} cannot be used with a bounded cache: {reason}"
+            )
     mode = config.get_generation_mode().value
     if mode not in _MODES:
         raise UnsupportedFeatureError(
@@ -170,33 +168,14 @@ def _check_options(model: PreTrainedModel, options: dict[str, Any]) -> None:
         )
     if config.guidance_scale not in (None, 1):
         raise UnsupportedFeatureError(
-            f"guidance_scale={config.guidance_scale!r} cannot be used with a bounded cache: it reads a second text, "
-            "with a cache that nothing bounds"
+            f"guidance_scale={config.guidance_scale!r} cannot be used with a bounded cache: it decodes a second text "
+            "with an unbounded cache"
         )
-    if config.use_cache is False and options.get("inputs_embeds") is None:
+    if config.use_cache is False and others.get("inputs_embeds") is None:
         raise UnsupportedFeatureError(
-            "use_cache=False cannot be used with longthink, which is a cache: give use_cache=True, if it comes from "
-            "the generation config of the model"
+            "use_cache=False cannot be used with longthink, which is a cache: pass use_cache=True (it may come from "
+            "model.generation_config)"
         )
-
-
-def _refuse(option: str, value: Any) -> None:
-    if value is not None and value is not False:
-        raise UnsupportedFeatureError(
-            f"{option}={brief_repr(value)} cannot be used with a bounded cache: {_REFUSED[option]}"
-        )
-
-
-def _piece_size(
-    model: PreTrainedModel, input_ids: Tensor | None, given: int | None, options: dict[str, Any]
-) -> int | None:
-    size = _settled(model, options)[0].prefill_chunk_size if given is None else given
-    if size is None:
-        return None
-    check_int("prefill_chunk_size", size, 1)
-    if input_ids is None or options.get("inputs_embeds") is not None:
-        raise UnsupportedFeatureError(f"prefill_chunk_size={size} needs the prompt as input_ids")
-    return size
 
 
 def _check_live_cache(
@@ -209,12 +188,12 @@ def _check_live_cache(
 ) -> None:
     if not isinstance(cache, PagedCache):
         raise UnsupportedFeatureError(
-            f"past_key_values={type(cache).__name__} is no longthink cache: take the one that an earlier call with "
-            "return_dict_in_generate=True returned, or make_cache(...)"
+            f"past_key_values={type(cache).__name__} is not a longthink cache: pass one from make_cache(...), or the "
+            "one that an earlier call with return_dict_in_generate=True returned"
         )
     cache.binding.check_model(model)
     if budget is not None or decode_budget is not None:
-        raise ValueError("past_key_values has its own budget: give neither budget nor decode_budget with it")
+        raise ValueError("past_key_values has its own budget: pass neither budget nor decode_budget with it")
     if kv_dtype not in (None, cache.kv_dtype):
         raise ValueError(f"past_key_values has kv_dtype={cache.kv_dtype!r}, not {kv_dtype!r}")
     if policy != DEFAULT_POLICY and make_policy(policy) != cache.policy:

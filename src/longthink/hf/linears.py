@@ -1,8 +1,8 @@
-"""Linear layers of a compiled step on a CPU: a step multiplies few rows, and libraries are made for many.
+"""Linear layers of a compiled decode step on a CPU, for the few rows that a step has.
 
-With one row, all the time of a linear layer goes into reading its weight. As a sum of products the compiler makes one
-loop of it that reads each weight once, at the speed of the memory; the matrix libraries that PyTorch calls stay far
-below that (`benchmarks/2026-11-21-step.md` has the figures).
+With one row, a linear layer spends all its time reading its weight. Written as a sum of products, it compiles into
+one loop that reads each weight once, at memory speed; the matrix libraries that PyTorch calls stay far below that
+(`benchmarks/2026-11-21-step.md` has the figures).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from longthink.kernels.compiled import FEW_ROWS
 
 
 def few_rows_backend(module: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-    """Compile as inductor does, with linear layers made for few rows: a backend of ``torch.compile``."""
+    """Backend for ``torch.compile``: inductor, with linear layers for few rows."""
     for node in list(module.graph.nodes):
         if node.op == "call_function" and node.target is linear:
             _replace(node)
@@ -32,7 +32,7 @@ def few_rows_backend(module: GraphModule, inputs: list[Tensor]) -> Callable[...,
 
 
 def _replace(node: Node) -> None:
-    """Put in what is faster than a linear layer for so many rows, if anything is."""
+    """Replace a linear layer by sums of products if it has few rows."""
     operands: dict[str, Any] = {
         **dict(zip(("input", "weight", "bias"), node.args, strict=False)),
         **node.kwargs,
@@ -46,7 +46,7 @@ def _replace(node: Node) -> None:
     call = node.graph.call_function
     with node.graph.inserting_before(node):
         flat = call(torch.reshape, (value, (rows, width)))
-        # A sum for each row, and not one for all: the compiler makes a single loop over the weight of them.
+        # One sum per row, not one for all: the compiler fuses them into a single loop over the weight.
         products = [call(torch.mul, (weight, call(torch.select, (flat, 0, row)))) for row in range(rows)]
         out = call(torch.stack, ([call(torch.sum, (product, -1)) for product in products],))
         if bias is not None:

@@ -1,10 +1,11 @@
-"""The loop of `generate` around `DecodeStep`: sampling and greedy decoding as the library does it, token by token.
+"""`DecodeLoop`: the sampling and greedy loops of ``model.generate`` around a `DecodeStep`.
 
 Shape suffixes: B batch rows, N tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,23 +17,18 @@ from longthink.hf.cache import PagedCache
 from longthink.hf.step import Compile, DecodeStep
 
 NEEDS_LIBRARY = ("output_hidden_states", "num_beams", "synced_gpus", "token_healing", "stop_strings")
-"""Options with which the loop of the library decodes, eagerly."""
+"""Options that only transformers' own loop supports; it decodes eagerly."""
 
 
+@dataclass(frozen=True)
 class DecodeLoop:
-    """A decoding loop for the argument `custom_generate` of ``model.generate``.
+    """Value for the argument `custom_generate` of ``model.generate``.
 
-    Parameters
-    ----------
-    compile
-        See `DecodeStep`.
-    streamer
-        Gets every token; the library does not hand its own on.
+    The streamer is a field because ``model.generate`` does not pass its own to custom loops.
     """
 
-    def __init__(self, compile: Compile, streamer: Any) -> None:
-        self._compile = compile
-        self._streamer = streamer
+    compile: Compile
+    streamer: Any
 
     def __call__(
         self,
@@ -49,7 +45,7 @@ class DecodeLoop:
         cache: PagedCache = model_kwargs["past_key_values"]
         logits_BV = model._prefill(input_ids, generation_config, model_kwargs).logits[:, -1]
         step = DecodeStep(
-            model, cache, compile=self._compile, tokens=generation_config.max_length - input_ids.shape[1]
+            model, cache, compile=self.compile, tokens=generation_config.max_length - input_ids.shape[1]
         )
         ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         kept: dict[str, list[Tensor]] = {"scores": [], "logits": []}
@@ -57,10 +53,10 @@ class DecodeLoop:
         running_B = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
         text_BN, count = input_ids, input_ids.shape[1]
         while True:
-            # The library's own processors expect float32, and may write into it.
+            # Logits processors expect float32, and may write into it.
             logits_BV = logits_BV.to(torch.float32, copy=bool(wanted))
             scores_BV = logits_BV
-            # What the list of them does, but that it looks at their signatures in each step.
+            # Calling the list itself would inspect their signatures in each step.
             for process in logits_processor:
                 scores_BV = process(input_ids, scores_BV)
             for name in wanted:
@@ -69,21 +65,21 @@ class DecodeLoop:
             if ends:
                 token_B = torch.where(running_B, token_B, generation_config._pad_token_tensor)
             if count == text_BN.shape[1]:
-                # There may be no tokens before the first one: a prompt of embeddings.
+                # A prompt of embeddings has no tokens, so count may be 0.
                 room = text_BN.new_empty(len(text_BN), max(count, 16))
                 text_BN = torch.cat([text_BN, room], 1)
             text_BN[:, count] = token_B
             count += 1
             input_ids = text_BN[:, :count]
-            if self._streamer is not None:
-                self._streamer.put(token_B.cpu())
+            if self.streamer is not None:
+                self.streamer.put(token_B.cpu())
             running_B &= ~stopping_criteria(input_ids, tuple(kept["scores"]))
             if not running_B.any():
                 break
             logits_BV = step(token_B[:, None])
         input_ids = input_ids.clone()
-        if self._streamer is not None:
-            self._streamer.end()
+        if self.streamer is not None:
+            self.streamer.end()
         if not generation_config.return_dict_in_generate:
             return input_ids
         outputs = {name: tuple(kept[name]) for name in wanted}

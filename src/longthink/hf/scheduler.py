@@ -4,55 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator
 
 from longthink.errors import BudgetError, EngineError
-from longthink.hf.batch import Batch, RequestState
-from longthink.hf.request import Finished, Request
-
-
-class Job:
-    """A submitted request, its tokens so far and its result; any thread may wait for them."""
-
-    def __init__(self, request: Request) -> None:
-        self.state = RequestState(request)
-        self.finished: Finished | None = None
-        self.error: BaseException | None = None
-        self._changed = threading.Condition()
-
-    @property
-    def done(self) -> bool:
-        return self.finished is not None or self.error is not None
-
-    def notify(self) -> None:
-        """Wake threads that wait for tokens."""
-        with self._changed:
-            self._changed.notify_all()
-
-    def end(self, finished: Finished | None, error: BaseException | None = None) -> None:
-        """Set the outcome; later calls change nothing."""
-        with self._changed:
-            if not self.done:
-                self.finished, self.error = finished, error
-            self._changed.notify_all()
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Wait until it is done, for `timeout` seconds at most, and return whether it is."""
-        with self._changed:
-            return self._changed.wait_for(lambda: self.done, timeout)
-
-    def tokens(self) -> Iterator[int]:
-        """Yield every token as it is decoded."""
-        count = 0
-        while True:
-            with self._changed:
-                while not self.done and len(self.state.tokens) == count:
-                    self._changed.wait()
-                new, done = self.state.tokens[count:], self.done
-            yield from new
-            count += len(new)
-            if done:
-                return
+from longthink.hf.batch import Batch
+from longthink.hf.request import Finished, Job
 
 
 class Scheduler:
@@ -78,13 +33,7 @@ class Scheduler:
     # From any thread ----------------------------------------------------------------------------------------
 
     def add(self, job: Job, *, in_thread: bool) -> None:
-        """Queue a job; with `in_thread` the scheduler's own thread takes the steps.
-
-        Raises
-        ------
-        EngineError
-            If it is closed.
-        """
+        """Queue a job, or raise `EngineError` if closed; with `in_thread` the scheduler's own thread decodes it."""
         with self._changed:
             if self.closed:
                 raise EngineError("the engine is closed")
@@ -173,9 +122,8 @@ class Scheduler:
 
     def _start(self, job: Job) -> None:
         """Prefill a job, and give it a seat unless its first token is its last."""
-        state = job.state
         try:
-            cache = self._batch.prefill(state)
+            cache = self._batch.prefill(job)
         except BudgetError as error:
             job.end(_not_started(job, "no_room", str(error)))
             return
@@ -184,26 +132,26 @@ class Scheduler:
             if not isinstance(error, Exception):
                 raise
             return
-        finish = state.finish_reason(self._batch.end_tokens)
+        finish = job.finish_reason(self._batch.end_tokens)
         if finish is not None:
             with cache:
-                job.end(self._batch.result(state, finish, cache))
+                job.end(self._batch.result(job, finish, cache))
             return
         self._running.append(job)
-        self._batch.admit(state, cache)
+        self._batch.admit(job, cache)
         job.notify()
 
     def _collect(self) -> None:
         for job in list(self._running):
-            finish = job.state.finish_reason(self._batch.end_tokens)
+            finish = job.finish_reason(self._batch.end_tokens)
             if finish is None:
                 job.notify()
             else:
                 self._finish(job, finish)
 
     def _finish(self, job: Job, finish: str) -> None:
-        finished = self._batch.result(job.state, finish)
-        self._batch.release(job.state)
+        finished = self._batch.result(job, finish)
+        self._batch.release(job)
         self._running.remove(job)
         job.end(finished)
 
@@ -216,9 +164,10 @@ class Scheduler:
         if error is None:
             self._cancelled.extend([*self._waiting, *self._running])
             self._drop_cancelled()
-        self._fail(self._running, error or EngineError("the engine is closed"))
-        self._fail(self._waiting, error or EngineError("the engine is closed"))
+        error = error or EngineError("the engine is closed")
+        self._fail(self._running, error)
+        self._fail(self._waiting, error)
 
 
 def _not_started(job: Job, finish: str, note: str | None = None) -> Finished:
-    return Finished(request=job.state.request, tokens=(), finish=finish, note=note)
+    return Finished(request=job.request, tokens=(), finish=finish, note=note)

@@ -1,7 +1,10 @@
-"""`DecodeStep`: one more token for every row of a `PagedCache`, by a compiled program or eagerly.
+"""`DecodeStep`: decodes one token for every row of a `PagedCache`, compiled or eagerly.
 
-The same two functions run in both cases: `_open_pages` opens pages, in the steps that need one, and `_forward` is the model
-with the tensor part of the cache in it. What counts tokens stays on the host, outside of both.
+Both run the same two functions: `_open_pages`, in steps in which a row begins a page, and `_forward`, the model with
+the tensor part of the cache in it. Counting tokens stays on the host, outside of both.
+
+`_StaticCache` is the cache as the compiler sees it: it shares the slots of a `PagedCache`, but nothing in it changes
+from step to step except tensors, or every token would be compiled anew.
 
 Shape suffixes: B batch rows, V vocabulary.
 """
@@ -35,39 +38,44 @@ from longthink.policies import grows, policy_spec
 Compile = Literal["auto"] | bool
 
 PAYS_FROM = 8192
-"""New tokens from which compiling pays for itself; `benchmarks/2026-11-21-step.md` has the measurement."""
+"""New tokens from which compiling pays off; `benchmarks/2026-11-21-step.md` has the measurement."""
+
+COMPILING = (
+    "compiling the decode step of policy %r: this takes about a minute, once per process for this model, policy, "
+    "budget and batch size; compile=False (--compile off) starts at once"
+)
+"""Logged before the first step of a shape; the logger ``longthink`` shows or silences it."""
 
 _log = logging.getLogger(__name__)
 
 
 class _StaticLayer:
-    """A layer whose step has begun: what the attention function finds on the keys."""
+    """What the attention function finds on the keys during a decode step."""
 
     def __init__(self, slots: LayerCache) -> None:
         self.slots = slots
 
     def check_call(self, module: torch.nn.Module, dropout: float, use_cache: bool | None) -> None:
-        """Nothing to refuse: the prompt came through a `PagedLayer`, which has looked."""
+        """Accept: `PagedLayer` has checked the model when it read the prompt."""
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scaling: float | None
     ) -> Tensor:
-        """Attention output of one new token, B x H x 1 x D; all rows take part."""
+        """Append one token for every row and return its attention output, B x H x 1 x D."""
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         new = query[:, :, 0], key[:, :, 0], value[:, :, 0]
         return self.slots.step(new, scaling)[:, :, None]
 
     def open_pages(self) -> Tensor:
-        """Open the pages of the step that has begun, and return a tensor."""
+        # Returns a tensor because the compiler drops regions whose result is unused.
         self.slots.open_pages(evicts=not grows(self.slots.policy))
         return self.slots.next_position_B
 
 
 class _SharedLayer(_StaticLayer):
-    """A layer that is compiled for one of its kind, and used by all: on CPUs, where a program takes long to make.
+    """A layer compiled once for all layers of the same kind: on CPUs, where compiling is slow.
 
-    The compiler does not see what such a region writes to. So outside of regions nothing may be read of a layer's
-    tensors, and a region whose result nobody uses would be left out.
+    The compiler does not see what such a region writes to, so nothing outside may read a layer's tensors.
     """
 
     attend = nested_compile_region(_StaticLayer.attend)
@@ -75,8 +83,6 @@ class _SharedLayer(_StaticLayer):
 
 
 class _StaticCache:
-    """What the model sees of a cache while it decodes: nothing that changes from step to step but tensors."""
-
     is_compileable = True
 
     def __init__(self, cache: PagedCache, device: torch.device) -> None:
@@ -91,7 +97,7 @@ class _StaticCache:
     ) -> tuple[Tensor, Tensor]:
         return mark(key, self.layers[layer_idx]), value
 
-    # Masks and positions of the library are made for a text of one token; the real positions are given.
+    # transformers builds masks and positions for a text of one token; the real positions are passed in.
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0
@@ -104,62 +110,55 @@ class _StaticCache:
 
 
 def _forward(model: PreTrainedModel, cache: _StaticCache, token_B1: Tensor, position_B1: Tensor) -> Tensor:
-    """Logits after one more token of every row, B x V."""
     out = model(token_B1, position_ids=position_B1, past_key_values=cache, use_cache=True)
     return out.logits[:, -1]
 
 
 def _open_pages(cache: _StaticCache, full: list[list[Tensor]]) -> list[Tensor]:
-    """Open the pages of the step that has begun, as far as no kernel has done it for all layers of a group."""
+    """Open pages: in grouped layers those that one kernel has chosen for all, in the others layer by layer."""
     for group, full_LBK in zip(cache.groups, full, strict=True):
         group.save_tokens(full_LBK)
     return [layer.open_pages() for layer in cache.ungrouped]
 
 
-class _Programs:
-    """The two functions compiled, for one model and one shape of its cache."""
-
-    def __init__(self, device: torch.device) -> None:
-        how: dict[str, Any] = {"mode": "reduce-overhead"} if device.type == "cuda" else {}
-        if device.type == "cpu":
-            how = {"backend": few_rows_backend}
-        # Sizes that may change are marked. The compiler would guess more from programs made before: those for other
-        # numbers of rows, and then this one would be for any.
-        self.by_function = {
-            function: compile_isolated(function, dynamic=False, **how) for function in (_forward, _open_pages)
-        }
-
+_Programs = dict[Callable[..., Any], Any]
+"""The two functions compiled, for one model and one shape of its cache."""
 
 _programs: weakref.WeakKeyDictionary[PreTrainedModel, dict[Hashable, _Programs]] = weakref.WeakKeyDictionary()
+"""Programs that have run, by model and `_key`."""
+
+
+def _new_programs(device: torch.device) -> _Programs:
+    options: dict[str, Any] = {"mode": "reduce-overhead"} if device.type == "cuda" else {}
+    if device.type == "cpu":
+        options = {"backend": few_rows_backend}
+    # Sizes that vary are marked. With dynamic=None the compiler would generalise from earlier programs: after one for
+    # another batch size, this one would be made for any.
+    return {
+        function: compile_isolated(function, dynamic=False, **options) for function in (_forward, _open_pages)
+    }
 
 
 def _key(cache: PagedCache, rows: int) -> Hashable:
-    """What a program is made for: policy and budget say all shapes, as what depends on a prompt is dynamic."""
+    """What a program depends on: policy and budget fix all shapes but those that depend on a prompt, which vary."""
     return cache.policy, cache.budget, cache.kv_dtype, rows
 
 
 def check_compile(compile: Compile) -> None:
-    """Raise `ValueError` unless it is ``auto``, True or False, and for True also if no compiler may run."""
+    """Raise `ValueError` unless it is ``auto``, True or False, and refuse True where torch's compiler is disabled."""
     if not isinstance(compile, bool):
         check_choice("compile", compile, ("auto", True, False))
     elif compile and is_compile_disabled():
         raise UnsupportedFeatureError(
-            "compile=True cannot be used while TORCHDYNAMO_DISABLE=1 or TORCH_COMPILE_DISABLE=1 switches torch's "
-            "compiler off: give compile=False or 'auto'"
+            "compile=True cannot be used while TORCHDYNAMO_DISABLE=1 or TORCH_COMPILE_DISABLE=1 disables torch's "
+            "compiler: pass compile=False or 'auto'"
         )
 
 
 def compiles(
     model: PreTrainedModel, cache: PagedCache, compile: Compile, *, rows: int, tokens: int | None
 ) -> bool:
-    """Whether decoding shall be compiled: as asked for, or, with ``auto``, where it pays.
-
-    Parameters
-    ----------
-    rows, tokens
-        Rows and new tokens that are asked for; None where nobody knows how many.
-
-    """
+    """Whether to compile `rows` rows and `tokens` new tokens (None if unknown): as requested, or if it pays."""
     if isinstance(compile, bool):
         return compile
     if is_compile_disabled():
@@ -176,17 +175,17 @@ def _has_compiler(device: torch.device) -> bool:
 
 
 class DecodeStep:
-    """One more token for every row of a cache that holds the prompts; call it with the tokens, B x 1.
+    """Decodes one token for every row of a cache that holds the prompts; call it with the last tokens, B x 1.
 
     Parameters
     ----------
     model, cache
         The model, and its open cache, in which every row has a prompt.
     compile
-        True: compiled, or an error. False: eager. ``auto``: compiled if a program of this shape is there already, or
-        `tokens` are so many that compiling pays, and eager where the compiler fails.
+        True: compiled, or an error. False: eager. ``auto``: compiled if this shape has been compiled before or
+        `tokens` is at least `PAYS_FROM`; eager if compiling fails.
     tokens
-        Tokens that will be decoded, for ``auto``; None if nobody knows.
+        Number of tokens to decode, for ``auto``; None if unknown.
 
     Raises
     ------
@@ -210,24 +209,19 @@ class DecodeStep:
         cache.binding.check_model(model)
         self._model = model
         self._cache = cache
-        self._asked = compile
-        self._view = _StaticCache(cache, model.device)
-        rows = cache.rows
-        self.compiled = compiles(model, cache, compile, rows=rows, tokens=tokens)
+        self._compile = compile
+        self._static = _StaticCache(cache, model.device)
+        self.compiled = compiles(model, cache, compile, rows=cache.rows, tokens=tokens)
         """Whether steps are compiled."""
         self._programs: _Programs | None = None
-        self._bare: dict[Callable[..., Any], tuple[Hashable, Callable[..., Any] | None]] = {}
-        self._key = _key(cache, rows)
+        self._unguarded: dict[Callable[..., Any], tuple[Hashable, Callable[..., Any] | None]] = {}
+        self._key = _key(cache, cache.rows)
         if self.compiled:
-            of_model, key = _programs.setdefault(model, {}), self._key
-            if key not in of_model:
-                _log.warning(
-                    "compiling the decode step of policy %r: its first tokens take about a minute longer, "
-                    "later calls of this shape do not (compile=False decodes at once)",
-                    policy_spec(cache.policy),
-                )
-                of_model[key] = _Programs(model.device)
-            self._programs = of_model[key]
+            self._programs = _programs.get(model, {}).get(self._key)
+            if self._programs is None:
+                self._programs = _new_programs(model.device)
+                if tokens != 1:  # the only token comes from the prefill: no step follows
+                    _log.warning(COMPILING, policy_spec(cache.policy))
             for layer in cache.layers:
                 layer.slots.prepare_compile()
 
@@ -236,20 +230,20 @@ class DecodeStep:
     def __call__(self, token_B1: Tensor) -> Tensor:
         """Logits after these tokens, B x V."""
         if token_B1.is_inference():
-            # Programs are made for ordinary tensors, as all others of a step are.
+            # Programs are compiled for ordinary tensors.
             token_B1 = token_B1.clone()
-        opens, view = self._cache.begin_step(len(token_B1)), self._view
+        opens, static = self._cache.begin_step(len(token_B1)), self._static
         try:
-            for group in view.groups:
+            for group in static.groups:
                 group.refresh()
             if opens:
-                self._run(_open_pages, view, [group.choose_slots() for group in view.groups])
+                self._run(_open_pages, static, [group.choose_slots() for group in static.groups])
             position_B1 = self._cache.layers[0].slots.next_position_B[:, None]
-            logits_BV: Tensor = self._run(_forward, self._model, view, token_B1, position_B1)
-            for group in view.groups:
+            logits_BV: Tensor = self._run(_forward, self._model, static, token_B1, position_B1)
+            for group in static.groups:
                 group.stamp_pages()
         finally:
-            for group in view.groups:
+            for group in static.groups:
                 group.release()
         self._cache.end_step()
         return logits_BV
@@ -257,28 +251,28 @@ class DecodeStep:
     def _run(self, function: Callable[..., Any], *args: Any) -> Any:
         if self._programs is None:
             return function(*args)
-        # Nothing that guards look at changes between two steps but the sizes of the slots.
+        # Of all that guards check, only the sizes of the slots can change between two steps.
         sizes = self._cache.sizes
-        known, bare = self._bare.get(function, (None, None))
-        if bare is not None and known == sizes:
-            return bare(*args)
-        program = self._programs.by_function[function]
+        known, unguarded = self._unguarded.get(function, (None, None))
+        if unguarded is not None and known == sizes:
+            return unguarded(*args)
+        program = self._programs[function]
         try:
             result = program(*args)
-            # On CUDA the compiler has to see where a step begins, to replay its graphs.
-            if self._model.device.type == "cpu":
-                self._bare[function] = sizes, without_guards(program)
-            return result
         except TorchDynamoException as error:
-            # Nobody shall take it for a program that is there already.
+            # The compiler failed before anything ran, so the same step can run eagerly.
             _programs.get(self._model, {}).pop(self._key, None)
-            # The compiler has failed before anything ran: the same step can go on without it.
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            what = (
+            problem = (
                 f"the decode step of policy {policy_spec(self._cache.policy)!r} cannot be compiled ({reason})"
             )
-            if self._asked is True:
-                raise UnsupportedFeatureError(f"{what}: give compile=False or 'auto'") from error
-            _log.warning("%s: it runs without", what)
-        self._programs, self.compiled = None, False
-        return function(*args)
+            if self._compile is True:
+                raise UnsupportedFeatureError(f"{problem}: pass compile=False or 'auto'") from error
+            _log.warning("%s: decoding eagerly", problem)
+            self._programs, self.compiled = None, False
+            return function(*args)
+        _programs.setdefault(self._model, {}).setdefault(self._key, self._programs)
+        # On CUDA the guards stay: the compiler must see where a step begins, to replay its graphs.
+        if self._model.device.type == "cpu":
+            self._unguarded[function] = sizes, without_guards(program)
+        return result

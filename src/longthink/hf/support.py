@@ -1,4 +1,4 @@
-"""Which Hugging Face models a paged cache serves right, and what it must know about them."""
+"""Which Hugging Face models are supported, and what a cache needs to know about them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from longthink.errors import UnsupportedModelError
 
-# Fields of a model's config that, when set, mean attention of another kind than plain softmax over all keys.
-_FOREIGN_CONFIG = {
+# Config fields that, when set, mean attention other than plain softmax over all keys.
+_UNSUPPORTED_CONFIG = {
     "kv_lora_rank": "multi-head latent attention (MLA)",
     "attn_logit_softcapping": "logit soft-capping in attention",
     "attention_chunk_size": "chunked attention",
@@ -18,45 +18,39 @@ _FOREIGN_CONFIG = {
     "alibi": "ALiBi positions",
     "add_cross_attention": "cross-attention",
 }
-_FOREIGN_MODULE = {"sinks": "attention sinks", "sliding_window": "sliding-window layers"}
-_TURNING_ROPE = ("dynamic", "longrope")
+_UNSUPPORTED_MODULE = {"sinks": "attention sinks", "sliding_window": "sliding-window layers"}
+_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 def check_model(model: PreTrainedModel) -> None:
-    """Refuse a model that would be served wrongly.
-
-    Raises
-    ------
-    UnsupportedModelError
-        Names what the model has that is not supported.
-    """
+    """Raise `UnsupportedModelError` for a model whose output would be wrong; the message names the reason."""
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
-            f"model={type(model).__name__} is not a transformers PreTrainedModel{_instead(model)}"
+            f"model={type(model).__name__} is not a transformers PreTrainedModel{_hint(model)}"
         )
     reason = _unsupported(model)
     if reason is not None:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has {reason}, which a bounded page cache cannot serve right; supported are "
+            f"{type(model).__name__} has {reason}, which a bounded cache does not support; supported are "
             "decoder-only models with full softmax attention, such as Qwen2, Qwen3, Qwen3-MoE, Llama and Mistral"
         )
 
 
-def _instead(model: Any) -> str:
-    """Say what to write where something stands around a model."""
+def _hint(model: Any) -> str:
+    """What to pass instead of a wrapper around a model."""
     if isinstance(getattr(model, "_orig_mod", None), PreTrainedModel):
         return (
-            ": give the model that was compiled (model._orig_mod), and compile=True for a compiled decode step; "
-            "torch.compile around the whole model would compile anew as the text grows"
+            ": pass the original model (model._orig_mod), with compile=True for a compiled decode step; "
+            "torch.compile of the whole model would recompile as the text grows"
         )
     if hasattr(model, "active_peft_config"):
         if not model.active_peft_config.is_prompt_learning:
-            return ": give model.get_base_model(), in which the adapters stay active"
+            return ": pass model.get_base_model(), in which the adapters stay active"
         if model.active_peft_config.peft_type in ("PREFIX_TUNING", "CARTRIDGE"):
-            return ": prefix tuning fills the cache with vectors of no token, which a policy cannot count"
+            return ": prefix tuning fills the cache with vectors that belong to no token, which a policy cannot count"
         return ": call model.generate(..., past_key_values=make_cache(model.get_base_model(), ...))"
     if isinstance(getattr(model, "module", None), PreTrainedModel):
-        return ": give the model inside (model.module)"
+        return ": pass the wrapped model (model.module)"
     return ""
 
 
@@ -66,31 +60,31 @@ def _unsupported(model: PreTrainedModel) -> str | None:
     if not model.can_generate():
         return "no language-model head to generate with"
     config = model.config.get_text_config(decoder=True)
-    for field, reason in _FOREIGN_CONFIG.items():
+    for field, reason in _UNSUPPORTED_CONFIG.items():
         if getattr(config, field, None):
             return f"{reason} ({field}={getattr(config, field)!r})"
     foreign = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
     if foreign:
         return f"layers of type {', '.join(foreign)}"
     for name, module in model.named_modules():
-        for attribute, reason in _FOREIGN_MODULE.items():
+        for attribute, reason in _UNSUPPORTED_MODULE.items():
             if hasattr(module, "layer_idx") and getattr(module, attribute, None) is not None:
                 return f"{reason} (in {name})"
     if getattr(config, "sliding_window", None) and getattr(config, "layer_types", None) is None:
         return f"sliding-window layers (sliding_window={config.sliding_window})"
     if not model._supports_attention_backend:
-        return "attention code that cannot be replaced"
+        return "an attention function that cannot be replaced"
     return None
 
 
 def rope_frequencies(model: PreTrainedModel) -> Tensor | None:
-    """Rotation per position of each frequency pair, or None where keys cannot be turned afterwards."""
+    """RoPE frequencies, radians per position, D / 2; None if keys cannot be rotated after the fact."""
     config = model.config.get_text_config(decoder=True)
     if "mrope_section" in (getattr(config, "rope_parameters", None) or {}):
-        return None  # image tokens count positions in three directions: a place in the cache is no position
+        return None  # image tokens have three-dimensional positions, unlike slots of the cache
     for module in model.modules():
         if hasattr(module, "inv_freq"):
             head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-            turns = getattr(module, "rope_type", "default") in _TURNING_ROPE
-            return None if turns or 2 * len(module.inv_freq) != head_dim else module.inv_freq
+            varies = getattr(module, "rope_type", "default") in _LENGTH_DEPENDENT_ROPE
+            return None if varies or 2 * len(module.inv_freq) != head_dim else module.inv_freq
     return None
