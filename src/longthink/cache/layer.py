@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from longthink import kernels
-from longthink.cache.prompt import ChunkedPrompt, causal_mask
+from longthink.cache.prompt import ChunkedPrompt, causal_mask, write_prompt
 from longthink.cache.rows import RowCounts
 from longthink.cache.stats import CacheStats
 from longthink.cache.step import QKV, Read, decode_step, open_pages, read_slots
@@ -25,7 +25,6 @@ from longthink.policies import (
     NEEDS,
     Policy,
     ShiftsKeys,
-    TrimsPrompt,
     grows,
     needs_budget,
     policy_spec,
@@ -258,6 +257,20 @@ class LayerCache(CacheStats):
         self.store.mark_prompt(starts)
         return out_BHQD
 
+    def check_room(self, lengths: list[int] | None, counts: list[int] | None, columns: int) -> None:
+        """Raise `BudgetError` if a prompt does not fit.
+
+        Parameters
+        ----------
+        lengths
+            Where the rows would be rewound to before; None for no change.
+        counts, columns
+            Tokens of the prompt in each row; None for `columns` in all.
+        """
+        if self._chunks is not None or (self._store is not None and not needs_budget(self.policy)):
+            return
+        self.rows.check_room(lengths, counts, columns)
+
     def rewind(self, lengths: list[int]) -> None:
         """Drop each row's tokens from these lengths on: what stood there was padding.
 
@@ -323,36 +336,18 @@ class LayerCache(CacheStats):
         pages = -(-max(self.rows.lengths) // self.policy.page_size) if grows(self.policy) else max(caps)
         if self._store is None:
             self._store = SlotStore(self.policy, key_BKQD, caps, pages, self.kv_dtype)
-        old_slots = self._store.table.position_BKS.shape[-1] if max(starts) else 0
         self._store.reserve(pages)
         self._store.set_caps(caps)
-        table = self._store.table
-        table.now_B.copy_(torch.tensor(self.rows.lengths))
-        if not max(starts):
-            table.prompt_B.copy_(table.now_B)
-        mass_BKQ = None if mass_BKN is None else mass_BKN[..., old_slots:]
-        kept_BKQ = None
-        if isinstance(self.policy, TrimsPrompt):
-            kept_BKQ = self.policy.trim(position_BQ, table.now_B, table.cap_B, mass_BKQ)
-        source_BKS = self._store.fill(key_BKQD, value_BKQD, position_BQ, kept_BKQ)
-        mass_BKS = None
-        if mass_BKN is not None and mass_BKQ is not None:
-            mass_BKS = torch.where(source_BKS >= 0, mass_BKQ.gather(2, source_BKS.clamp(min=0)), 0)
-            mass_BKS[..., :old_slots] += mass_BKN[..., :old_slots]
-        self._store.mark_prompt(starts)
-        self.policy.admit(table, mass_BKS)
+        write_prompt(self.policy, self._store, (key_BKQD, value_BKQD), position_BQ, starts, mass_BKN)
         if isinstance(self.policy, ShiftsKeys) and self.policy.shifted_tokens():
             count = self.policy.shifted_tokens()
             self._store.shifted_BKND = self._store.keys_BKSD[:, :, :count].clone()
-            self._store.inv_freq_D = self._checked_frequencies().to(key_BKQD.device)
-
-    def _checked_frequencies(self) -> Tensor:
-        if self._inv_freq_D is None:
-            raise UnsupportedModelError(
-                f"policy {policy_spec(self.policy)!r} rotates keys inside the cache and needs the model's RoPE "
-                "frequencies, which this model does not expose; use streaming_llm:positions=logical"
-            )
-        return self._inv_freq_D
+            if self._inv_freq_D is None:
+                raise UnsupportedModelError(
+                    f"policy {policy_spec(self.policy)!r} rotates keys inside the cache and needs the model's RoPE "
+                    "frequencies, which this model does not expose; use streaming_llm:positions=logical"
+                )
+            self._store.inv_freq_D = self._inv_freq_D.to(key_BKQD.device)
 
     # Decode -------------------------------------------------------------------------------------------------
 

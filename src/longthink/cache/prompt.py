@@ -1,6 +1,7 @@
-"""The buffer of a chunked prefill, and the mask of prompts.
+"""Prompts on their way to the slots: the buffer of a chunked prefill, the mask, and the writing.
 
-Shape suffixes: B batch rows, K KV heads, Q new columns, N columns so far, D head dim.
+Shape suffixes: B batch rows, K KV heads, Q new columns, N columns so far (token slots before them), S token slots,
+D head dim.
 """
 
 from __future__ import annotations
@@ -8,7 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from longthink.cache.store import SlotStore
 from longthink.errors import CacheStateError
+from longthink.policies import Policy, TrimsPrompt
 
 
 class ChunkedPrompt:
@@ -73,3 +76,42 @@ def causal_mask(real_BN: Tensor, queries: int) -> Tensor:
     columns = real_BN.shape[1]
     causal_QN = torch.ones(queries, columns, dtype=torch.bool, device=real_BN.device).tril(columns - queries)
     return causal_QN & real_BN[:, None, None]
+
+
+def write_prompt(
+    policy: Policy,
+    store: SlotStore,
+    block: tuple[Tensor, Tensor],
+    position_BQ: Tensor,
+    starts: list[int],
+    mass_BKN: Tensor | None,
+) -> None:
+    """Write a prompt to slots that have room for it, without what the policy drops, and let the policy admit it.
+
+    Parameters
+    ----------
+    block
+        Keys and values, BKQD.
+    position_BQ
+        Logical positions, -1 for padding.
+    starts
+        Tokens of each row before.
+    mass_BKN
+        Attention that the slots in use and the columns received, if the policy needs it.
+    """
+    table = store.table
+    old_slots = mass_BKN.shape[2] - position_BQ.shape[1] if mass_BKN is not None else 0
+    table.now_B.copy_(torch.maximum(position_BQ.amax(1) + 1, table.now_B))
+    if not max(starts):
+        table.prompt_B.copy_(table.now_B)
+    mass_BKQ = None if mass_BKN is None else mass_BKN[..., old_slots:]
+    kept_BKQ = None
+    if isinstance(policy, TrimsPrompt):
+        kept_BKQ = policy.trim(position_BQ, table.now_B, table.cap_B, mass_BKQ)
+    source_BKS = store.fill(*block, position_BQ, kept_BKQ)
+    mass_BKS = None
+    if mass_BKN is not None and mass_BKQ is not None:
+        mass_BKS = torch.where(source_BKS >= 0, mass_BKQ.gather(2, source_BKS.clamp(min=0)), 0)
+        mass_BKS[..., :old_slots] += mass_BKN[..., :old_slots]
+    store.mark_prompt(starts)
+    policy.admit(table, mass_BKS)

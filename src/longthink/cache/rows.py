@@ -6,6 +6,7 @@ Detecting that a page opens must not synchronise with the device, so these are P
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
 from longthink.config import Budget
@@ -116,6 +117,17 @@ class RowCounts:
             )
         prompts = [pages.count * self._policy.page_size for pages in self._prompts_with(counts)]
         return page_caps(self._policy, self._budget, prompts, turns=True)
+
+    def check_room(self, lengths: list[int] | None, counts: list[int] | None, columns: int) -> None:
+        """Raise `BudgetError` if prompts of so many tokens do not fit once the rows are rewound to these lengths."""
+        if not self.lengths:
+            self.first_caps([columns] if counts is None else counts)
+            return
+        after = copy(self)
+        if lengths is not None:
+            after.prompts = list(self.prompts)
+            after.rewind(lengths)
+        after.later_caps([columns] * len(self.lengths) if counts is None else counts)
 
     def slots_needed(self, counts: list[int]) -> list[int]:
         """Page slots that each row would fill with so many tokens more, if nothing were evicted."""

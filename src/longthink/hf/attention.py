@@ -22,6 +22,7 @@ from longthink.errors import UnsupportedFeatureError, UnsupportedModelError
 
 IMPLEMENTATION = "longthink"
 _MARK = "_longthink_layer"
+_SEEN = "_longthink_seen"
 
 
 class AttentionLayer(Protocol):
@@ -32,9 +33,19 @@ class AttentionLayer(Protocol):
         ...
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scaling: float | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        valid: Tensor | None,
+        scaling: float | None,
+        seen: Tensor | None,
     ) -> Tensor:
-        """Append the new tokens and return their attention output, B x H x Q x D."""
+        """Append the new tokens and return their attention output, B x H x Q x D.
+
+        `valid` is False for new columns that are padding, B x Q; `seen` likewise for the columns before, B x N, and
+        None where the mask does not say.
+        """
         ...
 
 
@@ -66,7 +77,7 @@ def longthink_attention(
             raise UnsupportedModelError(f"{type(module).__name__} uses {name}: such layers are not supported")
     layer.check_call(module, dropout, kwargs.get("use_cache"))
     valid = _valid_columns(attention_mask, query.shape[2])
-    out = layer.attend(query, key, value, valid, scaling)
+    out = layer.attend(query, key, value, valid, scaling, getattr(attention_mask, _SEEN, None))
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -85,8 +96,38 @@ def _valid_columns(mask: Tensor | None, columns: int) -> Tensor | None:
     return valid
 
 
+def longthink_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    *,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> Tensor | None:
+    """Mask function for `AttentionMaskInterface`: transformers' own, with what the 2D mask says of earlier columns.
+
+    It covers the new columns (our caches ask for no others). In a later turn the rest of the 2D mask is attached.
+    """
+    later = attention_mask is not None and q_length > 1 and isinstance(kv_offset, int) and kv_offset > 0
+    mask: Tensor | None = sdpa_mask(
+        batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask,
+        allow_is_causal_skip=allow_is_causal_skip and not later, **kwargs,
+    )  # fmt: skip
+    if later and attention_mask is not None and mask is not None:
+        _attach_seen(mask, attention_mask[:, :kv_offset])
+    return mask
+
+
+@torch.compiler.disable
+def _attach_seen(mask: Tensor, seen: Tensor) -> None:
+    setattr(mask, _SEEN, seen)
+
+
 AttentionInterface.register(IMPLEMENTATION, longthink_attention)
-AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+AttentionMaskInterface.register(IMPLEMENTATION, longthink_mask)
 
 
 class _Name(str):

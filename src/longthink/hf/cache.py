@@ -20,6 +20,7 @@ from longthink.cache import FusedStep, LayerCache
 from longthink.config import DEFAULT_POLICY, KV_DTYPES, Budget, check_choice, check_int
 from longthink.errors import BudgetError, CacheStateError, UnsupportedFeatureError, UnsupportedModelError
 from longthink.hf.binding import ModelBinding, outside_inference
+from longthink.hf.columns import Columns
 from longthink.hf.layer import PagedLayer
 from longthink.hf.support import check_model, rope_frequencies
 from longthink.policies import (
@@ -70,7 +71,8 @@ class PagedCache(Cache):
                 f"policy {policy_spec(policy)!r} keeps everything in all {count} layers of the model: the budget "
                 "would have no effect"
             )
-        super().__init__(layers=[PagedLayer(layer, self.binding) for layer in slots])
+        self._text = Columns(slots)
+        super().__init__(layers=[PagedLayer(layer, self.binding, self._text) for layer in slots])
         self.open()
 
     # Opening and closing ------------------------------------------------------------------------------------
@@ -117,11 +119,6 @@ class PagedCache(Cache):
         ----------
         columns
             Columns of the prompt, including padding.
-
-        Raises
-        ------
-        UnsupportedFeatureError
-            If the cache has read a prompt and decoded nothing since. If it has decoded, this has no effect.
         """
         check_int("columns", columns, 1)
         for layer in self.layers:
@@ -226,6 +223,7 @@ class PagedCache(Cache):
 
     def end_step(self) -> None:
         """Complete the step that `begin_step` began."""
+        self._text.add_token()
         for layer in self.layers:
             layer.pending = False
             layer.columns += 1
@@ -246,14 +244,15 @@ class PagedCache(Cache):
         """
         if (other.policy, other.budget, other.kv_dtype) != (self.policy, self.budget, self.kv_dtype):
             raise CacheStateError("adopt needs a cache of the same policy and budget, in the same format")
+        self._text.forget()
         for layer, theirs in zip(self.layers, other.layers, strict=True):
             layer.slots.adopt(row, theirs.slots)
 
     @outside_inference
     def keep_rows(self, rows: list[int]) -> None:
         """Keep only the given rows, and free slots that they do not need."""
+        self.batch_select_indices(torch.tensor(rows))
         for layer in self.layers:
-            layer.slots.select_rows(torch.tensor(rows))
             layer.slots.release()
 
     # Contents -----------------------------------------------------------------------------------------------

@@ -128,7 +128,9 @@ def generate(
     tokens = config.max_new_tokens or config.max_length
     if _own_loop(config, others, compile) and compiles(model, cache, compile, rows=rows, tokens=tokens):
         generate_kwargs["custom_generate"] = DecodeLoop(compile, generate_kwargs.get("streamer"))
-    columns = 0 if chunk_size is None or input_ids is None else input_ids.shape[1]
+    columns = 0
+    if chunk_size is not None and input_ids is not None:
+        columns = input_ids.shape[1] - cache.get_seq_length()
     with cache, cache.begin_chunked_prefill(columns) if columns else nullcontext():
         return model.generate(
             input_ids,

@@ -12,6 +12,7 @@ from longthink.cache import LayerCache
 from longthink.errors import UnsupportedFeatureError
 from longthink.hf.attention import mark
 from longthink.hf.binding import ModelBinding, outside_inference
+from longthink.hf.columns import Columns
 
 
 class PagedLayer(CacheLayerMixin):
@@ -27,9 +28,10 @@ class PagedLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, slots: LayerCache, binding: ModelBinding) -> None:
+    def __init__(self, slots: LayerCache, binding: ModelBinding, text: Columns) -> None:
         super().__init__()
         self.slots = slots
+        self.text = text
         self.binding = binding
         self.columns = 0
         self.pending = False
@@ -64,10 +66,19 @@ class PagedLayer(CacheLayerMixin):
     @torch.compiler.disable
     @outside_inference
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scaling: float | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        valid: Tensor | None,
+        scaling: float | None,
+        seen: Tensor | None,
     ) -> Tensor:
         """Append the new tokens and return their attention output."""
         self.pending = False
+        lengths = self.text.begin(self.columns, valid, query.shape[2], seen)
+        if lengths is not None:
+            self.slots.rewind(lengths)
         out = self.slots.attend(query, key, value, valid, scaling)
         self.columns += query.shape[2]
         self.is_initialized = True
@@ -88,21 +99,26 @@ class PagedLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Drop the contents and free the slots."""
         self.slots.reset()
+        self.text.reset()
         self.columns = 0
         self.pending = self.is_initialized = False
 
     @outside_inference
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows, for beam search."""
-        self.slots.select_rows(beam_idx)
+        self._select_rows(beam_idx)
 
     @outside_inference
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.slots.select_rows(torch.as_tensor(indices))
+        self._select_rows(torch.as_tensor(indices))
 
     @outside_inference
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.slots.select_rows(torch.arange(len(self.slots.length_B)).repeat_interleave(repeats))
+        self._select_rows(torch.arange(len(self.slots.length_B)).repeat_interleave(repeats))
+
+    def _select_rows(self, rows: Tensor) -> None:
+        self.text.select_rows(self.slots, rows)
+        self.slots.select_rows(rows)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Raise: evicted tokens cannot be restored."""

@@ -59,7 +59,13 @@ class _StaticLayer:
         """Accept: `PagedLayer` has checked the model when it read the prompt."""
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scaling: float | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        valid: Tensor | None,
+        scaling: float | None,
+        seen: Tensor | None,
     ) -> Tensor:
         """Append one token for every row and return its attention output, B x H x 1 x D."""
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
