@@ -1,5 +1,6 @@
 """Bounded KV cache of one attention layer, independent of any model library."""
 
-from longthink.cache.layer import FusedStep, LayerCache
+from longthink.cache.layer import LayerCache
+from longthink.cache.step import FusedStep
 
 __all__ = ["FusedStep", "LayerCache"]

@@ -7,7 +7,6 @@ D head dim, N columns that a block of queries may read.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from longthink import kernels
 from longthink.cache.prompt import ChunkedPrompt, causal_mask, write_prompt
 from longthink.cache.rows import RowCounts
 from longthink.cache.stats import CacheStats
-from longthink.cache.step import QKV, Read, decode_step, open_pages, read_slots
+from longthink.cache.step import QKV, FusedStep, Read, decode_step, open_pages, read_slots
 from longthink.cache.store import SlotStore
 from longthink.cache.turn import read_turn
 from longthink.config import Budget
@@ -29,20 +28,6 @@ from longthink.policies import (
     needs_budget,
     policy_spec,
 )
-
-
-class FusedStep(Protocol):
-    """The decode step of a layer in kernels for one policy class: see `longthink.accelerators`."""
-
-    def __init__(self, policy: Policy) -> None: ...
-
-    def serves(self, store: SlotStore) -> bool:
-        """Whether the kernels support the device and dtype of the slots."""
-        ...
-
-    def step(self, store: SlotStore, new: QKV, scaling: float) -> Tensor:
-        """Equivalent of `decode_step`."""
-        ...
 
 
 class LayerCache(CacheStats):
@@ -234,8 +219,7 @@ class LayerCache(CacheStats):
 
     def _read_turn(self, block: QKV, valid_BQ: Tensor | None, scaling: float) -> Tensor:
         """Read the prompt of a later turn, as one block unless something must be evicted for it."""
-        query_BHQD, key_BKQD, value_BKQD = block
-        rows, _, columns, _ = query_BHQD.shape
+        rows, _, columns, _ = block[0].shape
         counts = [columns] * rows if valid_BQ is None else valid_BQ.sum(1).tolist()
         caps = self.rows.later_caps(counts)
         needed, starts = self.rows.slots_needed(counts), self.rows.lengths
@@ -246,15 +230,15 @@ class LayerCache(CacheStats):
         self.refresh_compile_marks()
         if all(pages <= cap for pages, cap in zip(needed, caps, strict=True)):
             out_BHQD = read_turn(self.policy, self.store, block, valid_BQ, starts, scaling)
-        else:
-            self.rows.lengths = starts
-            out_BHQD = torch.empty_like(query_BHQD)
-            for i in range(columns):
-                active_B = None if valid_BQ is None else valid_BQ[:, i]
-                new = query_BHQD[:, :, i], key_BKQD[:, :, i], value_BKQD[:, :, i]
-                out_BHQD[:, :, i] = self._decode_active(new, active_B, scaling)
-                self.store.mark_prompt(starts)
-        self.store.mark_prompt(starts)
+            self.store.mark_prompt(starts)
+            return out_BHQD
+        self.rows.lengths = starts
+        out_BHQD = torch.empty_like(block[0])
+        for i in range(columns):
+            query_BHD, key_BKD, value_BKD = (tensor[:, :, i] for tensor in block)
+            active_B = None if valid_BQ is None else valid_BQ[:, i]
+            out_BHQD[:, :, i] = self._decode_active((query_BHD, key_BKD, value_BKD), active_B, scaling)
+            self.store.mark_prompt(starts)
         return out_BHQD
 
     def check_room(self, lengths: list[int] | None, counts: list[int] | None, columns: int) -> None:

@@ -10,6 +10,7 @@ D head dim.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +32,20 @@ from longthink.policies import (
 QKV = tuple[Tensor, Tensor, Tensor]
 """Query (BHD), key and value (BKD) of one token per row."""
 Read = Callable[[Policy, SlotStore, Tensor, float], tuple[Tensor, Tensor | None]]
+
+
+class FusedStep(Protocol):
+    """The decode step of a layer in kernels for one policy class: see `longthink.accelerators`."""
+
+    def __init__(self, policy: Policy) -> None: ...
+
+    def serves(self, store: SlotStore) -> bool:
+        """Whether the kernels support the device and dtype of the slots."""
+        ...
+
+    def step(self, store: SlotStore, new: QKV, scaling: float) -> Tensor:
+        """Equivalent of `decode_step`."""
+        ...
 
 
 def evictable_pages(policy: Policy, table: PageTable) -> Tensor:
