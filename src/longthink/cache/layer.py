@@ -140,6 +140,13 @@ class LayerCache(CacheStats):
         self._store.set_caps(self.rows.caps)
         self.release()
 
+    def take_row(self, row: int, other: LayerCache) -> None:
+        """Become a copy of one row of another cache of the same policy."""
+        self._store, self.rows = other.store.only(row), other.rows.only(row)
+        self._later_turns = other._later_turns
+        self.store.set_caps(self.rows.caps)
+        self.release()
+
     def release(self) -> None:
         """Free slots that no row can use, after a long row has left."""
         if self._store is None:

@@ -68,6 +68,12 @@ class RowCounts:
         self.caps = [self.caps[row] for row in rows]
         self.prompts = [self.prompts[row] for row in rows]
 
+    def only(self, row: int) -> RowCounts:
+        """Counts of one row alone."""
+        counts = copy(self)
+        counts.select([row])
+        return counts
+
     def adopt(self, row: int, other: RowCounts) -> None:
         """Replace a row by the only row of another cache."""
         self.lengths[row], self.caps[row], self.prompts[row] = (

@@ -7,6 +7,7 @@ S = P * T token slots, D head dim, Q columns of a prompt block, M tokens moved, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -154,6 +155,13 @@ class SlotStore:
             return tensor[:, :, : tensor.shape[2] // old_pages * pages].clone()
 
         self.apply(shorten)
+
+    def only(self, row: int) -> SlotStore:
+        """A copy of one row alone."""
+        store = copy(self)
+        store.table = copy(self.table)
+        store.apply(lambda tensor: tensor[row : row + 1].clone())
+        return store
 
     def adopt(self, row: int, other: SlotStore, other_row: int = 0) -> None:
         """Overwrite a row with a row of another store of the same policy."""

@@ -9,6 +9,7 @@ Shape suffixes: B batch rows, V tokens of the vocabulary.
 from __future__ import annotations
 
 import time
+from copy import deepcopy
 
 import torch
 from torch import Tensor
@@ -61,8 +62,7 @@ class Batch:
         self._cache: PagedCache | None = None
         self._chunk_size = prefill_chunk_size
         self._compile = compile
-        # Tokens requested so far, and the steps that they take at least.
-        self._requested = self._expected_steps = 0
+        self._steps = 0
         self._static = compile is True
         self._step: DecodeStep | None = None
         # Of each seat in a static batch: tokens that its padding row has decoded.
@@ -80,9 +80,15 @@ class Batch:
     def prefill(self, job: Job) -> PagedCache:
         """Prefill a request that has no seat yet and sample its first token; `BudgetError` if it does not fit."""
         job.started = time.perf_counter()
-        cache = self._template.fresh()
+        after, tokens = job.request.after, job.request.tokens
+        if after is None:
+            cache = self._template.fresh()
+        else:
+            assert after.cache is not None
+            # The last token of a text is not in its cache.
+            cache, tokens = deepcopy(after.cache).open(), (after.tokens[-1], *tokens)
         try:
-            logits_BV = self._prefill(job.request.tokens, cache)
+            logits_BV = self._prefill(tokens, cache)
             job.kv_bytes_peak = cache.kv_bytes
             self._append_tokens(logits_BV, [job])
         except BaseException:
@@ -93,12 +99,7 @@ class Batch:
     def admit(self, job: Job, cache: PagedCache) -> None:
         """Give a prefilled request, whose cache this is, a free seat."""
         assert self.occupied < self.seats
-        limit = job.request.max_new_tokens
-        self._requested += limit
-        self._expected_steps = max(self._expected_steps, limit, self._requested // self.seats)
-        self._static = self._static or compiles(
-            self.model, self._template, self._compile, rows=self.seats, tokens=self._expected_steps
-        )
+        self._static = self._static or self._compiles_now()
         if self._cache is None and not self._static:
             self._cache, self.rows = cache, [job]
             self._step = DecodeStep(self.model, cache, compile=False)
@@ -111,6 +112,10 @@ class Batch:
             self._cache.adopt(seat, cache)
             self.rows[seat : seat + 1] = [job]
 
+    def _compiles_now(self) -> bool:
+        """Whether to compile: with ``auto`` after as many steps as would have paid, since requests may end early."""
+        return compiles(self.model, self._template, self._compile, rows=self.seats, tokens=self._steps)
+
     def _make_static(self) -> None:
         """Switch to compiled steps: one shape, with a row for every seat."""
         if self._cache is None:
@@ -119,7 +124,7 @@ class Batch:
         self._cache.batch_select_indices(torch.tensor([*range(len(self.rows)), *[0] * missing]))
         self.rows += [None] * missing
         self._padding_age = [_PADDING_TOKENS] * self.seats
-        self._step = DecodeStep(self.model, self._cache, compile=self._compile, tokens=self._expected_steps)
+        self._step = DecodeStep(self.model, self._cache, compile=self._compile, tokens=self._steps)
 
     def release(self, job: Job) -> None:
         """Free the seat of a request."""
@@ -144,7 +149,11 @@ class Batch:
     @torch.no_grad()
     def step(self) -> None:
         """Decode one token of every running request."""
+        if self._step is not None and not self._static and self._compiles_now():
+            self._static = True
+            self._make_static()
         self._compact()
+        self._steps += 1
         cache, step = self._cache, self._step
         assert cache is not None and step is not None
         tokens = [[0 if job is None else job.tokens[-1]] for job in self.rows]
@@ -203,7 +212,7 @@ class Batch:
         now = time.perf_counter()
         for job, token, nan in zip(jobs, chosen, nan_B.tolist(), strict=True):
             job.nan = nan
-            if not nan:
+            if not nan and not job.done:
                 job.tokens.append(token)
                 job.times.append(now)
 
@@ -231,6 +240,7 @@ class Batch:
             kv_bytes_peak=job.kv_bytes_peak,
             dense_kv_bytes=cache.row_dense_kv_bytes(row),
             evicted=cache.row_evicted(row),
+            cache=cache.row(row) if job.request.keep_cache and job.tokens else None,
         )
 
 

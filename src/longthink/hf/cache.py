@@ -249,6 +249,18 @@ class PagedCache(Cache):
             layer.slots.adopt(row, theirs.slots)
 
     @outside_inference
+    def row(self, row: int) -> PagedCache:
+        """Return a copy of one row, closed: the whole text of the row, without padding."""
+        alone = self.fresh()
+        length = int(self.layers[0].slots.length_B[row])
+        for layer, theirs in zip(alone.layers, self.layers, strict=True):
+            layer.slots.take_row(row, theirs.slots)
+            layer.columns, layer.is_initialized = length, True
+        alone._text.start_with(length)
+        alone.close()
+        return alone
+
+    @outside_inference
     def keep_rows(self, rows: list[int]) -> None:
         """Keep only the given rows, and free slots that they do not need."""
         self.batch_select_indices(torch.tensor(rows))

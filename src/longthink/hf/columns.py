@@ -77,6 +77,11 @@ class Columns:
         self._lengths = lengths
         return lengths
 
+    def start_with(self, columns: int) -> None:
+        """Take so many columns, all of them real, for what has been read."""
+        self.reset()
+        self._add(None, columns)
+
     def add_token(self) -> None:
         """Count a column that is real in all rows."""
         self._add(None, 1)

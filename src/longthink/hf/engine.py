@@ -119,9 +119,8 @@ class Engine:
     compile
         Whether to compile the decode step. Compiling takes about a minute, once for each model, policy, budget and
         number of seats, and makes each token cheaper. A compiled step always has `seats` rows; an eager one has a row
-        for each running request. ``auto`` switches to compiled steps once a request asks for `longthink.hf.PAYS_FROM`
-        tokens, or all together for `seats` times as many, or if this shape has been compiled before; it decodes
-        eagerly if compiling fails.
+        for each running request. ``auto`` switches to compiled steps after `longthink.hf.PAYS_FROM` eager ones, or if
+        this shape has been compiled before; it decodes eagerly if compiling fails.
 
     Raises
     ------
@@ -169,6 +168,8 @@ class Engine:
         sampling: Sampling = _GREEDY,
         key: str | None = None,
         tag: Any = None,
+        keep_cache: bool = False,
+        after: Finished | None = None,
     ) -> Handle:
         """Queue a request and return at once; the engine's thread decodes it. Any thread may call this.
 
@@ -178,8 +179,9 @@ class Engine:
             Token ids of one prompt: integers, or a tensor of shape (N,) or (1, N).
         key
             Seeds the request's random generator; by default the number of the request.
-        max_new_tokens, sampling, tag
-            As in `longthink.hf.Request`.
+        max_new_tokens, sampling, tag, keep_cache, after
+            As in `longthink.hf.Request`. A conversation goes on with ``after=handle.result()`` of a request that was
+            submitted with ``keep_cache=True``; several may follow the same one.
 
         Raises
         ------
@@ -201,6 +203,8 @@ class Engine:
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             tag=tag,
+            keep_cache=keep_cache,
+            after=after,
         )
         return self._add(request, in_thread=True)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from longthink.config import brief_repr, check_int
+from longthink.hf.cache import PagedCache
 from longthink.hf.sampling import Sampling, generator_for
 
 
@@ -29,6 +30,10 @@ class Request:
         How tokens are sampled; greedy by default.
     tag
         Any object, returned with the result.
+    keep_cache
+        Whether the result holds a copy of the request's cache, so that the conversation can go on.
+    after
+        Result of an earlier request that kept its cache: `tokens` are the next turn behind its text.
     """
 
     key: str
@@ -36,6 +41,8 @@ class Request:
     max_new_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
     tag: Any = None
+    keep_cache: bool = False
+    after: Finished | None = None
 
     def __post_init__(self) -> None:
         check_int("max_new_tokens", self.max_new_tokens, 1)
@@ -46,6 +53,11 @@ class Request:
             raise ValueError(f"key={brief_repr(self.key)} must be a string")
         if not self.tokens:
             raise ValueError(f"request {self.key!r} has no prompt tokens: at least one is needed")
+        if self.after is not None and (not isinstance(self.after, Finished) or self.after.cache is None):
+            raise ValueError(
+                f"after={brief_repr(self.after)} must be the result of a request that was submitted with "
+                "keep_cache=True and has a token"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +86,9 @@ class Finished:
         Bytes that a dense cache would take for all tokens of this request.
     evicted
         Tokens of this request evicted by its end, summed over layers and KV heads.
+    cache
+        With ``keep_cache``, the cache of the request alone, closed. It holds all tokens but the last, and its memory
+        is held as long as it is referenced.
     """
 
     request: Request
@@ -87,6 +102,7 @@ class Finished:
     kv_bytes_peak: int = 0
     dense_kv_bytes: int = 0
     evicted: int = 0
+    cache: PagedCache | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(eq=False)

@@ -9,6 +9,9 @@ from longthink.errors import BudgetError, EngineError
 from longthink.hf.batch import Batch
 from longthink.hf.request import Finished, Job
 
+_LONG_STEP_S = 0.5
+"""Seconds that a step may hold up the cancellation of a request."""
+
 
 class Scheduler:
     """Waiting and running requests.
@@ -29,6 +32,7 @@ class Scheduler:
         self._running: list[Job] = []
         self._cancelled: deque[Job] = deque()
         self._thread: threading.Thread | None = None
+        self._timer: threading.Timer | None = None
 
     # From any thread ----------------------------------------------------------------------------------------
 
@@ -44,10 +48,25 @@ class Scheduler:
             self._changed.notify_all()
 
     def cancel(self, job: Job) -> None:
-        """End a job before the next step, unless it is done."""
+        """End a job before the next step, or soon if the step under way takes long, unless it is done."""
         with self._changed:
             self._cancelled.append(job)
+            if self._thread is not None and self._timer is None:
+                self._timer = threading.Timer(_LONG_STEP_S, self._end_cancelled)
+                self._timer.daemon = True
+                self._timer.start()
             self._changed.notify_all()
+
+    def _end_cancelled(self) -> None:
+        """End cancelled jobs that a step holds up, such as one that compiles; their rows leave with the next step."""
+        with self._changed:
+            self._timer = None
+            jobs = list(self._cancelled)
+        for job in jobs:
+            if job in self._running:
+                job.end(self._batch.result(job, "cancelled"))
+            else:
+                job.end(_not_started(job, "cancelled"))
 
     def close(self) -> None:
         """Wait for the current step, then cancel all jobs and free all seats."""
@@ -132,7 +151,7 @@ class Scheduler:
             if not isinstance(error, Exception):
                 raise
             return
-        finish = job.finish_reason(self._batch.end_tokens)
+        finish = "cancelled" if job.done else job.finish_reason(self._batch.end_tokens)
         if finish is not None:
             with cache:
                 job.end(self._batch.result(job, finish, cache))
@@ -143,6 +162,8 @@ class Scheduler:
 
     def _collect(self) -> None:
         for job in list(self._running):
+            if job.done:
+                continue
             finish = job.finish_reason(self._batch.end_tokens)
             if finish is None:
                 job.notify()
