@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from longthink.cli.text import visible
 from longthink.lab.analyze.lives import Lives, MapClass, PageClass, map_classes, read_shares
 from longthink.lab.analyze.replays import Replay
 from longthink.lab.analyze.shares import page_texts
 from longthink.lab.analyze.store import Trace
-from longthink.lab.report.escape import visible
 
 MAX_USES = 300_000
 """Uses shown of one trace; of more, the strongest."""
