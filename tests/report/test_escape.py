@@ -5,6 +5,7 @@ import html
 import io
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from longthink.cli.table import Table
 from longthink.cli.text import for_markdown, visible
+from longthink.lab.report.comparison import StoreComparison
 from longthink.lab.report.figures import Figure, Line, Panel
 from longthink.lab.report.page import Page, environment
 from longthink.lab.report.plots import save_figures
@@ -38,22 +40,36 @@ def text_of(element, made):
 
 @given(foreign)
 def test_html_shows_the_text_and_has_no_markup(text):
-    for block, element in (("text", "p"), ("note", "p"), ("heading", "h3")):
-        made = rendered(block, text)
-        assert len(re.findall("[<>]", made)) == 4
-        assert text_of(element, made) == [visible(text)]
-    made = rendered("items", [text, text])
-    assert text_of("li", made) == [visible(text)] * 2
+    made = rendered("text", text)
+    assert len(re.findall("[<>]", made)) == 4
+    assert text_of("p", made) == [visible(text)]
+    for block in ("items", "incomplete"):
+        assert text_of("li", rendered(block, [text, text])) == [visible(text)] * 2
 
 
-@given(foreign)
-def test_every_field_of_an_answer_is_text(text):
-    row = dict.fromkeys(("problem", "answer", "gold", "finish", "text"), text)
-    row |= {"sample": 0, "correct": False, "generated_tokens": 1}
-    made = rendered("answers", [(text, [row])])
-    assert text_of("summary", made) == text_of("pre", made) == [visible(text)]
-    assert text_of("code", made) == [visible(text)] * 3
-    assert len(re.findall("<[^>]*>", made)) == 16
+@given(foreign.map("x".__add__))
+def test_every_field_of_origin_and_comparison_is_text(text):
+    record = {"count": 1} | dict.fromkeys(("first", "last", "versions", "hardware"), text)
+    made = rendered("origin", [record], [], text)
+    shown = visible(text)
+    assert text_of("li", made) == [f"1 records from {shown} to {shown}: {shown}; {shown}"]
+    assert text_of("code", made) == [shown]
+    found = StoreComparison(comparisons=[], only_here=[text], only_there=[text])
+    made = rendered("comparison", found, Table(columns={}, rows=[]), text)
+    assert text_of("li", made) == [shown, shown]
+    assert text_of("p", made) == [f"0 setups are in both this store and {shown}."]
+    assert text_of("h3", made) == ["Only in this store", f"Only in {shown}"]
+
+
+@given(foreign.map("x".__add__))
+def test_every_text_of_a_trace_is_text(text):
+    made = rendered("telling_texts", "milestone", "decode", [SimpleNamespace(text=text, count=2, lift=1.5)])
+    assert text_of("code", made) == [visible(text)]
+    made = rendered(
+        "titled_table", Table(title=text, note=f"{text}.", columns={"a": "text"}, rows=[[text]], marked={0})
+    )
+    assert text_of("h3", made) == text_of("td", made) == [visible(text)]
+    assert text_of("p", made) == [f"{visible(text)}."]
 
 
 def figure(text, *, name="f"):
@@ -114,7 +130,7 @@ def test_a_whole_page_of_foreign_text():
     page = Page(title=evil, summary=evil)
     page.add(evil, "table", Table(name="t", columns={evil: "text"}, rows=[[evil], ["b"]], note=evil))
     page.add(evil, "figure", figure(evil))
-    page.add(evil, "command", "made by", evil)
+    page.add(evil, "origin", [], [], evil)
     page.data["more"] = {evil: evil}
     made = page.html()
     assert "<script>pwned" not in made and "\u2028" not in made

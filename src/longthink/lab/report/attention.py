@@ -10,7 +10,6 @@ from longthink._version import __version__
 from longthink.errors import needs_extra
 from longthink.lab.analyze import Lives, PageClass, TraceStore, read_lives, share_table, telling_texts
 from longthink.lab.analyze.replays import Replay, load_replays
-from longthink.lab.analyze.rules import Rules
 from longthink.lab.analyze.shares import mean_with_interval
 from longthink.lab.analyze.whatif import BELADY, OPTIMUM
 from longthink.lab.report.attention_tables import class_tables, shares_table, truth_table
@@ -24,6 +23,7 @@ ATTENTION_PAGE = "attention.html"
 """Name of the page in the report's folder."""
 SHOWN_TRACES = 4
 """Traces that the page shows one by one; all count in tables and curves."""
+_TELLING = ((PageClass.MILESTONE, "decode"), (PageClass.PHOENIX, "decode"), (PageClass.PHOENIX, "prompt"))
 
 
 def build_attention(
@@ -83,13 +83,14 @@ def build_attention(
     shares = share_table(all_lives)
     truth = truth_table(all_lives)
     tables = [*class_tables(shares), *([truth] if truth else [])]
-    page.add("Classes", "note", _definitions(rules))
+    page.add("Classes", "classes", rules)
     for table in tables:
-        page.add("Classes", "heading", table.title)
-        page.add("Classes", "table", table)
-    _add_texts(page, all_lives)
+        page.add("Classes", "titled_table", table)
+    for kind, part in _TELLING:
+        if texts := telling_texts(all_lives, kind, part=part):
+            page.add("Classes", "telling_texts", kind.name.lower(), part, texts)
     if command:
-        page.add("Origin", "command", "This page", command)
+        page.add("Origin", "origin", [], [], command)
     out = Path(out_folder)
     out.mkdir(parents=True, exist_ok=True)
     save_figures(figures, out / "figures")
@@ -112,29 +113,6 @@ def _summary(all_lives: Sequence[Lives]) -> str:
 def _shown(tasks: Sequence[str]) -> list[int]:
     """Return the traces to show: the first of every task, then others."""
     return sorted(range(len(tasks)), key=lambda i: tasks.index(tasks[i]) != i)[:SHOWN_TRACES]
-
-
-def _definitions(rules: Rules) -> str:
-    return (
-        f"A page is used when a head gives it more than {rules.use:g} of its attention; near means at most "
-        f"{rules.local} tokens behind. Sink: used in at least {rules.sink:g} of all steps. Local: only while near. "
-        f"Phoenix: used after more than {rules.gap} steps without use. Milestone: used beyond its neighbourhood, "
-        f"without such a rest. Lazy: never used. A head is sink-like when at most {rules.far:g} of what it reads is "
-        "milestones and phoenixes. Shares are means over problems, with a 95 % bootstrap interval."
-    )
-
-
-def _add_texts(page: Page, all_lives: Sequence[Lives]) -> None:
-    for kind, part in (
-        (PageClass.MILESTONE, "decode"),
-        (PageClass.PHOENIX, "decode"),
-        (PageClass.PHOENIX, "prompt"),
-    ):
-        if texts := telling_texts(all_lives, kind, part=part):
-            page.add("Classes", "heading", f"Texts of {kind.name.lower()} pages, {part}")
-            note = "Pages of the class in at least one head; × how much more frequent than among all pages."
-            page.add("Classes", "note", note)
-            page.add("Classes", "chips", texts)
 
 
 _MEASURES = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from longthink.lab.report.cells import (
     sample_answers,
     series_labels,
 )
-from longthink.lab.report.comparison import StoreComparison, against_dense, compare_stores, describe
+from longthink.lab.report.comparison import against_dense, compare_stores
 from longthink.lab.report.figures import Figure, Look, budget_figures, sample_figures
 from longthink.lab.report.measured import measurement_figures
 from longthink.lab.report.page import Page
@@ -90,24 +89,23 @@ def build(
     )
     tables: list[Table] = []
     if other is not None:
-        tables.append(_add_comparison(page, compare_stores(samples, other), str(against)))
-    if missing := incomplete(cells):
-        page.add(
-            "Incomplete",
-            "text",
-            "These configurations lack problems that others have, so their means differ:",
+        found = compare_stores(samples, other)
+        labels_of_both = series_labels(one.cell.series for one in found.comparisons)
+        tables.append(
+            comparison_table(found.comparisons, labels_of_both, "comparison", "Comparison", "there", "here")
         )
-        page.add("Incomplete", "items", missing)
+        page.add("Comparison", "comparison", found, tables[0], str(against))
+    if missing := incomplete(cells):
+        page.add("Incomplete", "incomplete", missing)
     figures = _figures(shown, measurements, look)
     # All figures of a section stand together, whatever they were made from.
     for figure in figures:
         page.add(figure.section, "figure", figure)
     tables += _add_tables(page, shown, measurements, labels)
     if samples:
-        note = "Some answers of each configuration, right and wrong ones. Long texts are cut in the middle."
-        page.add("Answers", "note", note)
         page.add("Answers", "answers", sample_answers(store))
-    _add_origin(page, store, samples, command)
+    seeds = sorted({row["seed"] for row in samples})
+    page.add("Origin", "origin", store.query(_ORIGIN), seeds, command)
 
     out = Path(out_folder)
     out.mkdir(parents=True, exist_ok=True)
@@ -125,6 +123,14 @@ def _load(store: ResultStore) -> tuple[list[Row], list[Row]]:
     if not samples and not measurements:
         raise ResultStoreError(f"{store.folder} is an empty result store: there is nothing to report")
     return samples, measurements
+
+
+_ORIGIN = """
+    SELECT versions, hardware, count(*) AS count, min(created) AS first, max(created) AS last
+    FROM (SELECT versions, hardware, created FROM samples
+          UNION ALL SELECT versions, hardware, created FROM measurements)
+    GROUP BY ALL ORDER BY first, versions, hardware
+"""
 
 
 def _summary(samples: Sequence[Row], measurements: Sequence[Row]) -> str:
@@ -154,72 +160,16 @@ def _add_tables(
 ) -> list[Table]:
     tables = []
     if cells:
-        title = "Difference to Dense"
-        if comparisons := against_dense(cells):
-            tables.append(
-                comparison_table(
-                    comparisons, labels, name="differences", title=title, before="dense", after="accuracy"
-                )
-            )
+        differences = comparison_table(
+            against_dense(cells), labels, "differences", "Difference to Dense", "dense", "accuracy"
+        )
+        if differences.rows:
+            tables.append(differences)
         else:
-            page.add(title, "text", "The store has no Dense samples to compare with.")
+            page.add(differences.title, "text", "The store has no Dense samples to compare with.")
         tables += [accuracy_table(cells, labels), results_table(cells, labels)]
     if measurements:
         tables.append(measurements_table(measurements))
     for table in tables:
         page.add(table.title, "table", table)
     return tables
-
-
-def _add_comparison(page: Page, found: StoreComparison, against: str) -> Table:
-    """Add the comparison of two stores, its outcome in words first, and return its table."""
-    section = "Comparison"
-    page.add(section, "text", f"{len(found.comparisons)} setups are in both this store and {against}.")
-    if changed := [one for one in found.comparisons if one.significant]:
-        page.add(section, "text", "Changed significantly (Holm-adjusted p below 0.05):")
-        texts = [
-            f"{describe(one.cell)}: {one.before:.1%} to {one.after:.1%}, {100 * one.difference.mean:+.1f} points "
-            f"({100 * one.difference.low:+.1f} to {100 * one.difference.high:+.1f}), adjusted p = {one.p_holm:.2g}"
-            for one in changed
-        ]
-        page.add(section, "items", texts)
-    elif found.comparisons:
-        page.add(section, "text", "Nothing changed significantly (no Holm-adjusted p below 0.05).")
-    labels = series_labels(one.cell.series for one in found.comparisons)
-    table = comparison_table(
-        found.comparisons, labels, name="comparison", title=section, before="there", after="here"
-    )
-    if found.comparisons:
-        page.add(section, "table", table)
-    for title, texts in (("Only in this store", found.only_here), (f"Only in {against}", found.only_there)):
-        if texts:
-            page.add(section, "heading", title)
-            page.add(section, "items", texts)
-    return table
-
-
-def _add_origin(page: Page, store: ResultStore, samples: Sequence[Row], command: str | None) -> None:
-    origin = store.query(
-        "SELECT versions, hardware, count(*) AS count, min(created) AS first, max(created) AS last FROM "
-        "(SELECT versions, hardware, created FROM samples UNION ALL SELECT versions, hardware, created FROM "
-        "measurements) GROUP BY ALL ORDER BY first, versions, hardware"
-    )
-    texts = [
-        f"{row['count']:,} records from {row['first']} to {row['last']}: {_flat(row['versions'])}; "
-        f"{_flat(row['hardware'])}"
-        for row in origin
-    ]
-    page.add("Origin", "items", texts)
-    if samples:
-        seeds = ", ".join(map(str, sorted({row["seed"] for row in samples})))
-        page.add("Origin", "text", f"Seeds: {seeds}. Seeds are pooled, per problem first.")
-    if command:
-        page.add("Origin", "command", "This report", command)
-
-
-def _flat(text: str) -> str:
-    """Return a JSON object as ``name value`` pairs, anything else unchanged."""
-    try:
-        return ", ".join(f"{name} {value}" for name, value in json.loads(text).items())
-    except (ValueError, AttributeError):
-        return text

@@ -91,6 +91,12 @@ class Cell:
     rows: tuple[Row, ...]
 
     @property
+    def label(self) -> str:
+        limits = "/".join(map(str, self.task.limits))
+        setup = f"{self.series.policy}, {self.size.label}, {self.task.name}, at most {limits} tokens"
+        return f"{setup} ({self.group.label})"
+
+    @property
     def key(self) -> Key:
         return self.group, self.task, self.series, self.size
 
@@ -146,7 +152,7 @@ def size_of(row: Row) -> Size:
 
 def make_cells(samples: Iterable[Row]) -> list[Cell]:
     """Sort samples into cells, in a fixed order."""
-    sorted_in: dict[tuple[Group, Task, Series, Size], list[Row]] = defaultdict(list)
+    sorted_in: dict[Key, list[Row]] = defaultdict(list)
     for row in samples:
         task = Task(row["task"], (row["max_new_tokens"],), (row["task"],))
         key = (_group_of(row), task, Series(row["policy"], row["switches"]), size_of(row))

@@ -45,7 +45,6 @@ class Comparison:
 
     @property
     def significant(self) -> bool:
-        """Whether the adjusted p value is below `LEVEL`."""
         return self.p_holm < LEVEL
 
 
@@ -106,15 +105,9 @@ def compare_stores(samples: Sequence[Row], other: Sequence[Row]) -> StoreCompari
 
     def unmatched(cells: dict[Key, Cell]) -> list[str]:
         return [
-            describe(cell)
-            + (" (in both, but without a common problem)" if key in here and key in there else "")
+            cell.label + (" (in both, but without a common problem)" if key in here and key in there else "")
             for key, cell in cells.items()
             if key not in compared
         ]
 
     return StoreComparison(comparisons=comparisons, only_here=unmatched(here), only_there=unmatched(there))
-
-
-def describe(cell: Cell) -> str:
-    limit = "/".join(map(str, cell.task.limits))
-    return f"{cell.series.policy}, {cell.size.label}, {cell.task.name}, at most {limit} tokens ({cell.group.label})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
@@ -80,7 +81,7 @@ def environment() -> Environment:
         finalize=_finalize,
     )
     made.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    made.filters["sha256"] = _sha256
+    made.filters |= {"sha256": _sha256, "flat": _flat}
     made.globals |= {"panel_svg": panel_svg, "swatch_svg": swatch_svg}
     return made
 
@@ -88,6 +89,14 @@ def environment() -> Environment:
 def _finalize(value: Any) -> Any:
     """Make control characters visible in all that is not HTML already."""
     return visible(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
+
+
+def _flat(text: str) -> str:
+    """Return a JSON object as ``name value`` pairs, anything else unchanged."""
+    try:
+        return ", ".join(f"{name} {value}" for name, value in json.loads(text).items())
+    except (ValueError, AttributeError):
+        return text
 
 
 def _sha256(text: str) -> str:

@@ -70,7 +70,7 @@ def _share_of(cell: Cell) -> str:
 
 
 def comparison_table(
-    comparisons: Sequence[Comparison], labels: Labels, *, name: str, title: str, before: str, after: str
+    comparisons: Sequence[Comparison], labels: Labels, name: str, title: str, before: str, after: str
 ) -> Table:
     """Return paired differences, the significant ones marked; ``before`` and ``after`` name the two sides."""
     columns = _CELL | _SIZE | {
