@@ -72,6 +72,16 @@ def test_every_text_of_a_trace_is_text(text):
     assert text_of("p", made) == [f"{visible(text)}."]
 
 
+@given(foreign)
+def test_every_field_of_an_answer_is_text(text):
+    row = dict.fromkeys(("problem", "answer", "gold", "finish", "text"), text)
+    row |= {"sample": 0, "correct": False, "generated_tokens": 1}
+    made = rendered("answers", [(text, [row])])
+    assert text_of("summary", made) == text_of("pre", made) == [visible(text)]
+    assert text_of("code", made) == [visible(text)] * 3
+    assert len(re.findall("<[^>]*>", made)) == 18
+
+
 def figure(text, *, name="f"):
     line = Line(
         label=text, style=make_styles([text])[text], kind="curve", x=[1, 2], y=[1, 2], hover=[text] * 2
