@@ -240,7 +240,7 @@ def made_up_outcome(store, budget):
 @needs_browser
 @pytest.mark.slow
 def test_four_thousand_tokens_answer_within_100_ms(tmp_path, visit, monkeypatch):
-    monkeypatch.setattr("longthink.lab.report.attention.save_figures", lambda *_: None)
+    monkeypatch.setattr("longthink.lab.report.page.save_figures", lambda *_: None)
     store = make_store(tmp_path / "t", steps=TOKENS - PROMPT, prompt=PROMPT, layers=1)
     save_replays(store, [made_up_outcome(store, budget) for budget in (512, 1024)], Rules())
     page = visit(build_attention(tmp_path / "t", tmp_path / "out"))

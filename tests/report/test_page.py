@@ -30,7 +30,7 @@ pytestmark = [
 def no_figure_files():
     """Figures as files take longest and are not what is looked at here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("longthink.lab.report.builder.save_figures", lambda figures, folder: None)
+        patch.setattr("longthink.lab.report.page.save_figures", lambda figures, folder: None)
         yield
 
 

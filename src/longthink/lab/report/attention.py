@@ -16,7 +16,6 @@ from longthink.lab.report.attention_tables import class_tables, shares_table, tr
 from longthink.lab.report.attention_view import view_of
 from longthink.lab.report.figures import Figure, Line, Panel
 from longthink.lab.report.page import Page
-from longthink.lab.report.plots import save_figures
 from longthink.lab.report.style import Style, make_styles
 
 ATTENTION_PAGE = "attention.html"
@@ -75,29 +74,24 @@ def build_attention(
         views.append(view_of(traces[i], all_lives[i], mine))
     page.data["attention"] = {"traces": views, "rules": {"local": rules.local, "use": rules.use}}
     page.add("Page lives", "lives")
-    figures = recall_figures(replays)
-    for figure in figures:
+    for figure in recall_figures(replays):
         page.add(figure.section, "figure", figure)
     if not replays:
         page.add("Policies", "text", "No policy was replayed on these traces: see longthink what-if.")
     shares = share_table(all_lives)
-    truth = truth_table(all_lives)
-    tables = [*class_tables(shares), *([truth] if truth else [])]
     page.add("Classes", "classes", rules)
-    for table in tables:
+    for table in class_tables(shares):
         page.add("Classes", "titled_table", table)
+    if truth := truth_table(all_lives):
+        page.add("Classes", "titled_table", truth)
     for kind, part in _TELLING:
         if texts := telling_texts(all_lives, kind, part=part):
             page.add("Classes", "telling_texts", kind.name.lower(), part, texts)
     if command:
         page.add("Origin", "origin", [], [], command)
     out = Path(out_folder)
-    out.mkdir(parents=True, exist_ok=True)
-    save_figures(figures, out / "figures")
-    for table in (*tables, shares_table(shares)):
-        table.save(out / "tables")
-    page.save(out / ATTENTION_PAGE)
-    return out / ATTENTION_PAGE
+    shares_table(shares).save(out / "tables")
+    return page.save(out / ATTENTION_PAGE)
 
 
 def _summary(all_lives: Sequence[Lives]) -> str:

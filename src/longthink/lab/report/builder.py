@@ -21,11 +21,9 @@ from longthink.lab.report.comparison import against_dense, compare_stores
 from longthink.lab.report.figures import Figure, Look, budget_figures, sample_figures
 from longthink.lab.report.measured import measurement_figures
 from longthink.lab.report.page import Page
-from longthink.lab.report.plots import save_figures
 from longthink.lab.report.style import make_styles
 from longthink.lab.report.tables import (
     Labels,
-    Table,
     accuracy_table,
     comparison_table,
     measurements_table,
@@ -87,33 +85,21 @@ def build(
     page = Page(
         title=title or f"Report of {store.folder.resolve().name}", summary=_summary(samples, measurements)
     )
-    tables: list[Table] = []
     if other is not None:
         found = compare_stores(samples, other)
-        labels_of_both = series_labels(one.cell.series for one in found.comparisons)
-        tables.append(
-            comparison_table(found.comparisons, labels_of_both, "comparison", "Comparison", "there", "here")
-        )
-        page.add("Comparison", "comparison", found, tables[0], str(against))
+        both = series_labels(one.cell.series for one in found.comparisons)
+        table = comparison_table(found.comparisons, both, "comparison", "Comparison", "there", "here")
+        page.add(table.title, "comparison", found, table, str(against))
     if missing := incomplete(cells):
         page.add("Incomplete", "incomplete", missing)
-    figures = _figures(shown, measurements, look)
-    # All figures of a section stand together, whatever they were made from.
-    for figure in figures:
+    for figure in _figures(shown, measurements, look):
         page.add(figure.section, "figure", figure)
-    tables += _add_tables(page, shown, measurements, labels)
+    _add_tables(page, shown, measurements, labels)
     if samples:
         page.add("Answers", "answers", sample_answers(store))
     seeds = sorted({row["seed"] for row in samples})
     page.add("Origin", "origin", store.query(_ORIGIN), seeds, command)
-
-    out = Path(out_folder)
-    out.mkdir(parents=True, exist_ok=True)
-    save_figures(figures, out / "figures")
-    for table in tables:
-        table.save(out / "tables")
-    page.save(out / PAGE)
-    return out / PAGE
+    return page.save(Path(out_folder) / PAGE)
 
 
 def _load(store: ResultStore) -> tuple[list[Row], list[Row]]:
@@ -155,9 +141,7 @@ def _figures(cells: Sequence[Cell], measurements: Sequence[Row], look: Look) -> 
     return [*over_budgets, *measurement_figures(measurements, look.styles), *clouds]
 
 
-def _add_tables(
-    page: Page, cells: Sequence[Cell], measurements: Sequence[Row], labels: Labels
-) -> list[Table]:
+def _add_tables(page: Page, cells: Sequence[Cell], measurements: Sequence[Row], labels: Labels) -> None:
     tables = []
     if cells:
         differences = comparison_table(
@@ -172,4 +156,3 @@ def _add_tables(
         tables.append(measurements_table(measurements))
     for table in tables:
         page.add(table.title, "table", table)
-    return tables

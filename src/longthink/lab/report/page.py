@@ -9,15 +9,17 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from longthink.cli.table import Table
 from longthink.cli.text import visible
-from longthink.lab.report.plots import line_id, panel_svg, swatch_svg
+from longthink.lab.report.figures import Figure
+from longthink.lab.report.plots import line_id, panel_svg, save_figures, swatch_svg
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-    from longthink.lab.report.figures import Figure
+Content = TypeVar("Content")
 
 
 @dataclass(kw_only=True)
@@ -48,14 +50,22 @@ class Page:
         folder = files("longthink.lab.report") / "templates"
         scripts = [(folder / f"{name}.js").read_text(encoding="utf-8") for name in self.parts]
         style = "".join((folder / f"{name}.css").read_text(encoding="utf-8") for name in self.parts)
-        blocks = [block for blocks in self.sections.values() for block in blocks]
-        figures = [content[0] for name, content in blocks if name == "figure"]
-        data = {"hover": _hover_texts(figures)} | self.data
+        data = {"hover": _hover_texts(self._contents(Figure))} | self.data
         template = environment().get_template("page.html")
         return template.render(page=self, data=data, scripts=scripts, style=style)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path) -> Path:
+        """Write the page, and beside it its figures (PNG and PDF) and tables (CSV and Markdown)."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_figures(self._contents(Figure), path.parent / "figures")
+        for table in self._contents(Table):
+            table.save(path.parent / "tables")
         path.write_text(self.html(), encoding="utf-8")
+        return path
+
+    def _contents(self, kind: type[Content]) -> list[Content]:
+        blocks = (block for blocks in self.sections.values() for block in blocks)
+        return [one for _, content in blocks for one in content if isinstance(one, kind)]
 
 
 def _hover_texts(figures: list[Figure]) -> dict[str, list[str]]:

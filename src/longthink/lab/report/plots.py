@@ -109,16 +109,12 @@ def save_figures(figures: Sequence[Figure], folder: Path) -> None:
                 frameon=False,
             )  # fmt: skip
             canvas.suptitle(visible(figure.title))
-            save_canvas(canvas, folder / figure.name)
-
-
-def save_canvas(canvas: Any, path: Path, *, dpi: int = 150) -> None:
-    """Write a matplotlib figure as PNG and PDF, the same bytes for the same content: without dates."""
-    canvas.savefig(path.with_name(f"{path.name}.png"), dpi=dpi, metadata={"Software": None})
-    canvas.set_layout_engine(
-        "none"
-    )  # the layout stays as it is; computing it again takes as long as the rest
-    canvas.savefig(path.with_name(f"{path.name}.pdf"), dpi=300, metadata={"CreationDate": None})
+            # No dates inside: the same store gives the same files.
+            canvas.savefig(folder / f"{figure.name}.png", dpi=150, metadata={"Software": None})
+            canvas.set_layout_engine(
+                "none"
+            )  # keeps the layout, which takes as long to compute as all the rest
+            canvas.savefig(folder / f"{figure.name}.pdf", metadata={"CreationDate": None})
 
 
 def _draw(axes: Any, panel: Panel, figure: Figure) -> list[Any]:
