@@ -25,7 +25,7 @@ MAP_NAMES = [one.name.lower().replace("_", "-") for one in MapClass]
 
 
 def read_uses(trace: Trace, lives: Lives) -> dict[str, NDArray[Any]]:
-    """Return every use in a trace, in order of steps: ``step``, ``page``, ``map``, ``mass``, and the page's ``kind``."""
+    """Return every use in a trace, by steps: ``step``, ``page``, ``map``, ``mass``, and the page's ``kind``."""
     parts: dict[str, list[NDArray[Any]]] = {"step": [], "page": [], "map": [], "mass": []}
     for step in trace.steps():
         used = step.mass > lives.rules.use
