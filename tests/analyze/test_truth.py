@@ -5,7 +5,7 @@ import torch
 
 from longthink.lab.analyze import Prompt, Rules, read_lives, record
 from longthink.lab.analyze.truth import agreement, total
-from longthink.lab.report.attention_truth import truth_table
+from longthink.lab.report.attention_tables import truth_table
 from longthink.reasoner import load_reasoner, make_problem
 from tests.analyze.making import recorded
 

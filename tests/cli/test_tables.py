@@ -1,4 +1,4 @@
-"""``longthink policies`` and ``longthink doctor``."""
+"""Tables on the terminal, ``longthink policies`` and ``longthink doctor``."""
 
 import dataclasses
 import importlib.metadata
@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from longthink import __version__
+from longthink.cli.table import Table
+from longthink.cli.terminal import write_table
 from longthink.policies import Policy, PolicyInfo, available_policies, get_policy_class, register
 from longthink.policies.registry import _REGISTRY
 
@@ -171,3 +173,40 @@ def test_a_narrow_terminal_loses_nothing(call, monkeypatch, width):
             assert "".join(text.split()) in squeezed
         assert all(f"{name}={value}" in squeezed for name, value in row["options"].items())
     assert all(len(line) <= int(width) for line in out.splitlines())
+
+
+MIXED = Table(
+    title="Title",
+    note="A note.",
+    columns={"policy": "text", "task": "text", "KV cache": "size", "share": "percent", "unused": "count"},
+    rows=[["raas", "chain", 2**21, 0.5, None], ["bad\x1b[2J", "chain", None, 0.25, None]],
+    marked=frozenset({1}),
+)
+
+
+def test_a_table_is_written_in_its_units(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    write_table(MIXED)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert ["policy", "KV", "cache", "share"] in lines, "nothing of a column that is empty or says the same"
+    assert ["raas", "2.00", "MiB", "50.0%"] in lines
+    assert ["bad␛[2J", "25.0%"] in lines
+    text = " ".join(word for line in lines for word in line)
+    assert "A note. In all rows: task chain." in text and text.startswith("Title")
+
+
+def test_marked_rows_stand_out():
+    (first, second) = MIXED.rich().rows
+    assert (first.style, second.style) == (None, "bold red")
+
+
+def test_a_narrow_terminal_gets_each_cell_on_a_line(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    write_table(MIXED)
+    lines = capsys.readouterr().out.splitlines()
+    assert {"policy: raas", "KV cache: 2.00 MiB", "share: 25.0%"} <= set(lines)
+
+
+def test_a_table_without_rows_keeps_its_head(capsys):
+    write_table(Table(columns={"policy": "text", "n": "count"}, rows=[]))
+    assert capsys.readouterr().out.split()[:2] == ["policy", "n"]

@@ -30,7 +30,7 @@ pytestmark = [
 def no_figure_files():
     """Figures as files take longest and are not what is looked at here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("longthink.lab.report.builder.save_figures", lambda figures, folder: None)
+        patch.setattr("longthink.lab.report.page.save_figures", lambda figures, folder: None)
         yield
 
 
@@ -44,19 +44,31 @@ def report(tmp_path_factory, no_figure_files):
 
 
 def panel_of(page, figure, number):
-    """What is drawn of each line of a panel, by its name: its points on the screen."""
-    return page.evaluate(
+    """What is drawn of each line of a panel, by its policy or label: its points on the screen."""
+    found = page.evaluate(
         """id => {
-            const plot = document.getElementById(id);
-            const drawn = [...plot.querySelectorAll('.scatterlayer .trace')];
-            return Object.fromEntries(plot.calcdata.map((points, i) => {
-                const trace = points[0].trace;
-                const marks = [...drawn[i].querySelectorAll('.point')].filter(p => p.getBBox().width > 0).length;
-                const bars = drawn[i].querySelectorAll('.errorbar').length;
-                const lines = [...drawn[i].querySelectorAll('.js-line, .js-fill')];
-                return [plot.data[i].name || 'band', [marks, bars, lines.some(l => l.getTotalLength() > 20)]];
+            const plot = document.getElementById(id), bars = [...plot.querySelectorAll('.LineCollection')];
+            const hover = JSON.parse(document.getElementById('hover').textContent);
+            return Object.fromEntries([...plot.querySelectorAll('g[id*="-line-"]')].map(line => {
+                const marks = [...line.querySelectorAll('use')].filter(one => one.getBoundingClientRect().width > 2);
+                const paths = [...line.querySelectorAll(':scope > path')];
+                const mine = marks.length && bars.length ? bars.shift().querySelectorAll('path') : [];
+                const name = hover[line.id][0].split('\\n')[0];
+                return [name, [marks.length, mine.length, paths.some(path => path.getTotalLength() > 20)]];
             }));
         }""",
+        f"{figure}-{number}",
+    )
+    if figure in ("jct", "memory", "step-time"):
+        return found
+    return {name.rpartition(", ")[0]: drawn for name, drawn in found.items()}
+
+
+def bands(page, figure, number):
+    """Heights, in pixels, of the intervals of horizontal lines."""
+    return page.evaluate(
+        """id => [...document.querySelectorAll(`#${id} g.axes > g.patch path`)].filter(p => p.style.fill !== 'none')
+            .map(p => p.getBoundingClientRect()).filter(box => box.width > 100).map(box => box.height)""",
         f"{figure}-{number}",
     )
 
@@ -65,8 +77,9 @@ def test_figures_are_drawn_with_all_their_points(report, visit):
     page = visit(report)
     curve = [3, 3, True]
     for number in range(4):
+        (height,) = bands(page, "accuracy-decode-budget-1", number)
+        assert height > 20
         assert panel_of(page, "accuracy-decode-budget-1", number) == {
-            "band": [0, 0, True],
             "dense": [0, 0, True],
             "raas": curve,
             "raas:r=0.25": curve,
@@ -74,14 +87,17 @@ def test_figures_are_drawn_with_all_their_points(report, visit):
         }
         assert panel_of(page, "accuracy-budget-1", number)["raas"] == [2, 2, True]
     assert panel_of(page, "jct-samples-1", 0) == {"dense": [30, 0, False], "raas": [30, 0, False]}
+    assert bands(page, "jct-samples-1", 0) == []
     for figure, bars in (("jct", 0), ("memory", 0), ("step-time", 4)):
         expected = {"hf dynamic", "raas, decode budget 128", "raas, decode budget 512"}
         assert panel_of(page, figure, 0) == {name: [4, bars, True] for name in expected}
     ticks = page.locator("#accuracy-decode-budget-1-0 .xtick text").all_text_contents()
     assert ticks == ["32", "64", "128"]
     assert "100%" in page.locator("#accuracy-decode-budget-1-0 .ytick text").all_text_contents()
-    assert page.locator("#accuracy-decode-budget-1-0 .xtitle").text_content() == "decode budget (tokens)"
-    assert page.locator(".plot").count() == page.locator(".plot .scatterlayer").count() == 37
+    assert "decode budget (tokens)" in page.locator("#accuracy-decode-budget-1-0 svg").text_content()
+    assert page.locator(".plot").count() == page.locator(".plot svg").count() == 37
+    ids = page.evaluate("[...document.querySelectorAll('.plot svg [id]')].map(element => element.id)")
+    assert len(ids) == len(set(ids)) > 37, "no figure refers to the markers of another"
     assert page.locator("h1").inner_text() == "Spring & <summer>"
     assert (page.faults, page.asked) == ([], [])
 
@@ -166,10 +182,10 @@ def test_what_a_model_writes_does_nothing(evil_report, visit, tmp_path, policy_o
         path.write_text(html.replace("Content-Security-Policy", "X-Nothing"))
     page = visit(path)
     page.evaluate("document.querySelectorAll('details').forEach(block => { block.open = true; })")
-    for selector in ("#memory-0 .point path", "#memory-0 path.point", "#accuracy-budget-1-0 path.point"):
-        if page.locator(selector).count():
-            page.locator(selector).first.hover(force=True)
-            page.wait_for_timeout(150)
+    for plot in ("#memory-0", "#accuracy-budget-1-0"):
+        page.locator(plot).hover()
+        page.locator(f"{plot} g[id] use").first.hover(force=True)
+        assert page.locator("#tip").is_visible()
     assert page.evaluate("window.pwned") is None
     assert page.locator("main img, main script, header img, main a[href^=http]").count() == 0
     assert page.locator("[onload], [onerror]").count() == 0
@@ -189,12 +205,14 @@ def test_hover_shows_texts_as_they_are(evil_report, visit):
     plot = page.locator("#memory-0")
     plot.scroll_into_view_if_needed()
     seen = set()
-    for point in plot.locator("path.point").all():
+    for point in plot.locator("g[id*=-line-] use").all():
         box = point.bounding_box()
         page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-        page.wait_for_timeout(120)
-        seen |= set(plot.locator(".hovertext").all_text_contents())
-        assert plot.locator(".hovertext a, .hovertext img").count() == 0
+        assert page.locator("#tip").is_visible()
+        seen.add(page.locator("#tip").text_content())
+        assert page.locator("#tip *").count() == 0
+    page.mouse.move(0, 0)
+    assert not page.locator("#tip").is_visible()
     for evil in (*EVIL, EVIL_TEXT):
         assert [text for text in seen if text.startswith(f"{evil}, decode budget 128")] != [], evil
     assert (page.evaluate("window.pwned"), page.faults, page.asked) == (None, [], [])

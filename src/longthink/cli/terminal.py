@@ -1,56 +1,45 @@
 """Where the command line writes: results on standard output, everything else on standard error.
 
-Text that comes from a model, a file name or an error message is foreign: on a terminal its control characters could
-move the cursor, retitle the window or fake a prompt, so they are made visible first (:func:`visible`).
+Foreign text goes through :func:`visible` first.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, TextIO
 
+from longthink.cli.table import Table
+from longthink.cli.text import one_line, size_text, visible
+
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Column, Table
+    from rich.table import Column
+    from rich.table import Table as RichTable
 
-# C0 and C1 controls and DEL; then the bidirectional overrides and isolates, which can show text in another order than
-# it is stored. Newline and tab are harmless and stay.
-_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
-
-
-def visible(text: str) -> str:
-    r"""Return ``text`` with every control character replaced by a visible stand-in.
-
-    Newline and tab stay. C0 controls become their Unicode picture (escape becomes ``␛``), the others an escape
-    such as ``\x9b``.
-    """
-    return _UNSAFE.sub(_picture, text)
-
-
-def _picture(match: re.Match[str]) -> str:
-    code = ord(match[0])
-    if code < 0x20:
-        return chr(0x2400 + code)
-    if code == 0x7F:
-        return "\u2421"
-    return f"\\x{code:02x}" if code <= 0xFF else f"\\u{code:04x}"
-
-
-def one_line(text: str) -> str:
-    """Return ``text`` as a single line that is safe to write to a terminal."""
-    return visible(" ".join(text.split()))
+__all__ = [
+    "err_console",
+    "is_terminal",
+    "note",
+    "one_line",
+    "out_console",
+    "shares_place",
+    "size_text",
+    "visible",
+    "write_json",
+    "write_table",
+    "write_text",
+]
 
 
 def is_terminal(stream: TextIO | None) -> bool:
-    """Say whether ``stream`` is open and writes to a terminal."""
+    """Return whether ``stream`` is open and writes to a terminal."""
     return stream is not None and not stream.closed and stream.isatty()
 
 
 def shares_place(one: TextIO, other: TextIO) -> bool:
-    """Say whether two streams end up in the same place: a terminal, or one and the same file or pipe."""
+    """Return whether two streams end up in the same place: a terminal, or one and the same file or pipe."""
     if is_terminal(one):
         return True
     try:
@@ -78,13 +67,15 @@ def err_console() -> Console:
     return Console(file=sys.stderr, highlight=False)
 
 
-def write_table(table: Table) -> None:
-    """Print a table; where a terminal is too narrow, each row as a line for each cell.
+def write_table(table: Table | RichTable) -> None:
+    """Print a table; where the terminal is too narrow, print each cell on a line of its own.
 
     Rich would cut values in two there, and leave out whole columns.
     """
     from rich.text import Text
 
+    if isinstance(table, Table):
+        table = table.rich()
     console = out_console()
     if _table_width(console, table) <= console.width:
         console.print(table)
@@ -100,8 +91,8 @@ def write_table(table: Table) -> None:
         console.print()
 
 
-def _table_width(console: Console, table: Table) -> int:
-    """Columns of a terminal that a table needs so that nothing is cut."""
+def _table_width(console: Console, table: RichTable) -> int:
+    """Return the width, in characters, at which nothing of a table is cut."""
     from rich.measure import Measurement
 
     def width(column: Column) -> int:
@@ -133,13 +124,3 @@ def write_json(document: object) -> None:
 
     sys.stdout.write(json.dumps(document, indent=2) + "\n")
     sys.stdout.flush()
-
-
-def size_text(count: float) -> str:
-    """Return a number of bytes as people read it: ``262 KiB``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            break
-        count /= 1024
-    digits = 0 if unit == "B" or count >= 100 else 1 if count >= 10 else 2
-    return f"{count:.{digits}f} {unit}"

@@ -111,7 +111,7 @@ def _how(row: Measurement, conditions: dict[str, Any]) -> list[str]:
 
 def document_head(title: str, how: dict[str, Any]) -> str:
     """Return the title of a page, and how and where the run took place."""
-    from longthink.lab.report.escape import for_markdown
+    from longthink.cli.text import for_markdown
 
     hardware = how["hardware"]
     libraries = [

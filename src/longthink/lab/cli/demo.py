@@ -4,41 +4,36 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cyclopts import Parameter
+from rich.live import Live
+from rich.table import Table as RichTable
 
 from longthink.cli.models import load_model
 from longthink.cli.options import BudgetOptions, ModelOptions, ProblemOptions, SizeName, Switch, policy_list
 from longthink.cli.progress import progress
 from longthink.cli.prompts import encode_prompt
-from longthink.cli.terminal import (
-    err_console,
-    is_terminal,
-    note,
-    out_console,
-    size_text,
-    visible,
-    write_json,
-    write_table,
-)
-from longthink.config import check_int
+from longthink.cli.table import Table
+from longthink.cli.terminal import err_console, is_terminal, note, out_console, write_json, write_table
+from longthink.cli.text import one_line, size_text, visible
+from longthink.config import Budget, check_int
 from longthink.environment import cores, versions
+from longthink.lab.cli.lanes import Course, Helper, helpers, race
+from longthink.lab.cli.picture import Panel, render, save_png
+from longthink.lab.cli.race import ENDS, Outcome, Runner, outcome
+from longthink.lab.cli.residents import ResidentLog
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from longthink.lab.cli.lanes import Course, Helper
-    from longthink.lab.cli.race import Outcome, Runner
     from longthink.models import Loaded
-    from longthink.reasoner import Problem
 
-# The showcase: a chain of thought almost four times as long as the decode budget. With this seed RaaS as published
-# goes wrong and milestone does not; the README says how they do on many problems.
+# A chain of thought almost four times as long as the decode budget. With this seed RaaS as published goes wrong and
+# milestone does not; the README has their accuracy over many problems.
 POLICIES = "dense,raas,milestone,streaming_llm"
 DECODE_BUDGET = 768
 
@@ -61,33 +56,15 @@ class DemoOptions(ProblemOptions, BudgetOptions):
     """Where to save the picture."""
 
     workers: int | None = None
-    """Policies that run at the same time, each in a process with a model of its own [default: as many as there are
-    cores]. With 1 nothing disturbs the times of the tokens."""
+    """Policies that run at the same time, each in a process with a model of its own [default: the number of cores].
+    With 1 nothing disturbs the measured times."""
 
     json: Switch = False
     """Print one JSON document instead of the tables."""
 
 
 _DEFAULTS = DemoOptions()
-
-
-@dataclass
-class Watch:
-    """How long the parts of the demo took.
-
-    Attributes
-    ----------
-    seconds
-        Seconds of each part that has ended, by name.
-    """
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    _clock: float = field(default_factory=time.perf_counter)
-
-    def ends(self, part: str) -> None:
-        """Say that ``part`` has ended; the next one begins."""
-        now = time.perf_counter()
-        self.seconds[part], self._clock = now - self._clock, now
+Result = tuple[Runner, Outcome]
 
 
 def demo(*, options: DemoOptions = _DEFAULTS) -> int:
@@ -96,237 +73,124 @@ def demo(*, options: DemoOptions = _DEFAULTS) -> int:
     A table compares answers, speed and memory; a picture, in the terminal and as a PNG file, shows which tokens
     stayed alive. Nothing is downloaded. Without a budget bounded caches keep 768 tokens on top of the prompt.
     """
-    watch = Watch()
-    if not options.png.absolute().parent.is_dir():
-        raise ValueError(
-            f"png={str(options.png)!r}: there is no folder {str(options.png.absolute().parent)!r}"
-        )
+    clock = [time.perf_counter()]
+    if not (folder := options.png.absolute().parent).is_dir():
+        raise ValueError(f"png={str(options.png)!r}: there is no folder {str(folder)!r}")
     if options.workers is not None:
         check_int("workers", options.workers, 1)
-    chosen = policy_list(options.policies)
-    budget = _budget(options)
-    workers = min(options.workers or cores(), len(chosen))
-    from longthink.lab.cli.lanes import Course, helpers
-    from longthink.lab.cli.race import Runner, outcome
-    from longthink.lab.cli.residents import ResidentLog
+    policies = policy_list(options.policies)
+    budget = options.given_budget or {"decode_budget": DECODE_BUDGET}
+    Budget(**budget)
     from longthink.reasoner import make_problem
 
     problem = make_problem(seed=options.seed, profile=options.profile, size=options.size)
-    with helpers(workers - 1) as helping:
+    with helpers(min(options.workers or cores(), len(policies)) - 1) as helping:
         loaded = load_model(ModelOptions())
         prompt = encode_prompt(loaded.tokenizer, problem.prompt, raw=True)["input_ids"].shape[1]
         solution = loaded.tokenizer(problem.solution, add_special_tokens=False)["input_ids"]
-        runners = [Runner(policy=policy, log=ResidentLog(prompt=prompt)) for policy in chosen]
-        headline = _headline(options, budget, prompt, len(solution))
-        watch.ends("load")
+        runners = [Runner(policy=policy, log=ResidentLog(prompt=prompt)) for policy in policies]
+        kept = options.budget or f"the prompt and {budget['decode_budget']}"
+        headline = (
+            f"One {options.profile} problem (size {options.size}, seed {options.seed}): prompt of {prompt} tokens, "
+            f"chain of thought of {len(solution)}; bounded caches keep {kept} tokens"
+        )
+        clock.append(time.perf_counter())
         if not options.json:
             out_console().print(headline, markup=False)
-        # A lost model may go on for ever; a tenth more than the worked solution shows that it is lost.
+        # A model that has lost the thread may never end; a tenth more than the worked solution is enough to see it.
         limit = len(solution) + len(solution) // 10 + 2
         workers = _race(runners, loaded, Course(prompt=problem.prompt, budget=budget, limit=limit), helping)
-    outcomes = [outcome(runner, problem, solution) for runner in runners]
-    watch.ends("decode")
-    picture = _save_picture(runners, outcomes, options.png, headline)
-    watch.ends("draw")
-    if options.json:
-        write_json(_record(options, budget, problem, runners, outcomes, picture, workers, watch))
+    results = [(runner, outcome(runner, problem, solution)) for runner in runners]
+    panels = [
+        Panel(name=one.name, verdict=f"{end.verdict}, {size_text(one.held['kv_bytes'])}", log=one.log)
+        for one, end in results
+    ]
+    clock.append(time.perf_counter())
+    picture = None
+    if find_spec("matplotlib") is None:
+        note("no PNG: it needs matplotlib (pip install 'longthink[plot]')")
     else:
-        _print_results(problem, runners, outcomes, picture, workers)
-        _print_times(watch, len(runners), workers)
+        save_png(panels, options.png, title=headline)
+        picture = str(options.png)
+    clock.append(time.perf_counter())
+    seconds = {part: clock[i + 1] - clock[i] for i, part in enumerate(("load", "decode", "draw"))}
+    if not options.json:
+        _print_results(results, panels, problem.answer, workers)
+        _print_end(picture, seconds, len(runners), workers)
+        return 0
+    described = {name: getattr(options, name) for name in ("profile", "size", "seed")}
+    described |= {name: getattr(problem, name) for name in ("prompt", "solution", "answer")}
+    runs = [{**one.held, "tokens": one.tokens, **asdict(end)} for one, end in results]
+    document: dict[str, Any] = {"problem": described, "budget": None, "decode_budget": None} | budget
+    document |= {"runs": runs, "picture": picture, "workers": workers, "seconds": seconds}
+    write_json(document | {"versions": versions()})
     return 0
-
-
-def _budget(options: DemoOptions) -> dict[str, int]:
-    from longthink import Budget
-
-    chosen = options.given_budget or {"decode_budget": DECODE_BUDGET}
-    Budget(**chosen)
-    return chosen
-
-
-def _headline(options: DemoOptions, budget: dict[str, int], prompt: int, solution: int) -> str:
-    (name, tokens), *_ = budget.items()
-    kept = f"{tokens} tokens" if name == "budget" else f"the prompt and {tokens} tokens"
-    return (
-        f"One {options.profile} problem (size {options.size}, seed {options.seed}): prompt of {prompt} tokens, "
-        f"chain of thought of {solution}; bounded caches keep {kept}"
-    )
 
 
 def _race(runners: list[Runner], loaded: Loaded, course: Course, helping: list[Helper]) -> int:
     """Run all policies, with a live table on a terminal and plain lines elsewhere; return how many ran at a time."""
-    from longthink.lab.cli.lanes import race
+
+    @contextmanager
+    def lines(runner: Runner) -> Iterator[Callable[[], None]]:
+        with progress(runner.name, total=course.limit, unit="tokens") as task:
+            yield lambda: task.advance_to(runner.tokens)
 
     if not is_terminal(sys.stderr):
-        return race(runners, loaded, course, helping, lambda runner: _lines(runner, course.limit))
-    from rich.live import Live
+        return race(runners, loaded, course, helping, lines)
 
-    with Live(get_renderable=lambda: _live_table(runners), console=err_console(), transient=True):
+    def table() -> RichTable:
+        columns = {
+            "policy": "text",
+            "tokens": "count",
+            "ms/token": "ms",
+            "KV cache": "size",
+            "text": "formatted",
+        }
+        rows = [[r.name, r.tokens, r.ms, r.held.get("kv_bytes"), one_line(r.tail)[-24:]] for r in runners]
+        return Table(columns=columns, rows=rows).rich()
+
+    with Live(get_renderable=table, console=err_console(), transient=True):
         return race(runners, loaded, course, helping, lambda runner: nullcontext(lambda: None))
 
 
-@contextmanager
-def _lines(runner: Runner, limit: int) -> Iterator[Callable[[], None]]:
-    with progress(runner.name, total=limit, unit="tokens") as task:
-        yield lambda: task.advance_to(runner.tokens)
-
-
-def _live_table(runners: list[Runner]) -> Table:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(expand=True)
-    for heading in ("policy", "tokens", "ms/token", "KV cache"):
-        table.add_column(heading, justify="left" if heading == "policy" else "right", no_wrap=True)
-    table.add_column("text", ratio=1, no_wrap=True)
-    for runner in runners:
-        if not runner.tokens:
-            table.add_row(Text(runner.name), "", "", "", Text("waiting", style="dim"))
-            continue
-        tail = Text(visible(" ".join(runner.tail.split())[-60:]), style="dim" if runner.decoded else "")
-        held = size_text(runner.held["kv_bytes"]) if runner.held else ""
-        table.add_row(Text(runner.name), str(runner.tokens), f"{runner.ms:.1f}", held, tail)
-    return table
-
-
-def _print_results(
-    problem: Problem, runners: list[Runner], outcomes: list[Outcome], picture: Path | None, workers: int
-) -> None:
-    from longthink.lab.cli.picture import render
-    from longthink.lab.cli.race import ENDS
-
+def _print_results(results: Sequence[Result], panels: list[Panel], answer: str, workers: int) -> None:
     console = out_console()
-    console.print()
-    console.print(f"The right answer is {problem.answer}.", markup=False)
-    write_table(_result_table(runners, outcomes))
-    console.print(
-        f"ms/token: mean of the first → of the last {ENDS} tokens{_company(workers)}; in a model this small most of "
-        "it is the loop around the model, not attention. resident: tokens held at the end, mean over layers and KV "
-        "heads.",
-        style="dim",
-        markup=False,
+    console.print(f"\nThe right answer is {answer}.", markup=False)
+    columns = {"policy": "text", "answer": "formatted", "tokens": "count", "ms/token": "formatted"}
+    columns |= {"KV cache": "size", "evicted": "count", "resident": "count"}
+    rows = []
+    for one, end in results:
+        speed = f"{end.early_ms:.1f} → {end.late_ms:.1f}"
+        memory = [one.held["kv_bytes"], one.held["num_evicted"], round(end.residents)]
+        rows.append([one.name, f"{end.answer or 'none'} {end.verdict}", one.tokens, speed, *memory])
+    company = f", with {workers} policies running side by side" if workers > 1 else ""
+    about = (
+        f"ms/token: mean of the first → of the last {ENDS} tokens{company}; in a model this small most of it is the "
+        "loop around the model, not attention. resident: tokens held at the end, mean over layers and KV heads."
     )
-    console.print()
-    for line in render(_panels(runners, outcomes), console):
+    wrong = frozenset(i for i, (_, end) in enumerate(results) if not end.right)
+    write_table(Table(columns=columns, rows=rows, note=about, marked=wrong))
+    for line in ("", *render(panels, console), ""):
         console.print(line, soft_wrap=True)
-    console.print()
-    for runner, result in zip(runners, outcomes, strict=True):
-        console.print(_sentence(runner, result, problem), markup=False)
+    for one, end in results:
+        console.print(_sentence(one, end, answer), markup=False)
+
+
+def _sentence(one: Runner, end: Outcome, answer: str) -> str:
+    share = one.held["kv_bytes"] / one.held["dense_kv_bytes"]
+    kept = f"{share:.0%} of what a dense cache holds" if one.held["num_evicted"] else "everything"
+    if end.right:
+        return f"{one.name} held {kept} and got the right answer."
+    said = f"answered {visible(end.answer)}" if end.answer else "gave no answer"
+    text = f"{one.name} held {kept} and {said} instead of {answer}"
+    return f"{text}; its first wrong token is number {end.right_tokens + 1}."
+
+
+def _print_end(picture: str | None, seconds: dict[str, float], caches: int, workers: int) -> None:
+    console = out_console()
     if picture is not None:
-        console.print(f"picture: {visible(str(picture))}", markup=False, soft_wrap=True)
-
-
-def _company(workers: int) -> str:
-    return f", with {workers} policies running side by side" if workers > 1 else ""
-
-
-def _print_times(watch: Watch, policies: int, workers: int) -> None:
-    at_a_time = f", {workers} at a time" if workers > 1 else ""
-    load, decode, draw = (f"{watch.seconds[part]:.0f} s" for part in ("load", "decode", "draw"))
-    out_console().print(
-        f"took {sum(watch.seconds.values()):.0f} s: {load} to load, {decode} to decode with {policies} "
-        f"{'caches' if policies > 1 else 'cache'}{at_a_time}, {draw} to draw",
-        style="dim",
-        markup=False,
-    )
-
-
-def _result_table(runners: list[Runner], outcomes: list[Outcome]) -> Table:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("policy", overflow="fold", min_width=13)
-    for heading in ("answer", "tokens", "ms/token", "KV cache", "evicted", "resident"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for runner, result in zip(runners, outcomes, strict=True):
-        verdict = f"{visible(result.answer or 'none')} {_verdict(result)}"
-        table.add_row(
-            Text(runner.name),
-            Text(verdict, style="bold" if result.right else "bold red"),
-            str(runner.tokens),
-            f"{result.early_ms:.1f} → {result.late_ms:.1f}",
-            size_text(runner.held["kv_bytes"]),
-            f"{runner.held['num_evicted']:,}",
-            f"{result.residents:,.0f}",
-        )
-    return table
-
-
-def _verdict(result: Outcome) -> str:
-    return "right" if result.right else "wrong"
-
-
-def _sentence(runner: Runner, result: Outcome, problem: Problem) -> str:
-    """Say plainly how one policy did."""
-    held, dense = runner.held["kv_bytes"], runner.held["dense_kv_bytes"]
-    kept = (
-        "everything" if not runner.held["num_evicted"] else f"{held / dense:.0%} of what a dense cache holds"
-    )
-    if result.right:
-        return f"{runner.name} held {kept} and got the right answer."
-    said = f"answered {visible(result.answer)}" if result.answer else "gave no answer"
-    return (
-        f"{runner.name} held {kept} and {said} instead of {problem.answer}; its first wrong token is number "
-        f"{result.right_tokens + 1}."
-    )
-
-
-def _panels(runners: list[Runner], outcomes: list[Outcome]) -> list[Any]:
-    from longthink.lab.cli.picture import Panel
-
-    return [
-        Panel(
-            name=runner.name,
-            verdict=f"{_verdict(result)}, {size_text(runner.held['kv_bytes'])}",
-            log=runner.log,
-        )
-        for runner, result in zip(runners, outcomes, strict=True)
-    ]
-
-
-def _save_picture(runners: list[Runner], outcomes: list[Outcome], path: Path, headline: str) -> Path | None:
-    """Save the PNG; without matplotlib say what is missing and go on."""
-    from longthink.lab.cli.picture import save_png
-
-    try:
-        save_png(_panels(runners, outcomes), path, title=headline)
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-        note("no PNG: it needs matplotlib (pip install 'longthink[plot]')")
-        return None
-    return path
-
-
-def _record(
-    options: DemoOptions,
-    budget: dict[str, int],
-    problem: Problem,
-    runners: list[Runner],
-    outcomes: list[Outcome],
-    picture: Path | None,
-    workers: int,
-    watch: Watch,
-) -> dict[str, Any]:
-    """Return the whole demo, ready for JSON."""
-    return {
-        "problem": {
-            "profile": options.profile,
-            "size": options.size,
-            "seed": options.seed,
-            "prompt": problem.prompt,
-            "solution": problem.solution,
-            "answer": problem.answer,
-        },
-        **{name: budget.get(name) for name in ("budget", "decode_budget")},
-        "runs": [
-            {**runner.held, "tokens": runner.tokens, **asdict(result)}
-            for runner, result in zip(runners, outcomes, strict=True)
-        ],
-        "picture": None if picture is None else str(picture),
-        "workers": workers,
-        "seconds": watch.seconds,
-        "versions": versions(),
-    }
+        console.print(f"picture: {visible(picture)}", markup=False, soft_wrap=True)
+    load, decode, draw = (f"{value:.0f} s" for value in seconds.values())
+    many = f"{caches} cache{'s' * (caches > 1)}" + (f", {workers} at a time" if workers > 1 else "")
+    times = f"{load} to load, {decode} to decode with {many}, {draw} to draw"
+    console.print(f"took {sum(seconds.values()):.0f} s: {times}", style="dim", markup=False)

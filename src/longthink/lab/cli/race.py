@@ -1,4 +1,4 @@
-"""The demo's race: how one policy runs, and what it did."""
+"""How one policy runs in the demo, and how well it did."""
 
 from __future__ import annotations
 
@@ -12,34 +12,17 @@ from longthink.cli.decode import Decoded, decode
 from longthink.lab.cli.residents import ResidentLog
 
 if TYPE_CHECKING:
-    from longthink.hf import PagedCache
     from longthink.models import Loaded
     from longthink.policies import Policy
     from longthink.reasoner import Problem
 
-SAMPLES = 150
-"""Moments at which the residents are looked at, over the whole text."""
-ENDS = 100
-"""Tokens that count as "early" (after the first) and as "late"."""
+SAMPLES = 150  # of the resident tokens, over the whole text
+ENDS = 100  # tokens that count as "early" (after the first) and as "late"
 
 
 @dataclass
 class Runner:
-    """One policy in the race: what it has done so far.
-
-    Attributes
-    ----------
-    policy
-        What it keeps.
-    decoded
-        Its text and times; None before the start and while running.
-    tokens, tail, ms
-        Live figures: tokens so far, end of the text so far, milliseconds for each of the latest tokens.
-    held
-        What its cache holds (``PagedCache.summary``).
-    log
-        Which tokens were resident when.
-    """
+    """The run of one policy: tokens, end of the text, milliseconds per token and ``PagedCache.summary`` so far."""
 
     policy: Policy
     log: ResidentLog
@@ -51,7 +34,6 @@ class Runner:
 
     @property
     def name(self) -> str:
-        """The policy as a person writes it."""
         from longthink.policies import policy_spec
 
         return policy_spec(self.policy)
@@ -59,20 +41,8 @@ class Runner:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a policy did.
-
-    Attributes
-    ----------
-    answer
-        Last value it stated for the name in question, None if it stated none.
-    right
-        Whether the text ends with the right answer.
-    right_tokens
-        Tokens up to the first that differs from the worked solution.
-    early_ms, late_ms
-        Milliseconds for each of the first and of the last :data:`ENDS` tokens.
-    residents
-        Tokens held at the end, mean over layers and KV heads.
+    """How well a policy did: its last value for the queried name, tokens before the first that differs from the
+    worked solution, milliseconds per token at both ends, and tokens held at the end (mean over layers and KV heads).
     """
 
     answer: str | None
@@ -81,6 +51,10 @@ class Outcome:
     early_ms: float
     late_ms: float
     residents: float
+
+    @property
+    def verdict(self) -> str:
+        return "right" if self.right else "wrong"
 
 
 def run_policy(
@@ -92,27 +66,21 @@ def run_policy(
     limit: int,
     on_change: Callable[[], None],
 ) -> None:
-    """Let one policy solve the problem, greedily, filling ``runner`` as it goes.
+    """Decode at most ``limit`` tokens greedily, and update ``runner`` after each, before calling ``on_change``.
 
-    Parameters
-    ----------
-    inputs
-        The encoded prompt.
-    budget
-        Budget arguments of ``make_cache``, left out where the policy needs none.
-    limit
-        Tokens after which it is stopped.
-    on_change
-        Called after every token.
+    ``inputs`` is the encoded prompt, ``budget`` the budget arguments of ``make_cache`` for policies that need one.
     """
     from longthink import make_cache
     from longthink.policies import needs_budget
 
     every = max(1, limit // SAMPLES)
+    kept = budget if needs_budget(runner.policy) else {}
     clock = time.perf_counter()
-    with make_cache(
-        loaded.model, policy=runner.policy, **(budget if needs_budget(runner.policy) else {})
-    ) as cache:
+    with make_cache(loaded.model, policy=runner.policy, **kept) as cache:
+
+        def sample() -> None:
+            runner.held = cache.summary()
+            runner.log.sample(cache, runner.tokens)
 
         def on_text(text: str) -> None:
             runner.tail = (runner.tail + text)[-200:]
@@ -122,51 +90,29 @@ def run_policy(
             runner.tokens = count
             if count % every == 0:
                 runner.ms = 1000 * (time.perf_counter() - clock) / every
-                _look(runner, cache)
+                sample()
                 clock = time.perf_counter()
             on_change()
 
-        runner.decoded = decode(
-            loaded.model,
-            loaded.tokenizer,
-            inputs,
-            cache,
-            on_text=on_text,
-            on_step=on_step,
-            max_new_tokens=limit,
-            do_sample=False,
-            num_beams=1,
-        )
-        _look(runner, cache)
-
-
-def _look(runner: Runner, cache: PagedCache) -> None:
-    runner.held = cache.summary()
-    runner.log.sample(cache, runner.tokens)
+        greedy: dict[str, Any] = {"max_new_tokens": limit, "do_sample": False, "num_beams": 1}
+        model, tokenizer = loaded.model, loaded.tokenizer
+        runner.decoded = decode(model, tokenizer, inputs, cache, on_text=on_text, on_step=on_step, **greedy)
+        sample()
 
 
 def outcome(runner: Runner, problem: Problem, solution: list[int]) -> Outcome:
-    """Judge a finished runner against the problem and the token ids of its worked solution."""
+    """Judge a finished run against the problem and the token ids of its worked solution."""
     from longthink.reasoner import grade
 
     decoded = runner.decoded
     assert decoded is not None
-    pairs = zip(decoded.tokens, solution, strict=False)
-    final_YX = runner.log.share_YX()
+    shared = min(len(decoded.tokens), len(solution))
+    stated = [value for name, value in pairwise(decoded.text.split()) if name == f"{problem.query}:"]
     return Outcome(
-        answer=_stated(problem, decoded.text),
+        answer=stated[-1] if stated else None,
         right=grade(problem, decoded.text),
-        right_tokens=next(
-            (i for i, (a, b) in enumerate(pairs) if a != b), min(len(decoded.tokens), len(solution))
-        ),
+        right_tokens=next((i for i in range(shared) if decoded.tokens[i] != solution[i]), shared),
         early_ms=decoded.ms_per_token(slice(None, ENDS)),
         late_ms=decoded.ms_per_token(slice(-ENDS, None)),
-        residents=float(final_YX[:, -1].sum()),
+        residents=float(runner.log.share_YX()[:, -1].sum()),
     )
-
-
-def _stated(problem: Problem, text: str) -> str | None:
-    """Return the word after the last ``query:`` of a text."""
-    words = text.split()
-    values = [value for name, value in pairwise(words) if name == f"{problem.query}:"]
-    return values[-1] if values else None

@@ -1,7 +1,4 @@
-"""Which tokens stayed alive: residents sampled while a text is generated, as a picture of numbers.
-
-Arrays are named with their axes: ``Y`` logical positions, ``X`` samples over time.
-"""
+"""Which tokens a cache held over time, as a grid of shares: ``Y`` logical positions, ``X`` samples over time."""
 
 from __future__ import annotations
 
@@ -19,33 +16,21 @@ Grid = NDArray[np.float64]
 
 @dataclass
 class ResidentLog:
-    """Samples of what a cache holds.
-
-    Attributes
-    ----------
-    prompt
-        Prompt tokens.
-    steps
-        Decode step of each sample.
-    """
+    """Samples of what a cache holds: ``steps`` are their decode steps, ``prompt`` is the prompt's length."""
 
     prompt: int
     steps: list[int] = field(default_factory=list)
     _samples: list[Grid] = field(default_factory=list)
 
     def sample(self, cache: PagedCache, step: int) -> None:
-        """Add what the first row of ``cache`` holds now, after ``step`` new tokens."""
+        """Add what the first row of ``cache`` holds after ``step`` new tokens."""
         held = [head for layer in range(len(cache.layers)) for head in cache.resident_positions(layer)[0]]
         positions = np.concatenate([np.asarray(head, dtype=np.int64) for head in held])
-        counts = np.bincount(positions, minlength=cache.get_seq_length())
         self.steps.append(step)
-        self._samples.append(counts / len(held))
+        self._samples.append(np.bincount(positions, minlength=cache.get_seq_length()) / len(held))
 
     def share_YX(self) -> Grid:
-        """Return the share of page tables (layer and KV head) that hold each position at each sample.
-
-        NaN stands where a token has not been written yet.
-        """
+        """Return the share of page tables (layer and KV head) that hold a position; NaN before it is written."""
         grid = np.full((max(map(len, self._samples), default=0), len(self._samples)), np.nan)
         for x, sample in enumerate(self._samples):
             grid[: len(sample), x] = sample
@@ -55,19 +40,14 @@ class ResidentLog:
 def pooled(log: ResidentLog, *, rows: int, columns: int, positions: int, steps: int) -> Grid:
     """Return a log as ``rows`` x ``columns`` cells that span ``positions`` tokens and ``steps`` decode steps.
 
-    A cell is the mean over its positions at the last sample in its span of time, NaN where nothing was written yet
-    or the text had ended.
+    A cell is the mean over its positions at its last sample, NaN before they are written and after the text's end.
     """
     share_YX = log.share_YX()
-    grid = np.full((rows, columns), np.nan)
-    for column in range(columns):
-        sample = int(np.searchsorted(log.steps, (column + 1) * steps / columns, side="right")) - 1
-        if sample < 0 or column * steps / columns >= log.steps[-1]:
-            continue
-        values = share_YX[:, sample]
-        values = values[~np.isnan(values)]
-        row = np.arange(len(values)) * rows // positions
-        counts = np.bincount(row, minlength=rows)
-        sums = np.bincount(row, values, minlength=rows)
-        grid[counts > 0, column] = sums[counts > 0] / counts[counts > 0]
-    return grid
+    start_X = np.arange(columns) * steps / columns
+    sample_X = np.searchsorted(log.steps, start_X + steps / columns, side="right") - 1
+    shown_X = (sample_X >= 0) & (start_X < log.steps[-1])
+    picked_YX = np.full((positions, columns), np.nan)
+    picked_YX[: len(share_YX), shown_X] = share_YX[:, sample_X[shown_X]]
+    member_RY = (np.arange(positions) * rows // positions == np.arange(rows)[:, None]).astype(float)
+    with np.errstate(invalid="ignore"):
+        return (member_RY @ np.nan_to_num(picked_YX)) / (member_RY @ ~np.isnan(picked_YX))

@@ -1,4 +1,4 @@
-"""What the attention page is given of a trace: texts, every use, evictions, as JSON with packed numbers."""
+"""A trace as data for the attention page: texts, uses and evictions, as JSON with packed numbers."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from longthink.cli.text import visible
 from longthink.lab.analyze.lives import Lives, MapClass, PageClass, map_classes, read_shares
 from longthink.lab.analyze.replays import Replay
 from longthink.lab.analyze.shares import page_texts
 from longthink.lab.analyze.store import Trace
-from longthink.lab.report.escape import visible
 
 MAX_USES = 300_000
-"""Uses shown of one trace; of more, the strongest."""
+"""Uses shown of one trace; beyond that only the strongest."""
 MAX_GONE = 400_000
-"""Evictions of one replay shown table by table; of more, only when the last table let a page go."""
+"""Evictions of one replay shown per table; beyond that only when the last table evicts a page."""
 CURVE_POINTS = 400
 CLASS_NAMES = [one.name.lower() for one in PageClass]
 MAP_NAMES = [one.name.lower().replace("_", "-") for one in MapClass]
 
 
 def read_uses(trace: Trace, lives: Lives) -> dict[str, NDArray[Any]]:
-    """Every use in a trace, in order of steps: ``step``, ``page``, ``map``, ``mass``, and the page's ``kind``."""
+    """Return every use in a trace, by steps: ``step``, ``page``, ``map``, ``mass``, and the page's ``kind``."""
     parts: dict[str, list[NDArray[Any]]] = {"step": [], "page": [], "map": [], "mass": []}
     for step in trace.steps():
         used = step.mass > lives.rules.use
@@ -69,21 +69,16 @@ def view_of(trace: Trace, lives: Lives, replays: Sequence[Replay]) -> dict[str, 
     }
 
 
-def replay_label(one: Replay) -> str:
-    """Name of a policy at a budget."""
-    if one.budget is not None:
-        return f"{one.policy}, budget {one.budget}"
-    return one.policy if one.decode_budget is None else f"{one.policy}, decode budget {one.decode_budget}"
-
-
 def _replay(one: Replay) -> dict[str, Any]:
+    sizes = {"budget": one.budget, "decode budget": one.decode_budget}
     curve = np.array(one.curve, dtype=np.float64)
     gone = np.array(one.gone, dtype=np.int64).reshape(max(1, one.tables), -1)
-    if gone.size > MAX_GONE:  # one table for all: a page is gone when the last table has sent it away
+    if gone.size > MAX_GONE:  # one table for all: a page is gone when the last table has evicted it
         gone = np.where((gone < 0).any(0), -1, gone.max(0))[None]
+    budgets = [f"{kind} {tokens}" for kind, tokens in sizes.items() if tokens is not None]
     parts = np.array_split(curve, min(CURVE_POINTS, max(1, len(curve))))
     return {
-        "label": visible(replay_label(one)),
+        "label": visible(", ".join([one.policy, *budgets])),
         "recall": round(one.recall, 4),
         "lookups": None if np.isnan(one.lookups) else round(one.lookups, 4),
         "evictions": one.evictions,

@@ -7,6 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
+from statistics import median
 from typing import Any
 
 from longthink.lab.results.statistics import wilson
@@ -19,7 +21,7 @@ Problem = tuple[str, str]
 
 @dataclass(frozen=True, order=True)
 class Group:
-    """What is never pooled nor drawn into one figure: the model and the way of decoding."""
+    """A model and its decoding parameters: what is never pooled, nor drawn into one figure."""
 
     model: str
     revision: str
@@ -30,24 +32,22 @@ class Group:
 
     @property
     def label(self) -> str:
-        """The group as people read it."""
         at = f"@{self.revision}" if self.revision else ""
-        how = "greedy" if self.temperature == 0 else f"temperature {self.temperature:g}"
-        how += f", top_p {self.top_p:g}" if self.top_p else ""
-        how += f", top_k {self.top_k}" if self.top_k else ""
-        return f"{self.model}{at}, {self.dtype}, {how}"
+        decoding = "greedy" if self.temperature == 0 else f"temperature {self.temperature:g}"
+        decoding += f", top_p {self.top_p:g}" if self.top_p else ""
+        decoding += f", top_k {self.top_k}" if self.top_k else ""
+        return f"{self.model}{at}, {self.dtype}, {decoding}"
 
 
 @dataclass(frozen=True, order=True)
 class Series:
-    """One policy with all its switches: what has one colour and one line."""
+    """One policy with all its switches, drawn as one line."""
 
     policy: str
     switches: str
 
     @property
     def name(self) -> str:
-        """The policy's name without its options."""
         return self.policy.partition(":")[0]
 
 
@@ -60,17 +60,20 @@ class Size:
 
     @property
     def label(self) -> str:
-        """The size as people read it."""
         return f"{self.kind.replace('_', ' ')} {self.tokens}" if self.kind else "everything kept"
 
 
 @dataclass(frozen=True, order=True)
 class Task:
-    """A problem set and how long an answer may be; ``members`` are the tasks pooled in it, itself if none are."""
+    """A problem set and its token limits; ``members`` are the tasks pooled in it, itself if none are."""
 
     name: str
     limits: tuple[int, ...]
     members: tuple[str, ...]
+
+
+Key = tuple[Group, Task, Series, Size]
+"""What makes two cells comparable."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +90,18 @@ class Cell:
     size: Size
     rows: tuple[Row, ...]
 
+    @property
+    def label(self) -> str:
+        limits = "/".join(map(str, self.task.limits))
+        setup = f"{self.series.policy}, {self.size.label}, {self.task.name}, at most {limits} tokens"
+        return f"{setup} ({self.group.label})"
+
+    @property
+    def key(self) -> Key:
+        return self.group, self.task, self.series, self.size
+
     @cached_property
     def by_problem(self) -> dict[Problem, list[Row]]:
-        """The samples of each problem."""
         found: dict[Problem, list[Row]] = defaultdict(list)
         for row in self.rows:
             found[row["task"], row["problem"]].append(row)
@@ -110,9 +122,7 @@ class Cell:
 
     def median(self, value: str) -> float:
         """Return the median of a number over all samples that had room."""
-        values = sorted(row[value] for row in self.rows if not row["no_room"]) or [0]
-        middle = len(values) // 2
-        return float(values[middle] if len(values) % 2 else (values[middle - 1] + values[middle]) / 2)
+        return float(median([row[value] for row in self.rows if not row["no_room"]] or [0]))
 
 
 _COLUMNS = (
@@ -127,20 +137,13 @@ def load_samples(store: ResultStore) -> list[Row]:
     return store.query(f"SELECT {_COLUMNS} FROM samples ORDER BY task, problem, seed, sample, config")
 
 
-def group_of(row: Row) -> Group:
-    """Return the group of a sample."""
-    return Group(
-        row["model"],
-        row["revision"] or "",
-        row["dtype"],
-        row["temperature"],
-        row["top_p"] or 0.0,
-        row["top_k"] or 0,
-    )
+def _group_of(row: Row) -> Group:
+    decoding = (row["temperature"], row["top_p"] or 0.0, row["top_k"] or 0)
+    return Group(row["model"], row["revision"] or "", row["dtype"], *decoding)
 
 
 def size_of(row: Row) -> Size:
-    """Return how much was kept for a sample or a measurement."""
+    """Return the budget of a sample or a measurement."""
     for kind in ("budget", "decode_budget"):
         if row[kind] is not None:
             return Size(kind, row[kind])
@@ -149,18 +152,18 @@ def size_of(row: Row) -> Size:
 
 def make_cells(samples: Iterable[Row]) -> list[Cell]:
     """Sort samples into cells, in a fixed order."""
-    sorted_in: dict[tuple[Group, Task, Series, Size], list[Row]] = defaultdict(list)
+    sorted_in: dict[Key, list[Row]] = defaultdict(list)
     for row in samples:
         task = Task(row["task"], (row["max_new_tokens"],), (row["task"],))
-        key = (group_of(row), task, Series(row["policy"], row["switches"]), size_of(row))
+        key = (_group_of(row), task, Series(row["policy"], row["switches"]), size_of(row))
         sorted_in[key].append(row)
     return [Cell(*key, tuple(rows)) for key, rows in sorted(sorted_in.items(), key=lambda item: item[0])]
 
 
 def pooled_cells(cells: Sequence[Cell]) -> list[Cell]:
-    """Pool the tasks of each family: those whose names differ only behind the last slash.
+    """Pool the tasks of each family: those whose names differ only after the last slash.
 
-    A policy and size that lacks one of the family's tasks is left out, for its mean would be of other problems.
+    A policy and size that lacks one of the family's tasks is left out: its mean would be over other problems.
     """
     families: dict[tuple[Group, str], set[Task]] = defaultdict(set)
     for cell in cells:
@@ -168,7 +171,7 @@ def pooled_cells(cells: Sequence[Cell]) -> list[Cell]:
             families[cell.group, cell.task.name.rpartition("/")[0]].add(cell.task)
     pooled = []
     for (group, name), tasks in sorted(families.items()):
-        # One task with two limits is two tasks: there is no telling which of them to pool.
+        # One task with two limits is two tasks, and it is unclear which of them to pool.
         if len(tasks) < 2 or len({task.name for task in tasks}) < len(tasks):
             continue
         limits = tuple(sorted({limit for task in tasks for limit in task.limits}))
@@ -185,13 +188,13 @@ def pooled_cells(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def dense_cell(cells: Iterable[Cell], like: Cell) -> Cell | None:
-    """Return the Dense cell of the same group and task, the one with most samples if there are several."""
+    """Return the Dense cell of the same group and task, the one with the most samples if there are several."""
     found = [c for c in cells if c.series.name == "dense" and (c.group, c.task) == (like.group, like.task)]
     return max(found, key=lambda cell: len(cell.rows), default=None)
 
 
 def series_labels(series: Iterable[Series]) -> dict[Series, str]:
-    """Return a name for each policy: its text, and a mark where equal texts stand for unequal switches."""
+    """Return a label for each policy: its specification, and a hash where equal ones have different switches."""
     found = sorted(set(series))
     texts = [one.policy for one in found]
     return {
@@ -203,7 +206,7 @@ def series_labels(series: Iterable[Series]) -> dict[Series, str]:
 
 
 def incomplete(cells: Sequence[Cell]) -> list[str]:
-    """Say which cells have fewer problems than others of their group and task, so that their means are of others."""
+    """Describe the cells that lack problems which others of their group and task have."""
     wanted: dict[tuple[Group, Task], set[Problem]] = defaultdict(set)
     for cell in cells:
         wanted[cell.group, cell.task] |= cell.by_problem.keys()
@@ -213,3 +216,33 @@ def incomplete(cells: Sequence[Cell]) -> list[str]:
         for cell in cells
         if len(cell.by_problem) < len(wanted[cell.group, cell.task])
     ]
+
+
+RIGHT, WRONG = 1, 2
+"""Answers shown of each configuration."""
+HEAD, TAIL = 500, 900
+"""Characters shown of a longer answer, from its beginning and from its end."""
+
+
+def sample_answers(store: ResultStore) -> list[tuple[str, list[Row]]]:
+    """Return a description of each configuration, and some of its answers, right and wrong ones."""
+    chosen = store.query(f"""
+        SELECT {_COLUMNS}, text, answer, gold FROM samples
+        QUALIFY row_number() OVER (PARTITION BY config, correct ORDER BY finish = 'no_room', problem, sample)
+                <= CASE WHEN correct THEN {RIGHT} ELSE {WRONG} END
+        ORDER BY task, policy, budget, decode_budget, model, seed, config, correct DESC, problem, sample
+    """)
+    answers = []
+    for _, rows in groupby(chosen, key=lambda row: row["config"]):
+        shortened = [row | {"text": _shortened(row["text"])} for row in rows]
+        row = shortened[0]
+        title = f"{row['task']}: {row['policy']}, {size_of(row).label}, seed {row['seed']}"
+        answers.append((f"{title} ({_group_of(row).label})", shortened))
+    return answers
+
+
+def _shortened(text: str) -> str:
+    left_out = len(text) - HEAD - TAIL
+    if left_out <= 0:
+        return text
+    return f"{text[:HEAD]}\n\n[... {left_out:,} characters left out ...]\n\n{text[-TAIL:]}"

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from longthink.lab.report.cells import Cell, Group, Problem, Row, Series, Size, Task, dense_cell, make_cells
+from longthink.lab.report.cells import Cell, Key, Problem, Row, dense_cell, make_cells
 from longthink.lab.results.statistics import Difference, holm, mcnemar, paired_bootstrap
 
 LEVEL = 0.05
@@ -20,17 +19,15 @@ class Comparison:
     Attributes
     ----------
     cell
-        What is compared: its group, task, policy and size are named.
-    problems
-        Problems in both.
-    unpaired
-        Problems in only one of the two.
+        The cell after.
+    problems, unpaired
+        Number of problems in both, and in only one of the two.
     before, after
         Accuracy on the problems in both.
     difference
         After minus before, with a paired bootstrap interval.
     better, worse
-        Problems that are solved more often, and less often, after than before.
+        Number of problems solved more often, and less often, after than before.
     p, p_holm
         McNemar's exact p value, and adjusted for the number of comparisons made together.
     """
@@ -48,12 +45,11 @@ class Comparison:
 
     @property
     def significant(self) -> bool:
-        """Whether the adjusted p value is below `LEVEL`."""
         return self.p_holm < LEVEL
 
 
 def compare(pairs: Iterable[tuple[Cell, Cell]]) -> list[Comparison]:
-    """Compare pairs of cells (before, after); pairs without a common problem are left out."""
+    """Compare pairs of cells (before, after), without those that have no problem in common."""
     found: list[Comparison] = []
     for before, after in pairs:
         first, second = before.means("correct"), after.means("correct")
@@ -83,7 +79,7 @@ def compare(pairs: Iterable[tuple[Cell, Cell]]) -> list[Comparison]:
 
 
 def against_dense(cells: Sequence[Cell]) -> list[Comparison]:
-    """Compare every cell with Dense on the same task; without a Dense cell there is nothing to compare with."""
+    """Compare every cell with Dense on the same task, where there is one."""
     pairs = []
     for cell in cells:
         dense = dense_cell(cells, cell)
@@ -94,46 +90,24 @@ def against_dense(cells: Sequence[Cell]) -> list[Comparison]:
 
 @dataclass(frozen=True, kw_only=True)
 class StoreComparison:
-    """What has changed from another store to this one.
-
-    Attributes
-    ----------
-    comparisons
-        One for each setup that both have; seeds are pooled.
-    only_here, only_there
-        Setups in only one of the two, and setups without a common problem, in words.
-    """
+    """What has changed from another store to this one: setups in both, and descriptions of those in only one."""
 
     comparisons: list[Comparison]
     only_here: list[str]
     only_there: list[str]
 
 
-Key = tuple[Group, Task, Series, Size]
-
-
 def compare_stores(samples: Sequence[Row], other: Sequence[Row]) -> StoreComparison:
     """Compare equal setups (model, decoding, task, all switches of the policy, size) of two stores."""
-    here, there = ({key_of(cell): cell for cell in make_cells(rows)} for rows in (samples, other))
+    here, there = ({cell.key: cell for cell in make_cells(rows)} for rows in (samples, other))
     comparisons = compare((there[key], here[key]) for key in here if key in there)
-    compared = {key_of(comparison.cell) for comparison in comparisons}
-    lonely: dict[bool, list[str]] = defaultdict(list)
-    for is_here, cells in ((True, here), (False, there)):
-        for key, cell in cells.items():
-            if key not in compared:
-                no_problem = (
-                    " (in both, but without a common problem)" if key in here and key in there else ""
-                )
-                lonely[is_here].append(f"{describe(cell)}{no_problem}")
-    return StoreComparison(comparisons=comparisons, only_here=lonely[True], only_there=lonely[False])
+    compared = {one.cell.key for one in comparisons}
 
+    def unmatched(cells: dict[Key, Cell]) -> list[str]:
+        return [
+            cell.label + (" (in both, but without a common problem)" if key in here and key in there else "")
+            for key, cell in cells.items()
+            if key not in compared
+        ]
 
-def key_of(cell: Cell) -> Key:
-    """Return what makes two cells comparable."""
-    return cell.group, cell.task, cell.series, cell.size
-
-
-def describe(cell: Cell) -> str:
-    """Return what a cell is, in words."""
-    limit = "/".join(map(str, cell.task.limits))
-    return f"{cell.series.policy}, {cell.size.label}, {cell.task.name}, at most {limit} tokens ({cell.group.label})"
+    return StoreComparison(comparisons=comparisons, only_here=unmatched(here), only_there=unmatched(there))

@@ -1,9 +1,9 @@
-"""The figures as plain data: what is drawn, by plotly into the page and by matplotlib into files."""
+"""Figures as data: what is drawn, whatever it is drawn on."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -21,9 +21,9 @@ _SPREAD = 0.15
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """Points with one look: a ``curve``, a ``cloud`` of single samples, or a ``level`` without a place on the x axis.
+    """Points of one style: a ``curve``, a ``cloud`` of single samples, or a ``level``, which has one y and no x.
 
-    A level has one value in ``y``. ``low`` and ``high`` are the ends of intervals, or empty.
+    ``hover`` has a text for each point. ``low`` and ``high`` are the ends of intervals, or empty.
     """
 
     label: str
@@ -38,7 +38,7 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """One pair of axes."""
+    """One pair of axes; with ``x_ticks`` the x axis is logarithmic."""
 
     title: str
     lines: list[Line]
@@ -47,9 +47,9 @@ class Panel:
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """Panels that share their axes' meaning. ``x_ticks`` of a panel mean a logarithmic axis.
+    """Panels with the same axes and one legend.
 
-    An axis of shares (`percent`) begins at `floor`; one that spans orders of magnitude is logarithmic (`log_y`).
+    The y axis is linear, one of shares that begins at ``floor`` (``percent``), or logarithmic (``log_y``).
     """
 
     name: str
@@ -58,177 +58,161 @@ class Figure:
     caption: str
     x_label: str
     y_label: str
+    panels: list[Panel]
+    subtitle: str = ""
     percent: bool = False
     floor: float = 0.0
     log_y: bool = False
-    panels: list[Panel]
 
     @property
-    def share_range(self) -> list[float]:
-        """Ends of an axis of shares, with room for what lies on them."""
-        room = 0.03 * (1 - self.floor)
-        return [self.floor - room, 1 + room]
-
-
-Metric = Callable[[Cell], tuple[float, float, float] | float]
+    def legend(self) -> dict[str, Line]:
+        """The first line of each label."""
+        legend: dict[str, Line] = {}
+        for line in (line for panel in self.panels for line in panel.lines):
+            legend.setdefault(line.label, line)
+        return legend
 
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """Names and styles of policies, the same in all figures."""
+    """Labels and styles of policies, the same in all figures."""
 
     labels: dict[Series, str]
     styles: dict[str, Style]
 
 
+Interval = tuple[float, float, float]
+
 _BUDGETS = {
-    "budget": ("budget (tokens)", "Budget: tokens kept per layer, prompt included."),
-    "decode_budget": ("decode budget (tokens)", "Decode budget: tokens kept per layer on top of the prompt."),
+    "budget": "Budget: tokens kept per layer, prompt included.",
+    "decode_budget": "Decode budget: tokens kept per layer on top of the prompt.",
 }
-_BY_BUDGET: tuple[tuple[str, str, str, str, Metric], ...] = (
-    ("accuracy", "Accuracy", "right answers", "Bars: Wilson 95 % intervals.", lambda cell: cell.share("correct")),
+_WILSON = "Bars: Wilson 95 % intervals."
+_METRICS: tuple[tuple[str, str, str, str, Callable[[Cell], Interval | float]], ...] = (
+    ("accuracy", "Accuracy", "right answers", _WILSON, lambda cell: cell.share("correct")),
     (
-        "tokens",
-        "Tokens generated",
-        "tokens generated (median)",
-        "Median over samples. A policy that loses the thread often writes on until it is cut off.",
+        "tokens", "Tokens generated", "tokens generated (median)",
+        "Median over samples. A policy that loses the thread often generates until it is cut off.",
         lambda cell: cell.median("generated_tokens"),
     ),
     (
-        "cut-off",
-        "Cut off",
-        "answers cut off",
-        "Share of answers that did not end by themselves (finish: length). Bars: Wilson 95 % intervals.",
+        "cut-off", "Cut off", "answers cut off",
+        f"Share of answers that reached the token limit (finish: length). {_WILSON}",
         lambda cell: cell.share("cut_off"),
     ),
     (
-        "no-room",
-        "No room",
-        "prompts without room",
-        "Share of problems whose prompt does not fit in the budget (finish: no_room). They count as wrong, and not "
-        "as cut off. Bars: Wilson 95 % intervals.",
+        "no-room", "No room", "prompts without room",
+        "Share of problems whose prompt does not fit into the budget (finish: no_room). They count as wrong, and not "
+        f"as cut off. {_WILSON}",
         lambda cell: cell.share("no_room"),
     ),
 )  # fmt: skip
+_SHARED_CAPTION = (
+    "Horizontal lines keep everything. Samples and seeds of a problem are averaged first; an interval counts "
+    "problems. Points at the same budget are drawn slightly apart."
+)
 
 
 def budget_figures(group: Group, number: int, cells: Sequence[Cell], look: Look) -> list[Figure]:
     """Return the figures over budgets of one group: one for each metric and each kind of budget."""
     figures = []
-    kinds = {cell.size.kind for cell in cells} - {""} or {"budget"}
-    for name, title, y_label, caption, metric in _BY_BUDGET:
-        for kind in sorted(kinds):
+    for name, title, y_label, caption, metric in _METRICS:
+        for kind in sorted({cell.size.kind for cell in cells} - {""} or {"budget"}):
             shown = [cell for cell in cells if cell.size.kind in ("", kind)]
             if name == "no-room" and not any(row["no_room"] for cell in shown for row in cell.rows):
                 continue
-            with_kind = {cell.task for cell in shown if cell.size.kind == kind}
-            tasks = sorted(
-                with_kind or {cell.task for cell in shown}, key=lambda task: (len(task.members), task)
-            )
+            tasks = {cell.task for cell in shown if cell.size.kind == kind} or {cell.task for cell in shown}
+            words = kind.replace("_", " ")
+            panels = [
+                _budget_panel(task, [cell for cell in shown if cell.task == task], look, metric)
+                for task in sorted(tasks, key=lambda task: (len(task.members), task))
+            ]
             figures.append(
                 Figure(
                     name=f"{name}-{kind.replace('_', '-')}-{number}",
                     section=title,
-                    title=f"{title} against {kind.replace('_', ' ')}",
-                    caption=f"{caption} {_BUDGETS[kind][1]} {_SHARED_CAPTION}",
-                    x_label=_BUDGETS[kind][0],
+                    title=f"{title} against {words}",
+                    subtitle=group.label,
+                    caption=f"{caption} {_BUDGETS[kind]} {_SHARED_CAPTION}",
+                    x_label=f"{words} (tokens)",
                     y_label=y_label,
                     percent=name != "tokens",
-                    panels=[
-                        _budget_panel(task, [c for c in shown if c.task == task], look, metric)
-                        for task in tasks
-                    ],
+                    panels=panels,
                 )
             )
     return figures
 
 
-_SHARED_CAPTION = (
-    "Horizontal lines keep everything. Samples and seeds of a problem are averaged first; an interval counts "
-    "problems. Points at the same budget stand a little apart to be seen."
-)
-
-
-def task_title(task: Task, tasks: Iterable[Task] = ()) -> str:
-    """Return the task's name, with its token limit where other tasks have the same name."""
-    if len(task.members) > 1:
-        return f"{task.name} ({len(task.members)} tasks pooled)"
-    same = [other for other in tasks if other.name == task.name]
-    return task.name if len(same) < 2 else f"{task.name} (at most {task.limits[0]} tokens)"
-
-
-def _budget_panel(task: Task, cells: list[Cell], look: Look, metric: Metric) -> Panel:
+def _budget_panel(
+    task: Task, cells: list[Cell], look: Look, metric: Callable[[Cell], Interval | float]
+) -> Panel:
     problems = len(set().union(*(cell.by_problem for cell in cells)))
     series = sorted({cell.series for cell in cells if cell.size.kind}, key=look.labels.__getitem__)
     dodge = min(_DODGE, _SPREAD / max(1, len(series) - 1))
-    lines = []
-    for cell in cells:
-        if not cell.size.kind:
-            lines.append(_budget_line([cell], 0.0, look, metric))
+    lines = [_budget_line([cell], 0.0, look, metric) for cell in cells if not cell.size.kind]
     for i, one in enumerate(series):
         mine = [cell for cell in cells if cell.series == one and cell.size.kind]
         lines.append(_budget_line(mine, dodge * (i - (len(series) - 1) / 2), look, metric))
-    ticks = sorted({cell.size.tokens for cell in cells if cell.size.kind})
+    pooled = f" ({len(task.members)} tasks pooled)" if len(task.members) > 1 else ""
     limits = "/".join(map(str, task.limits))
-    title = f"{task_title(task)}: {problems} problems, at most {limits} tokens"
-    return Panel(title=title, lines=lines, x_ticks=ticks or [1])
+    return Panel(
+        title=f"{task.name}{pooled}: {problems} problems, at most {limits} tokens",
+        lines=lines,
+        x_ticks=sorted({cell.size.tokens for cell in cells if cell.size.kind}) or [1],
+    )
 
 
-def _budget_line(cells: list[Cell], shift: float, look: Look, metric: Metric) -> Line:
+def _budget_line(
+    cells: list[Cell], shift: float, look: Look, metric: Callable[[Cell], Interval | float]
+) -> Line:
     label = look.labels[cells[0].series]
     values = [value if isinstance(value := metric(cell), tuple) else (value,) * 3 for cell in cells]
-    shares = any(low != high for _, low, high in values)
+    has_intervals = any(low != high for _, low, high in values)
     hover = []
     for cell, (value, low, high) in zip(cells, values, strict=True):
-        shown = f"{value:.1%} ({low:.1%} to {high:.1%})" if shares else f"{value:,.0f}"
-        hover.append(
-            f"{label}, {cell.size.label}\n{shown}\n{len(cell.by_problem)} problems, {len(cell.rows)} samples"
-        )
+        shown = f"{value:.1%} ({low:.1%} to {high:.1%})" if has_intervals else f"{value:,.0f}"
+        counts = f"{len(cell.by_problem)} problems, {len(cell.rows)} samples"
+        hover.append(f"{label}, {cell.size.label}\n{shown}\n{counts}")
     return Line(
         label=label,
         style=look.styles[label],
         kind="curve" if cells[0].size.kind else "level",
         x=[cell.size.tokens * 2**shift for cell in cells if cell.size.kind],
         y=[value for value, _, _ in values],
-        low=[low for _, low, _ in values] if shares else [],
-        high=[high for _, _, high in values] if shares else [],
+        low=[low for _, low, _ in values] if has_intervals else [],
+        high=[high for _, _, high in values] if has_intervals else [],
         hover=hover,
     )
+
+
+_SAMPLED = (
+    (
+        "jct-samples", "Time", "seconds", 1, "job completion time (s)",
+        "One point for each answer: wall-clock time from prompt to last token, in a batch and with other problems "
+        "waiting. Compare times by the measured curves instead.",
+    ),
+    (
+        "memory-samples", "Memory", "kv_bytes_peak", MIB, "peak memory (MiB per row)",
+        "One point for each answer: bytes allocated for keys and values, divided by the rows that share them.",
+    ),
+)  # fmt: skip
 
 
 def sample_figures(group: Group, number: int, cells: Sequence[Cell], look: Look) -> list[Figure]:
     """Return time and memory of single samples against their length, one panel for each size of cache."""
     sizes = sorted({cell.size for cell in cells if cell.size.kind}) or [Size("", 0)]
     figures = []
-    for name, section, column, unit, y_label, caption in (
-        (
-            "jct-samples",
-            "Time",
-            "seconds",
-            1,
-            "job completion time (s)",
-            "One point for each answer: wall-clock time from prompt to last token, with several rows decoded side by "
-            "side and a queue of problems behind them. The measured curves are the ones to compare times with.",
-        ),
-        (
-            "memory-samples",
-            "Memory",
-            "kv_bytes_peak",
-            MIB,
-            "peak memory (MiB per row)",
-            "One point for each answer: bytes allocated for keys and values, divided by the rows that share them.",
-        ),
-    ):
+    for name, section, column, unit, y_label, caption in _SAMPLED:
         panels = []
         for size in sizes:
             shown = [cell for cell in cells if cell.size == size or not cell.size.kind]
-            lines = _clouds(shown, look, column, unit)
-            panels.append(Panel(title=size.label, lines=lines))
+            panels.append(Panel(title=size.label, lines=_clouds(shown, look, column, unit)))
         figures.append(
             Figure(
                 name=f"{name}-{number}",
                 section=section,
                 title=f"{section} of each answer against its length",
+                subtitle=group.label,
                 caption=f"{caption} At most {CLOUD_POINTS} answers of each policy are drawn, evenly chosen.",
                 x_label="tokens generated",
                 y_label=y_label,
@@ -245,22 +229,13 @@ def _clouds(cells: Sequence[Cell], look: Look, column: str, unit: int) -> list[L
     lines = []
     for series, rows in sorted(by_series.items()):
         rows = sorted(rows, key=lambda row: (row["generated_tokens"], row["task"], row["problem"]))
-        step = max(1, -(-len(rows) // CLOUD_POINTS))
-        rows = rows[::step]
+        rows = rows[:: max(1, -(-len(rows) // CLOUD_POINTS))]
         label = look.labels[series]
         hover = [
             f"{label}, {size_of(row).label}\n{row[column] / unit:,.2f} at {row['generated_tokens']:,} tokens\n"
-            f"{row['task']}, {row['problem']}, {row['rows']} rows side by side"
+            f"{row['task']}, {row['problem']}, batch of {row['rows']}"
             for row in rows
         ]
-        lines.append(
-            Line(
-                label=label,
-                style=look.styles[label],
-                kind="cloud",
-                x=[float(row["generated_tokens"]) for row in rows],
-                y=[row[column] / unit for row in rows],
-                hover=hover,
-            )
-        )
+        x, y = [float(row["generated_tokens"]) for row in rows], [row[column] / unit for row in rows]
+        lines.append(Line(label=label, style=look.styles[label], kind="cloud", x=x, y=y, hover=hover))
     return lines

@@ -1,4 +1,4 @@
-"""One look for each policy in all figures: colours of Okabe and Ito, which colour-blind readers can tell apart.
+"""One style per policy in all figures: the colours of Okabe and Ito, which colour-blind readers can tell apart.
 
 Marker and dashes differ too, so that no figure depends on colour alone.
 """
@@ -7,6 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+
+FOREGROUND = "#111111"
+"""Text and axes; on a page it follows the page's own text colour."""
+GRID = "#dddddd"
 
 _COLOURS = {
     "dense": "#808080",
@@ -26,27 +30,30 @@ _COLOURS = {
     "openvino u8": "#6a8caf",
     "openvino u8 eviction": "#79b473",
     "kvpress decoding": "#a0522d",
-    "byte floor": "#000000",
+    "byte floor": FOREGROUND,
     "belady": "#b5495b",
-    "optimum": "#111111",
+    "optimum": FOREGROUND,
 }
 _SPARE = ("#6b8e23", "#b03060", "#4f7f8f")
-
-SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star")
-DASHES = ("solid", "dash", "dot", "dashdot")
+_MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
+_DASHES = ("-", "--", ":", "-.")
 
 
 @dataclass(frozen=True)
 class Style:
-    """How a line and its points look; names are plotly's."""
+    """Colour, marker and dashes of a line, as matplotlib names them."""
 
     colour: str
-    symbol: str
+    marker: str
     dash: str
+
+    def with_dash(self, number: int) -> Style:
+        """Return the style of a further line of the same colour and marker, such as a second budget."""
+        return replace(self, dash=_DASHES[(_DASHES.index(self.dash) + number) % len(_DASHES)])
 
 
 def make_styles(names: Iterable[str]) -> dict[str, Style]:
-    """Return a style for each name (a policy's text, or a system's).
+    """Return a style for each name, which is a policy's specification or the name of a system.
 
     A policy's options do not change its colour; variants of one policy differ in dashes and marker.
     """
@@ -60,12 +67,9 @@ def make_styles(names: Iterable[str]) -> dict[str, Style]:
             unknown.append(base)
         known = list(_COLOURS).index(base) if base in _COLOURS else len(_COLOURS) + 2 + unknown.index(base)
         colour = _COLOURS.get(base) or _SPARE[unknown.index(base) % len(_SPARE)]
-        symbol = SYMBOLS[(known + variant) % len(SYMBOLS)]
-        dashes = DASHES[1:] if base == "dense" else DASHES
-        styles[name] = Style(colour, symbol, dashes[variant % len(dashes)])
+        # A dashed line is Dense's.
+        dashes = _DASHES[1:] if base == "dense" else _DASHES
+        styles[name] = Style(
+            colour, _MARKERS[(known + variant) % len(_MARKERS)], dashes[variant % len(dashes)]
+        )
     return styles
-
-
-def variant(style: Style, number: int) -> Style:
-    """Return the style of another line of the same colour and marker, such as a second budget."""
-    return replace(style, dash=DASHES[(DASHES.index(style.dash) + number) % len(DASHES)])

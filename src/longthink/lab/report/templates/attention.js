@@ -370,6 +370,14 @@
     const index = event.target.dataset.map;
     if (index !== undefined) pickMap(Number(index) === onlyMap ? -1 : Number(index));
   });
+  $("save-map").addEventListener("click", () => {
+    const sheet = make("canvas", undefined, { width: map.width, height: map.height + curve.height }), pen = sheet.getContext("2d");
+    pen.fillStyle = colours.card;
+    pen.fillRect(0, 0, sheet.width, sheet.height);
+    pen.drawImage(map, 0, 0);
+    pen.drawImage(curve, 0, map.height);
+    make("a", undefined, { href: sheet.toDataURL(), download: "page-lives.png" }).click();
+  });
   $("pick-trace").addEventListener("change", (event) => pickTrace(Number(event.target.value)));
   $("pick-policy").addEventListener("change", (event) => pickPolicy(Number(event.target.value)));
   $("pick-map").addEventListener("change", (event) => pickMap(Number(event.target.value)));

@@ -1,0 +1,127 @@
+"""One description of a table, shown on a terminal, saved as CSV and Markdown, and rendered as HTML by reports."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longthink.cli.text import for_markdown, size_text, visible
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
+KINDS: dict[str, Callable[[Any], str]] = {
+    "text": str,
+    "formatted": str,
+    "count": lambda value: f"{value:,}",
+    "percent": lambda value: f"{value:.1%}",
+    "points": lambda value: f"{100 * value:+.1f}",
+    "p": lambda value: "< 0.001" if value < 0.001 else f"{value:.3f}",
+    "number": lambda value: f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}",
+    "ms": lambda value: f"{value:.1f}",
+    "mib": lambda value: f"{value / 2**20:,.2f}",
+    "size": size_text,
+}
+"""How the values of a column are written. All but ``text`` are aligned right; ``formatted`` takes finished text."""
+
+_MIN_TEXT_WIDTH = 14
+"""Characters below which a terminal does not squeeze a column of text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Columns of one kind each, and rows of raw values.
+
+    Attributes
+    ----------
+    columns
+        Kind of each column, a key of :data:`KINDS`, by its heading.
+    rows
+        A value for each column; None is an empty cell.
+    name
+        File name without its ending, and the element's id in HTML.
+    title, note
+        What stands above the table (on a terminal the note is below it).
+    marked
+        Indices of rows to highlight.
+    """
+
+    columns: dict[str, str]
+    rows: list[list[Any]]
+    name: str = ""
+    title: str = ""
+    note: str = ""
+    marked: frozenset[int] = frozenset()
+
+    def shown(self) -> tuple[dict[str, str], list[list[str]], str]:
+        """Return columns, cells and note as they are displayed.
+
+        Empty columns are left out. A column of text with the same value in every row moves to the note.
+        """
+        columns, places, same = {}, [], []
+        for place, (heading, kind) in enumerate(self.columns.items()):
+            values = {row[place] for row in self.rows}
+            if values == {None}:
+                continue
+            if kind == "text" and len(values) == 1 < len(self.rows):
+                same += [f"{heading} {value}" for value in values if value]
+            else:
+                columns[heading] = kind
+                places.append(place)
+        kinds = list(self.columns.values())
+        cells = [
+            ["" if row[place] is None else KINDS[kinds[place]](row[place]) for place in places]
+            for row in self.rows
+        ]
+        note = f"{self.note} In all rows: {'; '.join(same)}." if same else self.note
+        return columns, cells, note.strip()
+
+    def rich(self) -> RichTable:
+        """Return the table for a terminal."""
+        from rich import box
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        columns, rows, note = self.shown()
+        grid = RichTable(
+            box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left", caption_justify="left"
+        )
+        grid.title, grid.caption = (Text(visible(text)) if text else None for text in (self.title, note))
+        for place, (heading, kind) in enumerate(columns.items()):
+            if kind == "text":
+                texts = [heading, *(row[place] for row in rows)]
+                widest = max(len(line) for text in texts for line in text.splitlines() or [""])
+                grid.add_column(visible(heading), overflow="fold", min_width=min(widest, _MIN_TEXT_WIDTH))
+            else:
+                grid.add_column(visible(heading), justify="right", no_wrap=True)
+        for i, row in enumerate(rows):
+            style = "bold red" if i in self.marked else None
+            grid.add_row(*(Text(visible(cell)) for cell in row), style=style)
+        return grid
+
+    def csv(self) -> str:
+        """Return the table with raw values (memory in bytes), a header first."""
+        text = io.StringIO()
+        # A lone carriage return would not be quoted otherwise, and ends a row for most readers.
+        writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+        writer.writerow(heading.replace("MiB", "bytes").replace(" ", "_") for heading in self.columns)
+        writer.writerows(self.rows)
+        return text.getvalue()
+
+    def markdown(self) -> str:
+        """Return the table with its title and note."""
+        columns, rows, note = self.shown()
+        rules = ["---" if kind == "text" else "---:" for kind in columns.values()]
+        lines = [columns, rules, *([for_markdown(cell) for cell in row] for row in rows)]
+        head = [f"## {self.title}", "", for_markdown(note), ""]
+        return "\n".join([*head, *(f"| {' | '.join(line)} |" for line in lines), ""])
+
+    def save(self, folder: Path) -> None:
+        """Write NAME.csv and NAME.md into a folder, which is created if needed."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{self.name}.csv").write_text(self.csv(), encoding="utf-8")
+        (folder / f"{self.name}.md").write_text(self.markdown(), encoding="utf-8")
