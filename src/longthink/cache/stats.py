@@ -10,11 +10,13 @@ from torch import Tensor
 from longthink.cache.prompt import ChunkedPrompt
 from longthink.cache.rows import RowCounts
 from longthink.cache.store import SlotStore
+from longthink.policies import Policy, grows
 
 
 class CacheStats:
     """Read-only statistics of a `LayerCache`."""
 
+    policy: Policy
     _store: SlotStore | None
     _chunks: ChunkedPrompt | None
     rows: RowCounts
@@ -35,6 +37,13 @@ class CacheStats:
     def metadata_bytes(self) -> int:
         """Bytes allocated for positions, key bounds and policy state."""
         return 0 if self._store is None else sum(tensor.nbytes for tensor in self._store.tensors()[2:])
+
+    @property
+    def bound_tokens(self) -> int | None:
+        """Most tokens that a row may hold, in whole pages; None where the cache grows or is empty."""
+        if self._store is None or grows(self.policy):
+            return None
+        return self._store.table.cap * self.policy.page_size
 
     @property
     def dense_kv_bytes(self) -> int:

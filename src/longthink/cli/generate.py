@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from longthink.cli.chat import Conversation, chat
 from longthink.cli.decode import Decoded, catch_interrupt, decode
 from longthink.cli.errors import EXIT_INTERRUPTED
 from longthink.cli.models import load_model
@@ -63,6 +64,9 @@ class GenerateOptions(ProblemOptions, SamplingOptions, BudgetOptions, ModelOptio
     prefill_chunk_size: int | None = None
     """Prefill the prompt in chunks of this many tokens, for prompts that do not fit in memory at once."""
 
+    chat: Switch = False
+    """Hold a conversation: one line of standard input is one question, until Ctrl-D."""
+
     json: Switch = False
     """Print one JSON document instead of the text."""
 
@@ -94,6 +98,8 @@ def generate(prompt: str | None = None, /, *, options: GenerateOptions = _DEFAUL
         The prompt, or - for standard input, which is also read if something is piped in. Without a prompt the
         built-in model gets a problem of its own kind (profile, size, seed).
     """
+    if options.chat:
+        return _chat(prompt, options)
     text = read_prompt(prompt, options.file)
     if text is None and options.model != REASONER:
         raise ValueError(
@@ -121,6 +127,21 @@ def generate(prompt: str | None = None, /, *, options: GenerateOptions = _DEFAUL
     return EXIT_INTERRUPTED if decoded.stopped == "interrupted" else 0
 
 
+def _chat(prompt: str | None, options: GenerateOptions) -> int:
+    if options.json or options.file is not None:
+        raise ValueError(
+            "--chat reads its questions from standard input and prints text: omit --json and --file"
+        )
+    run = _prepare(None, options)
+    from longthink import make_cache
+
+    loaded = run.loaded
+    conversation = Conversation(loaded.tokenizer, raw=options.raw, builtin=loaded.builtin)
+    with make_cache(loaded.model, policy=run.policy, kv_dtype=options.kv_dtype, **run.budget) as cache:
+        ended = chat(prompt, conversation, lambda inputs: _decode(replace(run, inputs=inputs), cache), cache)
+    return EXIT_INTERRUPTED if ended == "interrupted" else 0
+
+
 def _prepare(text: str | None, options: GenerateOptions) -> _Run:
     from longthink.policies import make_policy
 
@@ -130,6 +151,8 @@ def _prepare(text: str | None, options: GenerateOptions) -> _Run:
     budget = _budget(options, policy)
     loaded = load_model(options)
     problem = None
+    if options.chat:
+        return _Run(loaded=loaded, inputs={}, policy=policy, budget=budget, options=options, problem=None)
     if text is None:
         problem = make_problem(seed=options.seed, profile=options.profile, size=options.size)
         text = problem.prompt

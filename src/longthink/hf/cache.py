@@ -267,6 +267,15 @@ class PagedCache(Cache):
         for layer in self.layers:
             layer.slots.release()
 
+    @property
+    def bound_tokens(self) -> int | None:
+        """Most tokens that a bounded layer may hold in a row, in whole pages; None if no layer is bounded.
+
+        With a decode budget it grows by the prompt of each turn, and by nothing else.
+        """
+        bounds = [layer.slots.bound_tokens for layer in self.layers]
+        return max((bound for bound in bounds if bound is not None), default=None)
+
     # Contents -----------------------------------------------------------------------------------------------
 
     @property
