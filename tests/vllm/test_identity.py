@@ -3,7 +3,7 @@
 import pytest
 
 from longthink.kernels.compiled import own_program
-from longthink.vllm import step
+from longthink.vllm import decoder
 from tests.vllm.engines import (
     PAGE,
     allow_async_scheduling,
@@ -79,11 +79,13 @@ def test_alone_and_preempted(model, policy, tokens):
 
 def test_compiled(model, policy, tokens, monkeypatch):
     made = []
-    monkeypatch.setattr(step, "own_program", lambda function: made.append(function) or own_program(function))
+    monkeypatch.setattr(
+        decoder, "own_program", lambda function: made.append(function) or own_program(function)
+    )
     with engine(model, policy, enforce_eager=False) as llm:
         assert serve(llm, PROMPTS, LONG) == tokens
-        assert made == list(step._EAGER)
-        # The step that is replayed is eager.
+        assert made == list(decoder._EAGER)
+        # Replayed steps are eager.
         assert serve_and_preempt(llm, PROMPTS, LONG, at={210}) == tokens
 
 

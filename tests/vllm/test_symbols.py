@@ -52,7 +52,7 @@ def overrides():
                 yield cls, base, name
 
 
-OWN = {"BoundedSpec.cap", "BoundedSpec.blocks", "BoundedSpec.most_blocks"}
+OWN = {"BoundedSpec.max_pages", "BoundedSpec.blocks", "BoundedSpec.max_blocks"}
 """Public members of those classes that override nothing."""
 
 
