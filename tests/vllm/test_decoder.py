@@ -1,4 +1,4 @@
-"""Decode steps over blocks, without an engine: outputs are those of `LayerCache`, and nothing waits for the device."""
+"""Decode steps over blocks, without an engine: outputs equal those of `LayerCache`, and nothing reads the device."""
 
 import contextlib
 from types import SimpleNamespace
@@ -16,6 +16,7 @@ from longthink.vllm.attention import CpuAttention, KernelAttention, PrefillBatch
 from longthink.vllm.builder import BoundedBuilder
 from longthink.vllm.config import check_policy, layer_policies
 from longthink.vllm.decoder import BlockDecoder
+from longthink.vllm.observe import ObserveOptions
 from longthink.vllm.pool import DecodeBatch, PagePool, page_bytes, query_blocks
 from longthink.vllm.spec import BoundedSpec
 from tests.recording import Recording
@@ -146,7 +147,7 @@ def check_blocks_are_slots(spec, by_cpu, *, compiles, recording=None):
     )
     policies = [policy.for_layer(layer) for layer in range(LAYERS)]
     options = {"compiles": compiles, "static_buffers": recording is not None}
-    decoder = BlockDecoder(pool, policies, attention, SCALING, None, 8, HEADS, **options)
+    decoder = BlockDecoder(pool, policies, attention, ObserveOptions(HEADS, SCALING, None), 8, **options)
     slots = [[LayerCache(p, Budget(decode_budget=DECODE_PAGES * PAGE)) for _ in PROMPTS] for p in policies]
     queries = query_blocks(policy, HEADS, KV_HEADS)
     query_BE, block_BP = (torch.randperm(BLOCKS - 1)[:18].view(2, 9) + 1).split([queries, 9 - queries], 1)
@@ -185,8 +186,7 @@ def prefill(decoder, slots, block_1P, row, length):
     filled = torch.tensor([min(PAGE, length - page * PAGE) for page in range(pages)])
     decoder.pool.start_prompt_pages(block_1P[0, :pages], torch.arange(pages), filled)
     slot = block_1P[0, position // PAGE] * PAGE + position % PAGE
-    bounds, end = torch.tensor([0, length]), torch.tensor([length])
-    batch = PrefillBatch([0, length], [length], block_1P, bounds, end, slot, block_1P[0, :pages], filled)
+    batch = PrefillBatch([0, length], [length], block_1P, slot, block_1P[0, :pages], filled)
     plan = decoder.attention.plan_prefill(batch)
     for layer in range(LAYERS):
         new = torch.randn(length, HEADS + 2 * KV_HEADS, DIM).split([HEADS, KV_HEADS, KV_HEADS], 1)
@@ -208,7 +208,12 @@ def make_builder(spec, device):
     names = [f"layers.{layer}.attn" for layer in range(LAYERS)]
     builder = BoundedBuilder(kv_spec, names, SimpleNamespace(), device)
     builder._decoder = BlockDecoder(
-        pool, policies, KernelAttention(pool, SCALING), SCALING, None, 8, HEADS, static_buffers=True
+        pool,
+        policies,
+        KernelAttention(pool, SCALING),
+        ObserveOptions(HEADS, SCALING, None),
+        8,
+        static_buffers=True,
     )
     return builder, names
 

@@ -34,8 +34,8 @@ class PrefillBatch(NamedTuple):
         Offset of each request's tokens among those of the batch, and the total.
     ends
         Prompt tokens of each request that are in the cache after its chunk.
-    block_BP, start_B, end_B
-        Block tables; `starts` and `ends` as tensors.
+    block_BP
+        Block tables.
     slot_Q
         Block x page size + offset of each token.
     page_block_B, page_filled_B
@@ -45,8 +45,6 @@ class PrefillBatch(NamedTuple):
     starts: list[int]
     ends: list[int]
     block_BP: Tensor
-    start_B: Tensor
-    end_B: Tensor
     slot_Q: Tensor
     page_block_B: Tensor
     page_filled_B: Tensor
@@ -214,7 +212,7 @@ class CpuAttention:
 
     def plan_prefill(self, batch: PrefillBatch) -> compat.CpuSchedule:
         pool = self._pool
-        start_B, end_B = (x.to(torch.int32) for x in (batch.start_B, batch.end_B))
+        start_B, end_B = (torch.tensor(x, dtype=torch.int32) for x in (batch.starts, batch.ends))
         return compat.CpuSchedule(start_B, end_B, self._heads, pool.heads, pool.dim, pool.keys_LXKTD.dtype)
 
     def prefill(

@@ -37,7 +37,6 @@ class BoundedBackend(AttentionBackend):  # type: ignore[misc, unused-ignore]
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
-        del kv_cache_spec
         return [MultipleOf(1)]
 
     @staticmethod
@@ -113,7 +112,6 @@ class BoundedImpl(AttentionImpl):  # type: ignore[misc, unused-ignore]
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        del kv_cache, args, kwargs
         if attn_metadata is None:  # vLLM's profiling run
             return output.zero_()
         attn_metadata.run(layer.layer_name, (query, key, value), output)

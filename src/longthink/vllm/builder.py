@@ -20,6 +20,7 @@ from longthink.vllm import compat
 from longthink.vllm.attention import QKV, BlockAttention, CpuAttention, KernelAttention, PrefillBatch
 from longthink.vllm.config import PluginOptions, layer_policies
 from longthink.vllm.decoder import BlockDecoder, DecodeContext
+from longthink.vllm.observe import ObserveOptions
 from longthink.vllm.pool import DecodeBatch, PagePool
 from longthink.vllm.spec import BoundedSpec
 
@@ -29,14 +30,14 @@ class _DecodeTokens(NamedTuple):
 
     Attributes
     ----------
-    index
+    offsets
         Offsets of the tokens in vLLM's batch; None if they are the whole batch.
     opening, evicts, admitting
         See `BlockDecoder.begin`.
     """
 
     batch: DecodeBatch
-    index: Tensor | None
+    offsets: Tensor | None
     opening: Tensor | None
     evicts: bool
     admitting: Tensor | None
@@ -79,13 +80,13 @@ class BoundedMetadata:
     def _decode(
         self, layer: int, tokens: _DecodeTokens, context: DecodeContext, new: QKV, out: Tensor
     ) -> None:
-        if tokens.index is None:
+        if tokens.offsets is None:
             count = len(tokens.batch.now_B)
             self.decoder.layer(context, layer, _select(new, slice(count)), out[:count])
         else:
-            part = out[tokens.index]
-            self.decoder.layer(context, layer, _select(new, tokens.index), part)
-            out[tokens.index] = part
+            part = out[tokens.offsets]
+            self.decoder.layer(context, layer, _select(new, tokens.offsets), part)
+            out[tokens.offsets] = part
 
 
 def _select(new: QKV, index: Tensor | slice) -> QKV:
@@ -118,28 +119,22 @@ class BoundedBuilder(AttentionMetadataBuilder):  # type: ignore[misc, unused-ign
         over_ranks = compat.max_over_ranks() if options.tp_sync else None
         compiles = on_cpu and over_ranks is None and compat.compiles(config)
         pool = PagePool(policy, caches, transposed=cpu_kernel)
-        attention: BlockAttention = (
-            CpuAttention(pool, impl.scale, impl.num_heads)
-            if cpu_kernel
-            else KernelAttention(pool, impl.scale, compiles=compiles)
-        )
+        attention: BlockAttention
+        if cpu_kernel:
+            attention = CpuAttention(pool, impl.scale, impl.num_heads)
+        else:
+            attention = KernelAttention(pool, impl.scale, compiles=compiles)
+        policies = layer_policies(policy, map(compat.layer_index, self._layer_names))
+        observe = ObserveOptions(impl.num_heads, impl.scale, over_ranks)
+        rows = config.scheduler_config.max_num_seqs
         return BlockDecoder(
-            pool,
-            layer_policies(policy, map(compat.layer_index, self._layer_names)),
-            attention,
-            impl.scale,
-            over_ranks,
-            config.scheduler_config.max_num_seqs,
-            impl.num_heads,
-            compiles=compiles,
-            static_buffers=self._static,
+            pool, policies, attention, observe, rows, compiles=compiles, static_buffers=self._static
         )
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
     ) -> BoundedMetadata:
         """Split the tokens of a step, and begin the decode step."""
-        del common_prefix_len, fast_build
         self._decoder = self._decoder or self._make_decoder()
         batch = common_attn_metadata
         prompt_B = batch.rswa_prefix_lens[: batch.num_reqs]
@@ -147,7 +142,7 @@ class BoundedBuilder(AttentionMetadataBuilder):  # type: ignore[misc, unused-ign
         if batch.max_query_len == 1:
             # One token each: nothing to split, and no wait for the device.
             now_B, host_B = (x.long() - 1 for x in (batch.seq_lens, batch.seq_lens_cpu_upper_bound))
-            tokens = self._tokens(batch, slice(None), now_B, host_B, prompt_B, None)
+            tokens: _DecodeTokens | None = self._tokens(batch, slice(None), now_B, host_B, prompt_B, None)
         else:
             tokens = self._split(metadata, batch, prompt_B)
         if tokens is not None:
@@ -155,7 +150,7 @@ class BoundedBuilder(AttentionMetadataBuilder):  # type: ignore[misc, unused-ign
         return metadata
 
     def _tokens(
-        self, batch: Any, rows: Any, now_B: Tensor, host_B: Tensor, prompt_B: Tensor, index: Tensor | None
+        self, batch: Any, rows: Any, now_B: Tensor, host_B: Tensor, prompt_B: Tensor, offsets: Tensor | None
     ) -> _DecodeTokens:
         """One token of each of some requests.
 
@@ -192,7 +187,7 @@ class BoundedBuilder(AttentionMetadataBuilder):  # type: ignore[misc, unused-ign
             starts_B = (now_B == prompt_B) & (prompt_B > 0)
             admitting = starts_B.nonzero()[:, 0] if bool(starts_B.any()) else None
         decode_batch = DecodeBatch(block_BP, now_B, prompt_B, cap_B, count_B, query_BE)
-        return _DecodeTokens(decode_batch, index, opening, evicts, admitting)
+        return _DecodeTokens(decode_batch, offsets, opening, evicts, admitting)
 
     def _split_table(
         self, table_BX: Tensor, first_B: Tensor, count_B: Tensor, decodes_B: Tensor
@@ -226,9 +221,9 @@ class BoundedBuilder(AttentionMetadataBuilder):  # type: ignore[misc, unused-ign
         def tokens(rows: Any, offset: int) -> _DecodeTokens:
             first, requests = of_prompt[rows] + offset, torch.from_numpy(rows)
             position = torch.from_numpy(begin[rows] + first)
-            index = self._to_device(starts[rows] + first)
+            offsets = self._to_device(starts[rows] + first)
             return self._tokens(
-                batch, requests, position.to(self.device), position, prompt_B[requests], index
+                batch, requests, position.to(self.device), position, prompt_B[requests], offsets
             )
 
         longest = int(generated[replaying].max(initial=0))
@@ -261,8 +256,6 @@ class BoundedBuilder(AttentionMetadataBuilder):  # type: ignore[misc, unused-ign
             bounds.tolist(),
             end.tolist(),
             block_BP,
-            self._to_device(bounds),
-            self._to_device(end),
             slot_Q + self._to_device(position_Q % page_size),
             page_block_X,
             self._to_device(filled_X),

@@ -28,13 +28,7 @@ def check_version() -> None:
 
 
 def get_options(config: VllmConfig) -> PluginOptions | None:
-    """Options of the plugin in a configuration; None if it does not enable longthink.
-
-    Raises
-    ------
-    ValueError
-        If an option is unknown, missing or out of range.
-    """
+    """Options of the plugin in a configuration; None if it does not enable longthink."""
     additional = config.additional_config
     if not isinstance(additional, Mapping) or KEY not in additional:
         return None

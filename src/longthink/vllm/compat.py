@@ -1,6 +1,7 @@
 """Adapters for the parts of vLLM that have no stable interface.
 
 Written against vLLM 0.32; `docs/vllm.md` lists the versions tested, and every place where the plugin alters vLLM.
+Imports inside functions load kernels or models of vLLM, which processes that do not use longthink must not load.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ Shape suffixes: see `longthink.vllm.pool`; H query heads, G query heads of a KV 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -61,14 +60,8 @@ class BlockDecoder:
     ----------
     policies
         The policy of each layer.
-    scaling
-        Factor on q.k.
-    over_ranks
-        See `longthink.policies.Step`.
     max_rows
         Most requests in a step.
-    heads
-        Query heads.
     compiles
         Compile the work that layers share.
     static_buffers
@@ -80,20 +73,17 @@ class BlockDecoder:
         pool: PagePool,
         policies: list[Policy],
         attention: BlockAttention,
-        scaling: float,
-        over_ranks: Callable[[Tensor], Tensor] | None,
+        options: ObserveOptions,
         max_rows: int,
-        heads: int,
         *,
         compiles: bool = False,
         static_buffers: bool = False,
     ) -> None:
         self.pool, self.attention = pool, attention
-        self._policies = policies
+        self._policies, self._options = policies, options
         device, policy = pool.position_LXKT.device, pool.policy
         self._layers = torch.arange(pool.layers, device=device)
         self._moves = isinstance(policy, SavesTokens)
-        self._options = ObserveOptions(heads, scaling, over_ranks)
         self._needs_weights = "weights" in policy.needs
         # A policy without state has nothing to observe.
         self._observes = bool(pool.state)
@@ -102,7 +92,10 @@ class BlockDecoder:
         self._programs = _Programs(*map(own_program, _EAGER)) if compiles else _EAGER
         self._buffers = _StaticBuffers(max_rows) if static_buffers else None
         self._widens, dtype = pool.kmin_LXKD is not None, pool.keys_LXKTD.dtype
-        shapes = ((max_rows if self._observes else 0, heads), (max_rows if self._widens else 0, pool.heads))
+        shapes = (
+            (max_rows if self._observes else 0, options.heads),
+            (max_rows if self._widens else 0, pool.heads),
+        )
         self._query_LBHD, self._key_LBKD = (
             torch.zeros(pool.layers, *shape, pool.dim, dtype=dtype, device=device) for shape in shapes
         )

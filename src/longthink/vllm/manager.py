@@ -40,7 +40,6 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc, unused-ignore]
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
     ) -> None:
         """Record the prompt length, which vLLM passes here before each allocation; remove nothing."""
-        del processed_computed_tokens
         if num_prompt_tokens is not None:
             _remember(self._prompts, request_id, num_prompt_tokens)
 

@@ -43,13 +43,7 @@ def installed() -> Installed | None:
 
 
 def supported_range() -> SpecifierSet:
-    """Versions of vLLM that the plugin supports: those that the extra ``vllm`` requires.
-
-    Raises
-    ------
-    ValueError
-        If the installed longthink has no such extra.
-    """
+    """Versions of vLLM that the plugin supports: those that the extra ``vllm`` requires."""
     for line in importlib.metadata.requires(PLUGIN) or ():
         requirement = Requirement(line)
         if requirement.name == DISTRIBUTIONS[0]:
