@@ -1,10 +1,10 @@
-"""``python scripts/gpu_check``: needs nothing installed but what a part imports."""
+"""``python scripts/gpu_check``: needs only the packages that the parts import."""
 
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-# Python has put this folder first, where a module here could hide one of another name elsewhere.
+# Python puts this folder first on the path, where its modules could shadow others of the same name.
 sys.path[0] = str(ROOT)
 
 from scripts.gpu_check.command import main  # noqa: E402

@@ -1,4 +1,4 @@
-"""The command: reads options, runs the parts, and writes one JSON file, one page of tables and one log."""
+"""The command line: runs the parts, and writes one JSON file, one page of tables and one log."""
 
 import argparse
 import os
@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from .packages import CARRIED, THERE, download, has_gpu, install, missing
+from .packages import REQUIRED, WHEELS, download, has_gpu, install, missing
 from .parts import Part, full_plan, small_plan
 from .report import Report
 from .runner import ROOT, Outcome, Runner
@@ -18,16 +18,16 @@ from .sheet import write_text
 from .tables import page
 
 LOG_CHARACTERS = 60_000
-"""Of the end of each part's log, in the log of the check."""
+"""Characters from the end of each part's log that go into the log of the check."""
 WRITING_S = 3.0
-"""Time that is left for the last of the results."""
+"""Seconds reserved for writing the results."""
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command; 0 if every part and every test is as it should be, 2 if nothing could be run."""
+    """Exit code: 0 if every part completed and every test passed, 1 if not, 2 if the check could not start."""
     options = _parser().parse_args(arguments)
     if options.make_wheels:
-        print(f"{download(options.make_wheels):.1f} MB of wheels: {', '.join(CARRIED.values())}")
+        print(f"{download(options.make_wheels):.1f} MB of wheels: {', '.join(WHEELS.values())}")
         return 0
     plan = small_plan() if options.self_test else full_plan()
     plan = [part for part in plan if re.search(options.only, part.name)]
@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
 
 
 def check(plan: list[Part], options: argparse.Namespace, site: str) -> int:
-    """Run the parts of a plan, and write the results anew whenever one has ended."""
+    """Run the parts of a plan; rewrite the results whenever one ends."""
     began = time.monotonic()
     signal.signal(signal.SIGTERM, _stop)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ def check(plan: list[Part], options: argparse.Namespace, site: str) -> int:
         deadline = began + options.limit - WRITING_S
         runner = Runner(Path(folder), options.workers, deadline, _environment(site, options.workers))
 
-        def tell(outcome: Outcome) -> None:
+        def record(outcome: Outcome) -> None:
             memory = outcome.found.get("machine", {}).get("memory_gb")
             if memory:
                 runner.gigabytes = 0.85 * memory
@@ -64,9 +64,9 @@ def check(plan: list[Part], options: argparse.Namespace, site: str) -> int:
             print(f"[{time.monotonic() - began:4.0f} s] {report.line(outcome)}", flush=True)
 
         try:
-            told = f"{len(plan)} parts, {options.workers} side by side, {options.limit:.0f} s at most"
-            print(told, flush=True)
-            runner.run(plan, tell)
+            summary = f"{len(plan)} parts, {options.workers} in parallel, {options.limit:.0f} s at most"
+            print(summary, flush=True)
+            runner.run(plan, record)
         except KeyboardInterrupt:
             print("stopped; what was found until now is written", flush=True)
         write_text(options.out / report.FILES[2], _logs(Path(folder)))
@@ -81,39 +81,35 @@ def _parser() -> argparse.ArgumentParser:
     workers = max(1, min(7, (os.cpu_count() or 1) // 2))
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/gpu-check"), help="folder for the results")
-    add("--limit", type=float, default=540, help="seconds for everything (%(default)s)")
-    add("--wheels", type=Path, help="folder of wheels for what this Python lacks")
-    add("--make-wheels", type=Path, help="fill that folder, on a machine with a network, and end")
-    add("--only", default="", help="only parts whose name this regular expression finds")
-    add("--list", action="store_true", help="name the parts and end")
-    add("--self-test", action="store_true", help="the same parts, tiny, on the CPU")
-    add("--workers", type=int, default=workers, help="parts side by side (%(default)s)")
+    add("--limit", type=float, default=540, help="time limit of the whole check, in seconds (%(default)s)")
+    add("--wheels", type=Path, help="folder of wheels for packages that this Python lacks")
+    add("--make-wheels", type=Path, help="download those wheels, on a machine with a network, and exit")
+    add("--only", default="", help="run only parts whose name matches this regular expression")
+    add("--list", action="store_true", help="list the parts and exit")
+    add("--self-test", action="store_true", help="run the same parts on the CPU, with tiny models")
+    add("--workers", type=int, default=workers, help="parts to run in parallel (%(default)s)")
     return parser
 
 
 def _prepare(options: argparse.Namespace, site: Path) -> None:
-    """See to it that all is there that a part imports.
-
-    Raises
-    ------
-    ValueError
-        If something is not there.
-    """
-    # Triton is for a GPU: the self-test goes without it.
-    needed = tuple(name for name in THERE if name != "triton" or not options.self_test)
+    """Install missing packages from wheels; raise ValueError if a package or the GPU is missing."""
+    # The self-test does not need Triton.
+    needed = tuple(name for name in REQUIRED if name != "triton" or not options.self_test)
     if lacking := missing(needed):
-        raise ValueError(f"this Python has no {', '.join(lacking)}: install it, or give another PYTHON")
+        raise ValueError(f"this Python lacks {', '.join(lacking)}: install it, or set PYTHON to another")
     if not options.self_test and not has_gpu():
-        raise ValueError("torch sees no CUDA GPU here: --self-test runs the same parts, tiny, on the CPU")
+        raise ValueError(
+            "torch finds no CUDA GPU: --self-test runs the same parts on the CPU, with tiny models"
+        )
     if options.wheels:
         installed = install(options.wheels, site)
-        print(f"installed from {options.wheels}: {', '.join(installed) or 'nothing, all is there'}")
-    elif lacking := missing(CARRIED):
-        raise ValueError(f"this Python has no {', '.join(lacking)}: give --wheels FOLDER (docs/gpu.md)")
+        print(f"installed from {options.wheels}: {', '.join(installed) or 'nothing, no package is missing'}")
+    elif lacking := missing(WHEELS):
+        raise ValueError(f"this Python lacks {', '.join(lacking)}: give --wheels FOLDER (docs/gpu.md)")
 
 
 def _environment(site: str, workers: int) -> dict[str, str]:
-    """Environment of the parts: our code first, no network, and few threads, for many parts run at once."""
+    """Environment of the parts: this checkout first on the path, no network, few threads."""
     threads = str(max(1, (os.cpu_count() or 1) // workers))
     before = os.environ.get("PYTHONPATH", "")
     return os.environ | {

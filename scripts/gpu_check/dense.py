@@ -1,4 +1,4 @@
-"""The dense caches of transformers, beside which the policies stand."""
+"""The dense caches of transformers, as a baseline for the policies."""
 
 import time
 
@@ -12,7 +12,7 @@ from .timing import BLOCK, all_layers_ms, head_ms, peak_bytes, start_of_peak, ti
 
 
 def measure_dense(sheet: Sheet) -> None:
-    """Time the growing cache with each attention at every length, then the compiled cache of fixed size."""
+    """Time the dynamic cache with each attention at every length, then the compiled static cache."""
     asked = sheet.settings
     model = build(asked["shape"], asked["layers"])
     ids_BN = prompts(model, asked["rows"], asked["prompt"])
@@ -20,7 +20,7 @@ def measure_dense(sheet: Sheet) -> None:
         sheet.put(weight_bytes=weight_bytes(model), outside_ms=head_ms(model, ids_BN[:, :1]))
     for name, attention in (("sdpa", "sdpa"), ("flash", "flash_attention_2")):
         if name == "flash" and not has_flash():
-            sheet.put(flash="not there: the package flash_attn is not installed or does not run here")
+            sheet.put(flash="skipped: the package flash_attn is not installed or does not work here")
             continue
         model.set_attn_implementation(attention)
         _measure(sheet, DynamicSystem(model, ids_BN), f"growing, {name}", asked["lengths"])
@@ -33,7 +33,7 @@ def measure_dense(sheet: Sheet) -> None:
 
 
 def has_flash() -> bool:
-    """Whether flash attention of a package of its own is there; torch's SDPA may take its own one by itself."""
+    """Whether the package flash_attn works. SDPA may use the flash attention built into torch anyway."""
     from transformers.utils import is_flash_attn_2_available
 
     return torch.cuda.is_available() and is_flash_attn_2_available()
@@ -57,7 +57,7 @@ def _measure(sheet: Sheet, system: System, name: str, lengths: list[int]) -> Non
             row["gb_per_s"] = round((sheet.found["weight_bytes"] + system.kv_bytes) / row["ms"] / 1e6, 1)
             sheet.add(row | {"peak_bytes": peak_bytes()})
     except Exception as error:
-        # Too little memory for one length, or a compiler that gives up, takes nothing from the other caches.
+        # Running out of memory at one length, or a compiler error, must not affect the other caches.
         note(f"{name}: {error!r}")
         sheet.put(errors=[*sheet.found.get("errors", []), f"{name}: {str(error).strip()[:200]}"])
     finally:

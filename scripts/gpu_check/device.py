@@ -1,4 +1,4 @@
-"""What the machine is: names, versions, and the bandwidth of its memory."""
+"""The machine: versions, device, memory bandwidth."""
 
 import importlib.metadata
 import os
@@ -13,13 +13,12 @@ PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "num
 
 
 def look_at_device(sheet: Sheet) -> None:
-    """Write down what there is, and how fast a copy is."""
     sheet.put(versions=versions(), machine=machine())
     sheet.put(copy_gb_per_s=round(copy_bandwidth(sheet), 1))
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of what the check runs on."""
+    """Versions of Python, CUDA and the packages that the check depends on."""
     found = {"python": platform.python_version(), "cuda": str(torch.version.cuda)}
     for name in PACKAGES:
         try:
@@ -30,8 +29,7 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, object]:
-    """Return name and size of the device."""
-    found: dict[str, object] = {"cores": os.cpu_count(), "device": "CPU: no GPU here"}
+    found: dict[str, object] = {"cores": os.cpu_count(), "device": "CPU: no GPU"}
     if torch.cuda.is_available():
         about = torch.cuda.get_device_properties(0)
         found |= {
@@ -44,7 +42,7 @@ def machine() -> dict[str, object]:
 
 
 def copy_bandwidth(sheet: Sheet) -> float:
-    """GB/s read and written by a copy that no cache of a GPU holds."""
+    """GB/s read and written by a copy too large for the caches of a GPU."""
     from .models import device, seconds
 
     numbers = 1 << 30 if device().type == "cuda" else 1 << 22

@@ -1,4 +1,4 @@
-"""Models with the shape of real ones and random weights, made on the device: nothing is downloaded."""
+"""Models with real shapes and random weights, created on the device: nothing is downloaded."""
 
 import time
 from typing import Any
@@ -21,16 +21,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 256, "tie_word_embeddings": True,
     },
 }  # fmt: skip
-"""Those of Qwen2.5-1.5B and Qwen2.5-7B, and one for machines without a GPU."""
+"""The shapes of Qwen2.5-1.5B and Qwen2.5-7B, and one for machines without a GPU."""
 
 
 def device() -> torch.device:
-    """Return the GPU, or the CPU where there is none."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def build(shape: str, layers: int) -> Qwen2ForCausalLM:
-    """Make a model in bfloat16, as many layers of it as are asked for."""
+    """Create a model in bfloat16 with the given number of layers."""
     sizes = SHAPES[shape]
     config = Qwen2Config(num_hidden_layers=layers, max_position_embeddings=1 << 17, **sizes)
     torch.manual_seed(0)
@@ -50,31 +49,29 @@ def prompts(model: Qwen2ForCausalLM, rows: int, tokens: int) -> torch.Tensor:
 
 
 def weight_bytes(model: Qwen2ForCausalLM) -> int:
-    """Bytes of the weights that a step reads: of an input embedding of its own it reads a row for each token."""
+    """Bytes of the weights that a step reads, without an untied input embedding: of that it reads a row per token."""
     whole = sum(weight.nbytes for weight in model.parameters())
     return whole if model.config.tie_word_embeddings else whole - model.get_input_embeddings().weight.nbytes
 
 
 class Head(nn.Module):
-    """What a step does outside of the layers: embedding, norm, logits, the best token."""
+    """The parts of a step outside the layers: embedding, norm, logits, argmax."""
 
     def __init__(self, model: Qwen2ForCausalLM) -> None:
         super().__init__()
         self.embed, self.norm, self.logits = model.model.embed_tokens, model.model.norm, model.lm_head
 
     def forward(self, token_B1: torch.Tensor) -> torch.Tensor:
-        """Return the best token of each row, B x 1."""
         return self.logits(self.norm(self.embed(token_B1)))[:, -1:].argmax(-1)
 
 
 def synchronize() -> None:
-    """Wait for the device."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def seconds(call: Any) -> float:
-    """Return the seconds that a call takes, the device's work included."""
+    """Seconds that a call takes, including work on the device."""
     synchronize()
     started = time.perf_counter()
     call()

@@ -1,4 +1,4 @@
-"""Which parts a check has, in the order of their worth: what comes late is what a short time leaves out."""
+"""The parts of a check, most important first: if time runs out, the last ones are skipped."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -9,18 +9,18 @@ ROUTE = "scripts.gpu_check.routes:measure_route"
 DENSE = "scripts.gpu_check.dense:measure_dense"
 
 CELLS = ((4096, 16), (1024, 16), (4096, 64), (1024, 1), (4096, 1), (1024, 64))
-"""Budgets and rows, those that say most first."""
+"""Budgets and rows, most informative first."""
 POLICIES = ("raas", "milestone")
 ROUTES = ("general", "fused")
 LAYERS = 28
-"""Of both shapes."""
+"""Layers of both shapes."""
 FEW_LAYERS = 7
-"""With which the larger shape is measured: compiling all of them for every cell takes more than there is time for."""
+"""Layers with which the larger shape is measured: compiling all of them for every cell takes too long."""
 LENGTHS = (2048, 16384, 32768)
 GROUPS = {"kernels": 3, "float32": 1, "policies": 2, "graphs": 4, "memory": 2}
-"""Files of tests, and in how many processes each runs."""
+"""Test files, and the number of processes for each."""
 FEW = 20
-"""The self-test takes every so-maniest test of a file."""
+"""The self-test runs one in this many tests of a file."""
 
 
 @dataclass(frozen=True)
@@ -30,17 +30,17 @@ class Part:
     Attributes
     ----------
     name
-        What the report calls it.
+        Name in the report.
     call
-        ``module:function`` that does the work, called with a `scripts.gpu_check.sheet.Sheet`.
+        ``module:function`` to call with a `scripts.gpu_check.sheet.Sheet`.
     settings
-        What the function is asked to do.
+        Settings of the sheet.
     limit_s
-        Seconds after which it is ended.
+        Seconds after which it is killed.
     least_s
-        It is not begun with less time left than this.
+        It is skipped if less time than this is left.
     gigabytes
-        Memory of the GPU that it may take: parts run side by side as far as that fits.
+        GPU memory that it may use. Parts run in parallel only while they fit together.
     """
 
     name: str
@@ -57,7 +57,7 @@ def full_plan() -> list[Part]:
     for group, shards in GROUPS.items():
         parts += [_tests(group, [group], shard, shards) for shard in range(shards)]
     parts += _routes("1.5B", LAYERS)
-    # Does a model of few layers say what one of all layers takes? Answered where both are measured.
+    # Both numbers of layers, to check how well few layers predict all.
     parts += [_route("1.5B", FEW_LAYERS, POLICIES[0], *CELLS[0], route) for route in ROUTES]
     parts += [_dense("1.5B", LAYERS, rows) for rows in (16, 1, 64)]
     parts += _routes("7B", FEW_LAYERS)
@@ -66,7 +66,7 @@ def full_plan() -> list[Part]:
 
 
 def small_plan() -> list[Part]:
-    """The same parts, tiny, for a CPU: that the command works is known before there is a GPU."""
+    """The same parts with tiny models for a CPU, to test the command before there is a GPU."""
     tiny = {
         "shape": "tiny", "layers": 2, "layers_of": 2, "rows": 2, "prompt": 20, "context": 150, "blocks": 2,
         "compile": False,
@@ -80,7 +80,7 @@ def small_plan() -> list[Part]:
     few = {"layers": 1, "policy": "raas", "budget": 64, "route": "general", "profile": False}
     parts.append(Part("tiny raas general, 1 of 2 layers", ROUTE, tiny | few))
     parts.append(Part("tiny dense", DENSE, tiny | {"lengths": (40, 200)}))
-    # A small machine may be busy with other things.
+    # A small machine may be busy.
     return [replace(part, limit_s=400.0) for part in parts]
 
 
@@ -108,13 +108,13 @@ def _route(shape: str, layers: int, policy: str, budget: int, rows: int, route: 
     depth = "" if layers == LAYERS else f", {layers} of {LAYERS} layers"
     name = f"{shape} {policy} {route}, budget {budget}, rows {rows}{depth}"
     whole = layers == LAYERS
-    # Weights, keys and values, and as much again for what is made on the way.
+    # Weights, keys and values, and as much again for temporaries.
     gigabytes = (7.0 if whole else 9.0) + rows * budget / (1 << 18) * (10.0 if whole else 5.0)
     return Part(name, ROUTE, settings, 240.0 if whole else 100.0, 60.0 if whole else 35.0, gigabytes)
 
 
 def _dense(shape: str, layers: int, rows: int) -> Part:
-    # What 64 rows of 32k tokens take is more than most GPUs have beside the other parts.
+    # 64 rows of 32k tokens take more memory than most GPUs have left next to the other parts.
     lengths = LENGTHS if rows < 64 else LENGTHS[:2]
     settings = {
         "shape": shape, "layers": layers, "layers_of": LAYERS, "rows": rows, "lengths": lengths,

@@ -1,4 +1,4 @@
-"""One JSON file and one page of tables from what the parts have found, rewritten whenever a part ends."""
+"""One JSON file and one page of tables from the results of the parts, rewritten whenever a part ends."""
 
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,12 +13,12 @@ CELL = ("shape", "layers", "layers_of", "policy", "budget", "rows")
 
 
 class Report:
-    """Collects outcomes and writes them down.
+    """Collects outcomes and writes the files.
 
     Parameters
     ----------
     plan
-        All parts, in order: one that has not ended is in the tables too.
+        All parts, in order. Those that have not ended are listed too.
     self_test
         Whether this is the small plan, on the CPU.
     """
@@ -33,19 +33,19 @@ class Report:
         self.made = datetime.now(UTC).isoformat(timespec="seconds")
 
     def add(self, outcome: Outcome, seconds: float) -> None:
-        """Take in an outcome, so many seconds after the beginning."""
+        """Add an outcome, `seconds` after the start."""
         self.outcomes[outcome.part.name] = outcome
         self.seconds = round(seconds, 1)
 
     @property
     def good(self) -> bool:
-        """Whether all parts ran to their end and all tests passed."""
+        """Whether all parts completed and all tests passed."""
         states = {outcome.state for outcome in self.outcomes.values()}
         failed = sum(tests["failed"] for tests in self._tests().values())
         return len(self.outcomes) == len(self.plan) and states <= {"done", "no GPU"} and failed == 0
 
     def line(self, outcome: Outcome) -> str:
-        """One line about an outcome."""
+        """One-line summary of an outcome."""
         rows, what = outcome.found.get("rows"), outcome.note
         if outcome.part.call == TESTS and rows:
             what = ", ".join(f"{n} {word}" for word, n in counts(rows).items() if n)
@@ -55,14 +55,13 @@ class Report:
         return f"{outcome.state}: {outcome.part.name} ({outcome.seconds:.0f} s) {what}".rstrip()
 
     def write(self, folder: Path, *, ended: bool = False) -> None:
-        """Write JSON and tables."""
         self.ended = ended
         content = self.content()
         write_json(folder / self.FILES[0], content)
         write_text(folder / self.FILES[1], page(content))
 
     def content(self) -> dict[str, Any]:
-        """Everything."""
+        """Content of the JSON file."""
         return {
             "format": 1,
             "made": self.made,
@@ -77,12 +76,12 @@ class Report:
         }
 
     def _part(self, part: Part) -> dict[str, Any]:
-        told = {"name": part.name, "limit_s": part.limit_s, "settings": part.settings, "state": "not ended"}
+        entry = {"name": part.name, "limit_s": part.limit_s, "settings": part.settings, "state": "not ended"}
         outcome = self.outcomes.get(part.name)
         if outcome is not None:
-            told |= {"state": outcome.state, "seconds": outcome.seconds, "note": outcome.note}
-            told["found"] = outcome.found
-        return told
+            entry |= {"state": outcome.state, "seconds": outcome.seconds, "note": outcome.note}
+            entry["found"] = outcome.found
+        return entry
 
     def _device(self) -> dict[str, Any]:
         names = ("machine", "versions", "copy_gb_per_s")
@@ -98,7 +97,7 @@ class Report:
         ]
 
     def _rows(self, call: str) -> list[dict[str, Any]]:
-        """Rows of all parts of a kind, each with its share of the copy's bandwidth."""
+        """Rows of all parts of a kind, each with its share of the copy bandwidth."""
         copy, rows = self._device().get("copy_gb_per_s"), []
         for outcome in self._ended(call):
             more = {name: outcome.found.get(name) for name in ("first_step_s", "warm_up_s", "compiled")}
@@ -115,7 +114,7 @@ class Report:
         return {name.removeprefix("test_"): counts(rows) for name, rows in files.items()}
 
     def _pairs(self) -> list[dict[str, Any]]:
-        """Cells of the policies, each with both routes, as far as they were measured."""
+        """Cells of the policies, each with the routes that were measured."""
         cells: dict[tuple[Any, ...], dict[str, Any]] = {}
         for row in self._rows(ROUTE):
             key = tuple(row[name] for name in CELL)

@@ -1,4 +1,4 @@
-"""What a part has found so far: in a file of its own from the first number on, so that nothing of it can be lost."""
+"""Results of a part, written to its own file as they are found, so that none can be lost."""
 
 import json
 import os
@@ -9,21 +9,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-AGAIN = 75
-"""Exit code of a part that wants to go on in a new process."""
+RESTART = 75
+"""Exit code of a part that asks to continue in a new process."""
 
 
 class Sheet:
-    """The findings of one part, and its line to the process that runs all parts.
+    """Results of one part, and its connection to the runner.
 
     Parameters
     ----------
     path
-        File of the part. What it holds is gone on with.
+        File of the part. If it exists, its results are kept.
     settings
-        What the part is asked to do.
+        Settings of the part.
     say, hear
-        Where `quiet` asks, and where it is answered; None for nobody.
+        Streams on which `quiet` asks the runner and waits for its answer; None without a runner.
     """
 
     def __init__(
@@ -34,18 +34,17 @@ class Sheet:
         self._say, self._hear = say, hear
 
     def put(self, **fields: Any) -> None:
-        """Write down what holds for the whole part."""
+        """Store fields of the whole part."""
         self.found.update(fields)
         write_json(self.path, self.found)
 
     def add(self, row: dict[str, Any]) -> None:
-        """Write down one more row."""
         self.found["rows"].append(row)
         self.put()
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """Have the machine to itself while something is timed: the other parts stand still."""
+        """Exclusive use of the machine, to time something: the other parts are stopped."""
         if self._say is None or self._hear is None:
             yield
             return
@@ -58,28 +57,28 @@ class Sheet:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a file that is never seen half written."""
+    """Write a file atomically."""
     write_text(path, json.dumps(content, indent=1))
 
 
 def write_text(path: Path, text: str) -> None:
-    """As `write_json`, any text."""
+    """Write a file atomically."""
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     fresh.write_text(text)
     os.replace(fresh, path)
 
 
 def counts(rows: list[dict[str, Any]]) -> dict[str, int]:
-    """How many tests passed, failed and were skipped."""
+    """Numbers of tests that passed, failed and were skipped."""
     found = [row["outcome"] for row in rows]
     return {outcome: found.count(outcome) for outcome in ("passed", "failed", "skipped")}
 
 
 def seconds_since(started: float) -> float:
-    """Seconds since a time of `time.perf_counter`, to a hundredth."""
+    """Seconds since `started` (of `time.perf_counter`), to a hundredth."""
     return round(time.perf_counter() - started, 2)
 
 
 def note(text: str) -> None:
-    """Write a line to the log of the part."""
+    """Write a line to the part's log."""
     print(text, file=sys.stderr, flush=True)

@@ -1,9 +1,9 @@
-"""The page of tables, from the content of the JSON file."""
+"""The page of tables, made from the content of the JSON file."""
 
 from typing import Any
 
 WORTH_KEEPING = 1.2
-"""Times as fast as the general route: a fused kernel that does not reach it is deleted (docs/gpu.md)."""
+"""Least speedup over the general route: fused kernels below it are deleted (docs/gpu.md)."""
 
 
 def page(content: dict[str, Any]) -> str:
@@ -11,9 +11,9 @@ def page(content: dict[str, Any]) -> str:
     machine, versions = content.get("machine", {}), content.get("versions", {})
     lines = [f"# GPU check of {content['made']}", ""]
     if content["self_test"]:
-        lines += ["**A self-test on tiny shapes: its numbers mean nothing.**", ""]
+        lines += ["**Self-test with tiny models: its numbers mean nothing.**", ""]
     if not content["ended"]:
-        lines += ["**Not ended yet, or ended from outside.**", ""]
+        lines += ["**Not ended yet, or killed.**", ""]
     lines += [
         f"{machine.get('device', 'device unknown')}, {machine.get('memory_gb', '?')} GB, copy "
         f"{content.get('copy_gb_per_s', '?')} GB/s; "
@@ -41,7 +41,7 @@ def _routes(content: dict[str, Any]) -> list[str]:
     head = (
         "shape, layers, policy, budget, rows, general ms, fused ms, general all layers, fused all layers, "
         f"times as fast, {WORTH_KEEPING} or more, host ms, of copy, K and V MB, most allocated MB, "
-        "graphs a step, ready after s"
+        "graphs per step, ready after s"
     )
     rows = []
     for cell in content["routes"]:
@@ -59,11 +59,11 @@ def _routes(content: dict[str, Any]) -> list[str]:
             both("host_ms"), both("of_copy", _percent), both("kv_bytes", _megabytes),
             both("peak_bytes", _megabytes), both("replays_per_step"), both("warm_up_s"),
         ))  # fmt: skip
-    return _table("General route and fused kernels, a step (general / fused)", head, rows)
+    return _table("General route and fused kernels, per step (general / fused)", head, rows)
 
 
 def _few_layers(content: dict[str, Any]) -> list[str]:
-    """How far a model of few layers, scaled, is from one of all layers, where both were measured."""
+    """Times scaled from few layers against those measured with all layers."""
     rows, whole = [], {}
     for cell in content["routes"]:
         for route in ("general", "fused"):
@@ -75,7 +75,7 @@ def _few_layers(content: dict[str, Any]) -> list[str]:
                     scaled = cell[route]["ms_all_layers"]
                     rows.append((*key, cell["layers"], scaled, whole[key], round(scaled / whole[key], 3)))
     head = "shape, policy, budget, rows, route, layers, scaled ms, all layers ms, scaled / measured"
-    return _table("Do few layers stand for all?", head, rows) if rows else []
+    return _table("Do few layers predict all?", head, rows) if rows else []
 
 
 def _dense(content: dict[str, Any]) -> list[str]:
@@ -91,13 +91,13 @@ def _dense(content: dict[str, Any]) -> list[str]:
         )
         for row in content["dense"]
     ]  # fmt: skip
-    said = [
+    notes = [
         f"- {part['name']}: {text}"
         for part in content["parts"]
         for text in (*part.get("found", {}).get("errors", ()), part.get("found", {}).get("flash"))
         if text
     ]
-    return [*_table("Dense caches of transformers, a step", head, rows), *_below(said)]
+    return [*_table("Dense caches of transformers, per step", head, rows), *_below(notes)]
 
 
 def _kernels(content: dict[str, Any]) -> list[str]:
@@ -107,7 +107,9 @@ def _kernels(content: dict[str, Any]) -> list[str]:
             rows = [
                 (kernel["name"], kernel["calls"], kernel["ms"]) for kernel in part["found"]["kernels"][:8]
             ]
-            lines += _table(f"What takes long in {part['name']}", "operation, a step, ms a step", rows)
+            lines += _table(
+                f"Slowest operations of {part['name']}", "operation, calls per step, ms per step", rows
+            )
     return lines
 
 

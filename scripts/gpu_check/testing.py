@@ -1,27 +1,27 @@
-"""A group of tests as a part: pytest in the process of the part, every outcome written down as it comes."""
+"""Tests as a part: pytest runs in the part's process, and each outcome is stored at once."""
 
 import os
 import time
 from typing import Any
 
-from .sheet import AGAIN, Sheet
+from .sheet import RESTART, Sheet
 
-# What else this machine has installed for pytest is none of our business.
+# Ignore pytest plugins that happen to be installed.
 os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
 BROKEN = ("CUDA error", "AcceleratorError", "device-side assert")
-"""What a failure says behind which nothing works any more in the same process."""
+"""Messages of failures after which CUDA no longer works in the same process."""
 
 
 class Watch:
-    """Plugin that takes its share of the tests and writes outcomes into the part's file."""
+    """Pytest plugin that selects a shard of the tests and stores their outcomes."""
 
     def __init__(self, sheet: Sheet) -> None:
         self.sheet = sheet
-        self.again = False
+        self.broken = False
         self._written = 0.0
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
-        """Every so-maniest test of a file is ours, but for those that were run already."""
+        """Select this shard's tests of each file, except those that already ran."""
         asked, done = self.sheet.settings, {row["test"] for row in self.sheet.found["rows"]}
         files: dict[Any, list[Any]] = {}
         for item in items:
@@ -30,11 +30,11 @@ class Watch:
         items[:] = [item for item in mine if item.nodeid not in done]
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        """Say which test runs: where a process dies or hangs, that is the one."""
+        """Store which test is running, in case the process dies or hangs."""
         self.sheet.put(running=nodeid)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        """Write an outcome down; a test has one, whatever it consists of."""
+        """Store one outcome per test, for setup, call and teardown together."""
         if report.when != "call" and report.passed:
             return
         row = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 2)}
@@ -48,27 +48,27 @@ class Watch:
         if report.failed or time.monotonic() - self._written > 1:
             self.sheet.put()
             self._written = time.monotonic()
-        self.again |= report.failed and any(word in str(report.longrepr) for word in BROKEN)
+        self.broken |= report.failed and any(word in str(report.longrepr) for word in BROKEN)
 
     def pytest_runtest_teardown(self, item: Any) -> None:
-        """Leave a process in which the GPU is of no use any more."""
-        if self.again:
-            item.session.shouldstop = "the GPU does not answer this process any more"
+        """Stop the session if CUDA no longer works in this process."""
+        if self.broken:
+            item.session.shouldstop = "CUDA no longer works in this process"
 
 
 def run_tests(sheet: Sheet) -> int:
-    """Run the group; the exit code asks for a new process where this one lost the GPU."""
+    """Run the tests. The exit code asks for a new process if CUDA no longer works in this one."""
     import pytest
 
-    # In a self-test they run on the CPU, as far as they can.
+    # In a self-test they run on the CPU as far as possible.
     os.environ["LONGTHINK_REHEARSE_GPU"] = str(int(sheet.settings["rehearse"]))
     watch, paths = Watch(sheet), [f"tests/gpu/test_{group}.py" for group in sheet.settings["groups"]]
-    # `-p no:cacheprovider`: nothing is written beside what the check writes.
+    # `-p no:cacheprovider`: pytest must not write files of its own.
     code = pytest.main([*paths, "-q", "-p", "no:cacheprovider", "--tb=short", "-m", "gpu"], plugins=[watch])
     sheet.found.pop("running", None)
     sheet.put()
-    if watch.again:
-        return AGAIN
+    if watch.broken:
+        return RESTART
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED):
         sheet.put(error=f"pytest ended with {code!r}: see the log")
         return 1

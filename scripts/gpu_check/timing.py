@@ -1,4 +1,4 @@
-"""Time of decode steps: blocks of a page each, of which one step opens pages."""
+"""Times of decode steps, in blocks of one page: one step of each block opens pages."""
 
 import time
 from collections.abc import Callable
@@ -11,16 +11,16 @@ from torch import Tensor
 from .models import Head, seconds, synchronize
 
 BLOCK = 16
-"""Steps that are timed together: a page of the policies that are measured."""
+"""Steps that are timed together: the page size of the measured policies."""
 Decode = Callable[[int], None]
-"""Decodes so many tokens."""
+"""Decodes that many tokens."""
 
 
 def time_steps(decode: Decode, blocks: int) -> dict[str, float]:
-    """Milliseconds of a step, the pages that it opens included.
+    """Milliseconds per step, including the opening of pages.
 
-    `host_ms` is the time until the host has launched a step. Where it is as long as the step, the device waits
-    for the host, and what kernels take does not show.
+    `host_ms` is the time until the host has launched a step. If it is as long as the step, the device waits for the
+    host, and the times do not show the kernels.
     """
     took, launched = [], []
     decode(2 * BLOCK)
@@ -41,15 +41,15 @@ def time_steps(decode: Decode, blocks: int) -> dict[str, float]:
 
 @torch.no_grad()
 def head_ms(model: Any, token_B1: Tensor) -> float:
-    """Milliseconds of what a step does outside of the layers, as a CUDA graph where there is a GPU."""
+    """Milliseconds per step outside the layers, as a CUDA graph on a GPU."""
     head, token_B1 = Head(model), token_B1.clone()
     run: Callable[[], Any] = lambda: head(token_B1)  # noqa: E731
     if token_B1.is_cuda:
-        beside = torch.cuda.Stream()
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
             run()
-        torch.cuda.current_stream().wait_stream(beside)
+        torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             run()
@@ -59,7 +59,7 @@ def head_ms(model: Any, token_B1: Tensor) -> float:
 
 
 def kernel_times(decode: Decode, most: int = 15) -> list[dict[str, Any]]:
-    """The operations that take the longest, by the profiler: name, calls and milliseconds of a step."""
+    """The slowest operations according to the profiler: name, calls and milliseconds per step."""
     from torch.profiler import ProfilerActivity, profile
 
     cuda = torch.cuda.is_available()
@@ -79,18 +79,17 @@ def kernel_times(decode: Decode, most: int = 15) -> list[dict[str, Any]]:
 
 
 def all_layers_ms(ms: float, outside_ms: float, asked: dict[str, Any]) -> float:
-    """Milliseconds with all layers: measured, or scaled as if layers were alike; time outside of them counts once."""
+    """Milliseconds with all layers: measured, or scaled by layers; time outside the layers counts once."""
     if asked["layers"] == asked["layers_of"]:
         return ms
     return round(outside_ms + (ms - outside_ms) * asked["layers_of"] / asked["layers"], 4)
 
 
 def start_of_peak() -> None:
-    """Let `peak_bytes` count from here on."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
 
 
 def peak_bytes() -> int | None:
-    """Most bytes that were allocated on the GPU; None where there is none."""
+    """Most bytes allocated on the GPU since `start_of_peak`; None without a GPU."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None

@@ -11,8 +11,8 @@ from .sheet import Sheet
 
 
 def main(file: str, call: str, settings: str) -> int:
-    """Do the work; an error goes into the file of the part, in full into its log."""
-    # What anybody prints belongs in the log: the pipe is for questions and answers.
+    """Call the function. An error goes into the part's file, with its traceback in the log."""
+    # Redirect prints to the log: stdout is the pipe to the runner.
     say = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     sheet = Sheet(Path(file), json.loads(settings), say, sys.stdin)
@@ -31,5 +31,5 @@ if __name__ == "__main__":
     status = main(*sys.argv[1:4])
     sys.stdout.flush()
     sys.stderr.flush()
-    # All is written. To end in order would mean to wait for the compiler's own processes, minutes at worst.
+    # Everything is written. A regular exit would wait for the compiler's processes, for minutes at worst.
     os._exit(status)

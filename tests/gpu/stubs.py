@@ -5,7 +5,7 @@ import signal
 import time
 from pathlib import Path
 
-from scripts.gpu_check.sheet import AGAIN, Sheet
+from scripts.gpu_check.sheet import RESTART, Sheet
 
 
 def finds(sheet: Sheet) -> None:
@@ -30,7 +30,7 @@ def sleeps(sheet: Sheet) -> None:
 def goes_on_in_a_new_process(sheet: Sheet) -> int:
     print("this goes to the log")
     sheet.add({"process": os.getpid()})
-    return AGAIN if len(sheet.found["rows"]) < 3 else 0
+    return RESTART if len(sheet.found["rows"]) < 3 else 0
 
 
 def times(sheet: Sheet) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from scripts.gpu_check.command import _environment, main
-from scripts.gpu_check.packages import CARRIED, install, missing
+from scripts.gpu_check.packages import WHEELS, install, missing
 from scripts.gpu_check.parts import DENSE, GROUPS, ROUTE, TESTS, Part, full_plan, small_plan
 from scripts.gpu_check.report import Report
 from scripts.gpu_check.runner import ROOT, Runner
@@ -63,7 +63,7 @@ def test_what_is_timed_has_the_machine_to_itself(tmp_path):
 def test_what_no_longer_fits_is_skipped_and_says_so(tmp_path):
     late = Part("late", "tests.gpu.stubs:finds", least_s=20.0)
     found = run([stub("sleeps", "sleeps"), late], tmp_path, workers=1, limit_s=3.0)
-    assert found["sleeps"].note == "the time of the whole check was up"
+    assert found["sleeps"].note == "the time limit of the check was reached"
     assert found["late"].state == "skipped" and "20 at least" in found["late"].note
 
 
@@ -105,8 +105,8 @@ def test_plans_are_in_order_of_worth():
 def test_only_what_is_missing_is_installed(tmp_path, monkeypatch):
     assert missing({"json": "json", "not_there_at_all": "x"}) == ["not_there_at_all"]
     assert install(tmp_path, tmp_path / "site") == []
-    monkeypatch.setitem(CARRIED, "not_there_at_all", "not-there-at-all")
-    with pytest.raises(ValueError, match="does not bring not-there-at-all"):
+    monkeypatch.setitem(WHEELS, "not_there_at_all", "not-there-at-all")
+    with pytest.raises(ValueError, match="has no wheel of not-there-at-all"):
         install(tmp_path, tmp_path / "site")
 
 

@@ -1,4 +1,4 @@
-"""Tiny random models on disk. These tests need vLLM, in an environment of its own: make test-vllm."""
+"""Tiny random models on disk. These tests need vLLM: `make test-vllm` installs it in its own environment."""
 
 import importlib.util
 
@@ -28,7 +28,7 @@ SIZES = dict(
 
 
 def random_model(config, scale):
-    """A random model whose attention matters."""
+    """A random model with weights large enough for attention to affect the tokens."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Models and engines for the tests of identity: what vLLM generates, and what the same cache gives elsewhere."""
+"""Models and engines for the identity tests: tokens from vLLM, and from the same cache on Hugging Face."""
 
 import contextlib
 import gc
@@ -20,7 +20,7 @@ SETTINGS = {
 
 
 def save_random_model(folder):
-    """Save a random model whose text wanders, and whose choices are far from ties: rounding must not decide."""
+    """Save a random model that does not repeat itself and whose top logits are further apart than rounding errors."""
     model = random_model(Qwen2Config(**SIZES, vocab_size=273), 3)
     model.generation_config.eos_token_id = None
     model.save_pretrained(folder)
@@ -34,7 +34,7 @@ def random_prompts(*lengths, seed=1):
 
 @contextlib.contextmanager
 def engine(folder, policy=None, decode_budget=128, *, pages=512, options=None, **more):
-    """An engine in this process, with about so many pages of 16 tokens; dense where there is no policy."""
+    """An engine in this process with a pool of about `pages` pages; dense if there is no policy."""
     heads, dim, layers = (SIZES[name] for name in ("num_key_value_heads", "head_dim", "num_hidden_layers"))
     arguments = dict(
         model=str(folder),
@@ -49,8 +49,8 @@ def engine(folder, policy=None, decode_budget=128, *, pages=512, options=None, *
         seed=0,
     )
     if policy:
-        chosen = {"policy": policy, "decode_budget": decode_budget, **(options or {})}
-        arguments |= dict(attention_backend="CUSTOM", additional_config={"longthink": chosen})
+        longthink = {"policy": policy, "decode_budget": decode_budget, **(options or {})}
+        arguments |= dict(attention_backend="CUSTOM", additional_config={"longthink": longthink})
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SETTINGS.items():
             patch.setenv(name, value)
@@ -65,8 +65,8 @@ def engine(folder, policy=None, decode_budget=128, *, pages=512, options=None, *
             gc.collect()
 
 
-class Nothing:
-    """Stands in for the streams and events of a GPU: nothing has to be waited for."""
+class NullStream:
+    """Replaces CUDA streams and events."""
 
     def __init__(self, *args, **kwargs):
         pass
@@ -76,7 +76,7 @@ class Nothing:
 
 
 def allow_async_scheduling(patch):
-    """Have vLLM plan a step before it knows the tokens of the last one, as on GPUs; on CPUs it switches that off."""
+    """Allow async scheduling (a step is scheduled before the last one has tokens), which vLLM turns off on CPUs."""
     from vllm.platforms.cpu import CpuPlatform
 
     inner = CpuPlatform.check_and_update_config
@@ -88,12 +88,12 @@ def allow_async_scheduling(patch):
 
     patch.setattr(CpuPlatform, "check_and_update_config", classmethod(check))
     for name in ("Stream", "Event", "current_stream"):
-        patch.setattr(torch.cuda, name, Nothing)
+        patch.setattr(torch.cuda, name, NullStream)
     patch.setattr(torch.cuda, "stream", contextlib.nullcontext)
 
 
 def serve(llm, prompts, counts, *, ignore_eos=True):
-    """Greedy tokens of each prompt; `counts` is how many, for all or for each."""
+    """Greedy tokens of each prompt; `counts` is their number, one for all or one for each."""
     from vllm import SamplingParams
 
     counts = [counts] * len(prompts) if isinstance(counts, int) else counts
@@ -106,7 +106,7 @@ def serve(llm, prompts, counts, *, ignore_eos=True):
 
 
 def on_hugging_face(folder, policy, decode_budget, prompt, count):
-    """Greedy tokens of the same cache on the Hugging Face side."""
+    """Greedy tokens with the same cache on Hugging Face."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None
     budget = {} if policy == "dense" else {"decode_budget": decode_budget}
@@ -125,12 +125,11 @@ def on_hugging_face(folder, policy, decode_budget, prompt, count):
 
 
 def scheduler(llm):
-    """Scheduler of an engine in this process."""
     return llm.llm_engine.engine_core.engine_core.scheduler
 
 
 def serve_and_preempt(llm, prompts, count, at):
-    """Greedy tokens of each prompt, where all running requests lose their blocks after the given steps."""
+    """Greedy tokens of each prompt, with all running requests preempted after the given steps."""
     from vllm import SamplingParams
 
     inner, done, steps = llm.llm_engine, {}, 0

@@ -1,4 +1,4 @@
-"""A Qwen2 written out, whose layers attend to what a list-based oracle keeps: nothing of longthink or vLLM in it.
+"""A Qwen2 in plain torch whose layers attend to the residents of a list-based oracle. No longthink, no vLLM.
 
 Shape suffixes: N tokens of a call, H heads (of queries or of keys), D head dim, E hidden size.
 """
@@ -15,7 +15,7 @@ from tests.oracle.pages import RaasOracle
 
 
 class ListedLayer:
-    """Attention of one layer: all keys and values that ever were, and an oracle that says which still count."""
+    """Attention of one layer: all keys and values ever written, and an oracle that names the residents."""
 
     def __init__(self, config, decode_budget, **options):
         self.heads = Heads(

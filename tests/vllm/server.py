@@ -1,4 +1,4 @@
-"""Real vLLM servers on this machine, in processes of their own that never outlive the test."""
+"""Real vLLM servers in processes that never outlive the test."""
 
 import ctypes
 import os
@@ -37,17 +37,17 @@ BOUNDED = (
     *("--additional-config.longthink.decode_budget", str(BUDGET)),
     *("--additional-config.longthink.max_prompt_tokens", str(LONGEST_PROMPT)),
 )
-"""Options that ask for a bounded cache."""
+"""Options that enable longthink."""
 COMMON = ("--dtype", "float32", "--enforce-eager", "--max-num-seqs", "8", "--seed", "0")
 
 
 def pool(tokens, page=PAGE):
-    """A pool for these many tokens, and its placeholder. vLLM's own backend on the CPU wants blocks of 32."""
+    """A pool for that many tokens, plus the null block. vLLM's own backend on a CPU needs blocks of 32."""
     return ("--block-size", page, "--num-gpu-blocks-override", tokens // page + 1)
 
 
 def complete(client, tokens, *, prompt=40, seed=0, **options):
-    """Ask for exactly this many tokens after a prompt of exactly so many."""
+    """Request exactly `tokens` tokens after a prompt of exactly `prompt` tokens."""
     ids = [3 + (seed * 31 + i * 7) % 250 for i in range(prompt)]
     return client.completions.create(
         model="tiny",
@@ -61,7 +61,7 @@ def complete(client, tokens, *, prompt=40, seed=0, **options):
 
 @dataclass
 class Server:
-    """A server that is up."""
+    """A running server."""
 
     url: str
     log: Path
@@ -71,7 +71,7 @@ class Server:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=240, **options)
 
     def metrics(self):
-        """Value of each metric of the only model and engine, by name; labels other than those stay in it."""
+        """Value of each metric by name and labels, without the labels of model and engine."""
         return metric_values(self.get("/metrics"))
 
     def get(self, path):
@@ -81,7 +81,7 @@ class Server:
 
 
 def metric_values(text):
-    """Numbers of a page in the Prometheus format."""
+    """Values in Prometheus text format."""
     values = {}
     for line in text.splitlines():
         if line and line[0] != "#":
@@ -100,12 +100,12 @@ def free_port():
 
 
 def end_with_parent():
-    """Have Linux end this process when the tests are killed; its own children go with it."""
+    """Have Linux terminate this process, and so its children, when the tests are killed."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def launch(model, log, *arguments, **environment):
-    """Start the server's processes, in a group of their own."""
+    """Start the server in a process group of its own."""
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--api-key", KEY, "--served-model-name", "tiny"]
@@ -124,10 +124,10 @@ def launch(model, log, *arguments, **environment):
 
 
 def stop(process):
-    """End all processes of a server: kindly, then not."""
-    for sign, seconds in ((signal.SIGTERM, 20), (signal.SIGKILL, 20)):
+    """Stop all processes of a server: SIGTERM, then SIGKILL."""
+    for number, seconds in ((signal.SIGTERM, 20), (signal.SIGKILL, 20)):
         try:
-            os.killpg(process.pid, sign)
+            os.killpg(process.pid, number)
         except ProcessLookupError:
             break
         deadline = time.monotonic() + seconds
@@ -137,7 +137,7 @@ def stop(process):
 
 
 def group_lives(process):
-    """Say whether any process of the group is left; our own child is reaped on the way."""
+    """Whether any process of the group is left; reaps our own child."""
     process.poll()
     try:
         os.killpg(process.pid, 0)
@@ -148,12 +148,12 @@ def group_lives(process):
 
 @contextmanager
 def serve(model, log, *arguments, **environment):
-    """A server that answers, for the time of the ``with`` block."""
+    """A server that is up during the ``with`` block."""
     process, url = launch(model, log, *arguments, **environment)
     try:
         deadline = time.monotonic() + START_SECONDS
         while not answers(f"{url}/health"):
-            assert process.poll() is None, f"the server ended:\n{tail(log)}"
+            assert process.poll() is None, f"the server exited:\n{tail(log)}"
             assert time.monotonic() < deadline, f"the server does not come up:\n{tail(log)}"
             time.sleep(0.2)
         yield Server(url, log, process)
@@ -162,13 +162,13 @@ def serve(model, log, *arguments, **environment):
 
 
 def refusal(model, log, *arguments, **environment):
-    """What a server said that did not want to start."""
+    """Log of a server that must fail to start."""
     process, url = launch(model, log, *arguments, **environment)
     try:
         deadline = time.monotonic() + START_SECONDS
         while process.poll() is None:
             assert not answers(f"{url}/health"), "the server started"
-            assert time.monotonic() < deadline, f"the server neither starts nor ends:\n{tail(log)}"
+            assert time.monotonic() < deadline, f"the server neither starts nor exits:\n{tail(log)}"
             time.sleep(0.2)
         assert process.returncode != 0
     finally:

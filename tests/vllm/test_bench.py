@@ -1,4 +1,4 @@
-"""``longthink bench vllm`` with real engines, as small as they get."""
+"""``longthink bench vllm`` with tiny engines."""
 
 import json
 import os
@@ -12,11 +12,11 @@ from longthink.policies import make_policy
 from longthink.vllm.pool import page_bytes
 
 pytestmark = pytest.mark.slow
-ASKED = ["--policies", "raas", "--budget", "64", "--contexts", "400,1000", "--rounds", "1", "--json"]
+ARGUMENTS = ["--policies", "raas", "--budget", "64", "--contexts", "400,1000", "--rounds", "1", "--json"]
 
 
 def test_engines_are_measured_and_filled(tmp_path):
-    command = [sys.executable, "-m", "longthink.cli", "bench", "vllm", *ASKED]
+    command = [sys.executable, "-m", "longthink.cli", "bench", "vllm", *ARGUMENTS]
     done = subprocess.run(
         command, env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)}, capture_output=True, text=True
     )
@@ -26,8 +26,8 @@ def test_engines_are_measured_and_filled(tmp_path):
     assert all(len(times) == 1 and times[0] > 0 for at in found["ms"].values() for times in at.values())
     dense, bounded = (found["in_flight"][name] for name in ("dense", "raas"))
     assert dense["in_flight"] == 2
-    # Memory for two requests of 64 + 1000 + 192 tokens and 256 to spare. A bounded one holds 8 pages, a bit larger
-    # than dense ones as they carry what is known of them, and one page is nobody's.
+    # Memory for two requests of 64 + 1000 + 192 tokens and 256 more. A bounded request holds 8 pages, which are
+    # larger than dense ones since they include their state; one page is the null block.
     kv_bytes = 2 * 2 * 64 * 4 * 16
     page = page_bytes(make_policy("raas"), 2, 64, torch.float32, kv_bytes)
     pages = 2 * (64 + 1000 + 192 + 256) * (kv_bytes // 16) // page

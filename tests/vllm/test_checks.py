@@ -1,4 +1,4 @@
-"""What the plugin refuses, on vLLM's own configuration objects made from real options and real model folders."""
+"""Unsupported settings, in vLLM configurations made from real options and real model folders."""
 
 import pytest
 from transformers import DeepseekV2Config, Gemma3TextConfig, JambaConfig, Llama4TextConfig, WhisperConfig
@@ -15,7 +15,7 @@ OPTIONS = {"longthink": {"policy": "raas", "decode_budget": 256, "max_prompt_tok
 
 
 def configure(model, **options):
-    """VllmConfig as the server would make it of these options; nothing is started."""
+    """The VllmConfig that a server would make from these options."""
     fixed = dict(dtype="float32", enforce_eager=True, max_model_len=2048, skip_tokenizer_init=True)
     fixed |= dict(block_size=16, attention_backend="CUSTOM", additional_config=OPTIONS)
     return EngineArgs(model=str(model), **fixed | options).create_engine_config()
@@ -30,7 +30,7 @@ CONNECTOR = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"speculative_config": NGRAM}, "speculative decoding"),
         ({"kv_transfer_config": CONNECTOR}, "KV connectors"),
@@ -39,34 +39,34 @@ CONNECTOR = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8"),
         ({"kv_sharing_fast_prefill": True}, "KV sharing"),
         ({"enable_prompt_embeds": True}, "prompts given as embeddings"),
-        ({"attention_backend": None}, "vLLM's own choice: set --attention-backend CUSTOM"),
+        ({"attention_backend": None}, "the attention backend chosen by vLLM: set --attention-backend CUSTOM"),
         ({"runner": "pooling", "convert": "embed"}, "models that do not generate"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_refused_option(qwen2, options, said):
+def test_refused_option(qwen2, options, message):
     with pytest.raises(UnsupportedFeatureError, match="cannot bound") as refusal:
         check_config(configure(qwen2, **options))
-    assert said in str(refusal.value)
+    assert message in str(refusal.value)
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "said"),
+    ("field", "value", "message"),
     [
-        # No CPU configuration keeps these: vLLM turns dual-batch overlap off there, and refuses prefill context
-        # parallelism. So the real configuration is changed after it was made.
+        # On a CPU vLLM turns dual-batch overlap off and refuses prefill context parallelism, so these are set on the
+        # finished configuration.
         ("enable_dbo", True, "dual-batch overlap"),
         ("prefill_context_parallel_size", 2, "prefill_context_parallel_size=2"),
     ],
 )
-def test_refused_option_of_gpus(qwen2, field, value, said):
+def test_refused_option_of_gpus(qwen2, field, value, message):
     config = configure(qwen2)
     setattr(config.parallel_config, field, value)
-    with pytest.raises(UnsupportedFeatureError, match=said):
+    with pytest.raises(UnsupportedFeatureError, match=message):
         check_config(config)
 
 
-def test_all_reasons_are_said_at_once(qwen2):
+def test_all_reasons_are_named_at_once(qwen2):
     with pytest.raises(UnsupportedFeatureError) as refusal:
         check_config(configure(qwen2, speculative_config=NGRAM, enable_prompt_embeds=True))
     assert "speculative decoding" in str(refusal.value)
@@ -74,17 +74,17 @@ def test_all_reasons_are_said_at_once(qwen2):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
-        ({"block_size": None}, "block_size=128 is not one of .*: give --block-size 16"),  # vLLM's own choice
+        ({"block_size": None}, "block_size=128 is not one of .*: give --block-size 16"),  # vLLM's default
         ({"additional_config": {}}, "without its options"),
         ({"additional_config": {"longthink": OPTIONS["longthink"] | {"buget": 1}}}, "no option 'buget'"),
         ({"additional_config": {"longthink": OPTIONS["longthink"] | {"policy": "h2o"}}}, "h2o"),
     ],
     ids=["block_size", "no options", "unknown option", "policy"],
 )
-def test_wrong_options_of_the_plugin(qwen2, changes, said):
-    with pytest.raises(ValueError, match=said):
+def test_wrong_options_of_the_plugin(qwen2, changes, message):
+    with pytest.raises(ValueError, match=message):
         check_config(configure(qwen2, **changes))
 
 
@@ -92,7 +92,7 @@ MLA = dict(kv_lora_rank=32, q_lora_rank=None, qk_rope_head_dim=16, qk_nope_head_
 
 
 @pytest.mark.parametrize(
-    ("config", "architecture", "said"),
+    ("config", "architecture", "message"),
     [
         (DeepseekV2Config(**SIZES | MLA), "DeepseekV2ForCausalLM", "MLA"),
         (
@@ -106,10 +106,10 @@ MLA = dict(kv_lora_rank=32, q_lora_rank=None, qk_rope_head_dim=16, qk_nope_head_
     ],
     ids=lambda value: value if isinstance(value, str) and value.endswith("LM") else "",
 )
-def test_refused_model(tmp_path, config, architecture, said):
+def test_refused_model(tmp_path, config, architecture, message):
     config.architectures = [architecture]
     config.save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedFeatureError, match=said):
+    with pytest.raises(UnsupportedFeatureError, match=message):
         check_config(configure(tmp_path, max_model_len=256))
 
 
@@ -128,7 +128,7 @@ def test_plain_layer_passes():
 
 
 @pytest.mark.parametrize(
-    ("what", "said"),
+    ("what", "message"),
     [
         ({"alibi_slopes": [0.5, 0.25]}, "ALiBi"),
         ({"sliding_window": 4096}, "sliding-window layers (of 4096 tokens)"),
@@ -142,7 +142,7 @@ def test_plain_layer_passes():
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_refused_layer(what, said):
+def test_refused_layer(what, message):
     with pytest.raises(UnsupportedModelError) as refusal:
         check_layer(**PLAIN | what)
-    assert said in str(refusal.value)
+    assert message in str(refusal.value)

@@ -1,9 +1,9 @@
-"""The plugin gives the tokens that the same cache gives on Hugging Face, whatever vLLM does meanwhile."""
+"""Tokens equal those of the same cache on Hugging Face, however vLLM schedules the requests."""
 
 import pytest
 
 from longthink.kernels.compiled import compile_isolated
-from longthink.vllm import step
+from longthink.vllm import decoder
 from tests.vllm.engines import (
     PAGE,
     allow_async_scheduling,
@@ -44,7 +44,7 @@ def test_tokens_are_those_of_hugging_face(model, policy):
         pages = -(-(len(prompt) + COUNT) // PAGE) - -(-len(prompt) // PAGE) - BUDGET // PAGE
         assert pages > 30  # evictions, in each layer
         assert tokens == on_hugging_face(model, policy, BUDGET, prompt, COUNT)
-        # A test that any cache passes would be none.
+        # Eviction must matter, or any cache would pass.
         assert tokens != on_hugging_face(model, "dense", None, prompt, COUNT)
 
 
@@ -66,7 +66,7 @@ def policy(request):
 
 @pytest.fixture(scope="module")
 def tokens(model, policy):
-    """What an engine gives to which nothing happens."""
+    """Tokens from an undisturbed engine."""
     with engine(model, policy) as llm:
         return serve(llm, PROMPTS, LONG)
 
@@ -80,23 +80,23 @@ def test_alone_and_preempted(model, policy, tokens):
 def test_compiled(model, policy, tokens, monkeypatch):
     made = []
     monkeypatch.setattr(
-        step, "compile_isolated", lambda function: made.append(function) or compile_isolated(function)
+        decoder, "compile_isolated", lambda function: made.append(function) or compile_isolated(function)
     )
     with engine(model, policy, enforce_eager=False) as llm:
         assert serve(llm, PROMPTS, LONG) == tokens
-        assert made == list(step._EAGER)
-        # The step that is replayed is eager.
+        assert made == list(decoder._EAGER)
+        # Replayed steps are eager.
         assert serve_and_preempt(llm, PROMPTS, LONG, at={210}) == tokens
 
 
 def test_chunked_prefill(model, policy, tokens):
     with engine(model, policy, max_num_batched_tokens=16, enable_chunked_prefill=True) as llm:
         assert serve(llm, PROMPTS, LONG) == tokens
-        # Replayed tokens come in pieces as well.
+        # Replayed tokens come in chunks too.
         assert serve_and_preempt(llm, PROMPTS, LONG, at={220}) == tokens
 
 
-def test_steps_planned_before_their_tokens_are_known(model, policy, tokens, monkeypatch):
+def test_async_scheduling(model, policy, tokens, monkeypatch):
     allow_async_scheduling(monkeypatch)
     with engine(model, policy, async_scheduling=True) as llm:
         assert type(scheduler(llm)).__name__ == "AsyncScheduler"
@@ -109,14 +109,13 @@ def test_prefix_cache(model, policy, tokens):
         hits = count_hits(llm)
         serve(llm, [PROMPTS[1] + [7] * 20, *PROMPTS], 40)
         assert serve(llm, PROMPTS, LONG) == tokens
-        assert bool(hits) == policy.startswith(
-            "raas"
-        )  # milestone learns about prompt tokens, each request its own
+        # milestone's state of prompt pages depends on the request.
+        assert bool(hits) == policy.startswith("raas")
 
 
-def test_what_a_preempted_request_had_generated_is_no_prompt_to_look_up(model, policy, tokens):
+def test_generated_tokens_of_a_preempted_request_are_not_looked_up_in_the_prefix_cache(model, policy, tokens):
     with engine(model, policy, enable_prefix_caching=True) as llm:
-        # The blocks stay in the cache, also those of a prompt that is what the second request will have generated.
+        # Keep the cached blocks of a prompt that equals what the second request will have generated.
         scheduler(llm).kv_cache_manager.reset_prefix_cache = lambda: True
         serve(llm, [PROMPTS[1] + tokens[1][:250]], 5)
         assert serve_and_preempt(llm, PROMPTS, LONG, at={270}) == tokens
@@ -130,7 +129,7 @@ def test_tight_pool(model, policy, tokens):
 
 
 def count_hits(llm):
-    """Tokens that were found in the prefix cache, as they are found."""
+    """Record the tokens of each hit in the prefix cache."""
     manager, hits = scheduler(llm).kv_cache_manager, []
     inner = manager.get_computed_blocks
 
@@ -156,7 +155,7 @@ def count_preemptions(llm):
 
 
 def test_a_small_pool_is_enough_for_a_long_text(model):
-    """The longest text would need 256 pages. Dense refuses to start with 40; a bounded cache takes 11 of them."""
+    """The longest text needs 256 pages. Dense does not start with 40; a bounded cache uses 11 of them."""
     with pytest.raises(ValueError, match="max seq len"):
         with engine(model, pages=40):
             pass

@@ -1,4 +1,4 @@
-"""The plugin evicts what the rules say: its tokens are those of a run over lists that shares no code with it."""
+"""The plugin evicts by the rule: its tokens equal those of a list-based reference that shares no code with it."""
 
 import pytest
 

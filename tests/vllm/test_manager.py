@@ -1,4 +1,4 @@
-"""How many blocks the scheduler hands out, for any course of events: never more than the cap, none lost."""
+"""Blocks that the scheduler allocates, for any sequence of events: never above the cap, none leaked."""
 
 from types import SimpleNamespace
 
@@ -49,7 +49,7 @@ def test_no_request_exceeds_its_cap(events, prompts, reserve, queries):
     manager, pool = make_manager(reserve, queries=queries)
     free, seen = pool.get_num_free_blocks(), dict.fromkeys("abc", 0)
     for name, event, more in events:
-        if event == "free":  # finished, or preempted: then it comes back with all it had
+        if event == "free":  # finished, or preempted: then it resumes with all its tokens
             manager.free(name)
             seen[name] = 0
             continue
@@ -69,7 +69,7 @@ def test_no_request_exceeds_its_cap(events, prompts, reserve, queries):
 
 
 @pytest.mark.parametrize("shares_prompt", [True, False])
-def test_only_whole_blocks_of_a_prompt_that_may_be_shared_are_offered_to_others(shares_prompt):
+def test_only_full_blocks_of_a_shareable_prompt_are_cached(shares_prompt):
     manager, _ = make_manager(reserve=False, shares_prompt=shares_prompt)
     offered = []
     manager.block_pool = SimpleNamespace(
@@ -82,7 +82,7 @@ def test_only_whole_blocks_of_a_prompt_that_may_be_shared_are_offered_to_others(
     assert offered == ([2] if shares_prompt else [])
 
 
-def test_hits_of_a_known_request_end_with_its_prompt():
+def test_cache_hits_of_a_known_request_end_with_its_prompt():
     manager, _ = make_manager(reserve=False)
     hashes = [bytes([number]) * 32 for number in range(9)]
     request = SimpleNamespace(
@@ -100,7 +100,5 @@ def test_hits_of_a_known_request_end_with_its_prompt():
     manager.block_pool = SimpleNamespace(cache_full_blocks=lambda **facts: None, hash_block_size=PAGE)
     manager.cache_blocks(request, 300, replay_boundaries=[])
     assert hit() == 32
-    hashes[:] = [
-        bytes([number]) * 32 for number in range(9, 18)
-    ]  # another request, in the same place in memory
+    hashes[:] = [bytes([number]) * 32 for number in range(9, 18)]  # another request at the same address
     assert hit() == 128

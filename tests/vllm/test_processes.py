@@ -1,4 +1,4 @@
-"""Engines with processes of their own: tensor and pipeline parallelism, workers of Ray, and a compiled model."""
+"""Engines in several processes: tensor and pipeline parallelism, Ray workers, and a compiled model."""
 
 import json
 import os
@@ -54,10 +54,10 @@ def run(tmp_path_factory):
         environment = os.environ | SETTINGS | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "OMP_NUM_THREADS": "1"}
         if more.get("distributed_executor_backend") == "ray":
             path = os.pathsep.join([str(RAY_DEVICE), os.environ.get("PYTHONPATH", "")])
-            # The cluster is this process's own, so the engine has to be in it.
+            # The Ray cluster belongs to this process, so the engine must run in it.
             environment |= {"PYTHONPATH": path, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
         command = [sys.executable, str(script), json.dumps([arguments | more, prompts])]
-        # Into a file: a worker that outlives its engine would hold a pipe open, and the test for ever.
+        # Log to a file: a worker that outlives its engine would keep a pipe open and hang the test.
         with open(folder / "log", "w+") as log:
             process = subprocess.Popen(
                 command,
@@ -85,9 +85,9 @@ def alone(run):
     return run()
 
 
-def test_ranks_that_agree_give_the_tokens_of_one(run, alone):
+def test_synchronised_ranks_give_the_tokens_of_one(run, alone):
     assert run(tensor_parallel_size=2, tp_sync=True) == alone
-    # Each by its own heads they evict other pages: the agreement is what makes the difference.
+    # Without synchronisation each rank evicts by its own heads, and texts differ.
     assert run(tensor_parallel_size=2) != alone
 
 
@@ -96,12 +96,12 @@ def test_compiled(run, alone):
 
 
 def test_stages_of_a_pipeline_give_the_tokens_of_one(run, alone):
-    # Compiled: on a CPU, vLLM makes room for what a stage hands on in the run that warms up its programs.
+    # Compiled: on a CPU, vLLM allocates the tensors that stages exchange only when it warms up the compiled model.
     assert run(pipeline_parallel_size=2, enforce_eager=False) == alone
 
 
 @pytest.mark.parametrize("version", ["0", "1"])
-def test_workers_of_ray_give_the_tokens_of_others(run, alone, version, monkeypatch):
+def test_ray_workers_give_the_same_tokens(run, alone, version, monkeypatch):
     pytest.importorskip("ray")
     monkeypatch.setenv("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", version)
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")

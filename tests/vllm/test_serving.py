@@ -1,4 +1,4 @@
-"""A real server with a bounded cache: what fits, what it says to a client, what it counts."""
+"""A real server with a bounded cache: pool sizes, responses and metrics."""
 
 import json
 import threading
@@ -39,7 +39,7 @@ def test_dense_does_not_start_in_so_small_a_pool(qwen2, tmp_path):
 
 @pytest.fixture(scope="module")
 def server(qwen2, tmp_path_factory):
-    """A server whose pool holds an eighth of the longest text."""
+    """A server with a pool for an eighth of the longest text."""
     log = tmp_path_factory.mktemp("server") / "log"
     with serve(qwen2, log, "--max-model-len", 4096, *BOUNDED, *pool(512)) as up:
         yield up
@@ -48,7 +48,7 @@ def server(qwen2, tmp_path_factory):
 def test_long_text_is_completed_in_constant_pages(server):
     cap, held = pages(40) + pages(BUDGET), []
     before = server.metrics()["longthink:evicted_pages_total"]
-    with watched(lambda: held.append(server.metrics()["longthink:resident_pages"])):
+    with polled(lambda: held.append(server.metrics()["longthink:resident_pages"])):
         answer = complete(server.client(), 3000)
     assert answer.usage.completion_tokens == 3000
     assert max(held) == cap
@@ -59,21 +59,21 @@ def test_long_text_is_completed_in_constant_pages(server):
 
 
 @contextmanager
-def watched(look):
-    """Look again and again while the block runs."""
+def polled(poll):
+    """Call `poll` repeatedly while the block runs."""
     done = threading.Event()
 
-    def watch():
+    def run():
         while not done.wait(0.2):
-            look()
+            poll()
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+    thread = threading.Thread(target=run)
+    thread.start()
     try:
         yield
     finally:
         done.set()
-        watcher.join()
+        thread.join()
 
 
 def test_too_long_a_prompt_is_refused_at_once(server):
@@ -94,7 +94,7 @@ def test_too_long_a_prompt_is_refused_at_once(server):
 
 
 def test_metrics_count_what_was_bounded(server):
-    """Exact numbers, from lengths: within the budget nothing, beyond it every page that gave way."""
+    """Exact numbers from lengths: nothing within the budget, every evicted page beyond it."""
     client, before = server.client(), server.metrics()
     # The prompt's last page has room for 8, and the last token is not stored.
     complete(client, BUDGET + 8 + 1)
@@ -109,7 +109,7 @@ def test_metrics_count_what_was_bounded(server):
 
 
 def test_engines_side_by_side_have_pools_of_their_own(server, qwen2, tmp_path):
-    """Data parallelism: the texts of one engine, and numbers of each."""
+    """Data parallelism: the texts of one engine, and metrics of each."""
     prompts, held = range(2), []
     alone = [complete(server.client(), 2000, seed=seed).choices[0].token_ids for seed in prompts]
     options = {"policy": "raas", "decode_budget": BUDGET, "max_prompt_tokens": LONGEST_PROMPT}
@@ -121,7 +121,7 @@ def test_engines_side_by_side_have_pools_of_their_own(server, qwen2, tmp_path):
             lines = both.get("/metrics").splitlines()
             return [metric_values("\n".join(x for x in lines if f'engine="{i}"' in x)) for i in range(2)]
 
-        with watched(lambda: held.append([x["longthink:resident_pages"] for x in numbers()])):
+        with polled(lambda: held.append([x["longthink:resident_pages"] for x in numbers()])):
             with ThreadPoolExecutor(2) as callers:
                 texts = list(callers.map(lambda seed: complete(both.client(), 2000, seed=seed), prompts))
         assert [text.choices[0].token_ids for text in texts] == alone
@@ -129,7 +129,7 @@ def test_engines_side_by_side_have_pools_of_their_own(server, qwen2, tmp_path):
     assert [x["longthink:pool_pages"] for x in after] == [64, 64]
     assert [x["longthink:resident_pages"] for x in after] == [0, 0]
     assert [x["longthink:bounded_requests_total"] for x in after] == [1, 1]
-    # Too busy a machine to be looked at often: at least one look fell into either's work.
+    # A busy machine is not polled often, but each engine was polled at least once while it worked.
     assert all(0 < max(engine) <= pages(40) + pages(BUDGET) for engine in zip(*held, strict=True))
 
 
@@ -138,7 +138,7 @@ COUNTERS = ("bounded_requests_total", "evicted_pages_total", "saved_bytes_total"
 
 @pytest.fixture(scope="module")
 def dense(qwen2, tmp_path_factory):
-    """The same requests on a vLLM without the plugin, and on one that has it and is not asked: tokens and metrics."""
+    """Tokens and metrics of the same requests without the plugin, and with the plugin loaded but not enabled."""
     folder, found = tmp_path_factory.mktemp("dense"), {}
     for plugins in ("", "longthink"):
         arguments = ("--max-model-len", 2048, *pool(2560, 32), "--no-enable-prefix-caching")
@@ -149,11 +149,11 @@ def dense(qwen2, tmp_path_factory):
     return found
 
 
-def test_plugin_that_is_not_asked_changes_nothing(dense):
-    """Tokens are those of a vLLM without it, bit for bit; nothing of longthink is on the metrics page."""
-    (without, metrics), (unasked, more) = dense[""], dense["longthink"]
-    assert [choice.token_ids for choice in unasked] == [choice.token_ids for choice in without]
-    logprobs = [[choice.logprobs.token_logprobs for choice in choices] for choices in (unasked, without)]
+def test_plugin_changes_nothing_unless_enabled(dense):
+    """Tokens and log probabilities are the same bit for bit, and so are the names of the metrics."""
+    (without, metrics), (loaded, more) = dense[""], dense["longthink"]
+    assert [choice.token_ids for choice in loaded] == [choice.token_ids for choice in without]
+    logprobs = [[choice.logprobs.token_logprobs for choice in choices] for choices in (loaded, without)]
     assert logprobs[0] == logprobs[1]
     assert more.keys() == metrics.keys()
 
@@ -165,7 +165,7 @@ def test_dense_preempts_where_a_bounded_cache_does_not(dense, qwen2, tmp_path):
 
 
 def eight_at_once(server):
-    """Eight long texts side by side; the metrics afterwards."""
+    """Generate eight long texts concurrently; return the metrics."""
     client, before = server.client(), server.metrics()["vllm:generation_tokens_total"]
     with ThreadPoolExecutor(8) as callers:
         list(callers.map(lambda seed: complete(client, 450, seed=seed), range(8)))

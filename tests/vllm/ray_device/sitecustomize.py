@@ -1,6 +1,6 @@
-"""Tell Ray what vLLM's processors are called, in every process that finds this folder on its path.
+"""Let vLLM use Ray on a CPU, in every process that has this folder on its path.
 
-vLLM lets Ray place its workers by GPUs, and refuses it on processors. Here Ray is told of as many GPUs as workers.
+vLLM has Ray place workers by device, and refuses Ray on a CPU. Here CPU workers claim the GPUs that Ray is given.
 """
 
 import sys
@@ -14,11 +14,11 @@ class _Finder:
         spec = PathFinder.find_spec(name, path, target)
         execute = spec.loader.exec_module
 
-        def execute_and_tell(module):
+        def execute_and_patch(module):
             execute(module)
             module.CpuPlatform.ray_device_key = "GPU"
 
-        spec.loader.exec_module = execute_and_tell
+        spec.loader.exec_module = execute_and_patch
         return spec
 
 

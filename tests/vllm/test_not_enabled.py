@@ -1,4 +1,4 @@
-"""Which objects live in a vLLM that has the plugin, asked for and not; everything in one process."""
+"""Objects of longthink that are alive in a vLLM with the plugin, enabled or not; everything in one process."""
 
 import json
 import os
@@ -37,7 +37,7 @@ llm = AsyncLLM.from_engine_args(AsyncEngineArgs(model, **arguments, **json.loads
 print("LIVE", json.dumps([llm.log_stats, llm.logger_manager is None]))
 llm.shutdown()
 """
-ASKED = dict(
+ENABLED = dict(
     block_size=16,
     attention_backend="CUSTOM",
     additional_config={"longthink": {"policy": "raas", "decode_budget": 256}},
@@ -45,7 +45,7 @@ ASKED = dict(
 
 
 def run(script, model, options):
-    """What a script has to say of a vLLM with such options."""
+    """Output of a script that runs vLLM with these options."""
     done = subprocess.run(
         [sys.executable, "-c", script, str(model), json.dumps(options)],
         capture_output=True,
@@ -59,13 +59,13 @@ def run(script, model, options):
     return json.loads(lines[-1].removeprefix("LIVE "))
 
 
-def test_no_object_of_longthink_lives_unless_it_is_asked_for(qwen2):
+def test_no_object_of_longthink_is_alive_unless_enabled(qwen2):
     ours, tokens = run(LIVE, qwen2, {})
     assert ours == []
-    asked, bounded = run(LIVE, qwen2, ASKED)
-    assert asked != []
+    enabled, bounded = run(LIVE, qwen2, ENABLED)
+    assert enabled != []
     assert bounded == tokens  # within the budget
 
 
-def test_statistics_that_are_switched_off_stay_off(qwen2):
+def test_disabled_statistics_stay_disabled(qwen2):
     assert run(STATISTICS, qwen2, {}) == [False, True]

@@ -1,4 +1,4 @@
-"""The decode step over blocks, without an engine: the outputs of `LayerCache`, and no wait for the device."""
+"""Decode steps over blocks, without an engine: outputs equal those of `LayerCache`, and nothing reads the device."""
 
 import contextlib
 from types import SimpleNamespace
@@ -12,12 +12,13 @@ from longthink.cache import LayerCache
 from longthink.config import Budget
 from longthink.errors import UnsupportedFeatureError
 from longthink.policies import Policy, make_policy, with_page_size
-from longthink.vllm.attend import CpuAttend, KernelAttend, Prompts
+from longthink.vllm.attention import CpuAttention, KernelAttention, PrefillBatch
 from longthink.vllm.builder import BoundedBuilder
 from longthink.vllm.config import check_policy, layer_policies
-from longthink.vllm.pool import PagePool, Rows, page_bytes, query_blocks
+from longthink.vllm.decoder import BlockDecoder
+from longthink.vllm.observe import ObserveOptions
+from longthink.vllm.pool import DecodeBatch, PagePool, page_bytes, query_blocks
 from longthink.vllm.spec import BoundedSpec
-from longthink.vllm.step import DecodeStep
 from tests.recording import Recording
 from tests.variants import subclasses, wrappers
 
@@ -26,14 +27,14 @@ PROMPTS, DECODE_PAGES = (5, 37), 4
 SCALING = DIM**-0.5
 
 
-class NoWaiting(TorchDispatchMode):
-    """Fails where a GPU would make the host wait: a value is read, or a shape depends on one."""
+class NoSync(TorchDispatchMode):
+    """Fails on operations that synchronise with a GPU: those that read a value, or whose shape depends on one."""
 
-    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "is_nonzero")
+    SYNCS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "is_nonzero")
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        assert not any(name == wait or name.startswith("_unique") for wait in self.WAITS), name
+        assert not any(name == sync or name.startswith("_unique") for sync in self.SYNCS), name
         return func(*args, **(kwargs or {}))
 
 
@@ -41,7 +42,7 @@ KV_BYTES = KV_HEADS * PAGE * 2 * DIM * 4
 
 
 def make_pool(policy, *, transposed, device="cpu"):
-    """Memory as vLLM hands it out: layer after layer, pages padded, with rubbish in it."""
+    """Memory as vLLM allocates it: layer after layer, pages padded, filled with garbage."""
     page = page_bytes(policy, KV_HEADS, DIM, torch.float32, KV_BYTES)
     memory = torch.full((LAYERS * BLOCKS * page,), 77, dtype=torch.int8, device=device)
     shape, strides = (BLOCKS, KV_HEADS, PAGE, 2 * DIM), (page // 4, PAGE * 2 * DIM, 2 * DIM, 1)
@@ -50,16 +51,16 @@ def make_pool(policy, *, transposed, device="cpu"):
     return PagePool(policy, caches, transposed=transposed)
 
 
-def make_rows(block_BP, query_BE, positions):
+def make_batch(block_BP, query_BE, positions):
     now_B, prompt_B = torch.tensor(positions), torch.tensor(PROMPTS)
     cap_B = (prompt_B + PAGE - 1) // PAGE + DECODE_PAGES
     count_B = torch.minimum(now_B // PAGE + 1, cap_B)
     used = torch.arange(block_BP.shape[1]) < count_B[:, None]
-    return Rows(torch.where(used, block_BP, 0), now_B, prompt_B, cap_B, count_B, query_BE)
+    return DecodeBatch(torch.where(used, block_BP, 0), now_B, prompt_B, cap_B, count_B, query_BE)
 
 
 class InOrder(Policy):
-    """Adds up what the steps teach, so that they must be observed in order."""
+    """Accumulates what it observes, so that the steps of a page must be observed in order."""
 
     name = "in_order"
     needs = frozenset({"weights"})
@@ -91,7 +92,7 @@ def test_blocks_are_slots(spec, by_cpu):
 
 
 def served() -> dict[str, Policy]:
-    """Subclasses and wrappers of built-in policies that vLLM does not refuse."""
+    """Subclasses and wrappers of built-in policies that the plugin accepts."""
     found = {}
     for name, policy in (*subclasses(), *wrappers()):
         if policy.page_size > 1 or name.startswith(("recency", "keep_first: recency")):
@@ -108,8 +109,8 @@ def served() -> dict[str, Policy]:
 SERVED = served()
 
 
-def test_what_vllm_serves_of_subclasses():
-    """All hooks of the policies that it serves, but those that would need what blocks do not have."""
+def test_which_subclasses_are_accepted():
+    """For the policies that it serves, every hook but those that need what blocks do not store."""
     refused = {name for name, _ in (*subclasses(), *wrappers())} - SERVED.keys()
     assert {name.split(": ")[0] for name in SERVED} == {
         "raas", "raas exact", "raas layer", "milestone", "random", "recency", "keep_first"
@@ -133,7 +134,7 @@ def test_compiled_blocks_are_slots(spec, by_cpu):
 
 
 @pytest.mark.parametrize("spec", POLICIES)
-def test_what_the_layers_do_can_be_recorded_once_and_replayed(spec):
+def test_the_layers_of_a_step_can_be_captured_once_and_replayed(spec):
     check_blocks_are_slots(spec, by_cpu=False, compiles=False, recording=Recording())
 
 
@@ -141,61 +142,63 @@ def check_blocks_are_slots(spec, by_cpu, *, compiles, recording=None):
     policy = make_policy(spec) if isinstance(spec, str) else spec
     torch.manual_seed(0)
     pool = make_pool(policy, transposed=by_cpu)
-    attend = CpuAttend(pool, SCALING, HEADS) if by_cpu else KernelAttend(pool, SCALING, compiles=compiles)
+    attention = (
+        CpuAttention(pool, SCALING, HEADS) if by_cpu else KernelAttention(pool, SCALING, compiles=compiles)
+    )
     policies = [policy.for_layer(layer) for layer in range(LAYERS)]
-    how = {"compiles": compiles, "keeps": recording is not None}
-    step = DecodeStep(pool, policies, attend, SCALING, None, 8, HEADS, **how)
+    options = {"compiles": compiles, "static_buffers": recording is not None}
+    decoder = BlockDecoder(pool, policies, attention, ObserveOptions(HEADS, SCALING, None), 8, **options)
     slots = [[LayerCache(p, Budget(decode_budget=DECODE_PAGES * PAGE)) for _ in PROMPTS] for p in policies]
     queries = query_blocks(policy, HEADS, KV_HEADS)
     query_BE, block_BP = (torch.randperm(BLOCKS - 1)[:18].view(2, 9) + 1).split([queries, 9 - queries], 1)
     for row, length in enumerate(PROMPTS):
-        read_prompt(step, slots, block_BP[row : row + 1], row, length)
+        prefill(decoder, slots, block_BP[row : row + 1], row, length)
     drawn, out = torch.zeros(LAYERS, 2, HEADS + 2 * KV_HEADS, DIM), torch.zeros(LAYERS, 2, HEADS, DIM)
     new = drawn.split([HEADS, KV_HEADS, KV_HEADS], 2)
     for later in range(9 * PAGE):
         positions = [length + later for length in PROMPTS]
         drawn.normal_()
         opens = torch.tensor([row for row, position in enumerate(positions) if position % PAGE == 0])
-        rows = make_rows(block_BP, query_BE, positions)
-        with contextlib.nullcontext() if compiles else NoWaiting():
-            starting = torch.arange(2) if later == 0 and step.admits else None
-            begun = step.begin(rows, opening=opens if len(opens) else None, evicting=True, starting=starting)
+        batch = make_batch(block_BP, query_BE, positions)
+        with contextlib.nullcontext() if compiles else NoSync():
+            admitting = torch.arange(2) if later == 0 and decoder.admits else None
+            opening = opens if len(opens) else None
+            context = decoder.begin(batch, opening=opening, evicts=True, admitting=admitting)
             if recording is not None and later > 0:
                 recording.replay()
             else:
                 with recording or contextlib.nullcontext():
                     for layer in range(LAYERS):
-                        step.layer(begun, layer, tuple(x[layer] for x in new), out[layer])
-                    step.finish(begun)
+                        decoder.layer(context, layer, tuple(x[layer] for x in new), out[layer])
+                    decoder.finish(context)
         for layer, row in ((layer, row) for layer in range(LAYERS) for row in range(2)):
             wanted = slots[layer][row].attend(*(x[layer, row][None, :, None] for x in new), scaling=SCALING)
             torch.testing.assert_close(out[layer, row], wanted[0, :, 0], atol=2e-5, rtol=2e-5)
-    held = pool.position_LXKT[:, rows.block_BP]  # L x B x P x K x T
+    held = pool.position_LXKT[:, batch.block_BP]  # L x B x P x K x T
     for layer, row in ((layer, row) for layer in range(LAYERS) for row in range(2)):
-        used = held[layer, row, : int(rows.count_B[row])].transpose(0, 1).flatten(1)
+        used = held[layer, row, : int(batch.count_B[row])].transpose(0, 1).flatten(1)
         mine = [sorted(p for p in head if p >= 0) for head in used.tolist()]
         assert mine * (KV_HEADS // len(mine)) == slots[layer][row].resident_positions()[0]
 
 
-def read_prompt(step, slots, block_1P, row, length):
+def prefill(decoder, slots, block_1P, row, length):
     pages, position = -(-length // PAGE), torch.arange(length)
     filled = torch.tensor([min(PAGE, length - page * PAGE) for page in range(pages)])
-    step.pool.begin_prompt(block_1P[0, :pages], torch.arange(pages), filled)
+    decoder.pool.start_prompt_pages(block_1P[0, :pages], torch.arange(pages), filled)
     slot = block_1P[0, position // PAGE] * PAGE + position % PAGE
-    bounds, end = torch.tensor([0, length]), torch.tensor([length])
-    prompts = Prompts([0, length], [length], block_1P, bounds, end, slot, block_1P[0, :pages], filled)
-    plan = step.attend.plan_prompts(prompts)
+    batch = PrefillBatch([0, length], [length], block_1P, slot, block_1P[0, :pages], filled)
+    plan = decoder.attention.plan_prefill(batch)
     for layer in range(LAYERS):
         new = torch.randn(length, HEADS + 2 * KV_HEADS, DIM).split([HEADS, KV_HEADS, KV_HEADS], 1)
         new = tuple(x.contiguous() for x in new)
         out = torch.zeros(length, HEADS, DIM)
-        step.attend.prompts(layer, prompts, plan, new, out)
-        step.pool.represent_prompt(layer, prompts.page_block_B, prompts.page_filled_B)
+        decoder.attention.prefill(layer, batch, plan, new, out)
+        decoder.pool.compute_prompt_bounds(layer, batch.page_block_B, batch.page_filled_B)
         wanted = slots[layer][row].attend(*(x.transpose(0, 1)[None] for x in new), scaling=SCALING)
         torch.testing.assert_close(out, wanted[0].transpose(0, 1), atol=2e-5, rtol=2e-5)
 
 
-def make_builder(spec, device, **how):
+def make_builder(spec, device):
     policy = make_policy(spec)
     pool = make_pool(policy, transposed=False, device=device)
     policies = [policy.for_layer(layer) for layer in range(LAYERS)]
@@ -204,12 +207,19 @@ def make_builder(spec, device, **how):
     kv_spec = BoundedSpec(**options, decode_blocks=DECODE_PAGES, max_prompt_tokens=64, query_blocks=queries)
     names = [f"layers.{layer}.attn" for layer in range(LAYERS)]
     builder = BoundedBuilder(kv_spec, names, SimpleNamespace(), device)
-    builder._step = DecodeStep(pool, policies, KernelAttend(pool, SCALING), SCALING, None, 8, HEADS, **how)
+    builder._decoder = BlockDecoder(
+        pool,
+        policies,
+        KernelAttention(pool, SCALING),
+        ObserveOptions(HEADS, SCALING, None),
+        8,
+        static_buffers=True,
+    )
     return builder, names
 
 
 def one_token_each(length, prompts, table):
-    """What vLLM's runner says of a batch."""
+    """Attention metadata of vLLM's model runner for a batch."""
     return SimpleNamespace(
         num_reqs=len(length),
         max_query_len=1,
@@ -222,46 +232,48 @@ def one_token_each(length, prompts, table):
 
 @pytest.mark.parametrize("spec", POLICIES)
 def test_nothing_is_read_from_the_device_in_a_step(spec):
-    """The whole way of a step, from vLLM's batch to the last layer, on a device whose tensors have no values.
+    """A whole step, from vLLM's metadata to the last layer, on the meta device, whose tensors have no values.
 
-    Whatever would make the host wait for a GPU raises here: a value, a copy to the host, a shape that depends on one.
+    Whatever would synchronise with a GPU raises there: reading a value, a copy to the host, a data-dependent shape.
     """
     device = torch.device("meta")
-    builder, names = make_builder(spec, device, keeps=True)
+    builder, names = make_builder(spec, device)
     table = torch.zeros(len(PROMPTS), BLOCKS, dtype=torch.int32, device=device)
-    for later in (1, 12, 188, 190):  # no page opens, pages open, pages give way, none opens again
-        found = builder.build(0, one_token_each(torch.tensor(PROMPTS) + later, PROMPTS, table))
+    for later in (1, 12, 188, 190):  # no page opens, pages open, pages are evicted, no page opens
+        metadata = builder.build(0, one_token_each(torch.tensor(PROMPTS) + later, PROMPTS, table))
         for name in names:
             new = torch.zeros(len(PROMPTS), HEADS + 2 * KV_HEADS, DIM, device=device)
             out = torch.zeros(len(PROMPTS), HEADS, DIM, device=device)
-            found.run(name, new.split([HEADS, KV_HEADS, KV_HEADS], 1), out)
+            metadata.run(name, new.split([HEADS, KV_HEADS, KV_HEADS], 1), out)
 
 
 @pytest.mark.parametrize("spec", ["raas", "milestone:alpha=0.1"])
-def test_steps_of_a_gpu_have_one_shape_and_rows_without_a_token_touch_nothing(spec):
-    builder, names = make_builder(spec, torch.device("cpu"), keeps=True)
-    builder._keeps = True
-    # The third row fills up the batch: what its row of the table holds is left from before.
+def test_steps_on_a_gpu_have_one_shape_and_padding_rows_write_to_no_request(spec):
+    builder, names = make_builder(spec, torch.device("cpu"))
+    builder._static = True
+    # The third row is padding: its row of the block table is stale.
     table = torch.randperm(BLOCKS - 1)[:36].view(3, 12).to(torch.int32) + 1
-    strange = table[2].long()
-    pool, seen = builder._step.pool, []
+    stale = table[2].long()
+    pool, seen = builder._decoder.pool, []
     for later in (1, 12, 60, 61):
-        found = builder.build(0, one_token_each(torch.tensor([5 + later, 37 + later, 0]), (5, 37, 99), table))
-        _, begun = found.decode
-        read = (*begun.rows, begun.active_B, begun.block_LBK, *begun.plan)
+        metadata = builder.build(
+            0, one_token_each(torch.tensor([5 + later, 37 + later, 0]), (5, 37, 99), table)
+        )
+        _, context = metadata.decode
+        read = (*context.batch, context.active_B, context.block_LBK, *context.plan)
         seen.append([(tensor.shape, tensor.stride(), tensor.data_ptr()) for tensor in read])
         before = pool._first.untyped_storage().tolist()
         for name in names:
             new = torch.randn(3, HEADS + 2 * KV_HEADS, DIM)
-            found.run(name, new.split([HEADS, KV_HEADS, KV_HEADS], 1), torch.zeros(3, HEADS, DIM))
+            metadata.run(name, new.split([HEADS, KV_HEADS, KV_HEADS], 1), torch.zeros(3, HEADS, DIM))
         assert pool._first.untyped_storage().tolist() != before
-        assert (pool.position_LXKT[:, strange] == 77 * 0x01010101).all()
-        assert (pool.keys_LXKTD[:, strange] == pool.keys_LXKTD[0, strange[0], 0, 0, 0]).all()
+        assert (pool.position_LXKT[:, stale] == 77 * 0x01010101).all()
+        assert (pool.keys_LXKTD[:, stale] == pool.keys_LXKTD[0, stale[0], 0, 0, 0]).all()
     assert all(each == seen[0] for each in seen)
 
 
 def test_a_stage_of_a_pipeline_has_the_policies_of_its_own_layers():
-    """Each stage makes its steps alone; what a policy draws depends on the layer of the whole model."""
+    """What a policy draws depends on the layer's index in the whole model, not in its stage."""
     policy = make_policy("random:page_size=16")
     pool = make_pool(policy, transposed=False)
     impl = SimpleNamespace(scale=SCALING, num_heads=HEADS, head_size=DIM)
@@ -278,7 +290,7 @@ def test_a_stage_of_a_pipeline_has_the_policies_of_its_own_layers():
         config.compilation_config.static_forward_context = {
             name: SimpleNamespace(impl=impl, kv_cache=pool._first)
         }
-        step = BoundedBuilder(kv_spec, [name], config, torch.device("cpu"))._make_step()
-        assert step._policies == [policy.for_layer(layer)]
-        drawn.append(step._policies[0].seed)
+        decoder = BoundedBuilder(kv_spec, [name], config, torch.device("cpu"))._make_decoder()
+        assert decoder._policies == [policy.for_layer(layer)]
+        drawn.append(decoder._policies[0].seed)
     assert drawn[0] != drawn[1]

@@ -1,9 +1,8 @@
-"""Where requests come in: what an engine could not serve is refused before it gets there.
+"""Checks in the front end: unsupported configurations before an engine starts, then the length of each prompt.
 
-vLLM builds one renderer, which turns the text of requests into tokens, before it starts an engine, and looks its
-class up by name. The plugin stands in under each name. Asked for nothing, it hands out vLLM's own renderer; asked for
-a bounded cache, it checks the whole configuration first, and every prompt's length later. Metrics begin here as well:
-no sooner is it known in the front end who asks for what.
+Before it starts an engine, vLLM builds a renderer, which turns requests into tokens, from a class that it looks up by
+name in a registry. The plugin takes the place of each entry. Without longthink options it hands out vLLM's own class.
+With them it checks the configuration, adds the ``longthink:`` metrics, and limits the length of prompts.
 """
 
 from __future__ import annotations
@@ -11,30 +10,32 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from longthink.vllm.checks import check_config, options_of
+from longthink.vllm.checks import check_config, get_options
 
+# vLLM is imported in functions only: `register_renderers` must work with as many versions as possible, because it is
+# what refuses the unsupported ones.
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.renderers import BaseRenderer
 
-_theirs: dict[str, tuple[str, str]] = {}
-"""Name of each of vLLM's renderers: where its class is."""
+_originals: dict[str, tuple[str, str]] = {}
+"""Module and class of each of vLLM's renderers, by its name in the registry."""
 
 
 def register_renderers() -> None:
-    """Stand in for every renderer that vLLM has. May be called again."""
+    """Take the place of every renderer in vLLM's registry. Idempotent."""
     from vllm.renderers.registry import RENDERER_REGISTRY
 
-    for name, place in RENDERER_REGISTRY.renderers.items():
-        if place != (__name__, name):
-            _theirs[name] = place
-            # `register` would warn about what is meant: that the name is taken.
+    for name, entry in RENDERER_REGISTRY.renderers.items():
+        if entry != (__name__, name):
+            _originals[name] = entry
+            # Not by `register`, which would warn every user of vLLM that the name is taken.
             RENDERER_REGISTRY.renderers[name] = (__name__, name)
 
 
 def __getattr__(name: str) -> Any:
-    """Return what vLLM takes for the renderer's class."""
-    if name not in _theirs:
+    """What vLLM takes for the class of a renderer."""
+    if name not in _originals:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return partial(_make_renderer, name)
 
@@ -42,24 +43,20 @@ def __getattr__(name: str) -> Any:
 def _make_renderer(name: str, config: VllmConfig, tokenizer: Any) -> BaseRenderer[Any]:
     from vllm.utils.import_utils import resolve_obj_by_qualname
 
-    renderer_class = resolve_obj_by_qualname(".".join(_theirs[name]))
-    options = options_of(config)
+    renderer_class = resolve_obj_by_qualname(".".join(_originals[name]))
+    options = get_options(config)
     if options is not None:
         check_config(config)
-        _keep_metrics()
+        from longthink.vllm.metrics import register_metrics
+
+        register_metrics()
         fields = {"max_prompt_tokens": options.max_prompt_tokens}
         renderer_class = type(f"Limited{renderer_class.__name__}", (_PromptLimit, renderer_class), fields)
     return renderer_class(config, tokenizer)
 
 
-def _keep_metrics() -> None:
-    from longthink.vllm.metrics import register_metrics
-
-    register_metrics()
-
-
 class _PromptLimit:
-    """Refuses a prompt that no engine of this configuration will ever have the pages for; it would wait for ever."""
+    """Rejects a prompt that the pool is not sized for: the request might wait forever."""
 
     max_prompt_tokens: int | None
 
@@ -75,8 +72,8 @@ class _PromptLimit:
         length = len(prompt["prompt_token_ids"])
         if self.max_prompt_tokens is not None and length > self.max_prompt_tokens:
             raise VLLMValidationError(
-                f"The prompt has {length} tokens, and this server takes at most {self.max_prompt_tokens} "
-                "(max_prompt_tokens of its longthink options).",
+                f"The prompt has {length} tokens; this server accepts at most {self.max_prompt_tokens} "
+                "(longthink option max_prompt_tokens).",
                 parameter="prompt",
                 value=length,
             )

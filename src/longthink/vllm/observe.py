@@ -1,0 +1,100 @@
+"""Deferred observation: a policy observes the attention weights of a whole page of steps at once.
+
+Paged attention kernels do not return weights, and what a policy observes matters only when a page is evicted. So the
+queries of a page are stored until it is full. One matrix product with the keys then gives the weights of each of its
+steps, because nothing is evicted while a page is written: later tokens of the page only have to be masked.
+
+Shape suffixes: N rows of all layers (layer after layer), K KV heads, T tokens in a page, H query heads, G query heads
+of a KV head, M queries of a KV head, S token slots, D head dim.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longthink.kernels.reference import wide_dtype
+from longthink.policies import Milestone, PageTable, Policy, RaaS, Step
+
+ORDER_FREE: frozenset[type[Policy]] = frozenset({Milestone, RaaS})
+"""Policies, by exact class, that observe only weights and whose state is a maximum over steps. They observe the steps
+of a page as one batch; others observe them one by one."""
+
+
+class ObserveOptions(NamedTuple):
+    """Number of query heads; for the rest see `longthink.policies.Step`."""
+
+    heads: int
+    scaling: float
+    over_ranks: Callable[[Tensor], Tensor] | None
+
+
+def observe_page(
+    policy: Policy, table: PageTable, keys_NKSD: Tensor, query_NTHD: Tensor, options: ObserveOptions
+) -> None:
+    """Let a policy observe the decode steps of the page that ended just before `now_B`.
+
+    Parameters
+    ----------
+    table
+        The residents now that the page is full. Its state is replaced.
+    keys_NKSD
+        Keys of the residents.
+    query_NTHD
+        Queries of the page's tokens; those of prompt tokens are ignored.
+    """
+    tokens, keys_NKSD = table.page_size, keys_NKSD.to(wide_dtype(keys_NKSD.dtype))
+    query_NTKGD = query_NTHD.unflatten(2, (keys_NKSD.shape[1], -1))
+    query_NKMD = query_NTKGD.transpose(1, 2).flatten(2, 3).to(keys_NKSD.dtype)
+    logits_NKMS = query_NKMD @ keys_NKSD.transpose(2, 3) * options.scaling
+    logits_NTKGS = logits_NKMS.unflatten(2, (tokens, -1)).transpose(1, 2)
+
+    position_N1KS, within_T = table.position_BKS[:, None], torch.arange(tokens, device=table.now_B.device)
+    now_NT = (table.now_B[:, None] - tokens + within_T).to(position_N1KS.dtype)
+    resident_NTKS = (position_N1KS >= 0) & (position_N1KS <= now_NT[..., None, None])
+    weights_NTKGS = logits_NTKGS.masked_fill(~resident_NTKS[:, :, :, None], -torch.inf).softmax(-1)
+    position_NTKS = torch.where(resident_NTKS, position_N1KS, -1)
+    count = tokens if type(policy) in ORDER_FREE else 1
+    reads_queries = table.vectors is not None or table.key_bounds is not None
+    for first in range(0, tokens, count):
+        part = (slice(None), slice(first, first + count))
+        step = Step(
+            query_NTKGD[part].flatten(0, 1) if reads_queries else None,
+            weights_NTKGS[part].flatten(0, 1),
+            options.scaling,
+            options.over_ranks,
+        )
+        _observe(policy, table, now_NT[part], position_NTKS[part], step)
+
+
+def _observe(policy: Policy, table: PageTable, now_NT: Tensor, position_NTKS: Tensor, step: Step) -> None:
+    """Observe steps that start from the same state, and keep the maximum of their results."""
+    count = now_NT.shape[1]
+    each = {name: tensor.repeat_interleave(count, 0) for name, tensor in table.state.items()}
+    steps = dataclasses.replace(
+        table,
+        position_BKS=position_NTKS.flatten(0, 1),
+        vectors=_masked_vectors(table, position_NTKS),
+        now_B=now_NT.flatten(),
+        prompt_B=table.prompt_B.repeat_interleave(count),
+        cap_B=table.cap_B.repeat_interleave(count),
+        state={name: tensor.clone() for name, tensor in each.items()},
+    )
+    policy.observe(steps, step)
+    decodes_B = steps.now_B >= steps.prompt_B
+    for name, before in each.items():
+        after = torch.where(decodes_B.view(-1, *[1] * (before.ndim - 1)), steps.state[name], before)
+        table.state[name] = after.unflatten(0, (-1, count)).amax(1)
+
+
+def _masked_vectors(table: PageTable, position_NTKS: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Keys and values as they were in one step: zeros in place of later tokens of the page."""
+    if table.vectors is None or position_NTKS.shape[1] > 1:
+        return None
+    later_NKS1 = (position_NTKS[:, 0] < 0)[..., None]
+    keys, values = (part.masked_fill(later_NKS1, 0) for part in table.vectors)
+    return keys, values
