@@ -151,7 +151,7 @@ def ours(statistic: str) -> Make:
 
 def peers() -> dict[str, Make]:
     """Return dense decode attention of the libraries that are installed."""
-    found = {"sdpa": _sdpa, "flex": _flex}
+    found: dict[str, Make] = {"sdpa": _sdpa, "flex": _flex}
     return found | ({"flashinfer": _flashinfer} if find_spec("flashinfer") is not None else {})
 
 

@@ -33,12 +33,12 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 def new_row(**fields: Any) -> Measurement:
     """Return a measurement made on this machine now; optional fields that are not given are None."""
-    taken = {
+    known: dict[str, Any] = dict.fromkeys(_OPTIONAL) | {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": json.dumps(versions()),
         "hardware": json.dumps(hardware()),
     }
-    return Measurement(**dict.fromkeys(_OPTIONAL) | taken | fields)
+    return Measurement(**known | fields)
 
 
 def system_row(plan: Plan, loaded: Loaded, system: System, *, run: str, **fields: Any) -> Measurement:
