@@ -30,9 +30,7 @@ MAX_WHEEL_LINES = 18_500
 BUILT_IN = ("dense", "streaming_llm", "h2o", "quest", "raas", "recency", "random", "milestone")
 
 python_files = sorted(
-    path
-    for folder in ("src", "bench", "tools", "tests", "scripts")
-    for path in (ROOT / folder).rglob("*.py")
+    path for folder in ("src", "bench", "tools", "tests", "scripts") for path in (ROOT / folder).rglob("*.py")
 )
 source_files = [path for path in python_files if SRC in path.parents]
 outside_files = [path for path in python_files if {BENCH, ROOT / "tools"} & set(path.parents)]

@@ -53,7 +53,7 @@ documented in `tools/train_reasoner/initial.py`.
 
 ## Limits
 
-Programs of 2 to {last_ops} lines, 104 names, arithmetic modulo 100, at most 4,096 tokens. Any other text is noise to it.
+Programs of 2 to {last_ops} lines, 104 names, arithmetic modulo 100, at most 4,096 tokens. Other text is noise to it.
 """
 
 
