@@ -21,18 +21,9 @@ ROOT = Path(__file__).parents[1]
 class Worker:
     """A worker process; leaving the context kills it.
 
-    Parameters
-    ----------
-    module
-        Module to run, such as ``bench.peers.own``.
-    python
-        Interpreter of the worker's environment; None for our own. Another environment does not see our packages:
-        `PYTHONPATH` is ignored there, and the repository's root has no package but this one and the tools.
-
-    Raises
-    ------
-    BenchError
-        If the process cannot be started, answers with an error, or ends.
+    It runs `module` with the interpreter `python`, None being our own. Another environment does not see our packages:
+    `PYTHONPATH` is ignored there, and the packages at the repository's root are no part of what is measured. All
+    methods raise `BenchError` if the process answers with an error or has ended.
     """
 
     def __init__(self, module: str, python: Path | None = None) -> None:

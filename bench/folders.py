@@ -40,14 +40,7 @@ def model_folder(name: str) -> Path:
 
 
 def interpreter(environment: str, report: Callable[[str], None] = lambda text: None) -> Path:
-    """Return the interpreter of an environment, which is made at the first call (minutes, some GB).
-
-    Parameters
-    ----------
-    environment
-        Name of a file in `REQUIREMENTS`.
-    report
-        Called with a message before the installation.
+    """Return the interpreter of an environment (a file in `REQUIREMENTS`), made at the first call (minutes, some GB).
 
     Raises
     ------

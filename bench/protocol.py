@@ -35,36 +35,16 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One system, and the state in which it is timed.
+    """One system, and the state in which it is timed."""
 
-    Attributes
-    ----------
-    system
-        A peer, a policy spec or the byte floor (see `bench.peers.plan`).
-    mode
-        A variant, such as ``generate``; "" is a bare loop around the model.
-    folder
-        The model: config.json and safetensors.
-    context
-        Tokens before the timed steps.
-    rows
-        Batch size.
-    budget
-        Tokens that a bounded cache keeps.
-    prompt
-        Tokens of the prompt, where the rest of the context is filled with random data.
-    steps
-        Upper bound of the steps to decode.
-    """
-
-    system: str
-    mode: str = ""
-    folder: str
-    context: int
-    rows: int = 1
-    budget: int
-    prompt: int
-    steps: int
+    system: str  # a peer, a policy spec or the byte floor: see `bench.peers.plan`
+    mode: str = ""  # a variant such as "generate"; "" is a bare loop around the model
+    folder: str  # the model: config.json and safetensors
+    context: int  # tokens before the timed steps
+    rows: int = 1  # batch size
+    budget: int  # tokens that a bounded cache keeps
+    prompt: int  # tokens of the prompt, where the rest of the context is filled with random data
+    steps: int  # upper bound of the steps to decode
 
 
 class Decoder(Protocol):

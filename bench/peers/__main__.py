@@ -62,10 +62,10 @@ def peers(
     json
         Print one JSON document instead of the tables.
     """
-    with needs_extra("bench"):
+    with needs_extra("plot"):
         import matplotlib  # noqa: F401  (for the figures: not after an hour of measuring)
-    page, plan = document_path(document), _plan(peers, policies, quick, rounds)
-    store, results, code = open_store(out), measure.Results(), 0
+    plan, page, store = _plan(peers, policies, quick, rounds), document_path(document), open_store(out)
+    results, code = measure.Results(), 0
     how = setup("bench.peers", f"budget={plan.budget}")
     try:
         with progress("measuring", total=None) as task:

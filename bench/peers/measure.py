@@ -29,59 +29,32 @@ _MAX_BLOCK_MS = 600.0
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """The measurement of one case.
+    """The measurement of one case."""
 
-    Attributes
-    ----------
-    scene
-        Number of the scene; only timings of the same one are comparable.
-    batch
-        Whether the scene compares batches.
-    model
-        Short name of the model.
-    ms
-        Milliseconds of CPU time per step, one value per round.
-    read_bytes
-        Bytes that a step of the floor reads, None for all others.
-    row
-        The same for a result store.
-    """
-
-    scene: int
-    batch: bool
-    model: str
+    scene: int  # only timings of the same scene are comparable
+    batch: bool  # whether the scene compares batches
+    model: str  # short name
     case: Case
-    ms: tuple[float, ...]
-    read_bytes: int | None
-    row: Measurement
+    ms: tuple[float, ...]  # CPU time per step, one value per round
+    read_bytes: int | None  # by a step of the floor
+    row: Measurement  # the same for a result store
 
 
 @dataclass
 class Results:
-    """The results of a run, complete or interrupted.
-
-    Attributes
-    ----------
-    missing
-        Why a system could not be measured, by its name.
-    versions
-        Package versions by environment.
-    """
+    """The results of a run, complete or interrupted."""
 
     timings: list[Timing] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
+    """Why a system could not be measured, by its name."""
     versions: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Package versions by environment."""
 
 
 def measure(plan: PeersPlan, results: Results, report: Report = lambda text: None) -> Iterator[Timing]:
     """Measure scene by scene, into `results` as well; a system that fails is noted there, and the others go on.
 
     In a scene all systems take turns, a block each, and the first block of each is not counted.
-
-    Raises
-    ------
-    BenchError
-        If our own worker cannot be started.
     """
     run = new_run()
     with ExitStack() as stack:

@@ -49,52 +49,23 @@ SHORT, MIDDLE, LONG = 2048, 16384, 32768
 
 @dataclass(frozen=True, kw_only=True)
 class PeersPlan:
-    """What to measure.
+    """What to measure; a `ValueError` names what is out of range."""
 
-    Attributes
-    ----------
-    peers
-        Some of the values of `PEERS`.
-    policies
-        Policy specs.
-    models
-        Random models (see `longthink.lab.bench.models`) by short name.
-    contexts
-        Tokens before the timed steps.
-    batches, batched
-        Batch sizes measured after `MIDDLE` tokens on the last model, and the systems measured there.
-    budget
-        Tokens that bounded caches keep.
-    prompt
-        Tokens of the prompt, where the rest of the context is filled with random data.
-    rounds
-        Timed blocks of each system.
-    brief
-        Models on which only dense and RaaS are measured of our policies, no bookkeeping, and no compiled peer.
-    narrow
-        Whether RaaS is measured with keys and values in two bytes as well.
-    at_once
-        Whether all systems of all scenes are prepared before the first is timed: faster, but all caches are in memory
-        at the same time.
-
-    Raises
-    ------
-    ValueError
-        If a value is out of range.
-    """
-
-    peers: Sequence[str]
+    peers: Sequence[str]  # values of `PEERS`
     policies: Sequence[str] = POLICIES
     models: dict[str, str] = field(default_factory=MODELS.copy)
     contexts: Sequence[int] = (SHORT, 4096, 8192, MIDDLE, LONG)
-    batches: Sequence[int] = (1, 4, 16)
+    batches: Sequence[int] = (1, 4, 16)  # on the last model, after `MIDDLE` tokens
     batched: Sequence[str] = ("hf static", "dense", "raas", "milestone")
     budget: int = 1024
-    prompt: int = 128
+    prompt: int = 128  # the rest of the context is filled with random data
     rounds: int = 5
     brief: Sequence[str] = ()
+    """Models on which only dense and RaaS are measured of our policies, no bookkeeping, and no compiled peer."""
     narrow: bool = True
+    """Whether RaaS is measured with keys and values in two bytes as well."""
     at_once: bool = False
+    """Prepare all scenes before timing the first: faster, but all caches are in memory at the same time."""
 
     def __post_init__(self) -> None:
         check_int("rounds", self.rounds, 1)

@@ -15,33 +15,17 @@ _BEST_DENSE = "the best dense cache of transformers"
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A figure to reach.
-
-    Attributes
-    ----------
-    text
-        What is compared.
-    model
-        Short name of the model.
-    sign, wanted
-        ``<=`` or ``>=``, and the figure.
-    percent
-        Whether figures are shares.
-    measured, low, high
-        Median, lowest and highest round; None where something is missing.
-    remark
-        What is missing, or what to know about the figure.
-    """
+    """A figure to reach, and the measured one: median, lowest and highest round, None where something is missing."""
 
     text: str
     model: str
-    sign: str
+    sign: str  # "<=" or ">="
     wanted: float
     percent: bool = False
     measured: float | None = None
     low: float | None = None
     high: float | None = None
-    remark: str = ""
+    remark: str = ""  # what is missing, or what to know about the figure
 
     @property
     def met(self) -> bool | None:

@@ -53,7 +53,6 @@ def vllm(
     json
         Print one JSON document instead of the tables.
     """
-    page = document_path(document)
     plan = ServingPlan(
         policies=tuple(policy_specs(policies)),
         contexts=sorted(integers("contexts", contexts)),
@@ -61,6 +60,7 @@ def vllm(
         rows=rows,
         rounds=rounds,
     )
+    page = document_path(document)
     how = setup("bench.vllm", f"decode_budget={plan.budget}")
     with progress("measuring", total=None) as task:
         results = measure_serving(plan, partial(task.advance_to, 0))

@@ -22,39 +22,16 @@ WORKER = "bench.vllm.worker"
 
 @dataclass(frozen=True, kw_only=True)
 class ServingPlan:
-    """What to measure.
-
-    Attributes
-    ----------
-    policies
-        Policy specs.
-    contexts
-        Tokens around which steps are timed, in rising order.
-    budget
-        Tokens kept on top of the prompt.
-    prompt
-        Tokens of each prompt.
-    rows
-        Concurrent requests.
-    rounds
-        Timed blocks of each system at each context.
-    flood
-        Requests submitted at once to see how many of them run.
-
-    Raises
-    ------
-    ValueError
-        If a value is out of range.
-    """
+    """What to measure; a `ValueError` names what is out of range."""
 
     model: str = RANDOM
-    policies: Sequence[str] = ("raas", "milestone")
-    contexts: Sequence[int] = (2048, 8192, 16384)
-    budget: int = 1024
+    policies: Sequence[str]
+    contexts: Sequence[int]  # steps are timed around these, in rising order
+    budget: int = 1024  # on top of the prompt
     prompt: int = 64
-    rows: int = 1
+    rows: int = 1  # concurrent requests
     rounds: int = 5
-    flood: int = 48
+    flood: int = 48  # requests submitted at once to see how many of them run
 
     def __post_init__(self) -> None:
         check_int("rounds", self.rounds, 1)
@@ -71,24 +48,16 @@ class ServingPlan:
 
 @dataclass
 class Served:
-    """The results of a run.
-
-    Attributes
-    ----------
-    ms
-        Milliseconds per step by context and system, one value per round.
-    in_flight
-        ``in_flight``, ``waiting`` and ``preempted`` requests by system.
-    tokens_per_s
-        Throughput with the pool full by context and system, one value per round.
-    running
-        Requests behind that throughput.
-    """
+    """The results of a run, by context and system, with one value per round."""
 
     ms: dict[int, dict[str, list[float]]] = field(default_factory=dict)
+    """Milliseconds per step."""
     in_flight: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Requests ``in_flight``, ``waiting`` and ``preempted`` by system."""
     tokens_per_s: dict[int, dict[str, list[float]]] = field(default_factory=dict)
+    """Throughput with the pool full."""
     running: dict[int, dict[str, int]] = field(default_factory=dict)
+    """Requests behind that throughput."""
     versions: dict[str, str] = field(default_factory=dict)
 
 
