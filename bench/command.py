@@ -41,8 +41,8 @@ def document_path(document: Path | None) -> Path | None:
 
 
 def setup(module: str, budget: str) -> dict[str, Any]:
-    """Return command line, software, hardware and load of a run; its workers wait passively whatever we do."""
-    # Where the interpreter and the module lie is no business of a document.
+    """Return command line, software, hardware and load of a run; workers always wait passively."""
+    # Not sys.orig_argv: its paths are those of one machine.
     command = f"python -m {module} {shlex.join(sys.argv[1:])}".strip()
     return (
         conditions() | {name: ENVIRONMENT[name] for name in PASSIVE} | {"command": command, "budget": budget}

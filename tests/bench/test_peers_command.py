@@ -8,7 +8,7 @@ from bench.peers import measure, plan
 from bench.peers.__main__ import peers
 from bench.peers.plan import MIDDLE
 from longthink.lab.results.store import ResultStore
-from tests.bench.conftest import MODEL
+from tests.bench.conftest import MODEL, PER_TOKEN
 from tests.bench.test_targets import timed
 
 
@@ -104,5 +104,5 @@ def test_a_real_run_measures_ours_and_reports_who_is_missing(call, tmp_path, mon
         ("raas", 16),
     ]
     held = {row["kv_bytes"] for row in found["rows"] if row["system"] == "raas" and row["kind"] == "peers"}
-    assert held == {1024 * 2 * 8 * 4}
+    assert held == {1024 * PER_TOKEN}
     assert {row["kv_bytes"] for row in found["rows"] if row["system"] == "byte floor"} == held

@@ -39,21 +39,21 @@ def print_table(title: str, columns: Mapping[str, bool], rows: Iterable[Sequence
 def print_measurements(rows: Sequence[Measurement], conditions: dict[str, Any]) -> None:
     """Print the measurements, a column for each length, and the conditions of the run."""
     if rows[0].kind == "jct":
-        by_length("milliseconds per token, after this many decoded tokens", rows, _milliseconds)
-        by_length(
+        _by_length("milliseconds per token, after this many decoded tokens", rows, _milliseconds)
+        _by_length(
             "seconds to decode this many tokens, with the prompt", rows, lambda row: f"{row.seconds:.1f}"
         )
-    by_length("keys and values", rows, lambda row: size_text(row.kv_bytes))
+    _by_length("keys and values", rows, lambda row: size_text(row.kv_bytes))
     if rows[0].kind == "memory":
-        by_length("other tensors of the cache", rows, lambda row: size_text(row.metadata_bytes))
-        by_length("resident memory of the process", rows, lambda row: size_text(row.rss_bytes or 0))
+        _by_length("other tensors of the cache", rows, lambda row: size_text(row.metadata_bytes))
+        _by_length("resident memory of the process", rows, lambda row: size_text(row.rss_bytes or 0))
         if rows[0].device_bytes is not None:
-            by_length("memory of the accelerator", rows, lambda row: size_text(row.device_bytes or 0))
+            _by_length("memory of the accelerator", rows, lambda row: size_text(row.device_bytes or 0))
     for line in (*_comparison(rows), *_setup(rows[0], conditions)):
         out_console().print(visible(line), markup=False)
 
 
-def by_length(title: str, rows: Sequence[Measurement], cell: Callable[[Measurement], str]) -> None:
+def _by_length(title: str, rows: Sequence[Measurement], cell: Callable[[Measurement], str]) -> None:
     """Print a table with a row for each system and a column for each length."""
     lengths = sorted({row.decode_tokens for row in rows})
     lines = []
