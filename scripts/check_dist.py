@@ -35,8 +35,10 @@ def sdist_faults(names):
         "LICENSE",
         "constraints.txt",
         "Makefile",
+        "bench/peers/requirements/kvpress.txt",
         "scripts/setup.sh",
         "tests/test_house.py",
+        "tools/train_reasoner/__main__.py",
     )
     faults = [f"no {name}" for name in wanted if name not in names]
     if not any(name.startswith("src/" + WEIGHTS) for name in names):

@@ -15,7 +15,7 @@ import sys
 import time
 from statistics import median, quantiles
 
-KV_HEADS = {"S2": 2, "S8": 8}  # longthink.lab.bench.peers.plan.MODELS
+KV_HEADS = {"S2": 2, "S8": 8}  # bench.peers.plan.MODELS
 PROMPT, BUDGET = 128, 1024
 THREADS = {
     "OMP_NUM_THREADS": "1",

@@ -22,15 +22,19 @@ from longthink.policies import available_policies, get_policy_class
 ROOT = Path(__file__).parent.parent
 SRC = ROOT / "src" / "longthink"
 DOCS = ROOT / "docs"
-PEERS = SRC / "lab" / "bench" / "peers"
+BENCH = ROOT / "bench"
+PEERS = BENCH / "peers"
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
+MAX_WHEEL_LINES = 18_500
 BUILT_IN = ("dense", "streaming_llm", "h2o", "quest", "raas", "recency", "random", "milestone")
 
 python_files = sorted(
-    path for folder in ("src", "tests", "scripts") for path in (ROOT / folder).rglob("*.py")
+    path for folder in ("src", "bench", "tools", "tests", "scripts") for path in (ROOT / folder).rglob("*.py")
 )
 source_files = [path for path in python_files if SRC in path.parents]
+outside_files = [path for path in python_files if {BENCH, ROOT / "tools"} & set(path.parents)]
+"""What stands beside the package and not in the wheel."""
 
 
 def name_of(path: Path) -> str:
@@ -68,6 +72,10 @@ def test_size_rule_sees_long_files_and_functions():
     assert size_faults("def f():\n" + '    """A\n' + "    B\n" * 60 + '    """\n' + body * 59) == []
 
 
+def test_the_wheel_is_small():
+    assert sum(path.read_text().count("\n") for path in source_files) <= MAX_WHEEL_LINES
+
+
 # Safety ---------------------------------------------------------------------------------------------------------
 
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
@@ -99,7 +107,7 @@ def safety_faults(source: str) -> list[str]:
     return faults
 
 
-@pytest.mark.parametrize("path", source_files, ids=name_of)
+@pytest.mark.parametrize("path", [*source_files, *outside_files], ids=name_of)
 def test_nothing_runs_code_of_strangers(path):
     assert safety_faults(path.read_text()) == []
 
@@ -147,7 +155,7 @@ def test_readme_is_the_project_page():
 
 
 def imported_packages(source: str) -> set[str]:
-    """Third-party packages that a file imports, in functions too."""
+    """Top-level packages that a file imports, in functions too, but for our own and the standard library."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -173,18 +181,23 @@ def test_what_is_imported_is_declared():
     plain = declared_packages(project["dependencies"])
     extras = {name: declared_packages(lines) for name, lines in project["optional-dependencies"].items()}
     optional = set().union(*(packages for name, packages in extras.items() if name != "dev"))
-    # Workers for peers run in environments of their own, and declare what they import there.
-    workers = {path.stem.removeprefix("with_"): path for path in PEERS.glob("with_*.py")}
-    ours = [path for path in source_files if path not in workers.values()]
-    imported = set().union(*(imported_packages(path.read_text()) for path in ours))
+    imported = set().union(*(imported_packages(path.read_text()) for path in source_files))
     assert imported - plain - optional == set()
-    assert plain - imported <= {"safetensors"}  # transformers reads and writes the weights with it
+    assert plain - imported == set()
+
+
+def test_workers_of_peers_import_what_they_pin():
+    """They run in environments of their own, where longthink and its dependencies are not installed."""
+    workers = {path.stem.removeprefix("with_"): path for path in PEERS.glob("with_*.py")}
     assert workers.keys() == {path.stem for path in PEERS.glob("requirements/*.txt")} != set()
     for name, path in workers.items():
         lines = (PEERS / "requirements" / f"{name}.txt").read_text().splitlines()
-        assert all("==" in line for line in lines if line[0] != "#")
-        pinned = declared_packages([line for line in lines if line[0] != "#"])
-        assert imported_packages(path.read_text()) - pinned == set(), name
+        pins = [line for line in lines if line[0] != "#"]
+        assert all("==" in line for line in pins)
+        assert imported_packages(path.read_text()) - declared_packages(pins) == {"bench"}, name
+        assert "longthink." not in path.read_text()
+    for path in (BENCH / "__init__.py", PEERS / "__init__.py", BENCH / "protocol.py"):
+        assert imported_packages(path.read_text()) == set() and "import longthink" not in path.read_text()
 
 
 def test_import_rule_sees_late_and_dotted_imports():

@@ -2,6 +2,7 @@
 
 import pytest
 
+from bench.command import run
 from longthink.config import Budget
 from longthink.lab.bench.models import bench_model
 from longthink.lab.bench.plan import Plan
@@ -35,3 +36,16 @@ def plan():
         return Plan(**values | changes)
 
     return make
+
+
+@pytest.fixture
+def call(capsys, monkeypatch):
+    """Run a command of `bench` in this process; returns exit code, stdout and stderr."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call_it(command, *arguments):
+        capsys.readouterr()
+        code = run(command, "bench", [str(argument) for argument in arguments])
+        return code, *capsys.readouterr()
+
+    return call_it

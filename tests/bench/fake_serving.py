@@ -2,34 +2,34 @@
 
 import time
 
-from longthink.lab.bench.peers.protocol import Point, serve
+from bench.protocol import Job, serve
 
 MS = {"dense": 6, "raas": 2}
 ROOM = {"dense": 2, "raas": 12}
 
 
-class Subject:
-    def __init__(self, point: Point) -> None:
-        self._point = point
+class Decoder:
+    def __init__(self, job: Job) -> None:
+        self._job = job
 
     def decode(self, steps: int) -> None:
-        end = time.process_time() + MS[self._point.system] / 1000
+        end = time.process_time() + MS[self._job.system] / 1000
         while time.process_time() < end:
             pass
 
     def facts(self) -> dict:
-        room = ROOM[self._point.system]
-        if self._point.way == "full pool":
+        room = ROOM[self._job.system]
+        if self._job.mode == "full pool":
             return {"running": room}
-        assert self._point.way == "in flight"
-        return {"in_flight": room, "waiting": self._point.rows - room, "preempted": 0}
+        assert self._job.mode == "in flight"
+        return {"in_flight": room, "waiting": self._job.rows - room, "preempted": 0}
 
 
 class Host:
     packages = ("pytest",)
 
-    def open(self, point: Point) -> Subject:
-        return Subject(point)
+    def open(self, job: Job) -> Decoder:
+        return Decoder(job)
 
 
 if __name__ == "__main__":

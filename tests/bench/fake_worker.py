@@ -4,24 +4,24 @@ import os
 import sys
 import time
 
-from longthink.lab.bench.peers.protocol import Point, serve
+from bench.protocol import Job, serve
 
 
-class Subject:
-    def __init__(self, point: Point) -> None:
-        self._point, self._steps = point, 0
+class Decoder:
+    def __init__(self, job: Job) -> None:
+        self._job, self._steps = job, 0
 
     def decode(self, steps: int) -> None:
-        if self._point.system == "dies":
+        if self._job.system == "dies":
             print("the last words", file=sys.stderr, flush=True)
             os._exit(3)
-        if self._point.system == "prints":
+        if self._job.system == "prints":
             print("this is no answer", flush=True)
-        if self._point.system == "works":
+        if self._job.system == "works":
             end = time.process_time() + 0.05
             while time.process_time() < end:
                 pass
-        if self._point.system == "sleeps":
+        if self._job.system == "sleeps":
             time.sleep(0.05)
         self._steps += steps
 
@@ -32,10 +32,10 @@ class Subject:
 class Host:
     packages = ("pytest",)
 
-    def open(self, point: Point) -> Subject:
-        if point.system == "refuses":
+    def open(self, job: Job) -> Decoder:
+        if job.system == "refuses":
             raise ValueError("not this one")
-        return Subject(point)
+        return Decoder(job)
 
 
 if __name__ == "__main__":

@@ -98,9 +98,9 @@ def test_completion_time_adds_up_the_steps(own_clock, loaded, plan, monkeypatch)
     chosen = plan(policies=("recency",), baselines=("static",))
     made = jct.make_systems(loaded.model, chosen, room=64)
     for system in made:
-        begin = system._begin
+        prefill = system._prefill
         monkeypatch.setattr(
-            system, "_begin", lambda n, b=begin, s=system: (b(n), setattr(s, "prefill_seconds", 0.5))
+            system, "_prefill", lambda n, b=prefill, s=system: (b(n), setattr(s, "prefill_seconds", 0.5))
         )
     monkeypatch.setattr(jct, "make_systems", lambda *arguments, **options: made)
     seconds = {(row.system, row.decode_tokens): row.seconds for row in measure_jct(chosen, loaded)}
@@ -113,7 +113,9 @@ def test_completion_time_adds_up_the_steps(own_clock, loaded, plan, monkeypatch)
 
 
 def test_lengths_that_leave_no_room_for_the_timed_steps_are_refused(loaded, plan):
-    with pytest.raises(ValueError, match="lengths=64,100: from 64 to 100 there is no room for the 64 steps"):
+    with pytest.raises(
+        ValueError, match="lengths=64,100: between 64 and 100 there is no room for the 64 steps"
+    ):
         next(measure_jct(plan(lengths=(64, 100)), loaded))
 
 

@@ -7,8 +7,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from bench import kernels
 from longthink.errors import BenchError
-from longthink.lab.bench import kernels
 
 CPU = torch.device("cpu")
 
@@ -37,7 +37,10 @@ def run(**changes):
 def test_every_system_at_every_shape(launches):
     found, calls = run()
     assert {row.model for row in found} == {"Qwen2.5-7B", "Qwen2.5-1.5B"}
-    assert {row.system for row in found} == {f"longthink {kind}" for kind in kernels.LEARN} | {"sdpa", "flex"}
+    assert {row.system for row in found} == {f"longthink {kind}" for kind in kernels.STATISTICS} | {
+        "sdpa",
+        "flex",
+    }
     assert len(found) == 2 * 2 * (4 * 2 + 2) == len(calls) - 1  # one call is the copy
     assert {(row.rows, row.tokens) for row in found if row.system == "flex"} == {(1, 48), (3, 48)}
     assert {row.tokens for row in found if row.system == "longthink mass"} == {32, 64}
@@ -108,3 +111,11 @@ def test_refused_without_a_gpu():
 def test_bad_numbers(values, message):
     with pytest.raises(ValueError, match=message):
         kernels.measure_kernels(*values)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_command_refuses_without_a_gpu(call):
+    code, out, err = call(kernels.kernels, "--rows", "1,2")
+    assert (code, out) == (2, "") and "CUDA GPU" in err
+    code, _, err = call(kernels.kernels, "--budgets", "many")
+    assert code == 2 and "budgets='many' must be an integer" in err

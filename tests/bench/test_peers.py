@@ -3,26 +3,29 @@
 import sys
 import venv
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
+import torch
 
+from bench import folders
+from bench.client import Worker
+from bench.folders import interpreter, model_folder
+from bench.peers import measure
+from bench.peers.measure import Results
+from bench.peers.plan import BLOCK_STEPS, CONTROL, FLOOR, MIDDLE, WORKERS, PeersPlan, scenes
+from bench.protocol import Job
 from longthink.errors import BenchError
 from longthink.lab.bench.models import bench_model
-from longthink.lab.bench.peers import folders, measure
-from longthink.lab.bench.peers.client import Worker
-from longthink.lab.bench.peers.folders import interpreter, model_folder
-from longthink.lab.bench.peers.measure import Found
-from longthink.lab.bench.peers.plan import BLOCK_STEPS, CONTROL, FLOOR, MIDDLE, WORKERS, PeersPlan, scenes
-from longthink.lab.bench.peers.protocol import Point
 from longthink.lab.bench.plan import BLOCK
 from tests.bench.conftest import MODEL
 
 FAKE = "tests.bench.fake_worker"
 
 
-def question(system):
-    point = Point(system=system, folder="", context=1, budget=1, prompt=1, steps=1)
-    return {"id": 0, "point": asdict(point)}
+def job(system):
+    made = Job(system=system, folder="", context=1, budget=1, prompt=1, steps=1)
+    return {"id": 0, "job": asdict(made)}
 
 
 @pytest.fixture
@@ -32,42 +35,44 @@ def worker():
 
 
 def test_a_worker_counts_its_own_cpu_time(worker):
-    assert worker.ask("versions") == {"pytest": pytest.__version__}
+    assert worker.call("versions") == {"pytest": pytest.__version__}
     times = {}
     for name in ("works", "sleeps"):
-        worker.ask("open", **question(name))
-        times[name] = worker.ask("decode", id=0, steps=7)["ms"]
-        assert worker.ask("close", id=0)["kv_bytes"] == 7
+        worker.call("open", **job(name))
+        times[name] = worker.call("decode", id=0, steps=7)["ms"]
+        assert worker.call("close", id=0)["kv_bytes"] == 7
     assert times["works"] >= 50 > 25 > times["sleeps"]
 
 
 def test_what_a_library_prints_is_not_taken_for_an_answer(worker):
-    worker.ask("open", **question("prints"))
-    assert "ms" in worker.ask("decode", id=0, steps=1)
+    worker.call("open", **job("prints"))
+    assert "ms" in worker.call("decode", id=0, steps=1)
 
 
-def test_an_error_is_told_and_the_worker_goes_on(worker):
+def test_an_error_is_reported_and_the_worker_goes_on(worker):
     with pytest.raises(BenchError, match="'fake_worker': ValueError: not this one"):
-        worker.ask("open", **question("refuses"))
-    with pytest.raises(BenchError, match="ask='dance' must be versions, open, decode or close"):
-        worker.ask("dance")
-    assert worker.ask("open", **question("idles")).keys() == {"seconds"}
+        worker.call("open", **job("refuses"))
+    with pytest.raises(BenchError, match="command='dance' must be versions, open, decode or close"):
+        worker.call("dance")
+    assert worker.call("open", **job("idles")).keys() == {"seconds"}
 
 
 def test_a_worker_that_dies_says_its_last_words(worker):
-    worker.ask("open", **question("dies"))
+    worker.call("open", **job("dies"))
     with pytest.raises(BenchError, match="ended with code 3: the last words"):
-        worker.ask("decode", id=0, steps=1)
+        worker.call("decode", id=0, steps=1)
     assert not worker.alive
     with pytest.raises(BenchError, match="ended with code 3"):
-        worker.ask("versions")
+        worker.call("versions")
 
 
-def test_another_environment_does_not_see_our_packages(tmp_path):
+def test_another_environment_does_not_see_our_packages(tmp_path, monkeypatch):
+    # Not even where PYTHONPATH names them.
+    monkeypatch.setenv("PYTHONPATH", str(Path(torch.__file__).parents[1]))
     venv.create(tmp_path, with_pip=False, symlinks=True)
-    with Worker("longthink.lab.bench.peers.with_kvpress", tmp_path / "bin" / "python") as worker:
+    with Worker("bench.peers.with_kvpress", tmp_path / "bin" / "python") as worker:
         with pytest.raises(BenchError, match="No module named 'torch'"):
-            worker.ask("versions")
+            worker.call("versions")
 
 
 # Rounds -----------------------------------------------------------------------------------------------------------
@@ -75,11 +80,11 @@ def test_another_environment_does_not_see_our_packages(tmp_path):
 
 @pytest.fixture
 def fakes(monkeypatch, tmp_path):
-    monkeypatch.setattr(measure, "_OWN", FAKE)
+    monkeypatch.setattr(measure, "OWN", FAKE)
     monkeypatch.setattr(measure, "model_folder", lambda name: tmp_path)
     for name in ("works", "idles", "dies", "refuses"):
         monkeypatch.setitem(WORKERS, name, (FAKE, "dies" if name == "dies" else ""))
-    monkeypatch.setattr(measure, "interpreter", lambda name, told: sys.executable)
+    monkeypatch.setattr(measure, "interpreter", lambda name, report: sys.executable)
 
 
 def plan(*peers, **changes):
@@ -89,14 +94,14 @@ def plan(*peers, **changes):
 
 def test_systems_take_turns_and_the_first_block_does_not_count(fakes, monkeypatch):
     asked = []
-    real = Worker.ask
+    real = Worker.call
 
-    def recorded(self, ask, **values):
-        asked.append((ask, values.get("id"), values.get("steps")))
-        return real(self, ask, **values)
+    def recorded(self, command, **values):
+        asked.append((command, values.get("id"), values.get("steps")))
+        return real(self, command, **values)
 
-    monkeypatch.setattr(Worker, "ask", recorded)
-    found = Found()
+    monkeypatch.setattr(Worker, "call", recorded)
+    found = Results()
     timed = list(measure.measure(plan("works", "idles"), found))
     decodes = [one for one in asked if one[0] == "decode"]
     assert [i for _, i, _ in decodes] == ["0/0", "0/1", "0/2"] * 4
@@ -104,8 +109,8 @@ def test_systems_take_turns_and_the_first_block_does_not_count(fakes, monkeypatc
     assert [steps for _, _, steps in decodes[:3]] == [4, 4, BLOCK]
     assert {steps for _, i, steps in decodes[3:] if i == "0/1"} == {BLOCK_STEPS}
     assert {steps % BLOCK for _, i, steps in decodes if i == "0/2"} == {0}
-    assert [one.place.system for one in timed] == ["works", "idles", FLOOR]
-    assert found.timed == timed and found.missing == {}
+    assert [one.case.system for one in timed] == ["works", "idles", FLOOR]
+    assert found.timings == timed and found.missing == {}
     for one in timed:
         low, middle, high = one.row.ms_per_token_low, one.row.ms_per_token, one.row.ms_per_token_high
         assert len(one.ms) == 3 and sorted(one.ms)[1] == middle
@@ -118,24 +123,24 @@ def test_all_scenes_get_ready_before_the_first_is_timed(fakes, monkeypatch):
     asked = []
     real = Worker.send
 
-    def recorded(self, ask, **values):
-        asked.append(ask)
-        return real(self, ask, **values)
+    def recorded(self, command, **values):
+        asked.append(command)
+        return real(self, command, **values)
 
     monkeypatch.setattr(Worker, "send", recorded)
     places = {"contexts": (2048, MIDDLE), "rounds": 1}
-    apart = [one.place for one in measure.measure(plan("works", **places), Found())]
+    apart = [one.case for one in measure.measure(plan("works", **places), Results())]
     assert asked.index("decode") < len(asked) - 1 - asked[::-1].index("open")
     asked.clear()
-    assert [one.place for one in measure.measure(plan("works", at_once=True, **places), Found())] == apart
+    assert [one.case for one in measure.measure(plan("works", at_once=True, **places), Results())] == apart
     assert asked.index("decode") > len(asked) - 1 - asked[::-1].index("open")
     assert asked.count("open") == 4
 
 
 def test_what_fails_is_missing_and_the_others_go_on(fakes):
-    found = Found()
+    found = Results()
     timed = list(measure.measure(plan("refuses", "works", "dies"), found))
-    assert [one.place.system for one in timed] == ["works", FLOOR]
+    assert [one.case.system for one in timed] == ["works", FLOOR]
     assert "not this one" in found.missing["refuses"]
     assert "the last words" in found.missing["dies"]
     assert all(len(one.ms) == 3 for one in timed)
@@ -144,22 +149,22 @@ def test_what_fails_is_missing_and_the_others_go_on(fakes):
 def test_an_environment_that_cannot_be_made_is_tried_once(fakes, monkeypatch):
     tried = []
 
-    def offline(name, told):
+    def offline(name, report):
         tried.append(name)
         raise BenchError("no network")
 
     monkeypatch.setattr(measure, "interpreter", offline)
-    found = Found()
+    found = Results()
     names = ("openvino f32", "openvino u8")
     timed = list(measure.measure(plan(*names, contexts=(2048, MIDDLE)), found))
     assert tried == ["openvino"]
     assert found.missing == dict.fromkeys(names, "no network")
-    assert [one.place.system for one in timed] == [FLOOR, FLOOR]
+    assert [one.case.system for one in timed] == [FLOOR, FLOOR]
 
 
 def test_prompts_that_take_minutes_to_read_are_left_out():
     made = scenes(plan("hf static", "openvino f32", contexts=(MIDDLE, 32768)))
-    assert [[place.system for place in scene.places] for scene in made] == [
+    assert [[case.system for case in scene.cases] for scene in made] == [
         ["hf static", "openvino f32", FLOOR],
         ["hf static", FLOOR],
     ]
@@ -168,21 +173,21 @@ def test_prompts_that_take_minutes_to_read_are_left_out():
 def test_a_brief_model_is_measured_without_bookkeeping_and_narrow_keys_can_be_left_out():
     options = {"policies": ("dense", "raas", "milestone"), "narrow": False}
     made = scenes(plan("hf static", models={"S8": MODEL, "S2": MODEL}, brief=("S2",), **options))
-    assert [[place.label for place in scene.places] for scene in made] == [
+    assert [[case.label for case in scene.cases] for scene in made] == [
         ["hf static", *options["policies"], FLOOR, "raas", "raas", "raas (generate)", CONTROL],
         ["hf static", "dense", "raas", FLOOR, "raas", "raas", "raas (generate)"],
     ]
     (wide,) = scenes(plan("hf static", policies=("raas",)))
-    assert "raas (bfloat16)" in [place.label for place in wide.places]
+    assert "raas (bfloat16)" in [case.label for case in wide.cases]
 
 
 def test_what_is_compared_stands_in_one_scene():
     made = scenes(plan("hf static", policies=("dense", "raas"), batches=(16,), batched=("hf static", "raas")))
     assert [(scene.model, scene.batch) for scene in made] == [("S2", False), ("S2", True)]
-    places = [(place.label, place.context, place.rows) for place in made[0].places]
+    places = [(case.label, case.context, case.rows) for case in made[0].cases]
     assert len(set(places)) == len(places)
     assert {("raas", 2048, 1), ("raas", 32768, 1), ("raas (generate)", MIDDLE, 1)} < set(places)
-    assert [(place.label, place.rows) for place in made[1].places] == [("hf static", 16), ("raas", 16)]
+    assert [(case.label, case.rows) for case in made[1].cases] == [("hf static", 16), ("raas", 16)]
 
 
 @pytest.mark.parametrize("changes", [{"rounds": 0}, {"budget": 200}, {"contexts": (512,)}, {"peers": ("x",)}])
@@ -221,7 +226,7 @@ def test_without_a_network_the_error_says_what_is_needed(cache, monkeypatch):
     monkeypatch.setattr(folders, "_commands", lambda *arguments: failing)
     for _ in range(2):
         with pytest.raises(
-            BenchError, match=r"nobody answers.*package index once, for: peer==1\.2\. Its place is"
+            BenchError, match=r"cannot make the environment 'peer'.*nobody answers.*for peer==1\.2"
         ):
             interpreter("peer")
 
@@ -231,9 +236,9 @@ def test_a_real_environment_runs(cache, monkeypatch, tmp_path):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("UV_OFFLINE", "1")
     (tmp_path / "peer.txt").write_text("")
-    with Worker("longthink.lab.bench.peers.with_kvpress", interpreter("peer")) as worker:
+    with Worker("bench.peers.with_kvpress", interpreter("peer")) as worker:
         with pytest.raises(BenchError, match="No module named 'torch'"):
-            worker.ask("versions")
+            worker.call("versions")
     (tmp_path / "peer.txt").write_text("no-such-peer==1\n")
     with pytest.raises(BenchError, match="no-such-peer==1"):
         interpreter("peer")

@@ -2,31 +2,31 @@
 
 import pytest
 
-from longthink.lab.bench.peers.measure import Found, Timed
-from longthink.lab.bench.peers.plan import CONTROL, FLOOR, LONG, MIDDLE, NARROW, SHORT, Place
-from longthink.lab.bench.peers.targets import targets
+from bench.peers.measure import Results, Timing
+from bench.peers.plan import CONTROL, FLOOR, LONG, MIDDLE, NARROW, SHORT, Case
+from bench.peers.targets import targets
 from longthink.lab.results.records import Measurement
 
 
-def timed(system, *ms, context=MIDDLE, scene=0, kv=1000, extra=0, model="S8", **place):
-    place = Place(system=system, context=context, **place)
+def timed(system, *ms, context=MIDDLE, scene=0, kv=1000, extra=0, model="S8", **case):
+    case = Case(system=system, context=context, **case)
     row = Measurement(
-        run=f"run/{scene}/{place.label}/{context}", kind="batch" if place.rows > 1 else "peers",
-        system=place.label, model=model, dtype="float32",
-        budget=None, decode_budget=None, rows=place.rows, prompt_tokens=0, decode_tokens=context,
+        run=f"run/{scene}/{case.label}/{context}", kind="batch" if case.rows > 1 else "peers",
+        system=case.label, model=model, dtype="float32",
+        budget=None, decode_budget=None, rows=case.rows, prompt_tokens=0, decode_tokens=context,
         ms_per_token=sorted(ms)[len(ms) // 2], ms_per_token_low=min(ms), ms_per_token_high=max(ms), seconds=None,
         kv_bytes=kv, metadata_bytes=extra, rss_bytes=None, device_bytes=None, fast_forwarded=True, threads=1,
         versions="{}", hardware="{}", created="",
     )  # fmt: skip
-    return Timed(scene=scene, batch=place.rows > 1, model=model, place=place, ms=ms, read_bytes=None, row=row)
+    return Timing(scene=scene, batch=case.rows > 1, model=model, case=case, ms=ms, read_bytes=None, row=row)
 
 
-def found(*measured, **missing):
-    return Found(timed=list(measured), missing=missing)
+def results(*measured, **missing):
+    return Results(timings=list(measured), missing=missing)
 
 
 def one(text, *measured, model="S8", **missing):
-    (target,) = [t for t in targets(found(*measured, **missing), [model]) if t.text.startswith(text)]
+    (target,) = [t for t in targets(results(*measured, **missing), [model]) if t.text.startswith(text)]
     return target
 
 
@@ -58,13 +58,13 @@ def test_the_best_dense_cache_is_the_fastest_at_that_context():
     assert (target.measured, target.remark) == (2.5, "hf static compiled")
 
 
-def test_lengths_and_ways_are_told_apart():
+def test_lengths_and_modes_are_told_apart():
     measured = [
         timed("raas", 10, context=SHORT),
         timed("raas", 20),
         timed("raas", 30, context=LONG),
-        timed("raas", 21, way="generate"),
-        timed("raas", 16, way=NARROW),
+        timed("raas", 21, mode="generate"),
+        timed("raas", 16, mode=NARROW),
         timed("openvino f32 eviction", 20),
     ]
     assert one("RaaS after 32k", *measured).measured == 3
@@ -88,7 +88,7 @@ def test_systems_of_different_scenes_or_models_are_not_compared():
 def test_batches_are_compared_row_for_row():
     measured = [timed("hf static", 90, rows=16, model="S2"), timed("raas", 10, rows=16, model="S2")]
     assert one("RaaS tokens/s", *measured, model="S2").measured == 9
-    assert not [t for t in targets(found(*measured), ["S8"]) if t.text.startswith("RaaS tokens/s")]
+    assert not [t for t in targets(results(*measured), ["S8"]) if t.text.startswith("RaaS tokens/s")]
 
 
 def test_bytes_are_those_of_all_contexts_and_must_not_grow():
@@ -96,7 +96,7 @@ def test_bytes_are_those_of_all_contexts_and_must_not_grow():
     same = [timed("raas", 1, context=n, kv=1000, extra=60) for n in (SHORT, LONG)]
     target = one("RaaS bytes", floor, *same)
     assert (target.measured, target.met, target.remark) == (1.06, True, "constant")
-    assert one("RaaS bytes", floor, *same, timed("raas", 1, kv=500, way=NARROW)).remark == "constant"
+    assert one("RaaS bytes", floor, *same, timed("raas", 1, kv=500, mode=NARROW)).remark == "constant"
     grown = one("RaaS bytes", floor, *same, timed("raas", 1, kv=1000, extra=90))
     assert (grown.measured, grown.met, grown.remark) == (1.09, False, "NOT constant")
 
@@ -105,4 +105,4 @@ def test_what_is_missing_is_said_with_its_reason():
     target = one("kvpress", timed("raas", 1), **{"kvpress decoding": "no network"})
     assert (target.measured, target.met, target.remark) == (None, None, "kvpress decoding: no network")
     assert one("kvpress", timed("raas", 1)).remark == "not asked for"
-    assert all(target.measured is None for target in targets(found(), ["S8", "S2"]))
+    assert all(target.measured is None for target in targets(results(), ["S8", "S2"]))

@@ -43,7 +43,7 @@ def test_tables_say_what_was_measured_and_how(call):
         assert out.count(f"\n  {name} ") == 3
     text = " ".join(out.split())
     assert "After 160 tokens the best dense cache of transformers is hf" in text
-    assert "budget=64, prompt of 16 tokens, rows: 1, caches filled with made-up contents" in text
+    assert "budget=64, prompt of 16 tokens, rows: 1, caches filled with random data" in text
     assert "threads: 1, OMP_WAIT_POLICY=" in text
 
 

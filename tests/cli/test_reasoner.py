@@ -59,29 +59,3 @@ def test_its_own_folder_is_a_model_like_any_other(call):
     code, out, _ = call("generate", made.prompt, "--model", folder, "--decode-budget", 256)
     assert code == 0
     assert grade(made, out)
-
-
-@pytest.mark.slow
-def test_train_resumes_and_its_model_generates(call, tmp_path):
-    settings = ("--batch-tokens", 256, "--last-ops", 4, "--no-compile", "--save-every", 5)
-    small = (*settings, "--layers", 2, "--hidden", 64, "--mlp", 64)
-    run = tmp_path / "run"
-    code, out, err = call("reasoner", "train", run, "--tokens", 8000, *small)
-    assert code == 0, err
-    assert out.strip() == str(run / "model")
-    assert len((run / "metrics.jsonl").read_text().splitlines()) >= 1
-    code, _, err = call("reasoner", "train", run, "--tokens", 9000, *small)
-    assert code == 2
-    assert "tokens=9000" in err
-    made = make_problem(profile="chain", size="s", seed=7)
-    code, out, _ = call(
-        "generate", made.prompt, "--model", run / "model", "--max-new-tokens", 20, "--decode-budget", 64
-    )
-    assert code == 0
-    assert not grade(made, out)
-
-
-def test_train_refuses_bad_settings(call, tmp_path):
-    code, _, err = call("reasoner", "train", tmp_path / "run", "--tokens", 0)
-    assert code == 2
-    assert "tokens=0" in err

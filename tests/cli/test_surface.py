@@ -20,9 +20,7 @@ def surface(node=app, path="longthink"):
     if node.default_command is not None:
         for argument in node.assemble_argument_collection():
             if argument.parse and argument.show:
-                # The defaults of a training run are the recipe of the weights, which may be improved.
-                fixed = not argument.field_info.required and not path.endswith(" train")
-                shown = f" = {argument.field_info.default}" if fixed else ""
+                shown = "" if argument.field_info.required else f" = {argument.field_info.default}"
                 lines.append(f"  {' '.join(argument.names)}{shown}")
     for name in sorted(name for name in node if not name.startswith("-")):
         lines += surface(node[name], f"{path} {name}")

@@ -1,6 +1,6 @@
 import pytest
 
-from longthink.reasoner.config import TrainConfig
+from tools.train_reasoner.config import TrainConfig
 
 
 @pytest.fixture(scope="session")

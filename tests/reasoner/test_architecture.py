@@ -6,12 +6,12 @@ import pytest
 import torch
 from transformers import Qwen2ForCausalLM
 
-from longthink.reasoner.architecture import forward, model_config, rope_table
-from longthink.reasoner.config import TrainConfig
-from longthink.reasoner.export import export_model
-from longthink.reasoner.initial import BASIS, embedding_map, initial_weights
-from longthink.reasoner.trainer import materialise
 from longthink.reasoner.vocabulary import BRIEF, FORMS, NAMES, TOKEN_IDS, token_ids
+from tools.train_reasoner.architecture import forward, model_config, rope_table
+from tools.train_reasoner.config import TrainConfig
+from tools.train_reasoner.export import export_model
+from tools.train_reasoner.initial import BASIS, embedding_map, initial_weights
+from tools.train_reasoner.trainer import materialise
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from longthink.reasoner.curve import plot_curve
+from tools.train_reasoner.card import plot_curve
 
 
 def test_curve_is_a_png_of_all_records(tmp_path):
@@ -19,10 +19,10 @@ def test_curve_is_a_png_of_all_records(tmp_path):
 def test_training_needs_no_matplotlib(tmp_path, tiny_config, monkeypatch):
     from dataclasses import replace
 
-    from longthink.reasoner import train
+    from tools.train_reasoner.trainer import train
 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr("longthink.reasoner.trainer.find_spec", lambda name: None)
+    monkeypatch.setattr("tools.train_reasoner.trainer.find_spec", lambda name: None)
     result = train(replace(tiny_config, tokens=1000), out=tmp_path)
     assert result.model is not None
     assert not (tmp_path / "loss.png").exists()

@@ -9,9 +9,9 @@ from safetensors import safe_open
 
 from longthink.lab.results.statistics import wilson
 from longthink.reasoner import PROFILES, Size, load_reasoner, make_problem, make_problems
-from longthink.reasoner.evaluate import evaluate, solve
 from longthink.reasoner.task import grade
 from longthink.reasoner.vocabulary import TOKENS
+from tools.train_reasoner.evaluate import evaluate, solve
 
 FOLDER = files("longthink.reasoner") / "weights"
 SEED = 77_000

@@ -6,9 +6,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast, TextStreamer
 
 from longthink.reasoner import PROFILES, Size, make_problem
-from longthink.reasoner.export import export_model
-from longthink.reasoner.tokenizer import build_tokenizer
 from longthink.reasoner.vocabulary import SPECIAL, TOKEN_IDS, TOKENS, token_ids
+from tools.train_reasoner.export import build_tokenizer, export_model
 
 tokenizer = build_tokenizer()
 problems = st.builds(

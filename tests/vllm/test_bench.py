@@ -1,4 +1,4 @@
-"""``longthink bench vllm`` with tiny engines."""
+"""``python -m bench.vllm`` with real engines, as small as they get."""
 
 import json
 import os
@@ -16,7 +16,7 @@ ARGUMENTS = ["--policies", "raas", "--budget", "64", "--contexts", "400,1000", "
 
 
 def test_engines_are_measured_and_filled(tmp_path):
-    command = [sys.executable, "-m", "longthink.cli", "bench", "vllm", *ARGUMENTS]
+    command = [sys.executable, "-m", "bench.vllm", *ARGUMENTS]
     done = subprocess.run(
         command, env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)}, capture_output=True, text=True
     )

@@ -211,6 +211,8 @@ class LayerCache(CacheStats):
                 f"the cache holds {len(self.rows.lengths)} rows and was given {len(query_BHQD)}"
             )
         columns = query_BHQD.shape[2]
+        if not columns:
+            return torch.empty_like(query_BHQD)
         block = query_BHQD, key_BKQD, value_BKQD
         by_user = columns > 1 or self._announced > 0
         if self._store is None or (by_user and grows(self.policy)):

@@ -1,4 +1,4 @@
-"""The shipped weights."""
+"""Loading the shipped weights."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def load_reasoner(dtype: torch.dtype = torch.float32) -> tuple[Qwen2ForCausalLM,
     """
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(
-            f"dtype={dtype!r} is no floating-point type: allowed are torch.float32, torch.bfloat16 ..."
+            f"dtype={dtype!r} is not a floating-point type: allowed are torch.float32, torch.bfloat16 ..."
         )
     with as_file(files("longthink.reasoner") / "weights") as folder:
         return load_folder(folder, dtype)
 
 
 def weights_revision() -> str:
-    """Return what tells the shipped weights from earlier and later ones: the beginning of their SHA-256."""
+    """Return the first 12 hex digits of the SHA-256 of the shipped weights."""
     data = (files("longthink.reasoner") / "weights" / "model.safetensors").read_bytes()
     return hashlib.sha256(data).hexdigest()[:12]
 
@@ -50,7 +50,7 @@ def weights_revision() -> str:
 def load_folder(
     folder: Path, dtype: torch.dtype = torch.float32
 ) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerFast]:
-    """Return the model and the tokenizer of a folder that training wrote."""
+    """Load the model and the tokenizer of a folder that training wrote."""
     model = Qwen2ForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
-    # Not AutoTokenizer: for the model type qwen2 it makes Qwen's byte-level tokenizer of any tokenizer.json.
+    # Not AutoTokenizer, which turns any tokenizer.json of model type qwen2 into Qwen's byte-level tokenizer.
     return model.eval(), PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)

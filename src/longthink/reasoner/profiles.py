@@ -1,8 +1,8 @@
 """Reuse profiles: which earlier values each line of a program reads.
 
-All profiles write the same kind of line; they differ only in how long a value is needed and how long it rests
-between two reads, which is what a bounded cache has to cope with. A profile is a generator function: it gets the
-:class:`Bench` and yields the two operands of one line after the other.
+All profiles produce the same kind of line. They differ only in how long a value is needed and how long it is unread
+between two reads, which is what a bounded cache has to cope with. A profile is a generator function that takes the
+:class:`Bench` and yields the two operands of each line.
 """
 
 from __future__ import annotations
@@ -13,31 +13,31 @@ from collections.abc import Callable, Iterator
 from longthink.reasoner.vocabulary import NAMES
 
 FRESH_FACT = 0.15
-"""Share of the chain's lines that bring in a prompt fact not read before."""
+"""Share of the chain's operands that are prompt facts not read before."""
 
 
 class Bench:
-    """The values at hand while a program is being written.
+    """The values available while a program is being generated.
 
     Parameters
     ----------
     rng
-        Source of all choices.
+        Source of all random choices.
     ops
-        Lines the program will have.
+        Number of lines of the program.
     live
-        Values that may be read at any time (the width of the chain).
+        Number of live values (the width of the chain).
 
     Attributes
     ----------
     facts
-        Names given in the prompt, in order of their first use.
+        Names given in the prompt, in order of first use.
     results
         Names computed so far; ``results[i]`` is the result of line ``i``.
     live
-        Names the chain may read next.
+        Names that the chain may read next.
     last_read
-        Line that last read a name; a name is missing until it is read.
+        The line that last read each name; unread names are missing.
     """
 
     def __init__(self, rng: random.Random, ops: int, live: int) -> None:
@@ -54,21 +54,21 @@ class Bench:
 
     @property
     def lines_left(self) -> int:
-        """Lines still to be written."""
+        """Lines still to be generated."""
         return self.ops - len(self.results)
 
     @property
     def unread(self) -> list[str]:
-        """Results that nothing has read so far, oldest first."""
+        """Unread results, oldest first."""
         return [name for name in self.results if name not in self.last_read]
 
     @property
     def spare_facts(self) -> int:
-        """Facts that can still be drawn."""
+        """Number of facts that can still be drawn."""
         return len(self._fact_names) - len(self.facts)
 
     def new_fact(self) -> str:
-        """Draw a prompt fact that nothing has read so far."""
+        """Draw an unread prompt fact."""
         self.facts.append(self._fact_names[len(self.facts)])
         return self.facts[-1]
 
@@ -81,7 +81,7 @@ class Bench:
         return self.rng.choice([name for name in self.live if name != other])
 
     def keep(self, name: str) -> None:
-        """Make ``name`` live, if need be in place of a value that has been read (of any, if none has)."""
+        """Make ``name`` live; at full width it replaces a random value that has been read, or any if none has."""
         if len(self.live) < self.width:
             self.live.append(name)
             return
@@ -89,7 +89,7 @@ class Bench:
         self.live[self.rng.choice(read or range(len(self.live)))] = name
 
     def finish_line(self, left: str, right: str) -> str:
-        """Record that a line read ``left`` and ``right``; return the name of its result, now live."""
+        """Record that a line reads ``left`` and ``right``; return the name of its result, which is now live."""
         line = len(self.results)
         self.last_read[left] = self.last_read[right] = line
         self.results.append(self._result_names[line])
@@ -98,14 +98,14 @@ class Bench:
 
 
 def chain(bench: Bench) -> Iterator[tuple[str, str]]:
-    """Short reuse: a few live values, each line reads two of them and one gives way."""
+    """Short reuse: each line reads two of a few live values and replaces one."""
     while True:
         first = bench.chain_operand()
         yield first, bench.chain_operand(other=first)
 
 
 def lemma(bench: Bench) -> Iterator[tuple[str, str]]:
-    """Milestones: one result serves most lines for about a third of the program, then never again."""
+    """Milestones: one result is read by most lines for about a third of the program, then never again."""
     lifetime = max(4, bench.ops // 3)
     yield from _lines(chain(bench), 2)
     while True:
@@ -117,7 +117,7 @@ def lemma(bench: Bench) -> Iterator[tuple[str, str]]:
 
 
 def recurrent(bench: Bench) -> Iterator[tuple[str, str]]:
-    """Long gaps inside the chain of thought: early results are read again in turn, each after a long rest."""
+    """Long gaps within the chain of thought: early results are read again in turn, each after a long gap."""
     rest = max(3, bench.ops // 4)
     size = rest // 2 + 1
     yield from _lines(chain(bench), size)
@@ -134,7 +134,7 @@ def recurrent(bench: Bench) -> Iterator[tuple[str, str]]:
 
 
 def phoenix(bench: Bench) -> Iterator[tuple[str, str]]:
-    """Prompt facts late: half of the lines read a fact never read so far, or the one unread for longest."""
+    """Late reads of the prompt: half of the lines read an unread fact, or the one unread for longest."""
     while True:
         first = bench.chain_operand()
         if bench.rng.random() >= 0.5:
@@ -149,8 +149,8 @@ def phoenix(bench: Bench) -> Iterator[tuple[str, str]]:
 def operands(bench: Bench, profile: str) -> Iterator[tuple[str, str]]:
     """Yield the operands of each line of a program.
 
-    The last few lines read the results that are still unread, whatever the profile: so every line bears on the
-    answer, and a wrong look-up anywhere is a wrong answer.
+    Under every profile the last few lines read the results that are still unread: every line contributes to the
+    answer, so a wrong look-up anywhere makes the answer wrong.
     """
     pairs = PROFILES[profile](bench)
     while bench.lines_left:
@@ -164,7 +164,6 @@ def operands(bench: Bench, profile: str) -> Iterator[tuple[str, str]]:
 
 
 def _lines(profile: Iterator[tuple[str, str]], count: int) -> Iterator[tuple[str, str]]:
-    """Yield the next ``count`` lines of ``profile``."""
     for _ in range(count):
         yield next(profile)
 

@@ -1,8 +1,8 @@
-"""Which tokens of a problem its worked solution needs, and when: the truth that an analysis of attention must find.
+"""Which tokens of a problem its solution reads, and when: the ground truth for an analysis of attention.
 
-A line such as ``cow= bee 47 +cat 08 ; ... ; cow: 55`` is written from its rule in the prompt, ``cow= bee +cat``, and
-looks up the value of ``bee`` when ``bee`` is written and that of ``cat`` when ``+cat`` is. Its own value is its last
-token, which later lines look up. This module is pure Python.
+A line such as ``cow= bee 47 +cat 08 ; ... ; cow: 55`` follows its rule in the prompt, ``cow= bee +cat``, and looks up
+the value of ``bee`` after writing ``bee`` and that of ``cat`` after ``+cat``. Its own value is its last token, which
+later lines look up. This module is pure Python.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ class NeededToken:
     Attributes
     ----------
     kind
-        ``fact`` (a value in the prompt), ``result`` (a value that a line worked out) or ``rule`` (one of the three
-        tokens of a rule in the prompt).
+        ``fact`` (a value in the prompt), ``result`` (a value computed by a line) or ``rule`` (one of the three tokens
+        of a rule in the prompt).
     position
-        Position in prompt and solution, as the tokenizer numbers them: start token first.
+        Position in prompt and solution, counted from the start token.
     reads
-        Positions of the tokens at which it is looked up, in order; what it gives is written next.
+        Positions of the tokens that look it up, in order; each is followed by the value read.
     """
 
     kind: str
@@ -34,7 +34,7 @@ class NeededToken:
 
 
 def needed_tokens(problem: Problem) -> list[NeededToken]:
-    """Return the tokens that the worked solution reads again, in order of position."""
+    """Return the tokens that the solution reads again, in order of position."""
     prompt, solution = [BOS, *problem.prompt.split()], problem.solution.split()
     line = len(solution) // len(problem.rules)
     starts = {rule.name: len(prompt) + i * line for i, rule in enumerate(problem.rules)}
@@ -46,7 +46,7 @@ def needed_tokens(problem: Problem) -> list[NeededToken]:
         start = starts[rule.name]
         reads[rule.left].append(start + 1)
         reads[rule.right].append(start + 3)
-        # The three tokens of a rule give the head and the two operands of its line.
+        # The three tokens of a rule determine the head and the two operands of its line.
         place = prompt.index(f"{rule.name}=")
         found += [
             NeededToken(kind="rule", position=place + i, reads=(start + offset,))

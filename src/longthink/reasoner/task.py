@@ -1,6 +1,6 @@
-"""The reasoning task: straight-line programs, worked out digit by digit.
+"""The reasoning task: straight-line programs, computed digit by digit.
 
-A prompt gives facts, rules and a query; its last token asks for the brief or the checked chain of thought::
+A prompt has facts, rules and a query; its last token requests the brief or the checked chain of thought::
 
     bee: 47
     cat: 08
@@ -8,15 +8,15 @@ A prompt gives facts, rules and a query; its last token asks for the brief or th
     ? cow
     #
 
-The solution is one line per rule. It looks the operands up, adds or subtracts digit by digit (low digit first; the
-leading digit of a partial result is the carry or borrow) and states the value, modulo 100::
+The solution has one line per rule, which looks up the operands, adds or subtracts digit by digit (low digit first;
+the leading digit of a partial result is the carry or borrow) and states the value, modulo 100::
 
     cow= bee 47 +cat 08 ; 7 + 8 = 15 ; 4 + 0 + 1 = 05 ; cow: 55
 
-A brief line has 22 tokens; a checked line works the two digits out twice and has 38.
+A brief line has 22 tokens; a checked line computes the two digits twice and has 38.
 
-Problems are split by a stable hash of their text, so a problem of the test split can never be met in training,
-whatever the seeds. This module is pure Python.
+Problems are split by a stable hash of their text, so no problem of the test split can occur in training, whatever the
+seeds. This module is pure Python.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from longthink.reasoner.vocabulary import BRIEF, CHECKED, EOS, NAMES, PAD
 
 SPLITS = ("train", "test")
 MIN_LIVE, MAX_LIVE = 3, 8
-"""Fewest and most values the chain of a program keeps at hand."""
+"""Fewest and most live values of the chain of a program."""
 MIN_OPS, MAX_OPS = 2, len(NAMES) - MAX_LIVE
-"""Fewest and most lines of a program: every line needs a name of its own."""
+"""Fewest and most lines of a program: every line needs its own name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """How long a problem is: ``ops`` lines, brief or checked."""
+    """The length of a problem: ``ops`` lines, brief or checked."""
 
     ops: int
     checked: bool = False
@@ -79,17 +79,17 @@ class Problem:
     Attributes
     ----------
     prompt, solution
-        Text for the model and the chain of thought it should write (without the end token).
+        Text for the model, and the expected chain of thought (without the end token).
     answer
         Final value, two digits.
     query
-        Name whose value is asked for.
+        Name whose value is the answer.
     profile, size, split
-        Where it belongs; ``size`` is a key of :data:`SIZES` or, for other lengths, the number of lines.
+        As in `make_problem`; for a length that is not in :data:`SIZES`, ``size`` is the number of lines.
     facts
         Names given in the prompt, in prompt order, distractors included.
     rules
-        The program; line ``i`` of the solution works out ``rules[i]``.
+        The program; line ``i`` of the solution computes ``rules[i]``.
     values
         Value of every fact and result.
     """
@@ -124,13 +124,13 @@ def make_problem(
     size
         A key of `SIZES`, or any `Size`.
     seed
-        Chooses the problem.
+        Seed of the problem.
     split
-        ``"test"`` for evaluation, ``"train"`` for training; no problem is in both.
+        ``"test"`` for evaluation or ``"train"`` for training; no problem is in both.
     live
-        Values the chain keeps at hand.
+        Live values of the chain.
     distractors
-        Facts in the prompt that no rule reads, at most; names may run out before.
+        Most facts in the prompt that no rule reads; fewer if names run out.
 
     Raises
     ------
@@ -171,17 +171,17 @@ def make_problems(
 
 
 def grade(problem: Problem, text: str) -> bool:
-    """Tell whether ``text``, what the model wrote after the prompt, ends with the right answer.
+    """Return whether ``text``, the output of the model after the prompt, ends with the right answer.
 
-    Its last words must be ``query: NN``, followed by nothing but the end token and padding.
+    Its last words must be ``query: NN``, followed only by the end token and padding.
     """
     return final_value(text) == f"{problem.query}: {problem.answer}"
 
 
 def final_value(text: str) -> str | None:
-    """Return the last words of ``text`` if they state a value, such as ``cow: 55``, else None.
+    """Return the last two words of ``text`` if they state a value, such as ``cow: 55``, else None.
 
-    The end token and padding behind them do not count.
+    The end token and padding after them are ignored.
     """
     words = text.split()
     while words and words[-1] in (EOS, PAD):
@@ -197,13 +197,13 @@ def digit_work(op: str, left: int, right: int) -> str:
     low = x0 + sign * y0
     carry = int(not 0 <= low <= 9)
     high = x1 + sign * (y1 + carry)
-    # A negative difference is lent a ten and marked by a leading 1: "3 - 8 = 15" reads "5, borrow 1".
+    # A negative difference borrows a ten and gets a leading 1: "3 - 8 = 15" means "5, borrow 1".
     low, high = (value + 20 if value < 0 else value for value in (low, high))
     return f"{x0} {op} {y0} = {low:02d} ; {x1} {op} {y1} {op} {carry} = {high:02d}"
 
 
 def solution_line(rule: Rule, values: Mapping[str, int], *, checked: bool) -> str:
-    """Return the line of the chain of thought that works out ``rule``."""
+    """Return the line of the chain of thought that computes ``rule``."""
     left, right = values[rule.left], values[rule.right]
     work = digit_work(rule.op, left, right)
     if checked:
@@ -213,9 +213,9 @@ def solution_line(rule: Rule, values: Mapping[str, int], *, checked: bool) -> st
 
 
 def split_of(program: str) -> str:
-    """Return the split a prompt belongs to: one in eight hashes is ``test``.
+    """Return the split of a prompt: one in eight hashes is ``test``.
 
-    The last token (brief or checked) does not count: both forms of a program are on the same side.
+    The last token (brief or checked) is not hashed, so both forms of a program are in the same split.
     """
     text = program.rsplit(maxsplit=1)[0]
     return "test" if hashlib.sha256(text.encode()).digest()[0] % 8 == 0 else "train"
@@ -224,7 +224,7 @@ def split_of(program: str) -> str:
 def draw_problem(
     rng: random.Random, *, profile: str, size: Size, split: str, live: int = 6, distractors: int = 0
 ) -> Problem:
-    """Draw problems from ``rng`` until one falls on the side of ``split`` (arguments are not checked)."""
+    """Draw problems from ``rng`` until one is in ``split`` (arguments are not checked)."""
     while True:
         problem = _draw(rng, profile, size, live, distractors)
         if problem.split == split:

@@ -1,9 +1,9 @@
-"""The words of the reasoning task: every token the model can read or write.
+"""The vocabulary of the reasoning task.
 
-A name such as ``bee`` has five forms, each a token of its own, because a form says what is being asked:
+A name such as ``bee`` has five forms, each a token of its own, because the form determines what follows:
 
 ======== ================================ =====================
-form     where it stands                  example
+form     use                              example
 ======== ================================ =====================
 ``bee``  first operand                    ``cow= bee +cat``
 ``+bee`` second operand, added            ``cow= cat +bee``
@@ -12,7 +12,7 @@ form     where it stands                  example
 ``bee:`` a value, given or just computed  ``bee: 47``
 ======== ================================ =====================
 
-This module is pure Python: generating and grading problems must not need torch.
+This module is pure Python, so that generating and grading problems do not import torch.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ NAMES: tuple[str, ...] = tuple(
     pen piano pig pine plum pond ring rose ship shoe snail sock spoon star swan tent tiger tree wolf
     """.split()
 )
-"""The 104 names a problem draws from: short, distinct English nouns."""
+"""The 104 names: short, distinct English nouns."""
 
 FORMS: tuple[str, ...] = ("{}", "+{}", "-{}", "{}=", "{}:")
 """The five forms of a name, as format strings."""
 
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 BRIEF, CHECKED = "#", "#check"
-"""Last token of a prompt: asks for the brief or for the checked (wordier) chain of thought."""
+"""Last token of a prompt: requests the brief or the checked (longer) chain of thought."""
 
 SPECIAL: tuple[str, ...] = (PAD, BOS, EOS, UNK)
 SIGNS: tuple[str, ...] = (BRIEF, CHECKED, "?", "check", ";", "=", "+", "-")
@@ -43,7 +43,7 @@ NUMBERS: tuple[str, ...] = tuple(f"{i:02d}" for i in range(100))
 TOKENS: tuple[str, ...] = (
     SPECIAL + SIGNS + DIGITS + NUMBERS + tuple(form.format(name) for form in FORMS for name in NAMES)
 )
-"""The vocabulary in id order; the names come last, form by form."""
+"""The tokens in id order; the names come last, form by form."""
 
 TOKEN_IDS: dict[str, int] = {token: i for i, token in enumerate(TOKENS)}
 FIRST_NAME_ID: int = TOKEN_IDS[FORMS[0].format(NAMES[0])]
@@ -51,5 +51,5 @@ FIRST_NAME_ID: int = TOKEN_IDS[FORMS[0].format(NAMES[0])]
 
 
 def token_ids(text: str) -> list[int]:
-    """Return the ids of the white-space separated tokens of ``text`` (no special tokens are added)."""
+    """Return the ids of the white-space separated tokens of ``text``, without special tokens."""
     return [TOKEN_IDS[token] for token in text.split()]

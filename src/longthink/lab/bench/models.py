@@ -1,4 +1,4 @@
-"""The model that is measured: one that `load_model` finds, or a random one of a given shape."""
+"""The model to benchmark: one that `load_model` finds, or a random one of a given shape."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from longthink.config import check_choice, check_int
 from longthink.models import Loaded, load_model, pick_device
 
 RANDOM = "random:layers=8,hidden=512,heads=8,kv_heads=2,head_dim=64"
-"""The model unless another is asked for: made on the spot, so that anybody can measure the same one."""
+"""The default model: made from a fixed seed, so that every machine measures the same one."""
 
 _SHAPE = ("layers", "hidden", "heads", "kv_heads", "head_dim")
 _VOCABULARY = 1024
-_LONGEST = 1 << 20
+_MAX_POSITIONS = 1 << 20
 
 
 def bench_model(name: str = RANDOM, *, device: str = "auto", dtype: str = "auto") -> Loaded:
-    """Return the model to measure.
+    """Return the model to benchmark.
 
     Parameters
     ----------
     name
-        ``random:`` and some of layers, hidden, heads, kv_heads and head_dim (the others are those of `RANDOM`): a
-        Qwen2 with random weights, an MLP three times as wide as the model, and 1024 tokens of vocabulary. Or
-        anything that `longthink.models.load_model` takes.
+        ``random:`` and any of layers, hidden, heads, kv_heads and head_dim (the rest as in `RANDOM`): a Qwen2 with
+        random weights, an MLP three times as wide as the model, and a vocabulary of 1024 tokens. Or anything that
+        `longthink.models.load_model` takes.
     device, dtype
-        As there; a random model has float32 unless said otherwise.
+        See `longthink.models.load_model`; ``auto`` is float32 for a random model.
 
     Raises
     ------
     ValueError, OSError
-        If the shape makes no model, or there is no such model.
+        If the shape is invalid, or the model is not found.
     """
     if name.partition(":")[0] != "random":
         return load_model(name, device=device, dtype=dtype)
@@ -47,11 +47,11 @@ def bench_model(name: str = RANDOM, *, device: str = "auto", dtype: str = "auto"
         num_attention_heads=shape["heads"],
         num_key_value_heads=shape["kv_heads"],
         head_dim=shape["head_dim"],
-        max_position_embeddings=_LONGEST,
+        max_position_embeddings=_MAX_POSITIONS,
     )
-    place = pick_device(torch, device)
+    where = pick_device(torch, device)
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(config).to(place, torch.float32 if dtype == "auto" else getattr(torch, dtype))
+    model = Qwen2ForCausalLM(config).to(where, torch.float32 if dtype == "auto" else getattr(torch, dtype))
     return Loaded(
         model=model.eval(),
         tokenizer=None,
@@ -63,12 +63,12 @@ def bench_model(name: str = RANDOM, *, device: str = "auto", dtype: str = "auto"
 
 
 def random_shape(name: str) -> dict[str, int]:
-    """Read the shape of a random model.
+    """Parse the shape of a random model.
 
     Raises
     ------
     ValueError
-        If a field is unknown or out of range, or they do not fit together.
+        If a field is unknown or out of range, or two fields are incompatible.
     """
     shape = _fields(RANDOM) | _fields(name)
     for field, value in shape.items():
@@ -81,12 +81,12 @@ def random_shape(name: str) -> dict[str, int]:
 
 
 def _fields(name: str) -> dict[str, int]:
-    found = {}
+    fields = {}
     for part in filter(None, name.partition(":")[2].split(",")):
         field, _, text = part.partition("=")
         check_choice("field of a random model", field, _SHAPE)
         try:
-            found[field] = int(text)
+            fields[field] = int(text)
         except ValueError:
             raise ValueError(f"{field}={text!r} must be an integer: allowed is >= 1") from None
-    return found
+    return fields

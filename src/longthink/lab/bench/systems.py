@@ -1,9 +1,8 @@
-"""What is measured: longthink's caches, and the dense caches that transformers itself offers.
+"""The systems that are measured: longthink's caches, and the dense caches of transformers.
 
-Each system decodes the same model from the same prompt, greedily, one `forward` call per token. They differ in the
-cache alone.
+Each decodes the same model from the same prompt, greedily, one forward pass per token; only the caches differ.
 
-Shape suffixes: B batch rows, K KV heads, N tokens, D head dim.
+Shape suffixes: B batch rows, N tokens.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ from longthink.policies import Policy, make_policy, needs_budget, policy_spec
 
 
 class System(ABC):
-    """One cache around one model.
+    """A model and one cache.
 
     Parameters
     ----------
     model
-        The model; systems share it.
+        Shared by all systems.
     prompt_BN
         Token ids of the prompts, all of the same length.
     """
@@ -42,23 +41,21 @@ class System(ABC):
     name: str
     budget: Budget | None = None
     full_size_at_once: ClassVar[bool] = False
-    """Whether a text of N tokens costs the same per token from its first token on."""
+    """Whether the cache is allocated, and read, in its final size from the first token on."""
 
     def __init__(self, model: PreTrainedModel, prompt_BN: Tensor) -> None:
         self.model = model
         self.prompt_BN = prompt_BN
         self.decoded = -1
-        """Tokens decoded so far; -1 before the prompt was read."""
+        """Tokens decoded so far; -1 before the prefill."""
         self.prefill_seconds = 0.0
         self.cache: Any = None
         self._token_B1 = prompt_BN[:, -1:]
 
-    # What measurements ask for --------------------------------------------------------------------------------
-
     def go_to(self, length: int, *, fast: bool) -> None:
-        """Bring the cache to `length` decoded tokens, by decoding or, if `fast`, with made-up contents."""
+        """Bring the cache to `length` decoded tokens: by decoding or, if `fast`, by filling it with random data."""
         if self.decoded < 0:
-            self._begin(length)
+            self._prefill(length)
         missing = length - self.decoded
         assert missing >= 0
         if not fast:
@@ -71,44 +68,43 @@ class System(ABC):
 
     @torch.no_grad()
     def decode(self, steps: int) -> None:
-        """Decode tokens, each the most likely after the one before."""
+        """Decode `steps` tokens greedily."""
         for _ in range(steps):
             logits = self._forward(self._token_B1)
             self._token_B1 = logits[:, -1:].argmax(-1)
         self.decoded += steps
 
     @property
-    @abstractmethod
     def kv_bytes(self) -> int:
         """Bytes allocated for keys and values."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
 
     @property
     def metadata_bytes(self) -> int:
-        """Bytes allocated for what the cache keeps beside keys and values."""
+        """Bytes that the cache allocates in addition to keys and values."""
         return 0
-
-    # What a kind of cache defines -----------------------------------------------------------------------------
 
     @abstractmethod
     def _new_cache(self, length: int) -> Any:
-        """Return an empty cache, for a text that decodes `length` tokens before it is measured."""
+        """Return an empty cache; `length` tokens are decoded before the first measurement."""
 
     @abstractmethod
     def _fill(self, tokens: int, seed: torch.Generator) -> None:
-        """Take in made-up tokens."""
+        """Append random tokens to the cache."""
 
     def _forward(self, ids_BN: Tensor) -> Tensor:
         return self.model(input_ids=ids_BN, past_key_values=self.cache, use_cache=True).logits
 
     @torch.no_grad()
-    def _begin(self, length: int) -> None:
+    def _prefill(self, length: int) -> None:
         self.cache = self._new_cache(length)
-        started = clock(self.prompt_BN.device)()
+        now = clock(self.prompt_BN.device)
+        started = now()
         logits = self.model(
             input_ids=self.prompt_BN, past_key_values=self.cache, use_cache=True, logits_to_keep=1
         ).logits
         self._token_B1 = logits[:, -1:].argmax(-1)
-        self.prefill_seconds = clock(self.prompt_BN.device)() - started
+        self.prefill_seconds = now() - started
         self.decoded = 0
 
 
@@ -120,7 +116,7 @@ class PagedSystem(System):
     kv_dtype
         See `longthink.make_cache`.
     compiled
-        Whether the decode step is compiled, as `longthink.generate` compiles it. Compiling is not counted.
+        Whether the decode step is compiled, as `longthink.generate` compiles it. Compile time is not counted.
     """
 
     def __init__(
@@ -146,15 +142,15 @@ class PagedSystem(System):
         return PagedCache(self.model, self.policy, self.budget, len(self.prompt_BN), self.kv_dtype)
 
     @override
-    def _begin(self, length: int) -> None:
+    def _prefill(self, length: int) -> None:
         try:
-            super()._begin(length)
+            super()._prefill(length)
         finally:
             self.cache.close()
 
     @override
     def decode(self, steps: int) -> None:
-        # Open only while it decodes: the model must be as it was for the caches of transformers.
+        # Attached to the model only while decoding: the caches of transformers need the model unchanged.
         with self.cache:
             super().decode(steps)
 
@@ -185,7 +181,7 @@ class PagedSystem(System):
 
 
 class DynamicSystem(System):
-    """The cache that transformers uses unless told otherwise: one `torch.cat` per layer and token."""
+    """The default cache of transformers: one `torch.cat` per layer and token."""
 
     name = "hf dynamic"
 
@@ -200,21 +196,16 @@ class DynamicSystem(System):
                 torch.cat([old, random_like(old, tokens, seed)], 2) for old in (layer.keys, layer.values)
             )
 
-    @property
-    @override
-    def kv_bytes(self) -> int:
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
-
 
 class StaticSystem(System):
-    """The cache of fixed size of transformers, allocated for the whole text at once.
+    """The preallocated cache of transformers.
 
     Parameters
     ----------
     room
-        Tokens that will be decoded after the length that `go_to` names.
+        Tokens decoded after the length passed to `go_to`.
     whole
-        Decoded tokens that the cache is made for; None makes a new cache of just the size for every length.
+        Decoded tokens to allocate for; None allocates a new cache of exactly the size needed at each length.
     """
 
     name = "hf static"
@@ -247,20 +238,15 @@ class StaticSystem(System):
                 tensor[:, :, old : old + tokens] = random_like(tensor[:, :, :old], tokens, seed)
             layer.cumulative_length.fill_(old + tokens)
 
-    @property
-    @override
-    def kv_bytes(self) -> int:
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
-
 
 class CompiledSystem(StaticSystem):
-    """The same, with the model compiled as transformers' `generate` compiles it. Compiling is not counted."""
+    """The same with the model compiled as in transformers' `generate`. Compile time is not counted."""
 
     name = "hf static compiled"
 
     @override
     def _new_cache(self, length: int) -> StaticCache:
-        # A program is compiled for one cache; without this, the compiler would give up after a few of them.
+        # Each cache is compiled for anew; without a reset the compiler hits its recompilation limit.
         torch.compiler.reset()
         return super()._new_cache(length)
 
@@ -287,36 +273,35 @@ def make_systems(model: PreTrainedModel, plan: Plan, *, room: int, whole: int | 
     Raises
     ------
     UnsupportedModelError
-        If the model would be served wrongly.
+        If longthink does not support the model.
     """
     check_model(model)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    drawn = torch.Generator().manual_seed(0)
-    prompt_BN = torch.randint(vocabulary, (plan.rows, plan.prompt), generator=drawn).to(model.device)
-    made: list[System] = []
+    generator = torch.Generator().manual_seed(0)
+    prompt_BN = torch.randint(vocabulary, (plan.rows, plan.prompt), generator=generator).to(model.device)
+    systems: list[System] = []
     for name in plan.baselines:
         if name == "dynamic":
-            made.append(DynamicSystem(model, prompt_BN))
+            systems.append(DynamicSystem(model, prompt_BN))
         else:
-            kind = StaticSystem if name == "static" else CompiledSystem
-            made.append(kind(model, prompt_BN, room=room, whole=whole))
+            static = StaticSystem if name == "static" else CompiledSystem
+            systems.append(static(model, prompt_BN, room=room, whole=whole))
     for spec in plan.policies:
         for compiled in (False, True) if plan.compile else (False,):
-            made.append(
-                PagedSystem(
-                    model, prompt_BN, make_policy(spec), plan.budget, plan.kv_dtype, compiled=compiled
-                )
+            system = PagedSystem(
+                model, prompt_BN, make_policy(spec), plan.budget, plan.kv_dtype, compiled=compiled
             )
-    return made
+            systems.append(system)
+    return systems
 
 
 def clock(device: torch.device) -> Callable[[], float]:
-    """Return the clock of a device: CPU time of the process, or wall-clock time after the device has finished."""
+    """Return the clock of a device: CPU time of the process, or wall-clock time once the device is idle."""
     if device.type == "cpu":
         return time.process_time
 
-    def finished() -> float:
+    def synchronized() -> float:
         torch.accelerator.synchronize(device)
         return time.perf_counter()
 
-    return finished
+    return synchronized

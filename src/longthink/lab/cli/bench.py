@@ -1,4 +1,4 @@
-"""``longthink bench``: time per token and memory against the decode length."""
+"""``longthink bench``: time per token and memory against decode length."""
 
 from __future__ import annotations
 
@@ -28,11 +28,9 @@ if TYPE_CHECKING:
 
 bench_app = App(
     name="bench",
-    help="Time and memory of the caches, beside the best dense ones of transformers.",
+    help="Time and memory of the caches, beside the dense ones of transformers.",
     suppress_keyboard_interrupt=False,
 )
-bench_app.command("longthink.lab.cli.bench_peers:peers", name="peers")
-bench_app.command("longthink.lab.cli.bench_vllm:vllm", name="vllm")
 
 DEFAULT_BUDGET = 1024
 
@@ -49,22 +47,22 @@ class BenchOptions(BudgetOptions, ModelOptions):
     """Policies to measure, separated by commas; options after colons, such as raas:r=0.25."""
 
     baselines: str = ",".join(BASELINES)
-    """Dense caches of transformers to measure beside them, separated by commas."""
+    """Dense caches of transformers to compare with, separated by commas."""
 
     lengths: str = "1024,2048,4096,8192,16384,32768"
     """Decoded tokens at which to measure, separated by commas."""
 
     fast_forward: bool = True
-    """Fill the caches with made-up contents up to each length instead of decoding."""
+    """Fill the caches with random data up to each length instead of decoding."""
 
     kv_dtype: str | None = None
-    """Format that policies keep keys and values in: bfloat16, float16 or float32; the model's own unless given."""
+    """Number format of keys and values under a policy: bfloat16, float16 or float32 [default: the model's own]."""
 
     prompt: int = 128
     """Tokens of each prompt; they are random."""
 
     rows: int = 1
-    """Rows decoded side by side."""
+    """Batch size."""
 
     threads: int = 1
     """CPU threads."""
@@ -76,7 +74,7 @@ class BenchOptions(BudgetOptions, ModelOptions):
     """Print one JSON document instead of the tables."""
 
     def plan(self, **more: Any) -> Plan:
-        """Return what to measure; the budget is 1024 where none is given."""
+        """Return what to measure."""
         policies = policy_specs(self.policies) if self.policies else []
         return Plan(
             model=self.model,
@@ -85,7 +83,7 @@ class BenchOptions(BudgetOptions, ModelOptions):
             policies=tuple(dict.fromkeys(policies)),
             baselines=tuple(dict.fromkeys(words(self.baselines))),
             budget=Budget(**(self.given_budget or {"budget": DEFAULT_BUDGET})),
-            lengths=tuple(integer("lengths", word) for word in words(self.lengths)),
+            lengths=integers("lengths", self.lengths),
             prompt=self.prompt,
             rows=self.rows,
             threads=self.threads,
@@ -113,13 +111,13 @@ class MemoryOptions(BenchOptions):
     """Options of ``longthink bench memory``."""
 
     baselines: str = "dynamic,static"
-    """Dense caches of transformers to measure beside them, separated by commas."""
+    """Dense caches of transformers to compare with, separated by commas."""
 
     lengths: str = "512,1024,2048"
     """Decoded tokens at which to measure, separated by commas."""
 
     fast_forward: bool = False
-    """Fill the caches with made-up contents up to each length instead of decoding."""
+    """Fill the caches with random data up to each length instead of decoding."""
 
 
 _JCT = JctOptions()
@@ -128,10 +126,10 @@ _MEMORY = MemoryOptions()
 
 @bench_app.command
 def jct(*, options: JctOptions = _JCT) -> int:
-    """Measure the time per token, and the time to decode a text, against its length.
+    """Measure time per token and job completion time against decode length.
 
-    All caches are measured in turns in one process: CPU time on a CPU, wall-clock time elsewhere. Compiling is not
-    counted. The budget is 1024 unless one is given.
+    All caches take turns in one process: CPU time on a CPU, wall-clock time elsewhere. Compile time is not counted.
+    The budget is 1024 unless one is given.
     """
     plan = options.plan(repeats=options.repeats, compile=options.compile)
     store = open_store(options.out)
@@ -147,9 +145,9 @@ def jct(*, options: JctOptions = _JCT) -> int:
 
 @bench_app.command
 def memory(*, options: MemoryOptions = _MEMORY) -> int:
-    """Measure the bytes of the cache and of the process against the decode length.
+    """Measure the bytes of the cache and of the process against decode length.
 
-    Every cache decodes in a process of its own. The budget is 1024 unless one is given.
+    Each cache decodes in a process of its own. The budget is 1024 unless one is given.
     """
     plan = options.plan()
     store = open_store(options.out)
@@ -160,51 +158,6 @@ def memory(*, options: MemoryOptions = _MEMORY) -> int:
     return _run(partial(measure_memory, plan), work, plan, store, options)
 
 
-@bench_app.command
-def kernels(
-    *,
-    rows: str = "1,16,64,256",
-    lengths: str = "4096,16384,32768,131072",
-    budgets: str = "1024,2048,4096",
-    json: Switch = False,
-) -> int:
-    """Measure one layer's decode attention on a GPU: our kernels within budgets, dense ones at lengths.
-
-    Parameters
-    ----------
-    rows
-        Rows decoded side by side, separated by commas.
-    lengths
-        Tokens that the dense kernels read, separated by commas.
-    budgets
-        Tokens that ours read, multiples of 16, separated by commas.
-    json
-        Print one JSON document instead of the table.
-    """
-    from longthink.lab.bench.kernels import measure_kernels
-
-    options = {"rows": rows, "lengths": lengths, "budgets": budgets}
-    found = measure_kernels(
-        **{name: tuple(integer(name, word) for word in words(text)) for name, text in options.items()}
-    )
-    if json:
-        write_json({"hardware": hardware(), "versions": versions(), "rows": [row._asdict() for row in found]})
-    else:
-        from longthink.lab.cli.bench_tables import print_kernels
-
-        print_kernels(found)
-    return 0
-
-
-def open_store(folder: Path | None) -> ResultStore | None:
-    """Return the store to write to; it fails before anything is measured."""
-    if folder is None:
-        return None
-    from longthink.lab.results.store import ResultStore
-
-    return ResultStore(folder)
-
-
 def _run(
     measure: Callable[[Report], Iterator[Measurement]],
     work: AbstractContextManager[Task],
@@ -212,35 +165,44 @@ def _run(
     store: ResultStore | None,
     options: BenchOptions,
 ) -> int:
-    """Measure, keep every row as soon as it is there, and show them, also when interrupted."""
-    found: list[Measurement] = []
-    how = {"budget": str(plan.budget), "threads": plan.threads, "fast_forwarded": plan.fast_forward}
-    how |= conditions()
+    """Measure, store each row at once, and print all of them, also after an interrupt."""
+    rows: list[Measurement] = []
+    setup = {"budget": str(plan.budget), "threads": plan.threads, "fast_forwarded": plan.fast_forward}
+    setup |= conditions()
     code = 0
     try:
         with work as task:
             for row in measure(task.advance_to):
-                found.append(row)
+                rows.append(row)
                 if store is not None:
                     store.add(row)
     except KeyboardInterrupt:
         kept = f" and are in {options.out}" if options.out is not None else ""
-        note(f"interrupted: {len(found)} rows were measured{kept}")
+        note(f"interrupted: {len(rows)} rows were measured{kept}")
         code = EXIT_INTERRUPTED
-    how["load_after"] = load()
+    setup["load_after"] = load()
     if options.json:
         from longthink.lab.results.records import to_row
 
-        write_json({"conditions": how, "rows": [to_row(row) for row in found]})
-    elif found:
-        from longthink.lab.cli.bench_tables import print_tables
+        write_json({"conditions": setup, "rows": [to_row(row) for row in rows]})
+    elif rows:
+        from longthink.lab.cli.bench_tables import print_measurements
 
-        print_tables(found, how)
+        print_measurements(rows, setup)
     return code
 
 
+def open_store(folder: Path | None) -> ResultStore | None:
+    """Open the store before anything is measured, so that a bad folder costs no time."""
+    if folder is None:
+        return None
+    from longthink.lab.results.store import ResultStore
+
+    return ResultStore(folder)
+
+
 def conditions() -> dict[str, Any]:
-    """Return how and where a run takes place, ready for JSON."""
+    """Return software, hardware and load of a run, ready for JSON."""
     return {
         **{name: os.environ.get(name) for name in PASSIVE},
         "versions": versions(),
@@ -250,18 +212,27 @@ def conditions() -> dict[str, Any]:
 
 
 def load() -> float | None:
-    """Load average of the last minute: how many others wanted the cores."""
+    """Return the load average of the last minute; None where the system has none."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def words(text: str) -> list[str]:
-    """Return the parts of a list with commas."""
+    """Split a comma-separated option."""
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def integer(field: str, word: str) -> int:
-    """Return the number that a word of an option says."""
-    try:
-        return int(word)
-    except ValueError:
-        raise ValueError(f"{field}={word!r} must be an integer: allowed is >= 1") from None
+def integers(field: str, text: str) -> tuple[int, ...]:
+    """Parse a comma-separated option of integers.
+
+    Raises
+    ------
+    ValueError
+        If a word is not an integer.
+    """
+    numbers = []
+    for word in words(text):
+        try:
+            numbers.append(int(word))
+        except ValueError:
+            raise ValueError(f"{field}={word!r} must be an integer: allowed is >= 1") from None
+    return tuple(numbers)

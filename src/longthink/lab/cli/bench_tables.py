@@ -1,78 +1,74 @@
-"""The tables of ``longthink bench``."""
+"""The tables of benchmarks on a terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from longthink.cli.app import PASSIVE
 from longthink.cli.terminal import out_console, size_text, visible, write_table
 
 if TYPE_CHECKING:
-    from longthink.lab.bench.kernels import KernelTime
     from longthink.lab.results.records import Measurement
 
 HF = "hf "
-"""How the names of transformers' own caches begin."""
+"""Prefix of the names of transformers' own caches."""
 
 
-def print_tables(rows: Sequence[Measurement], conditions: dict[str, Any]) -> None:
-    """Print what was measured, a column for each length, and how it was measured."""
-    if rows[0].kind == "jct":
-        _print("milliseconds per token, after this many decoded tokens", rows, _milliseconds)
-        _print("seconds to decode this many tokens, with the prompt", rows, _seconds)
-    _print("keys and values", rows, lambda row: size_text(row.kv_bytes))
-    if rows[0].kind == "memory":
-        _print("other tensors of the cache", rows, lambda row: size_text(row.metadata_bytes))
-        _print("resident memory of the process", rows, _resident)
-        if rows[0].device_bytes is not None:
-            _print("memory of the accelerator", rows, lambda row: size_text(row.device_bytes or 0))
-    console = out_console()
-    for line in (*_comparison(rows), *_how(rows[0], conditions)):
-        console.print(visible(line), markup=False)
+def print_table(title: str, columns: Mapping[str, bool], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table on standard output.
 
+    Parameters
+    ----------
+    columns
+        Names, and whether a column is text (left-aligned).
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
 
-def print_kernels(rows: Iterable[KernelTime]) -> None:
-    """Print the time of every kernel at every shape as soon as it is measured."""
-    console = out_console()
-    console.print(f"{'model':<14}{'system':<20}{'rows':>5}{'tokens':>8}{'ms':>10}{'GB/s':>8}  of a copy")
+    table = Table(box=box.SIMPLE_HEAD)
+    for name, is_text in columns.items():
+        table.add_column(visible(name), justify="left" if is_text else "right")
     for row in rows:
-        text = (
-            f"{row.model:<14}{row.system:<20}{row.rows:>5}{row.tokens:>8}{row.ms:>10.4f}{row.gb_per_s:>8.0f}"
+        table.add_row(*(Text(visible(cell)) for cell in row))
+    out_console().print(visible(title), markup=False)
+    write_table(table)
+
+
+def print_measurements(rows: Sequence[Measurement], conditions: dict[str, Any]) -> None:
+    """Print the measurements, a column for each length, and the conditions of the run."""
+    if rows[0].kind == "jct":
+        _by_length("milliseconds per token, after this many decoded tokens", rows, _milliseconds)
+        _by_length(
+            "seconds to decode this many tokens, with the prompt", rows, lambda row: f"{row.seconds:.1f}"
         )
-        console.print(visible(f"{text}{row.of_copy:>10.0%}"), markup=False)
+    _by_length("keys and values", rows, lambda row: size_text(row.kv_bytes))
+    if rows[0].kind == "memory":
+        _by_length("other tensors of the cache", rows, lambda row: size_text(row.metadata_bytes))
+        _by_length("resident memory of the process", rows, lambda row: size_text(row.rss_bytes or 0))
+        if rows[0].device_bytes is not None:
+            _by_length("memory of the accelerator", rows, lambda row: size_text(row.device_bytes or 0))
+    for line in (*_comparison(rows), *_setup(rows[0], conditions)):
+        out_console().print(visible(line), markup=False)
+
+
+def _by_length(title: str, rows: Sequence[Measurement], cell: Callable[[Measurement], str]) -> None:
+    """Print a table with a row for each system and a column for each length."""
+    lengths = sorted({row.decode_tokens for row in rows})
+    lines = []
+    for system in dict.fromkeys(row.system for row in rows):
+        at = {row.decode_tokens: cell(row) for row in rows if row.system == system}
+        lines.append([system, *(at.get(length, "-") for length in lengths)])
+    print_table(title, {"cache": True} | {str(length): False for length in lengths}, lines)
 
 
 def _milliseconds(row: Measurement) -> str:
     return f"{row.ms_per_token:.2f}"
 
 
-def _seconds(row: Measurement) -> str:
-    return f"{row.seconds:.1f}"
-
-
-def _resident(row: Measurement) -> str:
-    return size_text(row.rss_bytes or 0)
-
-
-def _print(title: str, rows: Sequence[Measurement], cell: Callable[[Measurement], str]) -> None:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    lengths = sorted({row.decode_tokens for row in rows})
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("cache", no_wrap=True)
-    for length in lengths:
-        table.add_column(str(length), justify="right", no_wrap=True)
-    for system in dict.fromkeys(row.system for row in rows):
-        at = {row.decode_tokens: cell(row) for row in rows if row.system == system}
-        table.add_row(Text(visible(system)), *(at.get(length, "-") for length in lengths))
-    out_console().print(title)
-    write_table(table)
-
-
 def _comparison(rows: Sequence[Measurement]) -> list[str]:
-    """Compare every policy with the fastest cache of transformers, at the first and the last length."""
+    """Compare each policy with the fastest cache of transformers, at the first and the last length."""
     lines = []
     timed = [row for row in rows if row.ms_per_token is not None]
     lengths = sorted({row.decode_tokens for row in timed})
@@ -84,21 +80,16 @@ def _comparison(rows: Sequence[Measurement]) -> list[str]:
             ratios = [f"{name} {ms / theirs[best]:.2f}" for name, ms in here.items() if name not in theirs]
             lines.append(
                 f"After {length} tokens the best dense cache of transformers is {best}, {theirs[best]:.2f} ms per "
-                f"token. Times its time: {', '.join(ratios)}."
+                f"token. Relative to it: {', '.join(ratios)}."
             )
     return lines
 
 
-def _how(row: Measurement, conditions: dict[str, Any]) -> list[str]:
-    """Say how it was measured."""
-    filled = (
-        "filled with made-up contents up to each length" if row.fast_forwarded else "decoded token by token"
-    )
+def _setup(row: Measurement, conditions: dict[str, Any]) -> list[str]:
+    filled = "filled with random data up to each length" if row.fast_forwarded else "decoded token by token"
     versions, hardware = conditions["versions"], conditions["hardware"]
     device = hardware.get("accelerator", hardware["processor"])
-    waits = ", ".join(
-        f"{name}={conditions[name] or 'not set'}" for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-    )
+    waits = ", ".join(f"{name}={conditions[name] or 'not set'}" for name in PASSIVE)
     return [
         f"{row.model}, {row.dtype}, {conditions['budget']}, prompt of {row.prompt_tokens} tokens, "
         f"rows: {row.rows}, caches {filled}",
@@ -107,27 +98,3 @@ def _how(row: Measurement, conditions: dict[str, Any]) -> list[str]:
         f"longthink {versions['longthink']}, torch {versions['torch']}, transformers {versions['transformers']}, "
         f"Python {versions['python']}",
     ]
-
-
-def document_head(title: str, how: dict[str, Any]) -> str:
-    """Return the title of a page, and how and where the run took place."""
-    from longthink.cli.text import for_markdown
-
-    hardware = how["hardware"]
-    libraries = [
-        f"- {environment}: " + ", ".join(f"{name} {number}" for name, number in versions.items())
-        for environment, versions in how["peers"].items()
-    ]
-    lines = [
-        f"# {title}",
-        "",
-        "What is measured, and how: docs/bench.md.",
-        "",
-        f"    {how['command']}",
-        "",
-        f"- {for_markdown(str(hardware['processor']))}, {hardware['cores']} cores, "
-        f"Python {how['versions']['python']}, {how['budget']}, one thread, CPU time",
-        f"- load {how['load_before']} before and {how['load_after']} after",
-        *libraries,
-    ]
-    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Bounded caches in vLLM beside dense vLLM, all with the same memory for the pool."""

@@ -1,0 +1,1 @@
+"""How the weights of the built-in model were made; run from the repository's root."""
