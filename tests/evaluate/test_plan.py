@@ -20,12 +20,12 @@ def cells_of(**values):
 
 def test_every_policy_meets_every_budget_and_dense_runs_once():
     plan, cells = cells_of(policies="dense,raas,quest", budgets="64,128", decode_budgets="32")
-    lanes = [cell.lane for cell in cells if cell.task == "reasoner/s/chain"]
-    assert [(lane.policy, lane.budget, lane.decode_budget) for lane in lanes] == [
+    caches = [cell.cache for cell in cells if cell.task == "reasoner/s/chain"]
+    assert [(cache.policy, cache.budget, cache.decode_budget) for cache in caches] == [
         ("dense", None, None),
         *((policy, *kept) for policy in ("raas", "quest") for kept in ((64, None), (128, None), (None, 32))),
     ]
-    assert len(cells) == 4 * len(lanes)
+    assert len(cells) == 4 * len(caches)
     assert len({plan.setup(cell, IDENTITY).config_hash for cell in cells}) == len(cells)
 
 
@@ -33,7 +33,7 @@ def test_seeds_reach_random_policies_and_what_has_no_randomness_runs_once():
     plan, cells = cells_of(
         tasks="reasoner/s/chain", policies="recency,random", budgets="64", sampling_seeds="3,4"
     )
-    assert [(cell.policy, cell.seed, cell.lane.policy) for cell in cells] == [
+    assert [(cell.policy, cell.seed, cell.cache.policy) for cell in cells] == [
         ("recency", 3, "recency"),
         ("random", 3, "random:seed=3"),
         ("random", 4, "random:seed=4"),
