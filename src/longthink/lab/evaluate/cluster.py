@@ -88,9 +88,9 @@ class RayWorkers(Workers):
         resources = ray.cluster_resources()
         gpus = int(resources.get("GPU", 0)) if sweep.plan.device != "cpu" else 0
         self._slots = count or max(1, gpus or int(resources.get("CPU", 1)))
-        self._task = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, max_retries=0, num_returns="streaming")(
-            _shard
-        )
+        self._task = ray.remote(
+            num_cpus=1, num_gpus=1 if gpus else 0, max_retries=0, num_returns="streaming"
+        )(_shard)
         # Streams of results, with their slot and units.
         self._running: dict[Any, tuple[int, list[Unit]]] = {}
         self.idle = list(range(1, self._slots))
@@ -134,7 +134,9 @@ class RayWorkers(Workers):
                 self.sweep.finish(units[number], sample)
 
 
-def _shard(plan: Plan, cache: CacheConfig | None, units: list[Unit]) -> Iterator[Identity | tuple[int, Sample]]:
+def _shard(
+    plan: Plan, cache: CacheConfig | None, units: list[Unit]
+) -> Iterator[Identity | tuple[int, Sample]]:
     """Ray task: yield the model's identity, then number and sample of each unit as soon as it is finished."""
     solver = _solver(plan)
     yield solver.identity

@@ -95,7 +95,9 @@ def to_items(records: Records, task: str, fields: Fields | None = None) -> list[
         fields = fields or _detect(place, record)
         item = _item(place, record, task, fields)
         if fields.id is not None and item.id in seen:
-            raise DataError(f"{place}: {fields.id}={item.id!r} is also at {seen[item.id]}; expected unique values")
+            raise DataError(
+                f"{place}: {fields.id}={item.id!r} is also at {seen[item.id]}; expected unique values"
+            )
         if item.id in seen:  # the same question twice, without an identifier to tell them apart
             item = replace(item, id=f"{item.id}-{len(items)}")
         seen[item.id] = place
@@ -130,7 +132,9 @@ def _item(place: str, record: Mapping[str, Any], task: str, fields: Fields) -> I
             "expected \\boxed{...}, or a line that begins with #### or A:"
         )
     known = hashlib.sha256(question.encode()).hexdigest()[:12] if fields.id is None else None
-    return Item(task=task, id=known or _text(place, record, fields.id or ""), question=question, gold=gold or answer)
+    return Item(
+        task=task, id=known or _text(place, record, fields.id or ""), question=question, gold=gold or answer
+    )
 
 
 def _text(place: str, record: Mapping[str, Any], field: str) -> str:
@@ -148,7 +152,9 @@ def _text(place: str, record: Mapping[str, Any], field: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise DataError(f"{place}: field {field!r} has half of a surrogate pair; expected valid Unicode") from error
+        raise DataError(
+            f"{place}: field {field!r} has half of a surrogate pair; expected valid Unicode"
+        ) from error
     return text
 
 
@@ -172,7 +178,9 @@ def _json_lines(path: Path) -> Records:
             if not line:
                 continue
             if not isinstance(record, dict):
-                raise DataError(f"{place}: {_json_type(record)}, not an object; expected one JSON object a line")
+                raise DataError(
+                    f"{place}: {_json_type(record)}, not an object; expected one JSON object a line"
+                )
             empty = False
             yield place, record
     if empty:

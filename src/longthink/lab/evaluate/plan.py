@@ -138,7 +138,9 @@ class Plan:
         check_sampling(self.temperature, self.top_p, self.top_k)
         check_int("samples", self.samples, 1)
         if self.samples > 1 and self.temperature == 0:
-            raise ValueError(f"samples={self.samples} needs a temperature above 0: greedy samples are identical")
+            raise ValueError(
+                f"samples={self.samples} needs a temperature above 0: greedy samples are identical"
+            )
         for name in ("max_new_tokens", "rows"):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), 1)
@@ -177,7 +179,9 @@ class Plan:
         budgets = [Budget(budget=value) for value in self.budgets]
         budgets += [Budget(decode_budget=value) for value in self.decode_budgets]
         if not budgets:
-            raise BudgetError(f"policy {policy_spec(policy)!r} needs a budget: give budgets or decode_budgets")
+            raise BudgetError(
+                f"policy {policy_spec(policy)!r} needs a budget: give budgets or decode_budgets"
+            )
         required = policy.required_pages(1)
         for budget in budgets:
             if budget.pages(1, policy.page_size) < required:

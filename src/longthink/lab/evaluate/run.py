@@ -28,7 +28,10 @@ def run_sweep(sweep: Sweep, *, workers: int | None = None, ray: str | None = Non
         If Ray is needed and not installed.
     """
     if ray is not None:
-        from longthink.lab.evaluate.cluster import RayWorkers, connected  # imports transformers, like `_run_here`
+        from longthink.lab.evaluate.cluster import (
+            RayWorkers,
+            connected,
+        )  # imports transformers, like `_run_here`
 
         with connected(ray) as module:
             RayWorkers(sweep, module, workers).run()

@@ -64,9 +64,7 @@ class Solver:
                     yield request
 
         budget = {"budget": cache.budget, "decode_budget": cache.decode_budget}
-        with Engine(
-            self.loaded.model, policy=cache.policy, seats=self.plan.batch_size, **budget
-        ) as engine:
+        with Engine(self.loaded.model, policy=cache.policy, seats=self.plan.batch_size, **budget) as engine:
             for done in engine.map(requests()):
                 yield done.request.tag, self._sample(done)
         for unit in too_long:

@@ -86,7 +86,6 @@ class Tally:
         return Tally(*(mine + theirs for mine, theirs in pairs))
 
 
-
 @dataclass
 class Sweep:
     """The driver of a sweep: hands out work and stores what comes back, wherever the workers run.
@@ -188,5 +187,7 @@ class Sweep:
         """Record the death of a worker; return its units in flight, which others will get."""
         self.lost_workers += 1
         units = self.coordinator.lose(worker) if self.identity else []
-        self.say(f"worker {worker + 1} died ({reason}): {len(units)} samples in flight are done again by others")
+        self.say(
+            f"worker {worker + 1} died ({reason}): {len(units)} samples in flight are done again by others"
+        )
         return units

@@ -96,7 +96,9 @@ class ProcessWorkers(Workers):
     @override
     def receive(self) -> None:
         if not self._workers:
-            raise SweepError("all workers died: what is stored stays, and the same command goes on from there")
+            raise SweepError(
+                "all workers died: what is stored stays, and the same command goes on from there"
+            )
         child, line = self._inbox.get()
         worker = self._workers[child]
         try:
