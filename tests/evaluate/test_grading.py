@@ -10,8 +10,8 @@ import pytest
 
 from longthink.errors import GraderError, MissingExtraError
 from longthink.lab.evaluate import grading
-from longthink.lab.evaluate.grading import MAX_ANSWER, Grader, Verdict
 from longthink.lab.evaluate.files import Item
+from longthink.lab.evaluate.grading import MAX_ANSWER, Grader, Verdict
 from longthink.lab.evaluate.tasks import load_tasks
 from longthink.lab.processes import Child
 from tests.evaluate.data import lines, problem_file

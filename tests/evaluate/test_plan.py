@@ -96,8 +96,8 @@ def test_refuses_what_makes_no_sense_before_anything_is_loaded(values, error, me
 def test_every_flag_is_a_setting_of_a_file():
     names = {field.name for group in GROUPS for field in dataclasses.fields(group)} - {"config", "json"}
     only_in_files = {"revision", "choose", "sampling_seeds", "top_p", "top_k"}
-    assert names == {field.name for field in dataclasses.fields(Plan)} | RUN_SETTINGS.keys() - only_in_files
-    assert set(SWEEP_SETTINGS) == names | only_in_files
+    assert names.isdisjoint(only_in_files) and names | only_in_files == set(SWEEP_SETTINGS)
+    assert set(SWEEP_SETTINGS) == {field.name for field in dataclasses.fields(Plan)} | RUN_SETTINGS.keys()
 
 
 YAML = """

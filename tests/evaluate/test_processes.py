@@ -87,7 +87,9 @@ def test_an_error_of_the_child_is_one_of_the_parent(start, what, error, text):
         child.receive(30)
 
 
-@pytest.mark.parametrize(("how", "text"), [("die", "signal SIGKILL"), ("exit", "exit code 3"), ("stop", "exit code 0")])
+@pytest.mark.parametrize(
+    ("how", "text"), [("die", "signal SIGKILL"), ("exit", "exit code 3"), ("stop", "exit code 0")]
+)
 def test_a_dead_child_is_named(start, how, text):
     child = start()
     child.send([how])

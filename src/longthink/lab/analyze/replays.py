@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +18,6 @@ BELADY, OPTIMUM = CLAIRVOYANT = ("belady", "optimum")
 """Names of the two that know the future; see `longthink.lab.analyze.clairvoyant`."""
 FOLDER, FILE = "what-if", "replays.parquet"
 _ARRAYS = {"curve_T": np.float32, "maps_M": np.float32, "gone_LKN": np.int32}
-
-
-def _empty(name: str, axes: int) -> Any:
-    return field(default_factory=lambda: np.zeros((0,) * axes, _ARRAYS[name]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +55,9 @@ class Replay:
     regrets: int = 0
     page_size: int = 1
     note: str = ""
-    curve_T: NDArray[np.float32] = _empty("curve_T", 1)
-    maps_M: NDArray[np.float32] = _empty("maps_M", 1)
-    gone_LKN: NDArray[np.int32] = _empty("gone_LKN", 3)
+    curve_T: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
+    maps_M: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
+    gone_LKN: NDArray[np.int32] = field(default_factory=lambda: np.zeros((0, 0, 0), np.int32))
 
     @property
     def key(self) -> tuple[str, str, str, int | None, int | None]:

@@ -16,8 +16,8 @@ class Rules:
     - sink: used in at least `sink` of all steps since its birth, and older than `gap` steps.
     - local: used only while it was near.
     - phoenix: used after more than `gap` steps without use (since its birth, if never used before).
-    - milestone: the others: used beyond its neighbourhood, without a long rest. This includes pages that are used up to
-      the end of the text, although their later life is unknown.
+    - milestone: the others: used beyond its neighbourhood, without a long rest. Pages that are used up to the end of
+      the text count, although their later life is unknown.
 
     Parameters
     ----------

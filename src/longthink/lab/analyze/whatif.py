@@ -116,7 +116,7 @@ class _Vectors(NamedTuple):
 
 
 def _vectors(trace: Trace, step: Step, grid: Tensor) -> tuple[_Vectors, NDArray[np.float32]]:
-    """Return the recorded attention per token, normalized in each map (a page's on its first token), and the scales."""
+    """Return the recorded attention per token, normalized in each map, and the scales; a page is its first token."""
     header = trace.header
     scale_M = (1 / np.maximum(1 - step.rest, 1e-3)).astype(np.float32)
     head, token = torch.from_numpy(step.head), torch.from_numpy(step.page.astype(np.int64) * header.page_size)

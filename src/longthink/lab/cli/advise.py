@@ -34,25 +34,18 @@ class AdviseOptions:
     """Options of ``longthink advise`` beside those of ``longthink trace``."""
 
     policies: str | None = None
-    """Policies [default: recency, h2o, raas by weights; with --with-vectors also milestone and raas]."""
-
+    """Policies [default: recency, h2o, raas; with vectors also milestone]."""
     decode_budgets: str | None = None
-    """Tokens on top of the prompt [default: shares of the longest chain of thought]."""
-
+    """Budgets on top of the prompt [default: shares of the longest text]."""
     loss: float = 0.02
-    """Share of what Dense reads that may be lost."""
-
+    """Share of the measure that may be lost."""
     measure: Literal["lookups", "recall"] = "lookups"
-    """What must be kept: look-ups of distant pages, or all attention."""
-
+    """Look-ups of distant pages, or all attention."""
     gpu_memory: float = 24.0
     """Memory for weights and caches (GiB)."""
-
     accuracy: Switch = False
     """Also decode, and list only budgets at which a policy is right as often as Dense within the loss."""
-
     classes: Classes = None
-
     json: Switch = False
     """Print one JSON document instead of the table."""
 
@@ -67,7 +60,7 @@ def advise(
     model: Model = _MODEL,
     recording: Recording = _RECORDING,
 ) -> int:
-    """Find the policy and the smallest budget that keep what a model reads, and the memory that this saves.
+    """Find the policy and the smallest budget that keep what a model reads.
 
     Records a few problems, unless --out has them already, and replays policies at rising budgets.
     """

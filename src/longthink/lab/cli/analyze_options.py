@@ -6,13 +6,14 @@ Annotations are real objects here, not strings: see `longthink.cli.options`.
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Group, Parameter
 
 from longthink.cli.options import ModelOptions, Switch
 from longthink.cli.terminal import note
 from longthink.lab.analyze.rules import Rules
+from longthink.models import REASONER
 
 if TYPE_CHECKING:
     from longthink.lab.analyze.recorder import Prompt
@@ -23,7 +24,7 @@ Files = Annotated[list[Path] | None, Parameter(negative="")]
 Classes = Annotated[
     Path | None,
     Parameter(
-        help="TOML or YAML file with the thresholds of use and of page classes [default: "
+        help="TOML or YAML file with the thresholds of page classes [default: "
         + ", ".join(f"{name}={value}" for name, value in asdict(Rules()).items())
         + "]."
     ),
@@ -34,7 +35,14 @@ Classes = Annotated[
 @Parameter(name="*", group=Group("Model", sort_key=2))
 @dataclass(frozen=True, kw_only=True)
 class Model(ModelOptions):
-    """Which model."""
+    """`ModelOptions` in a group of their own."""
+
+    model: str = REASONER
+    """Hub id or local folder; "reasoner" is the built-in model."""
+    device: str = "auto"
+    """Such as cpu or cuda:1; auto takes the first accelerator."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format."""
 
 
 @Parameter(name="*", group=Group("Problems", sort_key=1))
@@ -44,16 +52,12 @@ class Problems:
 
     tasks: str = "reasoner"
     """gsm8k, math500, aime24, aime25, aime, reasoner/SIZE/PROFILE, or the name of a file given with --data."""
-
     data: Files = None
     """Problem file (.jsonl, .parquet); repeatable."""
-
     count: Annotated[int, Parameter(name=("--count", "-n"))] = 2
     """Problems per task."""
-
     seed: int = 0
     """First seed of built-in problems."""
-
     max_new_tokens: int | None = None
     """Token limit [default: each task's own]."""
 
@@ -88,16 +92,13 @@ class Recording:
     """What is recorded, and where."""
 
     page_size: int = 1
-    """Tokens per page of the trace, 1 to 32."""
-
+    """Tokens per page, 1 to 32."""
     top: int = 64
-    """Pages stored per head and step, by attention; 0: all."""
-
+    """Pages stored per head and step; 0: all."""
     with_vectors: Switch = False
     """Also store queries, keys and values (for some policies)."""
-
     out: Path = Path("traces")
-    """Folder of the traces; existing ones are kept."""
+    """Folder of the traces; it is extended."""
 
 
 def read_rules(path: Path | None) -> Rules:

@@ -31,13 +31,10 @@ class ProblemFlags:
 
     tasks: str | None = None
     """gsm8k, math500, aime24, aime25, aime, reasoner/SIZE/PROFILE, or the name of a file given with --data."""
-
     data: Files = None
     """Problem file (.jsonl, .parquet); repeatable."""
-
     count: Annotated[int | None, Parameter(name=("--count", "-n"))] = None
     """Problems per task [default: all]."""
-
     seed: int | None = None
     """First seed of built-in problems [default: 0]."""
 
@@ -49,10 +46,8 @@ class PolicyFlags:
 
     policies: str | None = None
     """Such as dense,raas:r=0.25 [default: dense]."""
-
     budgets: str | None = None
     """Tokens kept per layer, such as 256,512."""
-
     decode_budgets: str | None = None
     """The same on top of the prompt."""
 
@@ -64,10 +59,8 @@ class ModelFlags:
 
     model: str | None = None
     """Hub id or local folder [default: reasoner, the built-in one]."""
-
     device: str | None = None
     """Such as cpu or cuda:1 [default: auto, the first accelerator]."""
-
     dtype: str | None = None
     """float32, bfloat16 or float16 [default: the checkpoint's own]."""
 
@@ -79,13 +72,10 @@ class DecodingFlags:
 
     temperature: float | None = None
     """Softmax temperature [default: 0, greedy]."""
-
     samples: int | None = None
     """Samples per problem; more than 1 need a temperature [default: 1]."""
-
     max_new_tokens: int | None = None
     """Token limit of an answer [default: each task's own]."""
-
     rows: int | None = None
     """Batch size [default: 32 for the built-in model, else 8]."""
 
@@ -98,16 +88,12 @@ class RunFlags:
     config: Path | None = None
     """YAML or TOML file with any of these settings and the less common ones (docs/evaluation.md); flags take
     precedence."""
-
     workers: int | None = None
     """Processes with a model each [default: 1]; with --ray, tasks at a time [default: all of the cluster]."""
-
     ray: str | None = None
     """Ray cluster to run on: its address, auto, or local."""
-
     out: Path | None = None
     """Result store; stored samples are not repeated [default: results]."""
-
     json: Switch = False
     """Print one JSON document instead of the table."""
 
@@ -120,7 +106,9 @@ _PROBLEMS, _POLICIES, _MODEL, _DECODING, _RUN = (
 def given(*groups: Any) -> dict[str, Any]:
     """Return the settings that were given on the command line, by name."""
     values = {field.name: getattr(group, field.name) for group in groups for field in fields(group)}
-    values = {name: value for name, value in values.items() if value is not None and name not in ("config", "json")}
+    values = {
+        name: value for name, value in values.items() if value is not None and name not in ("config", "json")
+    }
     if "data" in values:
         values["data"] = [str(path) for path in values["data"]]
     return values | ({"out": str(values["out"])} if "out" in values else {})
@@ -156,12 +144,16 @@ def evaluate(
         with watching(sweep):
             run_sweep(sweep, workers=workers, ray=settings.get("ray"))
     except KeyboardInterrupt:
-        note(f"interrupted: {sweep.total.made} samples were made and are stored; the same command goes on from there")
+        note(
+            f"interrupted: {sweep.total.made} samples were made and are stored; the same command goes on from there"
+        )
         code = EXIT_INTERRUPTED
     if sweep.identity is not None:
         _show(sweep, run.json)
     died = f"; {sweep.lost_workers} workers died on the way" if sweep.lost_workers else ""
-    note(f"{sweep.total.made} samples made, {sweep.total.stored} were there, all in {sweep.store.folder}{died}")
+    note(
+        f"{sweep.total.made} samples made, {sweep.total.stored} were there, all in {sweep.store.folder}{died}"
+    )
     return code
 
 

@@ -1,6 +1,6 @@
 """The demo's policies side by side: this process and its helpers, each with a model, take one policy after another.
 
-Nothing but the time of a token depends on which process ran a policy. If a helper dies or fails, this process runs its
+Only the time of a token depends on which process ran a policy. If a helper dies or fails, this process runs its
 policy again, and meets the same error if there is one.
 """
 
@@ -10,8 +10,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from longthink.cli.decode import Decoded
@@ -128,18 +129,24 @@ def _help(parent: Parent) -> None:
     parent.send("ready")
     while True:
         policy, prompt, course = parent.receive()
-        runner, reported = Runner(policy=make_policy(policy), log=ResidentLog(prompt=prompt)), 0.0
-
-        def report() -> None:
-            nonlocal reported
-            if time.monotonic() >= reported + _REPORT_EVERY_S:
-                reported = time.monotonic()
-                parent.send([_live(runner), None, {}])
-
-        _run_waiting(deque([runner]), loaded, Course(**course), lambda runner: nullcontext(report))
+        runner = Runner(policy=make_policy(policy), log=ResidentLog(prompt=prompt))
+        _run_waiting(deque([runner]), loaded, Course(**course), partial(_reports, parent))
         assert runner.decoded is not None
         log = {name: _plain(value) for name, value in vars(runner.log).items()}
         parent.send([_live(runner), asdict(runner.decoded), log])
+
+
+@contextmanager
+def _reports(parent: Parent, runner: Runner) -> Iterator[Callable[[], None]]:
+    reported = 0.0
+
+    def report() -> None:
+        nonlocal reported
+        if time.monotonic() >= reported + _REPORT_EVERY_S:
+            reported = time.monotonic()
+            parent.send([_live(runner), None, {}])
+
+    yield report
 
 
 def _live(runner: Runner) -> dict[str, Any]:

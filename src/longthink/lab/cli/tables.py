@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def policy_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str | None = None) -> Table:
+def policy_table(
+    headings: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str | None = None
+) -> Table:
     """Return a table; columns ``policy`` and ``task`` wrap, all others are numbers."""
     from rich import box
     from rich.table import Table

@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 _PROBLEMS, _MODEL, _RECORDING = Problems(), Model(), Recording()
 
 
-def trace(
-    *, problems: Problems = _PROBLEMS, model: Model = _MODEL, recording: Recording = _RECORDING
-) -> int:
+def trace(*, problems: Problems = _PROBLEMS, model: Model = _MODEL, recording: Recording = _RECORDING) -> int:
     """Record which tokens every head reads in every step, while the model solves problems with a dense cache.
 
     After an interruption, the same command continues with the unfinished problem.

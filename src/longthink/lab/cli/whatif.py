@@ -34,22 +34,16 @@ class WhatIfOptions:
 
     policies: str = "recency,h2o:pin_prompt=True,raas:score=exact,random"
     """Policies, separated by commas. Those that look at keys need a trace recorded --with-vectors."""
-
     budgets: str | None = None
     """Tokens kept per layer, prompt included, separated by commas."""
-
     decode_budgets: str | None = None
     """Tokens kept per layer on top of the prompt, separated by commas."""
-
     classes: Classes = None
-
     answers: Path | None = None
     """Results of "longthink eval" with the same problems, policies and budgets: print how well what was kept, in this
     and earlier replays, predicts right answers."""
-
     no_clairvoyant: Switch = False
     """Leave out Belady's rule and the optimum."""
-
     json: Switch = False
     """Print one JSON document instead of the table."""
 

@@ -23,7 +23,7 @@ def run_sweep(sweep: Sweep, *, workers: int | None = None, ray: str | None = Non
     Raises
     ------
     SweepError
-        If the workers die or the cluster cannot be reached; what is stored stays, and the same call goes on from there.
+        If the workers die or the cluster cannot be reached; the same call goes on from what is stored.
     MissingExtraError
         If Ray is needed and not installed.
     """

@@ -36,7 +36,7 @@ class Coordinator:
         return len(self._in_flight) + sum(map(len, self._pending.values()))
 
     def assign(self, worker: int) -> CacheConfig | None:
-        """Assign a worker to the cache with the fewest others among those with pending units, None if there is none."""
+        """Assign a worker to a cache with pending units, the one with the fewest workers; None if there is none."""
         self._assigned.pop(worker, None)
         taken = list(self._assigned.values())
         cache = min((cache for cache, units in self._pending.items() if units), key=taken.count, default=None)

@@ -10,19 +10,11 @@ from typing import Any
 
 from longthink._version import __version__
 from longthink.errors import needs_extra
-from longthink.lab.analyze import (
-    Lives,
-    PageClass,
-    Share,
-    TraceStore,
-    read_lives,
-    share_table,
-    telling_texts,
-)
-from longthink.lab.analyze.replays import Replay, load_replays
+from longthink.lab.analyze.lives import Lives, PageClass, read_lives
+from longthink.lab.analyze.replays import BELADY, OPTIMUM, Replay, load_replays
 from longthink.lab.analyze.rules import Rules
-from longthink.lab.analyze.shares import mean_with_interval
-from longthink.lab.analyze.whatif import BELADY, OPTIMUM
+from longthink.lab.analyze.shares import Share, mean_with_interval, share_table, telling_texts
+from longthink.lab.analyze.store import TraceStore
 from longthink.lab.report.attention_figures import save_attention_figures
 from longthink.lab.report.attention_truth import truth_table
 from longthink.lab.report.attention_view import CLASS_NAMES, MAP_NAMES, view_of

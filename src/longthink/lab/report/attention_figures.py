@@ -61,8 +61,8 @@ def _draw_lives(axes: Any, trace: Trace, lives: Lives, replay: Replay | None) ->
     header, uses = trace.header, read_uses(trace, lives)
     pages = np.arange(header.pages)
     gone = np.full((1, header.pages), -1)
-    if replay is not None and replay.gone:
-        gone = np.array(replay.gone).reshape(replay.tables, -1)
+    if replay is not None and replay.gone_LKN.size:
+        gone = replay.gone_LKN.reshape(-1, header.pages)
     ends = np.sort(np.where(gone < 0, header.steps.stop, gone), axis=0)
     # Held by some table, and by all.
     for end, alpha in ((ends[-1], 0.45), (ends[0], 1.0)):

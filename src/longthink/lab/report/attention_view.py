@@ -77,8 +77,8 @@ def replay_label(one: Replay) -> str:
 
 
 def _replay(one: Replay) -> dict[str, Any]:
-    curve = np.array(one.curve, dtype=np.float64)
-    gone = np.array(one.gone, dtype=np.int64).reshape(max(1, one.tables), -1)
+    curve = one.curve_T.astype(np.float64)
+    gone = one.gone_LKN.astype(np.int64).reshape(max(1, len(one.gone_LKN) * one.gone_LKN.shape[1]), -1)
     if gone.size > MAX_GONE:  # one table for all: a page is gone when the last table has sent it away
         gone = np.where((gone < 0).any(0), -1, gone.max(0))[None]
     parts = np.array_split(curve, min(CURVE_POINTS, max(1, len(curve))))
