@@ -23,7 +23,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from longthink.errors import needs_extra
-from longthink.lab.analyze.store import Step, Trace
+from longthink.lab.analyze.store import Trace, TraceStep
 from longthink.policies import PAGE_SIZES, PageTable, Policy, TrimsPrompt
 
 MAX_PAGES = 2048
@@ -76,7 +76,7 @@ class Future:
         self.next_LKP.view(-1)[self._cell[part]] = self._following[part]
 
 
-def used_pages(trace: Trace, step: Step, page_size: int, use: float) -> NDArray[np.int64]:
+def used_pages(trace: Trace, step: TraceStep, page_size: int, use: float) -> NDArray[np.int64]:
     """Return the pages used in a step, each once, as ``(layer * kv_heads + kv_head) * pages + page``."""
     header = trace.header
     pages, merge = -(-header.steps.stop // page_size), page_size // header.page_size
@@ -171,7 +171,7 @@ class OptimalRun:
         # Row n: attention to each page while page n is written.
         self._mass = np.zeros((tables, pages, pages), dtype=np.float32)
 
-    def add(self, step: Step, scale_M: NDArray[np.float32]) -> None:
+    def add(self, step: TraceStep, scale_M: NDArray[np.float32]) -> None:
         """Add a step; `scale_M` normalizes each map's recorded attention."""
         group = self.header.heads // self.header.kv_heads
         pages = self._mass.shape[-1]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -79,10 +80,17 @@ class Recording(Dense):
 class _Tape:
     """Passes what the layers report to the writer; holds at most `CHUNK_STEPS` steps."""
 
-    def __init__(self, writer: TraceWriter, page_size: int, top: int, vectors: bool) -> None:
-        self.writer = writer
+    def __init__(
+        self,
+        writer: TraceWriter,
+        page_size: int,
+        top: int,
+        vectors: bool,
+        on_step: Callable[[int], None] = lambda tokens: None,
+    ) -> None:
+        self.writer, self.on_step = writer, on_step
         self.page_size, self.top, self.vectors = page_size, top, vectors
-        self.heads = self.kv_heads = self.head_dim = 0
+        self.kv_heads = self.head_dim = 0
         self.scaling = 1.0
         self._steps = 0
 
@@ -110,8 +118,9 @@ class _Tape:
             if self._steps % CHUNK_STEPS == 0:
                 self.writer.flush()
             self._steps += 1
+            self.on_step(self._steps)
         self.writer.add(now, layer, **self._entries(weights_HN, top=self.top), **vectors)
-        self.heads, self.scaling = len(weights_HN), step.scaling
+        self.scaling = step.scaling
 
     def _entries(self, mass_HN: Tensor, top: int) -> dict[str, NDArray[Any]]:
         """Return the `top` pages of each head by mass (0: all), and the mass of the rest."""
@@ -170,7 +179,7 @@ def record(
     name, describe
         The model's name, and other facts about it to store.
     on_step
-        Called after each token with the prompt and the number of new tokens.
+        Called in each decode step with the prompt and the number of new tokens.
 
     Raises
     ------
@@ -197,33 +206,14 @@ def record(
         path = store.path(prompt.task, prompt.problem)
         if not path.exists():
             with replacing(path) as temporary, TraceWriter(temporary, vectors=vectors) as writer:
-                tape = _Tape(writer, page_size, top, vectors)
-                tokens, finish = _decode(model, prompt, tape, on_step)
-                known = {"name": settings["model"]} | dict(describe or {})
-                writer.close(_header(model, tokenizer, prompt, tape, tokens, finish, known))
+                tape = _Tape(writer, page_size, top, vectors, partial(on_step, prompt))
+                header = _decode(model, tokenizer, prompt, tape)
+                writer.close(replace(header, model={"name": settings["model"]} | dict(describe or {})))
     return store
 
 
-class _Counter:
-    """Streamer of ``model.generate`` that counts tokens."""
-
-    def __init__(self, report: Callable[[int], None]) -> None:
-        self._report, self._count = report, -1
-
-    def put(self, value: Tensor) -> None:
-        self._count += 1  # the first call brings the whole prompt
-        if self._count:
-            self._report(self._count)
-
-    def end(self) -> None:
-        """Part of the streamer protocol."""
-
-
 @torch.no_grad()
-def _decode(
-    model: Any, prompt: Prompt, tape: _Tape, on_step: Callable[[Prompt, int], None]
-) -> tuple[list[int], str]:
-    """Return all tokens, and ``stop`` or ``length``."""
+def _decode(model: Any, tokenizer: Any, prompt: Prompt, tape: _Tape) -> Header:
     inputs: dict[str, Any] = {key: value.to(model.device) for key, value in prompt.inputs.items()}
     with PagedCache(model, Recording(tape=tape), None, batch_size=1) as cache:
         row = generate(
@@ -234,24 +224,11 @@ def _decode(
             max_new_tokens=prompt.max_new_tokens,
             do_sample=False,
             num_beams=1,
-            streamer=_Counter(lambda count: on_step(prompt, count)),
             **inputs,
         )
     tokens = row[0].tolist()
     ends = model.generation_config.eos_token_id
     stopped = tokens[-1] in ([ends] if isinstance(ends, int) else ends or [])
-    return tokens, "stop" if stopped else "length"
-
-
-def _header(
-    model: Any,
-    tokenizer: Any,
-    prompt: Prompt,
-    tape: _Tape,
-    tokens: list[int],
-    finish: str,
-    known: dict[str, Any],
-) -> Header:
     images = {getattr(model.config, field, None) for field in ("image_token_id", "video_token_id")} - {None}
     config = model.config.get_text_config(decoder=True)
     return Header(
@@ -269,6 +246,5 @@ def _header(
         page_size=tape.page_size,
         top=tape.top,
         vectors=tape.vectors,
-        model=known,
-        finish=finish,
+        finish="stop" if stopped else "length",
     )

@@ -91,7 +91,7 @@ class Header:
 
 
 @dataclass(frozen=True)
-class Step:
+class TraceStep:
     """One decode step of all layers.
 
     Attributes
@@ -137,15 +137,15 @@ class Trace:
                 f"{path} is not a trace or is damaged: {' '.join(str(error).split())}"
             ) from error
 
-    def prompt(self) -> Step:
+    def prompt(self) -> TraceStep:
         """Return what is recorded of the prompt."""
         return next(self._read(first_only=True))
 
-    def steps(self) -> Iterator[Step]:
+    def steps(self) -> Iterator[TraceStep]:
         """Yield the decode steps in order; one chunk is in memory at a time."""
         return (step for step in self._read() if step.now != PROMPT)
 
-    def _read(self, first_only: bool = False) -> Iterator[Step]:
+    def _read(self, first_only: bool = False) -> Iterator[TraceStep]:
         import pyarrow as pa
         from pyarrow import parquet
 
@@ -156,7 +156,7 @@ class Trace:
         except (pa.ArrowException, OSError) as error:
             raise TraceError(f"{self.path} is damaged: {' '.join(str(error).split())}") from error
 
-    def _unpack(self, rows: Any) -> Iterator[Step]:
+    def _unpack(self, rows: Any) -> Iterator[TraceStep]:
         header = self.header
         now = rows.column("now").to_numpy()
         columns = {
@@ -167,7 +167,7 @@ class Trace:
             for name, (values, offsets) in columns.items():
                 part[name] = values[offsets[first] : offsets[first + header.layers]]
             counts = part["counts"]
-            yield Step(
+            yield TraceStep(
                 now=int(now[first]),
                 head=np.repeat(np.arange(len(counts)), counts),
                 page=part["pages"],

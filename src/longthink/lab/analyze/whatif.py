@@ -24,7 +24,7 @@ from longthink.errors import TraceError
 from longthink.lab.analyze.clairvoyant import Belady, Future, OptimalRun
 from longthink.lab.analyze.replays import BELADY, OPTIMUM, Replay
 from longthink.lab.analyze.rules import Rules
-from longthink.lab.analyze.store import Step, Trace
+from longthink.lab.analyze.store import Trace, TraceStep
 from longthink.policies import Policy, grows, needs_budget, policy_spec, reads_vectors
 
 
@@ -115,7 +115,7 @@ class _Vectors(NamedTuple):
         return _Vectors(self.attention_LKGN, *(one[..., :0] for one in self[1:]))
 
 
-def _vectors(trace: Trace, step: Step, grid: Tensor) -> tuple[_Vectors, NDArray[np.float32]]:
+def _vectors(trace: Trace, step: TraceStep, grid: Tensor) -> tuple[_Vectors, NDArray[np.float32]]:
     """Return the recorded attention per token, normalized in each map, and the scales; a page is its first token."""
     header = trace.header
     scale_M = (1 / np.maximum(1 - step.rest, 1e-3)).astype(np.float32)
@@ -134,7 +134,7 @@ def _vectors(trace: Trace, step: Step, grid: Tensor) -> tuple[_Vectors, NDArray[
     return _Vectors(grid[:, : step.now + 1].reshape(shape), query, key, value), scale_M
 
 
-def _lookups(step: Step, page_size: int, rules: Rules) -> NDArray[np.bool_]:
+def _lookups(step: TraceStep, page_size: int, rules: Rules) -> NDArray[np.bool_]:
     """Return which maps use a page that is not near."""
     far = (step.mass > rules.use) & (step.now - ((step.page + 1) * page_size - 1) > rules.local)
     found = np.zeros(len(step.rest), dtype=bool)
@@ -173,7 +173,7 @@ class _Run:
             return True
         return budget.pages(prompt, self.policy.page_size) >= self.policy.required_pages(prompt)
 
-    def begin(self, prompt: Step) -> None:
+    def begin(self, prompt: TraceStep) -> None:
         header = self.trace.header
         mass = torch.zeros(header.layers * header.kv_heads, header.prompt_tokens)
         token = prompt.page.astype(np.int64) * header.page_size
@@ -188,7 +188,7 @@ class _Run:
         for layers, replayed in self.parts:
             replayed.begin(keys[layers], values[layers], mass_LKN[layers])
 
-    def step(self, step: Step, vectors: _Vectors, lookups_M: NDArray[np.bool_]) -> None:
+    def step(self, step: TraceStep, vectors: _Vectors, lookups_M: NDArray[np.bool_]) -> None:
         header = self.trace.header
         kept_CLH = np.empty((len(self.fits), header.layers, header.heads), dtype=np.float32)
         if not reads_vectors(self.policy.needs):

@@ -28,15 +28,7 @@ _CONNECT_S = 10.0
 
 @contextmanager
 def connected(address: str) -> Iterator[Any]:
-    """Connect to a Ray cluster; if this process is connected already, that cluster is used.
-
-    Raises
-    ------
-    MissingExtraError
-        If Ray is not installed.
-    SweepError
-        If the cluster cannot be reached.
-    """
+    """Connect to a Ray cluster and yield the module; a connection that this process has already is used."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     with needs_extra("ray"):
@@ -70,16 +62,9 @@ def _check_reachable(address: str) -> None:
 
 
 class RayWorkers(Workers):
-    """Slots of a cluster, each of which runs one task at a time.
+    """Slots of a cluster, each of which runs one task at a time; by default one per accelerator, or per CPU.
 
     Nodes need longthink and the model, but neither the store nor the problem files.
-
-    Parameters
-    ----------
-    ray
-        The connected module.
-    count
-        Slots; None for as many as the cluster has accelerators, or CPUs if it has none.
     """
 
     def __init__(self, sweep: Sweep, ray: Any, count: int | None) -> None:
@@ -137,7 +122,7 @@ class RayWorkers(Workers):
 def _shard(
     plan: Plan, cache: CacheConfig | None, units: list[Unit]
 ) -> Iterator[Identity | tuple[int, Sample]]:
-    """Ray task: yield the model's identity, then number and sample of each unit as soon as it is finished."""
+    """Ray task: yield the model's identity, then number and sample of each unit when it is finished."""
     solver = _solver(plan)
     yield solver.identity
     if cache is not None:

@@ -28,15 +28,11 @@ class Item:
 
     Attributes
     ----------
-    task
-        Name of its problem set.
     id
         Identifier within the task: its own, else the first digits of the SHA-256 of the question; the seed of a
         built-in problem.
-    question
-        The question; for built-in tasks the whole prompt.
-    gold
-        The right final answer; for built-in tasks the words that state it, such as ``cow: 55``.
+    question, gold
+        The question and the right final answer; for built-in tasks the whole prompt, and words such as ``cow: 55``.
     steps
         Tokens of the worked solution of a built-in problem, else None.
     """
@@ -49,7 +45,7 @@ class Item:
 
     @property
     def is_builtin(self) -> bool:
-        """Whether it belongs to the built-in task: its prompt is used as it is, and its answer graded exactly."""
+        """Whether the prompt is used as it is and the answer graded exactly."""
         return self.steps is not None
 
 
@@ -69,10 +65,6 @@ def read_file(path: Path) -> list[Item]:
     ------
     DataError
         If the file is of another kind or a field is missing or unusable; the message names file and line or row.
-    MissingExtraError
-        If pyarrow is needed and not installed.
-    OSError
-        If the file cannot be read.
     """
     if path.suffix == ".jsonl":
         return to_items(_json_lines(path), path.stem)
@@ -82,13 +74,7 @@ def read_file(path: Path) -> list[Item]:
 
 
 def to_items(records: Records, task: str, fields: Fields | None = None) -> list[Item]:
-    """Turn records into problems; without `fields` the names are found in the first record.
-
-    Raises
-    ------
-    DataError
-        If there is no record, a field is missing or unusable, or an identifier occurs twice.
-    """
+    """Turn records into problems; without `fields` the names are found in the first record."""
     items: list[Item] = []
     seen: dict[str, str] = {}
     for place, record in records:

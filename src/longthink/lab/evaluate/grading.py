@@ -40,15 +40,8 @@ class Grader:
 
     Parameters
     ----------
-    seconds
-        Time limit for one answer; answers that take longer count as wrong (seconds).
-    memory_mib
-        Address space of the process (MiB); answers that need more count as wrong.
-
-    Raises
-    ------
-    ValueError
-        If a limit is out of range.
+    seconds, memory_mib
+        Limits for one answer (seconds; MiB of address space); answers that exceed them count as wrong.
     """
 
     def __init__(self, *, seconds: float = 10.0, memory_mib: int = 2048) -> None:

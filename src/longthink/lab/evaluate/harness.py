@@ -28,14 +28,9 @@ with needs_extra("lm-eval"):
 _ANY_DEVICE = "cuda:0"
 # Passed on to the harness's own class for transformers.
 _PASSED_ON = (
-    "add_bos_token",
-    "chat_template_args",
-    "enable_thinking",
-    "max_length",
-    "prefix_token_id",
-    "think_end_token",
+    "add_bos_token", "chat_template_args", "enable_thinking", "max_length", "prefix_token_id", "think_end_token",
     "truncation",
-)
+)  # fmt: skip
 
 
 @register_model("longthink")
@@ -47,20 +42,14 @@ class LongthinkLM(HFLM):
 
     Parameters
     ----------
-    pretrained
-        ``reasoner`` (the built-in model), a local folder, or the id of a model on the Hub.
-    policy
-        A policy, its name, or text such as ``raas:r=0.25``.
-    budget, decode_budget
-        Tokens to keep per layer and row: in total, or on top of the prompt. Exactly one of the two; none for
-        ``dense``.
-    revision, device, dtype
+    pretrained, revision, device, dtype
         See `longthink.models.load_model`; ``cuda:0`` means the first accelerator, or the CPU if there is none.
+    policy, budget, decode_budget
+        See `longthink.generate`.
     batch_size
         Rows decoded in one batch.
     **options
-        ``add_bos_token``, ``chat_template_args``, ``enable_thinking``, ``max_length``, ``prefix_token_id``,
-        ``think_end_token`` and ``truncation``, as for the harness's model ``hf``.
+        Options of the harness's model ``hf``: see `_PASSED_ON`.
 
     Attributes
     ----------
@@ -71,8 +60,6 @@ class LongthinkLM(HFLM):
     ------
     ValueError
         If an argument is unknown or out of range, before anything is loaded.
-    OSError
-        If the model cannot be loaded.
     """
 
     def __init__(

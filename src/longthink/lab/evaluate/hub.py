@@ -10,17 +10,7 @@ from longthink.lab.evaluate.files import Fields, Item, to_items
 
 @dataclass(frozen=True)
 class Source:
-    """A problem set on the Hub.
-
-    Attributes
-    ----------
-    dataset, config, split
-        Arguments of ``datasets.load_dataset``.
-    fields
-        Its columns.
-    max_new_tokens
-        Default token limit of an answer by a reasoning model.
-    """
+    """A problem set on the Hub: arguments of ``load_dataset``, its columns, and the default token limit."""
 
     dataset: str
     config: str | None
@@ -47,15 +37,7 @@ SOURCES: dict[str, Source] = {
 
 
 def read_hub(name: str) -> list[Item]:
-    """Load the problem set of a task from the Hub or from the local cache.
-
-    Raises
-    ------
-    DataError
-        If it cannot be loaded or has other columns.
-    MissingExtraError
-        If ``datasets`` is not installed.
-    """
+    """Load the problem set of a task from the Hub or from the local cache; `DataError` if that fails."""
     source = SOURCES[name]
     with needs_extra("eval"):
         from datasets import load_dataset

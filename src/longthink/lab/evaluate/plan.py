@@ -40,18 +40,10 @@ class CacheConfig(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One configuration: all its samples have the same setup.
+    """One configuration: all its samples have the same setup."""
 
-    Attributes
-    ----------
-    policy
-        The policy as requested.
-    cache
-        The policy with the seed filled in, and its budget.
-    """
-
-    policy: str
-    cache: CacheConfig
+    policy: str  # as requested
+    cache: CacheConfig  # with the seed filled in
     task: str
     max_new_tokens: int
     seed: int
@@ -70,12 +62,10 @@ class Unit(NamedTuple):
         return f"{self.cell.seed}/{self.cell.task}/{self.item.id}/{self.sample}"
 
     def to_json(self) -> list[Any]:
-        """Return plain lists and dictionaries for `from_json`."""
         return [asdict(self.cell), asdict(self.item), self.sample]
 
     @classmethod
     def from_json(cls, values: Sequence[Any]) -> Unit:
-        """Return the unit that `to_json` took apart."""
         cell, item, sample = values
         return cls(Cell(**cell | {"cache": CacheConfig(*cell["cache"])}), Item(**item), sample)
 
@@ -89,26 +79,23 @@ class Plan:
     model, revision, device, dtype
         See `longthink.models.load_model`.
     tasks, data, count, choose, seed
-        See `longthink.lab.evaluate.tasks.load_tasks`.
-    policies
-        Policies, such as ``raas:r=0.25``. Those that keep everything run once, without a budget.
-    budgets, decode_budgets
-        Tokens kept per layer: in total, or on top of the prompt. If both are given, all are run.
+        See `load_tasks`.
+    policies, budgets, decode_budgets
+        Such as ``raas:r=0.25``; tokens kept per layer, in total and on top of the prompt. Policies that keep
+        everything run once.
     sampling_seeds
         Seeds of sampling and of random policies. Anything deterministic runs with the first one only.
-    samples
-        Samples per problem and seed; more than one needs a temperature.
-    temperature, top_p, top_k
-        Temperature 0 is greedy.
+    samples, temperature, top_p, top_k
+        Samples per problem and seed, and how tokens are chosen; temperature 0 is greedy.
     max_new_tokens
         Token limit of an answer; None for each task's own.
     rows
-        Batch size of each process; None for 32 with the built-in model and 8 with others.
+        Batch size of each process; None for `BUILTIN_ROWS` or `ROWS`.
 
     Raises
     ------
     ValueError
-        If a value is out of range; nothing has been loaded then.
+        If a value is out of range.
     BudgetError
         If a policy needs a budget and there is none, or not even a prompt of one token fits.
     """
@@ -153,8 +140,9 @@ class Plan:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Plan:
-        """Return the plan that `asdict` and JSON took apart."""
-        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+        """Return the plan whose `asdict` went through JSON."""
+        fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return cls(**fields)
 
     @property
     def batch_size(self) -> int:
@@ -192,7 +180,6 @@ class Plan:
         return list(budgets)
 
     def load_tasks(self) -> list[Task]:
-        """Load the problem sets; see `longthink.lab.evaluate.tasks.load_tasks`."""
         data = [Path(path).expanduser() for path in self.data]
         return load_tasks(self.tasks, data=data, count=self.count, choose=self.choose, seed=self.seed)
 
@@ -206,7 +193,6 @@ class Plan:
         ]  # fmt: skip
 
     def setup(self, cell: Cell, identity: Identity) -> Setup:
-        """Return the setup of a cell's samples."""
         return Setup(
             model=self.model,
             revision=identity.revision,

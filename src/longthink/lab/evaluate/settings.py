@@ -24,8 +24,6 @@ def read_settings(path: Path, known: Collection[str] = SWEEP_SETTINGS) -> dict[s
     ------
     ValueError
         If the file is of another kind, cannot be parsed, or has a key that is not `known`.
-    OSError
-        If it cannot be read.
     """
     if path.suffix not in (".toml", ".yaml", ".yml"):
         raise ValueError(f"{str(path)!r} must end in .yaml, .yml or .toml")
@@ -58,12 +56,7 @@ def _checked(path: Path, key: str, known: Collection[str]) -> str:
 
 
 def make_plan(values: Mapping[str, Any]) -> tuple[Plan, dict[str, Any]]:
-    """Return the plan, and the settings that are not part of it.
-
-    Parameters
-    ----------
-    values
-        By name; lists may be lists, single values or text with commas.
+    """Return the plan and the other settings; lists may be lists, single values or text with commas.
 
     Raises
     ------

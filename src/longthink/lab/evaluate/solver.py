@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
-from typing import Any
 
 import torch
 
@@ -18,20 +17,12 @@ from longthink.lab.evaluate.grading import Grader
 from longthink.lab.evaluate.plan import CacheConfig, Identity, Plan, Unit
 from longthink.lab.evaluate.tasks import prompt_ids
 from longthink.lab.processes import Parent, serve
-from longthink.lab.results.records import Sample, Setup, to_row
+from longthink.lab.results.records import Sample, to_row
 from longthink.models import load_model
 
 
 class Solver:
-    """A model in this process, ready to make samples. Use it in a ``with`` block.
-
-    Parameters
-    ----------
-    plan
-        Says which model, and how tokens are chosen.
-    device
-        Replaces the plan's, where processes share several devices.
-    """
+    """The model of a plan in this process; `device` replaces the plan's. Use it in a ``with`` block."""
 
     def __init__(self, plan: Plan, device: str | None = None) -> None:
         self.plan = plan
@@ -63,8 +54,10 @@ class Solver:
                 else:
                     yield request
 
-        budget = {"budget": cache.budget, "decode_budget": cache.decode_budget}
-        with Engine(self.loaded.model, policy=cache.policy, seats=self.plan.batch_size, **budget) as engine:
+        with Engine(
+            self.loaded.model, policy=cache.policy, budget=cache.budget, decode_budget=cache.decode_budget,
+            seats=self.plan.batch_size,
+        ) as engine:  # fmt: skip
             for done in engine.map(requests()):
                 yield done.request.tag, self._sample(done)
         for unit in too_long:
@@ -88,10 +81,9 @@ class Solver:
         unit: Unit = done.request.tag
         text = self.loaded.tokenizer.decode(list(done.tokens), skip_special_tokens=True)
         verdict = self._grader.grade(unit.item, text)
-        setup: Setup = self.plan.setup(unit.cell, self.identity)
-        fields: dict[str, Any] = to_row(setup)
+        setup = self.plan.setup(unit.cell, self.identity)
         return Sample(
-            **fields,
+            **to_row(setup),
             config=setup.config_hash,
             problem=unit.item.id,
             sample=unit.sample,

@@ -23,20 +23,16 @@ class Summary:
 
     Attributes
     ----------
-    problems, samples
-        Problems, and samples of all of them (all seeds).
     accuracy, low, high
         pass@1 (mean over problems of the share of right samples) and its Wilson 95 % interval with the problems as
         trials.
     majority
         Share of problems whose most frequent answer is right; None with one sample per problem.
-    tokens
-        Mean number of generated tokens.
+    tokens, kv_bytes_peak, dense_kv_bytes
+        Means over samples.
     truncated, no_room, nan
         Samples that hit the token limit, whose prompt did not fit, and in which the model produced NaN. The last two
         count as wrong.
-    kv_bytes_peak, dense_kv_bytes
-        Means over samples.
     """
 
     task: str

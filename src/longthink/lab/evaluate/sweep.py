@@ -15,13 +15,7 @@ from longthink.lab.results.store import ResultStore
 
 
 class Coordinator:
-    """Hands each unit to one worker; units that a lost worker had in flight go to others.
-
-    Parameters
-    ----------
-    units
-        The samples to make, each once.
-    """
+    """Hands each unit to one worker; units that a lost worker had in flight go to others."""
 
     def __init__(self, units: Iterable[Unit]) -> None:
         self._pending: dict[CacheConfig, deque[Unit]] = {}
@@ -116,7 +110,7 @@ class Sweep:
 
     @property
     def configs(self) -> list[str]:
-        """Hashes of all configurations; requires the model's identity."""
+        """Hashes of all configurations."""
         assert self.identity is not None
         return [self.plan.setup(cell, self.identity).config_hash for cell, _ in self.cells]
 
@@ -131,13 +125,7 @@ class Sweep:
         return sum(self.tallies.values(), Tally())
 
     def begin(self, identity: Identity) -> None:
-        """Find out what is missing, now that a worker has loaded the model.
-
-        Raises
-        ------
-        SweepError
-            If workers have loaded different models under the same name.
-        """
+        """Find out what is missing, now that a worker has loaded the model; all workers must have the same."""
         if self.identity is None:
             self.identity = identity
             _ = self.coordinator
@@ -149,7 +137,6 @@ class Sweep:
 
     @cached_property
     def coordinator(self) -> Coordinator:
-        """The units and who has them; requires the model's identity."""
         assert self.identity is not None
         return Coordinator(self._missing(self.identity))
 
@@ -171,7 +158,6 @@ class Sweep:
         return None if self.identity is None else self.coordinator.assign(worker)
 
     def take(self, worker: int) -> Unit | None:
-        """See `Coordinator.take`."""
         return self.coordinator.take(worker)
 
     def finish(self, unit: Unit, sample: Sample) -> None:

@@ -30,17 +30,7 @@ _SPARE_TOKENS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A problem set, ready to be asked.
-
-    Attributes
-    ----------
-    name
-        Such as ``gsm8k`` or ``reasoner/l/chain``.
-    items
-        The chosen problems.
-    max_new_tokens
-        Default token limit of an answer, whichever problems are chosen.
-    """
+    """The chosen problems of a set, and the default token limit of an answer, which does not depend on the choice."""
 
     name: str
     items: Sequence[Item]
@@ -99,10 +89,8 @@ def load_tasks(
     ------
     ValueError
         If a name is unknown, no task is named, or a number is out of range.
-    DataError
+    DataError, OSError
         If a file or a set from the Hub cannot be used.
-    OSError
-        If a file cannot be read.
     """
     check_choice("choose", choose, ("first", "random"))
     check_int("seed", seed, 0)

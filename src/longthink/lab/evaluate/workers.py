@@ -21,17 +21,11 @@ ATTEMPTS = 4
 
 
 class Workers(ABC):
-    """Hands out the work of a sweep and takes in the results. Subclasses move them to and from the workers.
-
-    Attributes
-    ----------
-    idle
-        Numbers of the workers that wait for work.
-    """
+    """Hands out the work of a sweep and takes in the results. Subclasses move them to and from the workers."""
 
     def __init__(self, sweep: Sweep) -> None:
         self.sweep = sweep
-        self.idle: list[int] = []
+        self.idle: list[int] = []  # numbers of the workers that wait for work
         self._deaths: Counter[Unit | None] = Counter()
 
     def run(self) -> None:
@@ -52,16 +46,10 @@ class Workers(ABC):
 
     @abstractmethod
     def receive(self) -> None:
-        """Wait for a message of any worker and handle it: `Sweep.begin`, `Sweep.finish`, `lose`, or idle again."""
+        """Wait for a message of any worker and handle it."""
 
     def lose(self, worker: int, reason: str) -> None:
-        """Handle the death of a worker.
-
-        Raises
-        ------
-        SweepError
-            If a sample, or loading the model, keeps killing workers.
-        """
+        """Handle the death of a worker; give up if a sample, or loading the model, keeps killing workers."""
         units: list[Unit | None] = [*self.sweep.lose(worker, reason)]
         for unit in units or [None]:
             self._deaths[unit] += 1
@@ -86,8 +74,7 @@ class ProcessWorkers(Workers):
             child = Child("longthink.lab.evaluate.solver", env=env, inbox=self._inbox)
             self._workers[child] = number
             child.send([asdict(sweep.plan), number])
-        self._taken: list[Unit] = []
-        """Units by the number that a worker names them by."""
+        self._taken: list[Unit] = []  # by the numbers that workers use for them
 
     @override
     def start(self, worker: int, cache: CacheConfig) -> None:

@@ -173,6 +173,6 @@ class Measurement:
 Record = Sample | Measurement
 
 
-def to_row(record: Record) -> dict[str, Any]:
-    """Return the fields of a record by name, in order."""
+def to_row(record: Setup | Measurement) -> dict[str, Any]:
+    """Return the fields of a record, or of a setup, by name and in order."""
     return {field.name: getattr(record, field.name) for field in fields(record)}
