@@ -9,10 +9,14 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from longthink.errors import TraceError
+from longthink.errors import TraceError, needs_extra
 from longthink.files import replacing
 from longthink.lab.analyze.rules import Rules
 from longthink.lab.analyze.store import TraceStore
+
+with needs_extra("analyze"):
+    import pyarrow as pa
+    from pyarrow import parquet
 
 BELADY, OPTIMUM = CLAIRVOYANT = ("belady", "optimum")
 """Names of the two that know the future; see `longthink.lab.analyze.clairvoyant`."""
@@ -67,9 +71,6 @@ class Replay:
 
 def save_replays(store: TraceStore, replays: Sequence[Replay], rules: Rules) -> None:
     """Store replays; those with the same key are replaced, those made with other rules dropped."""
-    import pyarrow as pa
-    from pyarrow import parquet
-
     before, old_rules = load_replays(store)
     kept = {one.key: one for one in before} if old_rules == rules else {}
     kept |= {one.key: one for one in replays}
@@ -98,9 +99,6 @@ def load_replays(store: TraceStore) -> tuple[list[Replay], Rules]:
     TraceError
         If the file is damaged.
     """
-    import pyarrow as pa
-    from pyarrow import parquet
-
     path = store.folder / FOLDER / FILE
     if not path.exists():
         return [], Rules()

@@ -20,6 +20,10 @@ from numpy.typing import NDArray
 from longthink.errors import TraceError, needs_extra
 from longthink.files import remove_stale, write_text
 
+with needs_extra("analyze"):
+    import pyarrow as pa
+    from pyarrow import parquet
+
 MARKER = "longthink-trace"
 """File that marks a folder of traces; it holds format, model and settings as JSON."""
 FORMAT = 1
@@ -126,9 +130,6 @@ class Trace:
     @classmethod
     def open(cls, path: Path) -> Trace:
         """Open a file; `TraceError` if it is not a trace or is damaged."""
-        import pyarrow as pa
-        from pyarrow import parquet
-
         try:
             metadata = parquet.read_metadata(path).metadata or {}
             return cls(path, Header.from_json(metadata[b"longthink"].decode()))
@@ -146,9 +147,6 @@ class Trace:
         return (step for step in self._read() if step.now != PROMPT)
 
     def _read(self, first_only: bool = False) -> Iterator[TraceStep]:
-        import pyarrow as pa
-        from pyarrow import parquet
-
         try:
             with parquet.ParquetFile(self.path, page_checksum_verification=True) as file:
                 for group in range(1 if first_only else file.num_row_groups):
@@ -204,13 +202,9 @@ class TraceStore:
     ------
     TraceError
         If the folder holds something else, is missing, or was recorded with other settings.
-    MissingExtraError
-        If pyarrow is not installed.
     """
 
     def __init__(self, folder: Path | str, settings: Mapping[str, Any] | None = None) -> None:
-        with needs_extra("analyze"):
-            import pyarrow.parquet  # noqa: F401
         self.folder = Path(folder)
         marker = self.folder / MARKER
         if settings is not None and not marker.exists():
@@ -263,9 +257,6 @@ class TraceWriter:
     """
 
     def __init__(self, path: Path, *, vectors: bool) -> None:
-        import pyarrow as pa
-        from pyarrow import parquet
-
         lists = {"counts": pa.int32(), "pages": pa.int32(), "mass": pa.float16(), "rest": pa.float16()}
         lists |= {name: pa.float32() for name in _VECTORS} if vectors else {}
         self._schema = pa.schema(
@@ -295,8 +286,6 @@ class TraceWriter:
 
     def flush(self) -> None:
         """Write the added steps as a chunk."""
-        import pyarrow as pa
-
         if self._rows["now"]:
             arrays = [_column(self._rows[one.name], one.type) for one in self._schema]
             self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
@@ -316,8 +305,6 @@ class TraceWriter:
 
 
 def _column(values: Sequence[Any], kind: Any) -> Any:
-    import pyarrow as pa
-
     if not pa.types.is_list(kind):
         return pa.array(values, kind)
     offsets = np.cumsum([0, *(len(value) for value in values)], dtype=np.int32)

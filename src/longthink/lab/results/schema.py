@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import fields
 from functools import cache
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from longthink.errors import ResultStoreError, needs_extra
 from longthink.lab.results.records import Measurement, Record, Sample, to_row
 
-if TYPE_CHECKING:
+with needs_extra("eval"):
     import pyarrow as pa
 
 TABLES: dict[str, type[Sample] | type[Measurement]] = {kind.table: kind for kind in (Sample, Measurement)}
@@ -33,8 +33,6 @@ def columns(table: str) -> dict[str, tuple[type, bool]]:
 
 
 def arrow_schema(table: str) -> pa.Schema:
-    with needs_extra("eval"):
-        import pyarrow as pa
     types = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
     return pa.schema(
         [pa.field(name, types[kind], optional) for name, (kind, optional) in columns(table).items()]

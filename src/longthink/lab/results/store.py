@@ -13,16 +13,17 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from longthink.errors import ResultStoreError, needs_extra
 from longthink.files import remove_stale, replacing, write_text
 from longthink.lab.results.records import Record
 from longthink.lab.results.schema import TABLES, arrow_schema, check_schema, checked_row, sql_columns
 
-if TYPE_CHECKING:
+with needs_extra("eval"):
     import duckdb
     import pyarrow as pa
+    from pyarrow import parquet
 
 MARKER = "longthink-store"
 """File that marks a folder as a store; it holds the version of the format."""
@@ -47,14 +48,9 @@ class ResultStore:
     ------
     ResultStoreError
         If the folder holds something else, has another format, or is missing and must not be created.
-    MissingExtraError
-        If pyarrow or duckdb is not installed.
     """
 
     def __init__(self, folder: Path | str, *, create: bool = True) -> None:
-        with needs_extra("eval"):
-            import duckdb  # noqa: F401
-            import pyarrow.parquet  # noqa: F401
         self.folder = Path(folder)
         self._verified: set[Path] = set()
         marker = self.folder / MARKER
@@ -89,8 +85,6 @@ class ResultStore:
         ResultStoreError
             If one of them is not a record or has a value of the wrong type; nothing is added then.
         """
-        import pyarrow as pa
-
         rows: dict[str, list[dict[str, Any]]] = {}
         for record in records:
             row = checked_row(record)
@@ -118,8 +112,6 @@ class ResultStore:
         ResultStoreError
             If a file of the store is damaged or of another kind; the message names it.
         """
-        import duckdb
-
         # The lock keeps compaction from deleting files between listing and reading them.
         with (
             self._lock(exclusive=False),
@@ -211,8 +203,6 @@ def _replace(paths: list[Path], parts: list[pa.Table]) -> None:
     """Replace consecutive files by one that takes their place in the order of names."""
     if len(paths) == 1:
         return
-    import pyarrow as pa
-
     # The first file's name and a number sort behind that file, and before all that follow the last one.
     stem = match[1] if (match := _GENERATION.fullmatch(paths[0].stem)) else paths[0].stem
     numbers = [int(match[2]) for path in paths if (match := _GENERATION.fullmatch(path.stem))]
@@ -223,8 +213,6 @@ def _replace(paths: list[Path], parts: list[pa.Table]) -> None:
 
 
 def _write(rows: pa.Table, path: Path) -> None:
-    from pyarrow import parquet
-
     with replacing(path) as temporary:
         # Statistics copy values without a checksum, and would be larger than the values of small files.
         options = {"use_dictionary": False, "write_statistics": False, "write_page_checksum": True}
@@ -234,9 +222,6 @@ def _write(rows: pa.Table, path: Path) -> None:
 @contextmanager
 def _reading(path: Path, table: str) -> Iterator[Any]:
     """Open a Parquet file of a table with checksums; all errors name the file."""
-    import pyarrow as pa
-    from pyarrow import parquet
-
     try:
         with parquet.ParquetFile(path, page_checksum_verification=True) as file:
             check_schema(table, file.schema_arrow, str(path))
