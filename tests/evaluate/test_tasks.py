@@ -8,8 +8,7 @@ from datasets import Dataset
 from longthink.errors import DataError, MissingExtraError
 from longthink.lab.evaluate.hub import SOURCES
 from longthink.lab.evaluate.tasks import INSTRUCTION, load_tasks, prompt_ids, prompt_text
-from longthink.reasoner import SIZES, grade, make_problem
-from longthink.reasoner.tokenizer import build_tokenizer
+from longthink.reasoner import SIZES, grade, load_reasoner, make_problem
 from tests.evaluate.data import write_lines
 
 
@@ -126,13 +125,13 @@ def test_limit_of_a_builtin_task_does_not_depend_on_the_problems(size):
 
 def test_plain_prompt_asks_for_a_box(ten):
     (task,) = load_tasks([], data=[ten])
-    tokenizer = build_tokenizer()
+    _, tokenizer = load_reasoner()
     assert prompt_text(task.items[0], tokenizer) == f"q0\n\n{INSTRUCTION}"
     assert prompt_ids(task.items[0], tokenizer)[0] == tokenizer.bos_token_id
 
 
 def test_chat_template_brings_its_own_special_tokens(ten):
-    tokenizer = build_tokenizer()
+    _, tokenizer = load_reasoner()
     tokenizer.chat_template = (
         "<s> {{ messages[0].role }}: {{ messages[0].content }}{% if add_generation_prompt %} bot:{% endif %}"
     )
@@ -142,7 +141,7 @@ def test_chat_template_brings_its_own_special_tokens(ten):
 
 
 def test_builtin_prompt_stays_as_it_is():
-    tokenizer = build_tokenizer()
+    _, tokenizer = load_reasoner()
     tokenizer.chat_template = "{{ messages[0].content }}!"
     (task,) = load_tasks(["reasoner/s/chain"], count=1)
     (item,) = task.items
