@@ -32,9 +32,8 @@ from longthink.environment import cores, versions
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from longthink.lab.cli.lanes import Course
+    from longthink.lab.cli.lanes import Course, Helper
     from longthink.lab.cli.race import Outcome, Runner
-    from longthink.lab.processes import Child
     from longthink.models import Loaded
     from longthink.reasoner import Problem
 
@@ -154,7 +153,7 @@ def _headline(options: DemoOptions, budget: dict[str, int], prompt: int, solutio
     )
 
 
-def _race(runners: list[Runner], loaded: Loaded, course: Course, helping: list[Child]) -> int:
+def _race(runners: list[Runner], loaded: Loaded, course: Course, helping: list[Helper]) -> int:
     """Run all policies, with a live table on a terminal and plain lines elsewhere; return how many ran at a time."""
     from longthink.lab.cli.lanes import race
 

@@ -24,6 +24,8 @@ from longthink.lab.processes import Child, Parent, serve
 if TYPE_CHECKING:
     from longthink.models import Loaded
 
+Helper = Child
+"""A process that runs policies beside this one."""
 Shown = Callable[[Runner], AbstractContextManager[Callable[[], None]]]
 """Opens the display of a run; the context's value is called after every change."""
 
@@ -40,12 +42,12 @@ class Course:
 
 
 @contextmanager
-def helpers(count: int) -> Iterator[list[Child]]:
+def helpers(count: int) -> Iterator[list[Helper]]:
     """Start helpers, which begin to load the model, and end them with the ``with`` block."""
-    started: list[Child] = []
+    started: list[Helper] = []
     try:
         for _ in range(count):
-            started.append(Child("longthink.lab.cli.lanes"))
+            started.append(Helper("longthink.lab.cli.lanes"))
         yield started
     finally:
         for child in started:
@@ -53,7 +55,7 @@ def helpers(count: int) -> Iterator[list[Child]]:
 
 
 def race(
-    runners: Sequence[Runner], loaded: Loaded, course: Course, helping: Sequence[Child], shown: Shown
+    runners: Sequence[Runner], loaded: Loaded, course: Course, helping: Sequence[Helper], shown: Shown
 ) -> int:
     """Run every policy, in all processes at once, and return how many processes ran one.
 
@@ -95,7 +97,7 @@ def _next(waiting: deque[Runner]) -> Runner | None:
         return None
 
 
-def _follow(helper: Child, waiting: deque[Runner], course: Course, shown: Shown, useful: set[int]) -> None:
+def _follow(helper: Helper, waiting: deque[Runner], course: Course, shown: Shown, useful: set[int]) -> None:
     """Give a helper one policy after another, and fill the runners with its reports."""
     try:
         helper.receive()
