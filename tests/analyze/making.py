@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from longthink.lab.analyze import Prompt, Trace, TraceStore, record
-from longthink.lab.analyze.store import PROMPT, Header, TraceWriter
+from longthink.lab.analyze.recorder import Prompt, record
+from longthink.lab.analyze.store import PROMPT, Header, Trace, TraceStore, TraceWriter
 from tests.models import build
 
 

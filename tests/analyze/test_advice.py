@@ -6,8 +6,8 @@ import torch
 from longthink.config import Budget
 from longthink.hf import make_cache
 from longthink.lab.analyze.advice import Shape, advise, request_bytes
+from longthink.lab.analyze.replays import Replay
 from longthink.lab.analyze.summary import Mean, means
-from longthink.lab.analyze.whatif import Outcome, _nothing
 from longthink.policies import make_policy
 from tests.models import build
 
@@ -87,8 +87,8 @@ def test_bad_input_is_named(name, value):
 
 def test_means_leave_out_what_had_no_room():
     def outcome(problem, recall, note=""):
-        return Outcome(task="t", problem=problem, policy="recency", budget=64, decode_budget=None, recall=recall,
-                       worst=recall / 2, lookups=1.0, evictions=4, regrets=2, note=note, **_nothing())  # fmt: skip
+        return Replay(task="t", problem=problem, policy="recency", budget=64, decode_budget=None, recall=recall,
+                       worst=recall / 2, lookups=1.0, evictions=4, regrets=2, note=note)  # fmt: skip
 
     (found,) = means([outcome("a", 0.8), outcome("b", 0.6), outcome("c", float("nan"), "no room")])
     assert (found.problems, found.no_room) == (2, 1)

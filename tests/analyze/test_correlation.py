@@ -8,14 +8,14 @@ import pytest
 
 from longthink.errors import TraceError
 from longthink.lab.analyze.correlation import correlate
-from longthink.lab.analyze.whatif import Outcome, _nothing
+from longthink.lab.analyze.replays import Replay
 
 POLICIES = ("a", "b", "c", "d", "e")
 
 
 def outcome(problem, policy, *, recall, lookups=1.0, regrets=0, note=""):
-    return Outcome(task="t", problem=str(problem), policy=policy, budget=64, decode_budget=None, recall=recall,
-                   lookups=lookups, regrets=regrets, note=note, **_nothing())  # fmt: skip
+    return Replay(task="t", problem=str(problem), policy=policy, budget=64, decode_budget=None, recall=recall,
+                   lookups=lookups, regrets=regrets, note=note)  # fmt: skip
 
 
 def slow_spearman(first, second):

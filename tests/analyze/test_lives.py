@@ -5,16 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longthink.lab.analyze import (
-    Lives,
-    MapClass,
-    PageClass,
-    Rules,
-    map_classes,
-    read_lives,
-    share_table,
-    telling_texts,
-)
+from longthink.lab.analyze.lives import Lives, MapClass, PageClass, map_classes, read_lives
+from longthink.lab.analyze.rules import Rules
+from longthink.lab.analyze.shares import share_table, telling_texts
 from tests.analyze.making import dense, recorded, written
 
 RULES = Rules(use=0.4, local=4, gap=12, sink=0.5)

@@ -13,9 +13,8 @@ import pytest
 import torch
 
 from longthink.errors import TraceError, UnsupportedModelError
-from longthink.lab.analyze import Trace, TraceStore, record
-from longthink.lab.analyze.recorder import _Tape
-from longthink.lab.analyze.store import CHUNK_STEPS, TraceWriter
+from longthink.lab.analyze.recorder import _Tape, record
+from longthink.lab.analyze.store import CHUNK_STEPS, Trace, TraceStore, TraceWriter
 from tests.analyze.making import Words, dense, recorded
 from tests.models import build
 

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from longthink.lab.analyze import Prompt, Rules, read_lives, record
+from longthink.lab.analyze.lives import read_lives
+from longthink.lab.analyze.recorder import Prompt, record
+from longthink.lab.analyze.rules import Rules
 from longthink.lab.analyze.truth import agreement, total
 from longthink.lab.report.attention_tables import truth_table
 from longthink.reasoner import load_reasoner, make_problem

@@ -3,7 +3,11 @@
 import pytest
 
 from longthink.config import Budget
-from longthink.lab.analyze import Prompt, Rules, read_lives, record, share_table, what_if
+from longthink.lab.analyze.lives import read_lives
+from longthink.lab.analyze.recorder import Prompt, record
+from longthink.lab.analyze.rules import Rules
+from longthink.lab.analyze.shares import share_table
+from longthink.lab.analyze.whatif import what_if
 from longthink.policies import make_policy
 from tests.analyze.making import Words, dense
 from tests.vision import IMAGE, build_vision, inputs_with, picture

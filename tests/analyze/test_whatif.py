@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from longthink.config import Budget
 from longthink.errors import TraceError
 from longthink.hf import make_cache
-from longthink.lab.analyze import what_if
 from longthink.lab.analyze.clairvoyant import optimal_recall
+from longthink.lab.analyze.replays import BELADY, OPTIMUM
 from longthink.lab.analyze.rules import Rules
-from longthink.lab.analyze.whatif import BELADY, OPTIMUM
+from longthink.lab.analyze.whatif import what_if
 from longthink.policies import make_policy, needs_budget
 from tests.analyze.making import dense, recorded, written
 from tests.models import build

@@ -1,12 +1,16 @@
 """The chain trace, what-if, advise, report from the command line."""
 
+import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from transformers import AutoModelForImageTextToText
 
-from longthink.lab.analyze import Prompt, TraceStore, record
+from longthink.lab.analyze.recorder import Prompt, record
+from longthink.lab.analyze.rules import Rules
+from longthink.lab.analyze.store import TraceStore
 from tests.analyze.making import Words
 from tests.evaluate.data import write_lines
 from tests.models import build
@@ -45,9 +49,9 @@ def test_the_chain_on_models_from_disk(call, tmp_path, model_folder, problems):
     )
 
     policies = "recency,milestone:page_size=4,raas:page_size=4:score=exact"
-    code, out, err = call(
-        "what-if", traces, "--policies", policies, "--decode-budgets", "8,16", "--use", "0.2"
-    )
+    (tmp_path / "classes.toml").write_text("use = 0.2")
+    classes = ("--classes", tmp_path / "classes.toml")
+    code, out, err = call("what-if", traces, "--policies", policies, "--decode-budgets", "8,16", *classes)
     assert code == 0, err
     for name in ("recency", "milestone", "raas", "belady", "optimum"):
         assert name in out
@@ -79,10 +83,14 @@ def test_the_chain_on_images(call, tmp_path, name):
         prompts.append(Prompt(task="seen", problem=str(i), inputs=inputs, max_new_tokens=40))
     record(model, Words(), prompts, traces, vectors=True, top=0)
     policies = "recency,milestone:page_size=4,h2o"
+    (tmp_path / "classes.yaml").write_text("use: 0.1\nlocal: 30")
+    classes = ("--classes", tmp_path / "classes.yaml")
     code, out, err = call(
-        "what-if", traces, "--policies", policies, "--decode-budgets", "8,16", "--use", "0.1", "--json"
+        "what-if", traces, "--policies", policies, "--decode-budgets", "8,16", *classes, "--json"
     )
     assert code == 0, err
+    defaults = {"gap": 128, "sink": 0.5, "far": 0.1, "majority": 0.67}
+    assert json.loads(out)["rules"] == {"use": 0.1, "local": 30} | defaults
     rows = json.loads(out)["rows"]
     assert [row["problems"] for row in rows] == [2] * 10 and all(
         0 < row["recall"] <= 1 + 1e-6 for row in rows
@@ -171,6 +179,37 @@ def test_bad_input_is_named(call, tmp_path, monkeypatch, words, named):
     code, out, err = call(*words)
     assert code not in (0, None) and out == ""
     assert named in err
+
+
+@pytest.mark.parametrize(
+    "text, named",
+    [
+        ("gap = 0", "gap=0 is out of range: allowed is >= 1"),
+        ('use = "much"', "use='much' is out of range"),
+        ("gaps = 3", "unknown setting 'gaps': did you mean 'gap'?"),
+    ],
+)
+@pytest.mark.parametrize("command", [("what-if", "gone", "--budgets", "64"), ("advise",)])
+def test_a_bad_file_of_classes_is_named(call, tmp_path, command, text, named):
+    (tmp_path / "classes.toml").write_text(text)
+    code, out, err = call(*command, "--classes", tmp_path / "classes.toml")
+    assert (code, out) == (2, "") and named in err
+
+
+@pytest.mark.parametrize("command", ["advise", "what-if", "trace", "eval"])
+def test_help_fits_on_one_screen(call, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = call(command, "--help")
+    assert code == 0 and len(out.splitlines()) <= 50
+
+
+def test_defaults_of_classes_are_printed_and_documented(call, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    _, out, _ = call("what-if", "--help")
+    page = (Path(__file__).parents[2] / "docs" / "analyze.md").read_text()
+    for name, value in dataclasses.asdict(Rules()).items():
+        assert f"{name}={value}" in out
+        assert f"{name} = {value}" in page
 
 
 def test_traces_are_not_compared(call, tmp_path):

@@ -40,7 +40,7 @@ def test_tables_say_what_was_measured_and_how(call):
     for title in ("milliseconds per token", "seconds to decode", "keys and values"):
         assert title in out
     for name in ("hf dynamic", "hf static", "dense", "raas"):
-        assert out.count(f"\n  {name} ") == 3
+        assert out.count(f"\n {name} ") == 3
     text = " ".join(out.split())
     assert "After 160 tokens the best dense cache of transformers is hf" in text
     assert "budget=64, prompt of 16 tokens, rows: 1, caches filled with random data" in text

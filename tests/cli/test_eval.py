@@ -168,7 +168,7 @@ def test_a_folder_with_something_else_is_no_store(call, tmp_path):
     assert "holds something else (thesis.tex)" in err
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=180):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it took too long"

@@ -5,16 +5,18 @@ import signal
 import threading
 import time
 from contextlib import nullcontext
-from multiprocessing import Pipe
+from dataclasses import asdict
+from queue import SimpleQueue
 
 import pytest
 
 from longthink.cli.decode import Decoded
 from longthink.lab.cli import lanes
-from longthink.lab.cli.lanes import Course, Helper, race
+from longthink.lab.cli.lanes import Course, race
 from longthink.lab.cli.race import Runner
 from longthink.lab.cli.residents import ResidentLog
-from longthink.policies import make_policy, policy_spec
+from longthink.lab.processes import ChildDied
+from longthink.policies import make_policy
 
 COURSE = Course(prompt="a prompt", budget={"decode_budget": 64}, limit=10)
 NAMES = ["dense", "raas", "milestone", "recency"]
@@ -55,17 +57,25 @@ class Model:
         return other == "model"
 
 
-def helper_that(answers):
-    """A helper that is a thread of this process: ``answers`` gets its end of the pipe, which it then closes."""
-    ours, theirs = Pipe()
+class Thread:
+    """A helper that is a thread of this process: ``answers`` gets what it is sent and a way to reply."""
 
-    def work():
-        with theirs:
-            theirs.send("ready")
-            answers(theirs)
+    def __init__(self, answers):
+        self.send, asked = (queue := SimpleQueue()).put, queue.get
+        self.replies = SimpleQueue()
 
-    threading.Thread(target=work, daemon=True).start()
-    return Helper(process=None, pipe=ours)
+        def work():
+            self.replies.put("ready")
+            answers(asked, self.replies.put)
+            self.replies.put(ChildDied("exit code 1"))
+
+        threading.Thread(target=work, daemon=True).start()
+
+    def receive(self):
+        message = self.replies.get()
+        if isinstance(message, Exception):
+            raise message
+        return message
 
 
 def test_without_helpers_all_run_here_in_order(runners, run_here):
@@ -77,11 +87,11 @@ def test_a_free_lane_takes_the_next_policy(runners, run_here):
     """While one policy runs here, the helper does all others."""
     got, all_told, told = [], threading.Event(), []
 
-    def answers(pipe):
+    def answers(receive, send):
         for _ in NAMES[1:]:
-            got.append(pipe.recv())
-            pipe.send({"tokens": 5, "tail": "so far"})
-            pipe.send({"tokens": 9, "decoded": Decoded(text="there")})
+            got.append(receive())
+            send([{"tokens": 5, "tail": "so far"}, None, {}])
+            send([{"tokens": 9}, {"text": "there"}, {"steps": [9]}])
 
     def shown(runner):
         return nullcontext(lambda: tell(runner))
@@ -94,12 +104,11 @@ def test_a_free_lane_takes_the_next_policy(runners, run_here):
         if len(told) == 6:
             all_told.set()
 
-    assert race(runners, Model(), COURSE, [helper_that(answers)], shown) == 2
+    assert race(runners, Model(), COURSE, [Thread(answers)], shown) == 2
     (here,) = run_here
     there = [name for name in NAMES if name != here]
-    assert [(policy_spec(policy), prompt, course) for policy, prompt, course in got] == [
-        (name, 3, COURSE) for name in there
-    ]
+    assert got == [[name, 3, asdict(COURSE)] for name in there]
+    assert all(runner.log.steps == ([9] if runner.name in there else []) for runner in runners)
     assert told == [(name, tokens) for name in there for tokens in (5, 9)]
     assert {runner.name: runner.decoded.text for runner in runners} == dict.fromkeys(there, "there") | {
         here: "here"
@@ -107,11 +116,11 @@ def test_a_free_lane_takes_the_next_policy(runners, run_here):
 
 
 def test_what_a_dead_helper_leaves_is_run_here(runners, run_here):
-    def answers(pipe):
-        pipe.recv()
-        pipe.send({"tokens": 5, "tail": "so far"})
+    def answers(receive, send):
+        receive()
+        send([{"tokens": 5, "tail": "so far"}, None, {}])
 
-    helping = [helper_that(answers), helper_that(lambda pipe: None)]
+    helping = [Thread(answers), Thread(lambda receive, send: None)]
     assert race(runners, Model(), COURSE, helping, silent) == 1
     assert sorted(run_here) == sorted(NAMES)
     assert all(runner.decoded.text == "here" for runner in runners)
@@ -124,7 +133,7 @@ def test_an_error_here_ends_the_race(runners, monkeypatch):
     monkeypatch.setattr(lanes, "run_policy", fail)
     monkeypatch.setattr(lanes, "encode_prompt", lambda *arguments, **options: None)
     with pytest.raises(ValueError, match="no budget"):
-        race(runners, Model(), COURSE, [helper_that(lambda pipe: time.sleep(10))], silent)
+        race(runners, Model(), COURSE, [Thread(lambda receive, send: time.sleep(10))], silent)
 
 
 @pytest.mark.slow

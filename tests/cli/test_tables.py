@@ -155,7 +155,7 @@ def test_doctor_says_that_a_vllm_is_out_of_range(call, vllm_of, version):
 def test_doctor_sees_why_vllm_will_not_load_the_plugin(call, vllm_of, monkeypatch):
     vllm_of(vllm="0.32.0")
     monkeypatch.setenv("VLLM_PLUGINS", "lora,other")
-    assert "hidden by VLLM_PLUGINS='lora,other': add longthink" in doctor_on_vllm(call)[0]["problem"]
+    assert "disabled by VLLM_PLUGINS='lora,other': add longthink" in doctor_on_vllm(call)[0]["problem"]
     monkeypatch.setenv("VLLM_PLUGINS", "lora,longthink")
     assert doctor_on_vllm(call)[0]["problem"] is None
     monkeypatch.setattr("importlib.metadata.entry_points", lambda **select: ())

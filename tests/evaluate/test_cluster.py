@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from longthink.errors import SweepError
-from longthink.lab.evaluate.sweep import run_sweep
+from longthink.lab.evaluate.run import run_sweep
 from tests.evaluate.sweeps import made, raw_keys, short_sweep
 
 ray = pytest.importorskip("ray", reason="needs the extra ray")
@@ -47,13 +47,13 @@ def test_a_killed_worker_costs_what_it_had_in_flight_and_no_more(cluster, tmp_pa
     def kill_one(sweep):
         shards = shard_processes()
         at_once.append(len(shards))
-        if sweep.outcome.made >= 3 and not said and len(at_once) < 5:
+        if sweep.total.made >= 3 and not said and len(at_once) < 5:
             os.kill(shards[0].pid, signal.SIGKILL)
 
     sweep.report = kill_one
-    outcome = run_sweep(sweep, ray=cluster.address)
-    assert (outcome.made, sweep.is_complete) == (20, True)
-    assert outcome.lost_workers >= 1 and "died" in said[0]
+    run_sweep(sweep, ray=cluster.address)
+    assert (sweep.total.made, sweep.is_complete) == (20, True)
+    assert sweep.lost_workers >= 1 and "died" in said[0]
     assert max(at_once) == 2, "both nodes should have worked"
     assert set(raw_keys(tmp_path / "ray").values()) == {1}
     run_sweep(short_sweep(tmp_path / "here", policies="recency,raas"))

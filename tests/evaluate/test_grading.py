@@ -10,8 +10,10 @@ import pytest
 
 from longthink.errors import GraderError, MissingExtraError
 from longthink.lab.evaluate import grading
+from longthink.lab.evaluate.files import Item
 from longthink.lab.evaluate.grading import MAX_ANSWER, Grader, Verdict
-from longthink.lab.evaluate.tasks import Item, load_tasks
+from longthink.lab.evaluate.tasks import load_tasks
+from longthink.lab.processes import Child
 from tests.evaluate.data import lines, problem_file
 
 
@@ -32,7 +34,7 @@ def item(gold):
 
 
 def judge(grader, text, gold):
-    return grader.grade(item(gold), text, exact=False)
+    return grader.grade(item(gold), text)
 
 
 @pytest.fixture
@@ -122,7 +124,7 @@ def test_builtin_task_is_graded_by_its_last_words(children):
             (rf"\boxed{{{problem.gold}}}", None, False),
             ("", None, False),
         ]:
-            assert grader.grade(problem, text, exact=True) == Verdict(answer=answer, correct=correct)
+            assert grader.grade(problem, text) == Verdict(answer=answer, correct=correct)
         assert children() == []  # needs no algebra
 
 
@@ -165,7 +167,7 @@ def test_verdicts_on_graded_solutions_agree_with_the_recorded_ones(grader):
         for model, given in record.items():
             if isinstance(given, dict):
                 cases += 1
-                verdict = grader.grade(problem, given["solution"], exact=False)
+                verdict = grader.grade(problem, given["solution"])
                 if verdict.correct != given["is_correct"]:
                     different.append((problem.id, model, verdict))
     assert cases == 2640
@@ -269,7 +271,7 @@ def test_interrupt_while_waiting_does_not_mix_up_answers(monkeypatch):
     with Grader() as grader:
         assert judge(grader, r"\boxed{8/2}", "4").correct
         with monkeypatch.context() as patch:
-            patch.setattr(grading.Grader, "_receive", interrupt)
+            patch.setattr(Child, "receive", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 judge(grader, r"\boxed{9/3}", "3")
         assert judge(grader, r"\boxed{8/2}", "7") == Verdict(answer="8/2", correct=False)

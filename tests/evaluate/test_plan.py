@@ -2,14 +2,16 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
 from longthink.errors import BudgetError
-from longthink.lab.cli.eval import EvalOptions
+from longthink.lab.cli.eval import DecodingFlags, ModelFlags, PolicyFlags, ProblemFlags, RunFlags, given
 from longthink.lab.evaluate.plan import Identity, Plan, Unit
-from longthink.lab.evaluate.settings import RUN_SETTINGS, make_plan, read_settings
+from longthink.lab.evaluate.settings import RUN_SETTINGS, SWEEP_SETTINGS, make_plan, read_settings
 
+GROUPS = (ProblemFlags, PolicyFlags, ModelFlags, DecodingFlags, RunFlags)
 IDENTITY = Identity(revision=None, dtype="float32")
 
 
@@ -20,12 +22,12 @@ def cells_of(**values):
 
 def test_every_policy_meets_every_budget_and_dense_runs_once():
     plan, cells = cells_of(policies="dense,raas,quest", budgets="64,128", decode_budgets="32")
-    lanes = [cell.lane for cell in cells if cell.task == "reasoner/s/chain"]
-    assert [(lane.policy, lane.budget, lane.decode_budget) for lane in lanes] == [
+    caches = [cell.cache for cell in cells if cell.task == "reasoner/s/chain"]
+    assert [(cache.policy, cache.budget, cache.decode_budget) for cache in caches] == [
         ("dense", None, None),
         *((policy, *kept) for policy in ("raas", "quest") for kept in ((64, None), (128, None), (None, 32))),
     ]
-    assert len(cells) == 4 * len(lanes)
+    assert len(cells) == 4 * len(caches)
     assert len({plan.setup(cell, IDENTITY).config_hash for cell in cells}) == len(cells)
 
 
@@ -33,7 +35,7 @@ def test_seeds_reach_random_policies_and_what_has_no_randomness_runs_once():
     plan, cells = cells_of(
         tasks="reasoner/s/chain", policies="recency,random", budgets="64", sampling_seeds="3,4"
     )
-    assert [(cell.policy, cell.seed, cell.lane.policy) for cell in cells] == [
+    assert [(cell.policy, cell.seed, cell.cache.policy) for cell in cells] == [
         ("recency", 3, "recency"),
         ("random", 3, "random:seed=3"),
         ("random", 4, "random:seed=4"),
@@ -91,9 +93,11 @@ def test_refuses_what_makes_no_sense_before_anything_is_loaded(values, error, me
         make_plan(values)
 
 
-def test_flags_and_settings_of_a_file_have_the_same_names():
-    flags = {field.name for field in dataclasses.fields(EvalOptions)} - {"config", "json"}
-    assert flags == {field.name for field in dataclasses.fields(Plan)} | RUN_SETTINGS.keys()
+def test_every_flag_is_a_setting_of_a_file():
+    names = {field.name for group in GROUPS for field in dataclasses.fields(group)} - {"config", "json"}
+    only_in_files = {"revision", "choose", "sampling_seeds", "top_p", "top_k"}
+    assert names.isdisjoint(only_in_files) and names | only_in_files == set(SWEEP_SETTINGS)
+    assert set(SWEEP_SETTINGS) == {field.name for field in dataclasses.fields(Plan)} | RUN_SETTINGS.keys()
 
 
 YAML = """
@@ -129,12 +133,13 @@ workers = 2
 def test_file_and_flags_say_the_same(tmp_path):
     (tmp_path / "a.yaml").write_text(YAML)
     (tmp_path / "b.toml").write_text(TOML)
-    flags = EvalOptions(
-        tasks="reasoner/s/chain,reasoner/m", policies="dense,raas:used=alpha:alpha=0.3", budgets="64,128",
-        decode_budgets="32", count=5, temperature=1.0, top_p=0.9, samples=4, sampling_seeds="0,1",
-        out="somewhere", workers=2,
-    )  # fmt: skip
-    wanted = make_plan(flags.given())
+    flags = given(
+        ProblemFlags(tasks="reasoner/s/chain,reasoner/m", count=5),
+        PolicyFlags(policies="dense,raas:used=alpha:alpha=0.3", budgets="64,128", decode_budgets="32"),
+        DecodingFlags(temperature=1.0, samples=4),
+        RunFlags(out=Path("somewhere"), workers=2),
+    )
+    wanted = make_plan(flags | {"top_p": 0.9, "sampling_seeds": (0, 1)})
     assert wanted[1] == {"out": "somewhere", "workers": 2}
     assert make_plan(read_settings(tmp_path / "a.yaml")) == wanted
     assert make_plan(read_settings(tmp_path / "b.toml")) == wanted
@@ -145,7 +150,7 @@ def test_file_and_flags_say_the_same(tmp_path):
     [
         ("a.yaml", "polices: dense", "a.yaml: unknown setting 'polices': did you mean 'policies'"),
         ("a.toml", "max-tokens = 3", "unknown setting 'max-tokens': did you mean 'max_new_tokens'"),
-        ("a.yaml", "zzzzzz: 1", "unknown setting 'zzzzzz': there are model"),
+        ("a.yaml", "zzzzzz: 1", "unknown setting 'zzzzzz': known are model"),
         ("a.yaml", "- 1\n- 2", "must hold settings"),
         ("a.yaml", "a: [", "not YAML"),
         ("a.yaml", "a: !!python/object/apply:os.system [ls]", "not YAML"),

@@ -1,18 +1,32 @@
 """Sweeps in this process and in others, whole, interrupted and with workers that die."""
 
-import multiprocessing
-import os
-import signal
-
+import psutil
 import pytest
 import torch
 
 from longthink.errors import SweepError
 from longthink.hf import generate
+from longthink.lab.evaluate.run import run_sweep
 from longthink.lab.evaluate.solver import Solver
 from longthink.lab.evaluate.summary import majority_is_right, summarize
-from longthink.lab.evaluate.sweep import run_sweep
+from longthink.lab.evaluate.tasks import prompt_ids
 from tests.evaluate.sweeps import made, raw_keys, short_sweep
+
+SOLVER = "longthink.lab.evaluate.solver"
+
+
+def run(sweep, **options):
+    run_sweep(sweep, **options)
+    return sweep
+
+
+def counts(sweep):
+    return sweep.total.stored, sweep.total.made
+
+
+def workers():
+    """The worker processes of this one, zombies included."""
+    return [p for p in psutil.Process().children() if p.status() == "zombie" or SOLVER in p.cmdline()]
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +34,8 @@ def whole(tmp_path_factory):
     """The short sweep, made in one go."""
     folder = tmp_path_factory.mktemp("whole") / "store"
     sweep = short_sweep(folder)
-    assert run_sweep(sweep).made == 10
+    run_sweep(sweep)
+    assert sweep.total.made == 10
     return folder
 
 
@@ -35,7 +50,7 @@ def test_samples_are_those_of_generate_and_say_what_was_measured(whole):
     (task,) = sweep.tasks
     for item in task.items:
         row = rows[item.id]
-        ids = torch.tensor([task.prompt_ids(item, tokenizer)])
+        ids = torch.tensor([prompt_ids(item, tokenizer)])
         out = generate(
             model, ids, policy="recency", budget=96, max_new_tokens=80, do_sample=False,
             return_dict_in_generate=True,
@@ -58,11 +73,10 @@ def test_what_is_done_is_never_done_again(whole):
     before = raw_keys(whole)
     assert set(before.values()) == {1}
     sweep = short_sweep(whole)
-    assert run_sweep(sweep) == sweep.outcome
-    assert (sweep.outcome.stored, sweep.outcome.made) == (10, 0)
+    assert counts(run(sweep)) == (10, 0)
     assert raw_keys(whole) == before
     more = short_sweep(whole, count=12)
-    assert (run_sweep(more).stored, more.outcome.made) == (10, 2)
+    assert counts(run(more)) == (10, 2)
     assert set(raw_keys(whole).values()) == {1}
 
 
@@ -71,8 +85,8 @@ def test_every_sample_is_stored_before_the_next_is_reported(tmp_path):
         pass
 
     def stop_at(sweep):
-        assert len(raw_keys(tmp_path / "store")) == sweep.outcome.made
-        if sweep.outcome.made == 3:
+        assert len(raw_keys(tmp_path / "store")) == sweep.total.made
+        if sweep.total.made == 3:
             raise Stop
 
     sweep = short_sweep(tmp_path / "store", rows=3)
@@ -80,7 +94,7 @@ def test_every_sample_is_stored_before_the_next_is_reported(tmp_path):
     with pytest.raises(Stop):
         run_sweep(sweep)
     sweep = short_sweep(tmp_path / "store", rows=1)
-    assert (run_sweep(sweep).stored, sweep.outcome.made) == (3, 7)
+    assert counts(run(sweep)) == (3, 7)
 
 
 def test_samples_differ_from_each_other_and_come_again(tmp_path):
@@ -90,7 +104,7 @@ def test_samples_differ_from_each_other_and_come_again(tmp_path):
     run_sweep(first)
     run_sweep(short_sweep(tmp_path / "b", rows=3, **sampled | {"count": 2}))
     again = short_sweep(tmp_path / "b", rows=1, **sampled)
-    assert (run_sweep(again).stored, again.outcome.made) == (8, 4)
+    assert counts(run(again)) == (8, 4)
     assert made(tmp_path / "a") == made(tmp_path / "b")
     assert len({row["text"] for row in made(tmp_path / "a")}) == 12
     (row,) = summarize(first.store, first.configs)
@@ -100,7 +114,7 @@ def test_samples_differ_from_each_other_and_come_again(tmp_path):
 
 def test_prompts_that_do_not_fit_are_samples_too(tmp_path):
     sweep = short_sweep(tmp_path / "store", policies="recency,streaming_llm", budgets="40", count=2)
-    assert run_sweep(sweep).made == 4
+    assert run(sweep).total.made == 4
     pinned, trimmed = summarize(sweep.store, sweep.configs)
     assert (pinned.policy, pinned.no_room, pinned.accuracy, pinned.tokens) == ("recency", 2, 0, 0)
     assert (trimmed.policy, trimmed.no_room) == ("streaming_llm", 0)
@@ -112,9 +126,9 @@ def test_prompts_beyond_the_context_of_the_model_too(tmp_path):
     with Solver(sweep.plan) as solver:
         solver.loaded.model.config.max_position_embeddings = 40
         sweep.begin(solver.identity)
-        lane = sweep.lane(0)
-        unit = sweep.take(0, lane)
-        ((back, sample),) = solver.solve(lane, [unit])
+        cache = sweep.assign(0)
+        unit = sweep.take(0)
+        ((back, sample),) = solver.solve(cache, [unit])
     assert back == unit
     assert (sample.finish, sample.generated_tokens, sample.correct) == ("no_room", 0, False)
     assert sample.prompt_tokens > 40
@@ -122,10 +136,11 @@ def test_prompts_beyond_the_context_of_the_model_too(tmp_path):
 
 def test_workers_make_what_one_process_makes(tmp_path, whole):
     said = []
-    assert run_sweep(short_sweep(tmp_path / "store", said=said), workers=2).made == 10
+    sweep = short_sweep(tmp_path / "store", said=said)
+    assert run(sweep, workers=2).total.made == 10
     assert made(tmp_path / "store") == made(whole)
     assert said == []
-    assert not multiprocessing.active_children()
+    assert not workers()
 
 
 @pytest.mark.slow
@@ -134,12 +149,12 @@ def test_samples_of_a_killed_worker_go_to_the_others(tmp_path, whole):
     sweep = short_sweep(tmp_path / "store", said=said, rows=2)
 
     def kill_one(sweep):
-        if sweep.outcome.made == 2 and not sweep.lost_workers:
-            os.kill(sorted(multiprocessing.active_children(), key=lambda p: p.name)[0].pid, signal.SIGKILL)
+        if sweep.total.made == 2 and not sweep.lost_workers:
+            workers()[0].kill()
 
     sweep.report = kill_one
-    outcome = run_sweep(sweep, workers=2)
-    assert (outcome.made, outcome.lost_workers) == (10, 1)
+    run_sweep(sweep, workers=2)
+    assert (sweep.total.made, sweep.lost_workers) == (10, 1)
     assert made(tmp_path / "store") == made(whole)
     assert set(raw_keys(tmp_path / "store").values()) == {1}
     assert len(said) == 1 and "died (signal SIGKILL)" in said[0]
@@ -150,9 +165,9 @@ def test_a_sweep_whose_workers_all_die_ends_and_keeps_what_there_is(tmp_path):
     sweep = short_sweep(tmp_path / "store", rows=2)
 
     def kill_all(sweep):
-        if sweep.outcome.made == 1:
-            for process in multiprocessing.active_children():
-                os.kill(process.pid, signal.SIGKILL)
+        if sweep.total.made == 1:
+            for process in workers():
+                process.kill()
 
     sweep.report = kill_all
     with pytest.raises(SweepError, match="all workers died"):
@@ -160,7 +175,7 @@ def test_a_sweep_whose_workers_all_die_ends_and_keeps_what_there_is(tmp_path):
     kept = len(raw_keys(tmp_path / "store"))
     assert kept >= 1
     sweep = short_sweep(tmp_path / "store")
-    assert (run_sweep(sweep).stored, sweep.outcome.made) == (kept, 10 - kept)
+    assert counts(run(sweep)) == (kept, 10 - kept)
 
 
 @pytest.mark.slow
@@ -168,7 +183,7 @@ def test_an_error_in_a_worker_is_the_error_of_the_sweep(tmp_path):
     sweep = short_sweep(tmp_path / "store", model=str(tmp_path / "gone"))
     with pytest.raises(ValueError, match="there is no such folder"):
         run_sweep(sweep, workers=2)
-    assert not multiprocessing.active_children()
+    assert not workers()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from longthink.errors import DataError, MissingExtraError
 from longthink.lab.evaluate.hub import SOURCES
-from longthink.lab.evaluate.tasks import INSTRUCTION, load_tasks
+from longthink.lab.evaluate.tasks import INSTRUCTION, load_tasks, prompt_ids, prompt_text
 from longthink.reasoner import SIZES, grade, load_reasoner, make_problem
 from tests.evaluate.data import write_lines
 
@@ -37,7 +37,8 @@ def test_all_first_and_random(ten):
 
 def test_a_file_is_a_task_of_its_stem(ten):
     (task,) = load_tasks(["ten"], data=[ten])
-    assert (task.name, task.grading, {item.task for item in task.items}) == ("ten", "math", {"ten"})
+    assert (task.name, {item.task for item in task.items}) == ("ten", {"ten"})
+    assert not any(item.is_builtin for item in task.items)
     assert [task.name for task in load_tasks(["reasoner/s/chain"], data=[ten], count=1)] == [
         "reasoner/s/chain",
         "ten",
@@ -125,8 +126,8 @@ def test_limit_of_a_builtin_task_does_not_depend_on_the_problems(size):
 def test_plain_prompt_asks_for_a_box(ten):
     (task,) = load_tasks([], data=[ten])
     _, tokenizer = load_reasoner()
-    assert task.prompt(task.items[0], tokenizer) == f"q0\n\n{INSTRUCTION}"
-    assert task.prompt_ids(task.items[0], tokenizer)[0] == tokenizer.bos_token_id
+    assert prompt_text(task.items[0], tokenizer) == f"q0\n\n{INSTRUCTION}"
+    assert prompt_ids(task.items[0], tokenizer)[0] == tokenizer.bos_token_id
 
 
 def test_chat_template_brings_its_own_special_tokens(ten):
@@ -135,8 +136,8 @@ def test_chat_template_brings_its_own_special_tokens(ten):
         "<s> {{ messages[0].role }}: {{ messages[0].content }}{% if add_generation_prompt %} bot:{% endif %}"
     )
     (task,) = load_tasks([], data=[ten])
-    assert task.prompt(task.items[0], tokenizer) == f"<s> user: q0\n\n{INSTRUCTION} bot:"
-    assert task.prompt_ids(task.items[0], tokenizer).count(tokenizer.bos_token_id) == 1
+    assert prompt_text(task.items[0], tokenizer) == f"<s> user: q0\n\n{INSTRUCTION} bot:"
+    assert prompt_ids(task.items[0], tokenizer).count(tokenizer.bos_token_id) == 1
 
 
 def test_builtin_prompt_stays_as_it_is():
@@ -144,8 +145,8 @@ def test_builtin_prompt_stays_as_it_is():
     tokenizer.chat_template = "{{ messages[0].content }}!"
     (task,) = load_tasks(["reasoner/s/chain"], count=1)
     (item,) = task.items
-    assert task.prompt(item, tokenizer) == item.question
-    assert task.prompt_ids(item, tokenizer) == tokenizer(item.question)["input_ids"]
+    assert prompt_text(item, tokenizer) == item.question
+    assert prompt_ids(item, tokenizer) == tokenizer(item.question)["input_ids"]
 
 
 # The Hub --------------------------------------------------------------------------------------------------------
@@ -232,7 +233,7 @@ def test_a_set_with_other_columns_is_refused(local_hub):
 
 
 def test_without_the_hub_the_way_out_is_named(local_hub):
-    with pytest.raises(DataError, match=r"data set openai/gsm8k cannot be had: .*--data FILE\.jsonl"):
+    with pytest.raises(DataError, match=r"data set openai/gsm8k cannot be loaded: .*--data FILE\.jsonl"):
         load_tasks(["gsm8k"])
 
 

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from longthink.errors import ResultStoreError
+from longthink.files import STALE_S
 from longthink.lab.results.records import to_row
 from longthink.lab.results.schema import arrow_schema
-from longthink.lab.results.store import STALE_S, ResultStore
+from longthink.lab.results.store import ResultStore
 from tests.results.making import make_measurement, make_sample
 
 ROOT = Path(__file__).parents[2]

@@ -253,24 +253,16 @@ class LayerCache(CacheStats):
     def check_room(self, lengths: list[int] | None, counts: list[int] | None, columns: int) -> None:
         """Raise `BudgetError` if a prompt does not fit.
 
-        Parameters
-        ----------
-        lengths
-            Where the rows would be rewound to before; None for no change.
-        counts, columns
-            Tokens of the prompt in each row; None for `columns` in all.
+        The rows would be rewound to `lengths` before (None for no change), and have `counts` new tokens (None for
+        `columns` in all).
         """
         if self._chunks is not None or (self._store is not None and not needs_budget(self.policy)):
             return
         self.rows.check_room(lengths, counts, columns)
 
     def rewind(self, lengths: list[int]) -> None:
-        """Drop each row's tokens from these lengths on: what stood there was padding.
-
-        What those tokens have evicted does not come back.
-        """
-        assert self._store is not None
-        self._store.truncate(lengths)
+        """Drop each row's tokens from these lengths on: padding that was read. What it evicted does not return."""
+        self.store.truncate(lengths)
         self.rows.rewind(lengths)
 
     # Prefill ------------------------------------------------------------------------------------------------
@@ -381,12 +373,8 @@ class LayerCache(CacheStats):
     def prepare_compile(self) -> None:
         """Mark dynamic sizes and static addresses for the compiler."""
         self._prepared = True
-        for tensor in self.store.tensors():
-            if tensor.device.type == "cuda":
-                torch._dynamo.mark_static_address(tensor)
-            varies = grows(self.policy) or self.budget is None or self.budget.decode_budget is not None
-            if varies and tensor.ndim > 2 and tensor is not self.store.shifted_BKND:
-                torch._dynamo.maybe_mark_dynamic(tensor, 2)
+        varies = grows(self.policy) or self.budget is None or self.budget.decode_budget is not None
+        self.store.mark_for_compiler(varies=varies)
 
     def refresh_compile_marks(self) -> None:
         """Mark again after tensors were replaced."""

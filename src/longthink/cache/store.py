@@ -121,6 +121,14 @@ class SlotStore:
         self.apply(collect)
         return found
 
+    def mark_for_compiler(self, *, varies: bool) -> None:
+        """Mark static addresses, and where it `varies` the number of slots, for the compiler."""
+        for tensor in self.tensors():
+            if tensor.device.type == "cuda":
+                torch._dynamo.mark_static_address(tensor)
+            if varies and tensor.ndim > 2 and tensor is not self.shifted_BKND:
+                torch._dynamo.maybe_mark_dynamic(tensor, 2)
+
     def reserve(self, pages: int) -> None:
         """Grow to at least this many page slots; existing ones keep their place."""
         more = pages - self.pages

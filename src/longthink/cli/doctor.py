@@ -13,6 +13,7 @@ from typing import Any
 from longthink import __version__
 from longthink.cli.errors import EXIT_FAILED
 from longthink.cli.options import Switch
+from longthink.cli.table import Table
 from longthink.cli.terminal import out_console, write_json, write_table
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -137,14 +138,17 @@ def _multiplies(torch: Any, device: str, dtype: Any) -> bool:
 
 
 def _print_report(report: dict[str, Any]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table("package", "found", "supported", "verdict", title="Requirements", title_justify="left")
-    for row in report["requirements"]:
-        verdict = "ok" if row["ok"] else "out of range" if row["found"] else "missing"
-        cells = (row["name"], row["found"] or "-", row["wanted"] or "any", verdict)
-        table.add_row(*(Text(cell) for cell in cells), style=None if row["ok"] else "bold red")
+    found = report["requirements"]
+    verdicts = ["ok" if row["ok"] else "out of range" if row["found"] else "missing" for row in found]
+    table = Table(
+        title="Requirements",
+        columns=dict.fromkeys(("package", "found", "supported", "verdict"), "words"),
+        rows=[
+            [row["name"], row["found"] or "-", row["wanted"] or "any", verdict]
+            for row, verdict in zip(found, verdicts, strict=True)
+        ],
+        marked=frozenset(i for i, row in enumerate(found) if not row["ok"]),
+    )
     console = out_console()
     console.print(f"longthink {report['longthink']} on {report['platform']}", markup=False)
     write_table(table)

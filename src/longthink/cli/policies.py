@@ -6,6 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from longthink.cli.options import Switch
+from longthink.cli.table import Table
 from longthink.cli.terminal import write_json, write_table
 
 if TYPE_CHECKING:
@@ -44,16 +45,16 @@ def _describe(cls: type[Policy]) -> dict[str, Any]:
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    caption = "time and memory per token and layer; N: tokens of text so far, L: budget"
-    table = Table(caption=caption, box=box.SIMPLE_HEAD, caption_justify="left")
-    for heading in ("policy", "time", "memory", "keeps", "options", "source"):
-        table.add_column(heading, no_wrap=heading not in ("keeps", "source"))
-    for row in rows:
-        options = "\n".join(f"{name}={value}" for name, value in row["options"].items())
-        cells = (row["name"], row["time"], row["memory"], row["keeps"], options, row["source"])
-        table.add_row(*(Text(cell) for cell in cells), end_section=True)
+    table = Table(
+        note="time and memory per token and layer; N: tokens of text so far, L: budget",
+        columns=dict.fromkeys(("policy", "time", "memory"), "code")
+        | {"keeps": "words", "options": "code", "source": "words"},
+        rows=[
+            [
+                row["name"], row["time"], row["memory"], row["keeps"],
+                "\n".join(f"{name}={value}" for name, value in row["options"].items()), row["source"],
+            ]
+            for row in rows
+        ],
+    )  # fmt: skip
     write_table(table)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 KINDS: dict[str, Callable[[Any], str]] = {
     "text": str,
+    "words": str,
+    "code": str,
     "formatted": str,
     "count": lambda value: f"{value:,}",
     "percent": lambda value: f"{value:.1%}",
@@ -26,7 +28,9 @@ KINDS: dict[str, Callable[[Any], str]] = {
     "mib": lambda value: f"{value / 2**20:,.2f}",
     "size": size_text,
 }
-"""How the values of a column are written. All but ``text`` are aligned right; ``formatted`` takes finished text."""
+"""How the values of a column are written. ``text``, ``words`` and ``code`` are aligned left, all others right. A
+column of ``text`` with the same value in all rows moves to the note; ``code`` and numbers never wrap; ``formatted``
+takes finished numbers."""
 
 _MIN_TEXT_WIDTH = 14
 """Characters below which a terminal does not squeeze a column of text."""
@@ -92,12 +96,12 @@ class Table:
         )
         grid.title, grid.caption = (Text(visible(text)) if text else None for text in (self.title, note))
         for place, (heading, kind) in enumerate(columns.items()):
-            if kind == "text":
+            if kind in ("text", "words"):
                 texts = [heading, *(row[place] for row in rows)]
                 widest = max(len(line) for text in texts for line in text.splitlines() or [""])
                 grid.add_column(visible(heading), overflow="fold", min_width=min(widest, _MIN_TEXT_WIDTH))
             else:
-                grid.add_column(visible(heading), justify="right", no_wrap=True)
+                grid.add_column(visible(heading), justify="left" if kind == "code" else "right", no_wrap=True)
         for i, row in enumerate(rows):
             style = "bold red" if i in self.marked else None
             grid.add_row(*(Text(visible(cell)) for cell in row), style=style)
@@ -115,7 +119,7 @@ class Table:
     def markdown(self) -> str:
         """Return the table with its title and note."""
         columns, rows, note = self.shown()
-        rules = ["---" if kind == "text" else "---:" for kind in columns.values()]
+        rules = ["---" if kind in ("text", "words", "code") else "---:" for kind in columns.values()]
         lines = [columns, rules, *([for_markdown(cell) for cell in row] for row in rows)]
         head = [f"## {self.title}", "", for_markdown(note), ""]
         return "\n".join([*head, *(f"| {' | '.join(line)} |" for line in lines), ""])

@@ -67,23 +67,22 @@ def err_console() -> Console:
     return Console(file=sys.stderr, highlight=False)
 
 
-def write_table(table: Table | RichTable) -> None:
+def write_table(table: Table) -> None:
     """Print a table; where the terminal is too narrow, print each cell on a line of its own.
 
     Rich would cut values in two there, and leave out whole columns.
     """
     from rich.text import Text
 
-    if isinstance(table, Table):
-        table = table.rich()
+    grid = table.rich()
     console = out_console()
-    if _table_width(console, table) <= console.width:
-        console.print(table)
+    if _table_width(console, grid) <= console.width:
+        console.print(grid)
         return
-    for title in filter(None, (table.title, table.caption)):
+    for title in filter(None, (grid.title, grid.caption)):
         console.print(title)
-    for cells in zip(*(column.cells for column in table.columns), strict=True):
-        for column, cell in zip(table.columns, cells, strict=True):
+    for cells in zip(*(column.cells for column in grid.columns), strict=True):
+        for column, cell in zip(grid.columns, cells, strict=True):
             line = Text(f"{column.header}: ")
             console.print(
                 line.append_text(cell if isinstance(cell, Text) else Text(str(cell))), overflow="fold"

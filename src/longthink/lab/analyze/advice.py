@@ -1,16 +1,18 @@
-"""Advice: the smallest budget, and the policy, that keep what a model reads within a stated loss."""
+"""Advice: the policies and smallest budgets that keep what a model reads within a given loss."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from longthink.cache.store import SlotStore
 from longthink.config import Budget, check_choice, check_range
+from longthink.lab.analyze.replays import CLAIRVOYANT
+from longthink.lab.analyze.store import Header
 from longthink.lab.analyze.summary import Mean
-from longthink.lab.analyze.whatif import BELADY, OPTIMUM
 from longthink.policies import Policy, grows, make_policy
 
 MEASURES = ("lookups", "recall")
@@ -27,7 +29,7 @@ class Shape:
     weights
         Bytes of the model's weights.
     prompt, tokens
-        Mean tokens of a prompt, and of the longest text with its prompt.
+        Mean tokens of a prompt, and tokens of the longest text with its prompt.
     """
 
     layers: int
@@ -39,26 +41,37 @@ class Shape:
     tokens: int
 
     def kv_bytes(self, tokens: int) -> int:
-        """Keys and values of so many tokens in every layer."""
+        """Keys and values of a number of tokens, in all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim * self.dtype.itemsize * tokens
+
+
+def shape_of(model: Any, headers: Sequence[Header]) -> Shape:
+    """Return the shape of a model whose traces have these headers."""
+    return Shape(
+        layers=headers[0].layers,
+        kv_heads=headers[0].kv_heads,
+        head_dim=headers[0].head_dim,
+        dtype=model.dtype,
+        weights=sum(parameter.nbytes for parameter in model.parameters()),
+        prompt=round(sum(header.prompt_tokens for header in headers) / len(headers)),
+        tokens=max(len(header.token_ids) for header in headers),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Advice:
-    """A policy and a budget, and what they cost.
+    """A policy at a budget, and its cost.
 
     Attributes
     ----------
-    row
-        What was kept.
-    kept
-        The measure that was asked for.
+    row, kept
+        The means of its replays, and the measure among them that was asked for.
     kv_bytes, metadata_bytes
-        Keys and values of one request, and what the policy notes beside them (positions, stamps, representatives).
+        Keys and values of one request, and what the policy stores with them (positions, stamps, bounds).
     dense_kv_bytes
         Keys and values of one request with everything kept, at the longest text.
     requests, dense_requests
-        Requests that fit side by side, bounded and dense.
+        Requests that fit in memory at a time, bounded and dense.
     """
 
     row: Mean
@@ -71,28 +84,26 @@ class Advice:
 
     @property
     def bytes(self) -> int:
-        """All that a request takes."""
+        """Memory of a request."""
         return self.kv_bytes + self.metadata_bytes
 
 
 def advise(
     rows: Sequence[Mean], shape: Shape, *, loss: float = 0.02, measure: str = "lookups", memory: int
 ) -> list[Advice]:
-    """Return what is within the loss, the least memory first; ties go to the policy that keeps more.
+    """Return what is within the loss, sorted by memory, then by what is kept.
 
-    Policies that grow with the text, and those that know the future, are no advice and left out; so is a budget that
-    has no room for some of the prompts.
+    Policies that grow with the text or know the future are left out, and so are budgets with no room for some of the
+    prompts.
 
     Parameters
     ----------
-    rows
-        Means of replays.
     loss
         Share that may be lost of what Dense reads.
     measure
         ``lookups`` or ``recall``.
     memory
-        Bytes of the GPU, of which the weights are taken off.
+        Memory of the GPU for weights and caches (bytes).
 
     Raises
     ------
@@ -107,14 +118,13 @@ def advise(
     found = []
     for row in rows:
         kept = getattr(row, measure)
-        if row.policy in (BELADY, OPTIMUM) or kept is None or row.no_room or kept < 1 - loss:
+        if row.policy in CLAIRVOYANT or kept is None or row.no_room or kept < 1 - loss:
             continue
         policy = make_policy(row.policy)
         if grows(policy):
             continue
-        kv_bytes, metadata_bytes = request_bytes(
-            policy, Budget(budget=row.budget, decode_budget=row.decode_budget), shape
-        )
+        budget = Budget(budget=row.budget, decode_budget=row.decode_budget)
+        kv_bytes, metadata_bytes = request_bytes(policy, budget, shape)
         found.append(
             Advice(
                 row=row, kept=kept, kv_bytes=kv_bytes, metadata_bytes=metadata_bytes, dense_kv_bytes=dense,
@@ -125,10 +135,9 @@ def advise(
 
 
 def request_bytes(policy: Policy, budget: Budget, shape: Shape) -> tuple[int, int]:
-    """Bytes that the cache of one request takes: keys and values, and all else.
+    """Return the bytes of one request's cache: keys and values, and everything else.
 
-    They are counted on the slots that decoding would allocate, without allocating them; a layer that keeps everything
-    counts at the longest text.
+    The slots are those that decoding would allocate, on the meta device; growing layers count at the longest text.
     """
     kv_bytes = metadata_bytes = 0
     for layer in range(shape.layers):

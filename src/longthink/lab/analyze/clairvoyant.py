@@ -1,11 +1,11 @@
-"""What could be kept by one who knows the future: Belady's rule, and the true optimum.
+"""The limits of any policy: Belady's rule, and the true optimum.
 
-Belady's rule (evict what is used again last) is optimal where a miss brings the page back. Here what is evicted is
-gone, so the rule may give up a page with many uses for one with a single early use. The optimum for that case is an
-assignment: every page that is born when all slots are full sends away one page that was born before it, no page goes
-twice, and sending page p away in step t costs all the attention that p would have got from t on. Any choice of
-distinct victims is a possible run of a cache, and every run is such a choice, so the cheapest assignment is the bound
-that no policy with pages of that size, one table per KV head and the same budget can beat.
+Belady's rule (evict what is used again last) is optimal if a miss brings the page back. Here an evicted page is gone,
+so the rule may evict a page with many later uses instead of one with a single early use. The optimum for that case is
+an assignment problem: every page that is born when all slots are full evicts one page that was born before it, no
+page is evicted twice, and evicting page p in step t costs all the attention that p would have got from t on. Any
+choice of distinct victims is a possible run of a cache and vice versa, so the cheapest assignment bounds all policies
+with pages of that size, one table per KV head and the same budget.
 
 Shape suffixes: L layers, K KV heads, C budgets, B = C * L rows, N tokens, P page slots, Q prompt columns.
 """
@@ -23,24 +23,24 @@ from torch import Tensor
 from typing_extensions import override
 
 from longthink.errors import needs_extra
-from longthink.lab.analyze.store import Step, Trace
+from longthink.lab.analyze.store import Trace, TraceStep
 from longthink.policies import PAGE_SIZES, PageTable, Policy, TrimsPrompt
 
 MAX_PAGES = 2048
 MAX_CELLS = 1 << 28
-"""An optimum over more pages, or more cells of memory, is taken over larger pages: its time grows with their cube."""
+"""Beyond this many pages, or cells of memory, the optimum uses larger pages: its time grows with their cube."""
 NEVER = torch.iinfo(torch.int32).max
 
 
 class Future:
-    """When each page is used next, kept up to date while a trace is replayed.
+    """The next use of each page, updated while a trace is replayed.
 
     Parameters
     ----------
     page_size
-        Tokens in a page, a multiple of the trace's.
+        A multiple of the trace's.
     use
-        Share of a query head's attention above which it uses a page.
+        See `Rules`.
     """
 
     def __init__(self, trace: Trace, page_size: int, use: float) -> None:
@@ -71,13 +71,13 @@ class Future:
         self.last_LKP.view(-1)[torch.from_numpy(cell)] = torch.from_numpy(time)
 
     def pass_by(self, now: int) -> None:
-        """Let the uses of a step be past."""
+        """Move past the uses of a step."""
         part = slice(self._bounds[now], self._bounds[now + 1])
         self.next_LKP.view(-1)[self._cell[part]] = self._following[part]
 
 
-def used_pages(trace: Trace, step: Step, page_size: int, use: float) -> NDArray[np.int64]:
-    """Pages that a query head uses in a step, as ``(layer * kv_heads + kv_head) * pages + page``, each once."""
+def used_pages(trace: Trace, step: TraceStep, page_size: int, use: float) -> NDArray[np.int64]:
+    """Return the pages used in a step, each once, as ``(layer * kv_heads + kv_head) * pages + page``."""
     header = trace.header
     pages, merge = -(-header.steps.stop // page_size), page_size // header.page_size
     cell = step.head * pages + step.page // merge
@@ -91,7 +91,7 @@ def used_pages(trace: Trace, step: Step, page_size: int, use: float) -> NDArray[
 
 @dataclass(frozen=True, kw_only=True)
 class Belady(Policy, TrimsPrompt):
-    """Evict the page whose next use is farthest, prompt included; ties go to the lowest page. Only for replay."""
+    """Evict the page whose next use is farthest, also of the prompt; of equals the first. Only for replay."""
 
     name: ClassVar[str] = "belady"
 
@@ -107,7 +107,7 @@ class Belady(Policy, TrimsPrompt):
     ) -> Tensor | None:
         page_BQ = position_BQ.div(self.page_size, rounding_mode="floor")
         next_BKQ = self._next(page_BQ[:, None].expand(-1, self.future.shape[1], -1))
-        # Pages as a whole: all tokens of a page have the same next use, and the page number breaks ties.
+        # All tokens of a page have the same next use; the page number breaks ties.
         worth = -next_BKQ * self.future.shape[2] + page_BQ[:, None]
         pages = worth[..., :: self.page_size]
         rank = pages.argsort(-1, descending=True).argsort(-1)
@@ -127,21 +127,16 @@ class Belady(Policy, TrimsPrompt):
 
 
 def optimal_recall(lost_NN: NDArray[np.float64], prompt: int, slots: int) -> tuple[float, NDArray[np.int64]]:
-    """Cheapest evictions of one page table.
+    """Return the least attention that one page table can lose, and the page evicted at each birth (-1: none).
 
     Parameters
     ----------
     lost_NN
         Attention that page p (column) gets from the birth of page n (row) on.
     prompt
-        Pages that are there at the beginning; they are born before the first step, and so may go in any order.
+        Pages of the prompt: all are born before the first step, so they can be evicted in any order.
     slots
-        Pages that may be held.
-
-    Returns
-    -------
-    tuple
-        What is lost, and the page that gives way at each birth (-1 while there is room).
+        Pages that can be held.
     """
     with needs_extra("analyze"):
         from scipy.optimize import linear_sum_assignment
@@ -158,12 +153,12 @@ def optimal_recall(lost_NN: NDArray[np.float64], prompt: int, slots: int) -> tup
 
 
 class OptimalRun:
-    """Gathers a trace's attention, page by page, and finds the optimum for any number of slots.
+    """Accumulates a trace's attention by page, and finds the optimum for any number of slots.
 
-    Parameters
+    Attributes
     ----------
     page_size
-        Tokens in a page; a larger size is taken where there are too many pages (see `page_size` afterwards).
+        As requested, or larger if there would be too many pages.
     """
 
     def __init__(self, trace: Trace, page_size: int) -> None:
@@ -173,11 +168,11 @@ class OptimalRun:
             pages = -(-tokens // self.page_size)
             if pages <= MAX_PAGES and tables * pages**2 <= MAX_CELLS:
                 break
-        # Row n: what each page gets while page n is written.
+        # Row n: attention to each page while page n is written.
         self._mass = np.zeros((tables, pages, pages), dtype=np.float32)
 
-    def add(self, step: Step, scale_M: NDArray[np.float32]) -> None:
-        """Take in a step; `scale_M` makes each map's recorded attention one."""
+    def add(self, step: TraceStep, scale_M: NDArray[np.float32]) -> None:
+        """Add a step; `scale_M` normalizes each map's recorded attention."""
         group = self.header.heads // self.header.kv_heads
         pages = self._mass.shape[-1]
         page = step.page * self.header.page_size // self.page_size
@@ -188,7 +183,7 @@ class OptimalRun:
         self._mass[:, step.now // self.page_size] += found.reshape(-1, pages).astype(np.float32)
 
     def solve(self, slots: int) -> tuple[float, NDArray[np.float32], NDArray[np.int32]]:
-        """Return mean recall, recall of each step (the mean of its page), and when each page of the trace goes."""
+        """Return mean recall, recall of each step (mean of its page), and when each page of the trace is evicted."""
         header, size = self.header, self.page_size
         tables, pages = self._mass.shape[:2]
         prompt = -(-header.prompt_tokens // size)
@@ -198,7 +193,7 @@ class OptimalRun:
             lost = self._mass[table, ::-1].cumsum(0)[::-1].astype(np.float64)
             return optimal_recall(lost, prompt, slots)[1]
 
-        # The search lets other threads run, so all cores take part.
+        # The search releases the interpreter's lock.
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             found = pool.map(victims_of, range(tables))
         for table, victims in enumerate(found):

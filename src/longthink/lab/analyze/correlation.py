@@ -1,4 +1,4 @@
-"""Does what a policy keeps say how often it is right? Replays against decoded answers to the same problems."""
+"""Does what a policy keeps predict how often it is right? Replays against decoded answers to the same problems."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longthink.errors import TraceError, needs_extra
-from longthink.lab.analyze.replays import Replay
-from longthink.lab.analyze.whatif import OPTIMUM, Outcome
+from longthink.lab.analyze.replays import OPTIMUM, Replay
 
 Key = tuple[str, str, str, int | None, int | None]
 """Task, problem, policy, budget, decode budget."""
@@ -27,13 +26,13 @@ class Correlation:
     measure
         ``recall``, ``lookups`` or ``regrets``.
     rho, low, high
-        The correlation, and the ends of a 95 % bootstrap interval over problems: cells of one policy are no
-        independent draws, problems are. NaN where all cells are alike.
+        The correlation and its 95 % bootstrap interval over problems, which are independent draws; the cells of one
+        policy are not. NaN if all cells are equal.
     ahead
         Share of pairs of a right and a wrong answer in which the right one has more of the measure, ties counting
-        half (area under the ROC curve); 0.5 says nothing, NaN where all are right or all wrong.
+        half (area under the ROC curve); NaN if all answers are right or all wrong.
     cells, problems
-        Policies at budgets, and problems that every one of them was replayed and decoded on.
+        Policies at budgets, and problems on which every one of them was replayed and decoded.
     """
 
     measure: str
@@ -45,15 +44,13 @@ class Correlation:
     problems: int
 
 
-def correlate(
-    outcomes: Sequence[Outcome | Replay], correct: Mapping[Key, float], *, seed: int = 0
-) -> list[Correlation]:
+def correlate(replays: Sequence[Replay], correct: Mapping[Key, float], *, seed: int = 0) -> list[Correlation]:
     """Return the correlation of each measure with right answers.
 
     Parameters
     ----------
-    outcomes
-        Replays, fresh or stored; those without an answer, and those that know the future, do not count.
+    replays
+        Those without an answer, and the optimum, do not count.
     correct
         Share of right answers (0 or 1 with one sample) of each problem, policy and budget.
 
@@ -62,9 +59,7 @@ def correlate(
     TraceError
         If fewer than three policies at budgets were both replayed and decoded on the same problems.
     """
-    found = {
-        _key(one): one for one in outcomes if not one.note and one.policy != OPTIMUM and _key(one) in correct
-    }
+    found = {one.key: one for one in replays if not one.note and one.policy != OPTIMUM and one.key in correct}
     cells = list(dict.fromkeys(key[2:] for key in found))
     problems = [
         problem
@@ -74,7 +69,7 @@ def correlate(
     if len(cells) < 3 or not problems:
         raise TraceError(
             f"{len(cells)} policies at budgets were replayed and decoded on {len(problems)} problems: a correlation "
-            "needs at least 3 of the same problems' answers; give the policies, budgets and seeds of longthink eval"
+            "needs at least 3 on the same problems; use the policies, budgets and seeds of longthink eval"
         )
 
     def table(value: Mapping[Key, float]) -> NDArray[np.float64]:
@@ -96,10 +91,6 @@ def correlate(
     return correlations
 
 
-def _key(one: Outcome | Replay) -> Key:
-    return (one.task, one.problem, one.policy, one.budget, one.decode_budget)
-
-
 def _ahead(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
     """Share of pairs in which the first value is larger, ties counting half."""
     if not first.size or not second.size:
@@ -109,7 +100,7 @@ def _ahead(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
 
 
 def _spearman(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
-    """Correlation of ranks, ties sharing theirs; NaN where one of the two is constant."""
+    """Correlation of ranks, tied values sharing theirs; NaN if one of the two is constant."""
     with needs_extra("analyze"):
         from scipy.stats import rankdata
     ranks = np.stack([rankdata(first), rankdata(second)])

@@ -1,7 +1,6 @@
-"""Life stories of pages and the classes that follow from them.
+"""Life stories of pages, and the classes of pages and maps derived from them.
 
-Shape suffixes: M maps (``layer * heads + head``), P pages. A map is what one query head of one layer reads: steps
-downwards, pages to the right.
+Shape suffixes: M maps (``layer * heads + head``), P pages. A map is the attention of one query head: steps x pages.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ NEVER = -1
 
 
 class PageClass(IntEnum):
-    """What became of a page; the first that fits counts. The words are defined in `Rules`."""
+    """Class of a page, defined in `Rules`; the first that fits counts."""
 
     LAZY = 0
     SINK = 1
@@ -29,7 +28,7 @@ class PageClass(IntEnum):
 
 
 class MapClass(IntEnum):
-    """What a head does, by where most of its attention goes; see `map_classes`."""
+    """Class of a map; see `map_classes`."""
 
     SINK_LIKE = 0
     MILESTONE = 1
@@ -39,24 +38,24 @@ class MapClass(IntEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Lives:
-    """The life of every page in every map. Steps are positions of the reading token; -1 stands for never.
+    """The life of every page in every map. Steps are positions of the reading token; -1 means never.
 
     Attributes
     ----------
     birth_P
-        First step in which the page could be used: the first of all for prompt pages.
+        First step in which the page could be used.
     uses_MP, first_MP, last_MP
-        How often it was used, and when first and last.
+        Number of uses, first and last use.
     far_last_MP
-        When it was last used while it was not near.
+        Last use while it was not near.
     gap_MP
-        Most steps between two uses, or between birth and first use.
+        Longest rest between two uses, or between birth and first use (steps).
     mass_MP
-        Attention it got.
+        Total attention.
     read_MP, near_MP
-        Attention it got in the steps that used it, and the part of it while it was near.
+        Attention in the steps that used it, and the part of that while it was near.
     half_MP
-        Steps from birth until it had got half of its attention (the half-life).
+        Steps from birth until it had got half of its attention (half-life).
     end
         Last step of the trace.
     """
@@ -104,7 +103,7 @@ class Lives:
 
 
 def read_lives(trace: Trace, rules: Rules | None = None) -> Lives:
-    """Read a trace twice, step by step, and return the life of every page; memory holds pages, not steps."""
+    """Return the life of every page. Reads the trace twice, step by step; memory holds pages, not steps."""
     rules = rules or Rules()
     header = trace.header
     size, maps = header.page_size, header.layers * header.heads
@@ -121,7 +120,7 @@ def read_lives(trace: Trace, rules: Rules | None = None) -> Lives:
         is_near = step.now - ((cells[1] + 1) * size - 1) <= rules.local
         read[cells] += step.mass[used]
         near[cells] += step.mass[used] * is_near
-        # A page that was never used rests since the step before it could be.
+        # The first rest begins just before birth.
         before = np.where(last[cells] == NEVER, birth_P[cells[1]] - 1, last[cells])
         gap[cells] = np.maximum(gap[cells], step.now - before - 1)
         first[cells] = np.where(first[cells] == NEVER, step.now, first[cells])
@@ -145,10 +144,10 @@ def read_lives(trace: Trace, rules: Rules | None = None) -> Lives:
 
 
 def map_classes(lives: Lives) -> NDArray[np.int64]:
-    """`MapClass` of each map, M, from `read_shares`.
+    """Return the `MapClass` of each map, M.
 
-    Sink-like: at most `Rules.far` of what it reads is milestones and phoenixes. Else milestone or phoenix, where one
-    of them has more than `Rules.majority` of the two together. Mixed: both, or a map in which nothing is ever used.
+    Sink-like: at most `Rules.far` of its uses are of milestones and phoenixes. Otherwise milestone or phoenix, if one
+    of them has more than `Rules.majority` of their sum; otherwise mixed, as is a map without any use.
     """
     near, milestones, phoenixes = read_shares(lives).T
     far = milestones + phoenixes
@@ -163,10 +162,10 @@ def map_classes(lives: Lives) -> NDArray[np.int64]:
 
 
 def read_shares(lives: Lives) -> NDArray[np.float64]:
-    """What a map's uses go to, as shares of their attention: sink-like, milestones, phoenixes. M x 3.
+    """Return the shares of each map's uses, by attention: sink-like, milestones, phoenixes. M x 3.
 
-    These are the bright cells of the map, what an eye sees in it. Reads of near pages and of sinks are sink-like, the
-    others count for the class of their page. A map without any use, whose attention is spread thinly, has zeros.
+    Uses of near pages and of sinks are sink-like, the others count for the class of their page. A map without any use
+    has zeros.
     """
     classes, far = lives.classes_MP, lives.read_MP - lives.near_MP
     total = np.maximum(lives.read_MP.sum(1), 1e-30)

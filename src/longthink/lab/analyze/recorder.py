@@ -1,4 +1,4 @@
-"""Recording: decode with Dense, and write down what every head reads in every step, while it reads.
+"""Recording: decode with Dense and store what every head reads in every step.
 
 Shape suffixes: B batch rows (one), K KV heads, G query heads per KV head, H query heads, S token slots, N tokens so
 far, P pages, D head dim.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,6 +20,7 @@ from torch.nn.functional import pad
 from typing_extensions import override
 
 from longthink.config import check_int
+from longthink.files import replacing
 from longthink.hf import PagedCache, generate
 from longthink.hf.support import check_model
 from longthink.lab.analyze.store import CHUNK_STEPS, PROMPT, Header, TraceStore, TraceWriter
@@ -26,7 +28,7 @@ from longthink.policies import Dense, PageTable, Step
 
 MAX_PAGE_SIZE = 32
 TOP = 64
-"""Pages of each head and step that are written down, unless another number is asked for."""
+"""Default number of pages stored per head and step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +38,11 @@ class Prompt:
     Attributes
     ----------
     task, problem
-        Names; together they tell problems of a store apart.
+        Identify the problem in a store.
     inputs
-        What the model is called with: ``input_ids`` of one row, and for images what the processor made of them.
+        Arguments of the model: ``input_ids`` of one row, and for images the output of the processor.
     max_new_tokens
-        Tokens after which it is cut off.
+        Token limit.
     """
 
     task: str
@@ -51,7 +53,7 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class Recording(Dense):
-    """Dense, with an ear at the attention: a policy may see the exact weights of every step."""
+    """Dense, which passes the exact attention weights of every step to a tape."""
 
     tape: _Tape = field(repr=False, compare=False)
     layer: int = 0
@@ -76,12 +78,19 @@ class Recording(Dense):
 
 
 class _Tape:
-    """Takes what the layers report and hands it to the writer; holds `CHUNK_STEPS` steps at most."""
+    """Passes what the layers report to the writer; holds at most `CHUNK_STEPS` steps."""
 
-    def __init__(self, writer: TraceWriter, page_size: int, top: int, vectors: bool) -> None:
-        self.writer = writer
+    def __init__(
+        self,
+        writer: TraceWriter,
+        page_size: int,
+        top: int,
+        vectors: bool,
+        on_step: Callable[[int], None] = lambda tokens: None,
+    ) -> None:
+        self.writer, self.on_step = writer, on_step
         self.page_size, self.top, self.vectors = page_size, top, vectors
-        self.heads = self.kv_heads = self.head_dim = 0
+        self.kv_heads = self.head_dim = 0
         self.scaling = 1.0
         self._steps = 0
 
@@ -105,15 +114,16 @@ class _Tape:
             new = {"key": table.keys_BKSD[0, :, now], "value": table.values_BKSD[0, :, now]}
             vectors = {name: _plain(of) for name, of in ({"query": step.query_BKGD[0]} | new).items()}
         if layer == 0:
-            # The chunk before this step is complete in all layers.
+            # Now the chunk before this step is complete in all layers.
             if self._steps % CHUNK_STEPS == 0:
                 self.writer.flush()
             self._steps += 1
+            self.on_step(self._steps)
         self.writer.add(now, layer, **self._entries(weights_HN, top=self.top), **vectors)
-        self.heads, self.scaling = len(weights_HN), step.scaling
+        self.scaling = step.scaling
 
     def _entries(self, mass_HN: Tensor, top: int) -> dict[str, NDArray[Any]]:
-        """The pages of each head with the most mass, and the mass of the rest."""
+        """Return the `top` pages of each head by mass (0: all), and the mass of the rest."""
         mass_HP = mass_HN.float()
         if self.page_size > 1:
             mass_HP = pad(mass_HP, (0, -mass_HP.shape[1] % self.page_size))
@@ -151,34 +161,32 @@ def record(
 ) -> TraceStore:
     """Decode prompts greedily with Dense and store what every head read in every step.
 
-    A problem that the folder has already is not decoded again, so the same call goes on after an interruption. Memory
-    does not grow with the chain of thought beyond the model's own cache.
+    Problems that the folder has already are skipped, so the same call continues after an interruption. Only the
+    model's own cache grows with the chain of thought.
 
     Parameters
     ----------
     model, tokenizer
         The transformers objects; for images, the tokenizer of the model's processor.
-    prompts
-        What to decode.
     folder
-        Of the traces; see `TraceStore`.
+        See `TraceStore`.
     page_size
-        Tokens in a page of the trace, 1 to 32. What-if replays policies whose pages are made of whole pages of it.
+        Tokens per page of the trace, 1 to 32. Policies can be replayed if their page size is a multiple.
     top
-        Pages of each head and step that are stored, the largest; 0 for all. Of the others only the sum is stored.
+        Pages stored per head and step, by mass; 0 for all. Of the others only the sum is stored.
     vectors
-        Store queries, keys and values too, for policies that look at them (small models; page size 1).
+        Also store queries, keys and values, for policies that read them (small models; page size 1).
     name, describe
-        The model's name, and what else to note of it.
+        The model's name, and other facts about it to store.
     on_step
-        Called after each token with the prompt and the number of new tokens.
+        Called in each decode step with the prompt and the number of new tokens.
 
     Raises
     ------
     UnsupportedModelError
         If longthink does not support the model.
     TraceError
-        If the folder holds something else, or traces of other settings.
+        If the folder holds something else, or traces with other settings.
     ValueError
         If an argument is out of range.
     """
@@ -197,34 +205,15 @@ def record(
     for prompt in prompts:
         path = store.path(prompt.task, prompt.problem)
         if not path.exists():
-            with TraceWriter(path, vectors=vectors) as writer:
-                tape = _Tape(writer, page_size, top, vectors)
-                tokens, finish = _decode(model, prompt, tape, on_step)
-                known = {"name": settings["model"]} | dict(describe or {})
-                writer.close(_header(model, tokenizer, prompt, tape, tokens, finish, known))
+            with replacing(path) as temporary, TraceWriter(temporary, vectors=vectors) as writer:
+                tape = _Tape(writer, page_size, top, vectors, partial(on_step, prompt))
+                header = _decode(model, tokenizer, prompt, tape)
+                writer.close(replace(header, model={"name": settings["model"]} | dict(describe or {})))
     return store
 
 
-class _Counter:
-    """Streamer of ``model.generate`` that counts."""
-
-    def __init__(self, report: Callable[[int], None]) -> None:
-        self._report, self._count = report, -1
-
-    def put(self, value: Tensor) -> None:
-        self._count += 1  # the prompt comes first, as a whole
-        if self._count:
-            self._report(self._count)
-
-    def end(self) -> None:
-        """Nothing is held back."""
-
-
 @torch.no_grad()
-def _decode(
-    model: Any, prompt: Prompt, tape: _Tape, on_step: Callable[[Prompt, int], None]
-) -> tuple[list[int], str]:
-    """Return all tokens, and whether the model stopped by itself."""
+def _decode(model: Any, tokenizer: Any, prompt: Prompt, tape: _Tape) -> Header:
     inputs: dict[str, Any] = {key: value.to(model.device) for key, value in prompt.inputs.items()}
     with PagedCache(model, Recording(tape=tape), None, batch_size=1) as cache:
         row = generate(
@@ -235,24 +224,11 @@ def _decode(
             max_new_tokens=prompt.max_new_tokens,
             do_sample=False,
             num_beams=1,
-            streamer=_Counter(lambda count: on_step(prompt, count)),
             **inputs,
         )
     tokens = row[0].tolist()
     ends = model.generation_config.eos_token_id
     stopped = tokens[-1] in ([ends] if isinstance(ends, int) else ends or [])
-    return tokens, "stop" if stopped else "length"
-
-
-def _header(
-    model: Any,
-    tokenizer: Any,
-    prompt: Prompt,
-    tape: _Tape,
-    tokens: list[int],
-    finish: str,
-    known: dict[str, Any],
-) -> Header:
     images = {getattr(model.config, field, None) for field in ("image_token_id", "video_token_id")} - {None}
     config = model.config.get_text_config(decoder=True)
     return Header(
@@ -270,6 +246,5 @@ def _header(
         page_size=tape.page_size,
         top=tape.top,
         vectors=tape.vectors,
-        model=known,
-        finish=finish,
+        finish="stop" if stopped else "length",
     )

@@ -1,33 +1,50 @@
-"""What replays found, kept beside the traces: one Parquet file, a row for each trace, policy and budget."""
+"""Results of replays, and the Parquet file with the traces that stores them."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field
 
-from longthink.errors import TraceError
+import numpy as np
+from numpy.typing import NDArray
+
+from longthink.errors import TraceError, needs_extra
+from longthink.files import replacing
 from longthink.lab.analyze.rules import Rules
 from longthink.lab.analyze.store import TraceStore
-from longthink.lab.analyze.whatif import Outcome
 
-_NUMBERS = ("budget", "decode_budget", "evictions", "regrets", "page_size", "tables")
+with needs_extra("analyze"):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+BELADY, OPTIMUM = CLAIRVOYANT = ("belady", "optimum")
+"""Names of the two that know the future; see `longthink.lab.analyze.clairvoyant`."""
 FOLDER, FILE = "what-if", "replays.parquet"
+_ARRAYS = {"curve_T": np.float32, "maps_M": np.float32, "gone_LKN": np.int32}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Replay:
-    """An `Outcome` as it is stored.
+    """What one policy at one budget would have kept of one trace.
 
     Attributes
     ----------
-    curve, maps
-        Recall of each step, and of each map.
-    tables
-        Page tables, over all layers.
-    gone
-        Step in which each table, one after the other, sent each page of the trace away; -1 for never.
+    recall, worst
+        Share of the recorded dense attention that falls on what is read: mean over steps, layers and query heads; and
+        of the map that keeps least.
+    lookups
+        Recall over look-ups only: steps in which a map uses a page that is not near (1 if there are none).
+    evictions, regrets
+        Pages of the trace that were evicted, summed over layers and KV heads; and those of them used afterwards.
+    page_size
+        Tokens per page of the policy.
+    note
+        Why there is no result, such as a prompt that does not fit; the other values are then NaN, 0 or empty.
+    curve_T, maps_M
+        Recall of each step (mean over maps), and of each map (mean over steps).
+    gone_LKN
+        Step in which each page of the trace was evicted, -1 for never; K is 1 where one table serves a layer.
     """
 
     task: str
@@ -35,81 +52,62 @@ class Replay:
     policy: str
     budget: int | None
     decode_budget: int | None
-    recall: float
-    worst: float
-    lookups: float
-    evictions: int
-    regrets: int
-    page_size: int
-    note: str
-    curve: tuple[float, ...]
-    maps: tuple[float, ...]
-    tables: int
-    gone: tuple[int, ...]
+    recall: float = float("nan")
+    worst: float = float("nan")
+    lookups: float = float("nan")
+    evictions: int = 0
+    regrets: int = 0
+    page_size: int = 1
+    note: str = ""
+    curve_T: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
+    maps_M: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
+    gone_LKN: NDArray[np.int32] = field(default_factory=lambda: np.zeros((0, 0, 0), np.int32))
 
     @property
     def key(self) -> tuple[str, str, str, int | None, int | None]:
-        """What tells replays apart."""
+        """Identifies the replay: task, problem, policy and budget."""
         return (self.task, self.problem, self.policy, self.budget, self.decode_budget)
 
-    @classmethod
-    def of(cls, outcome: Outcome) -> Replay:
-        """Put an outcome into the form that is stored."""
-        known = {f.name: getattr(outcome, f.name) for f in fields(cls) if hasattr(outcome, f.name)}
-        return cls(
-            **known,
-            curve=tuple(outcome.curve_T.tolist()),
-            maps=tuple(outcome.maps_M.tolist()),
-            tables=outcome.gone_LKN.shape[0] * outcome.gone_LKN.shape[1],
-            gone=tuple(outcome.gone_LKN.ravel().tolist()),
-        )
 
-
-def save_replays(store: TraceStore, outcomes: Sequence[Outcome], rules: Rules) -> None:
-    """Add outcomes; those of the same trace, policy and budget are replaced, those of other rules dropped."""
-    import pyarrow as pa
-    from pyarrow import parquet
-
+def save_replays(store: TraceStore, replays: Sequence[Replay], rules: Rules) -> None:
+    """Store replays; those with the same key are replaced, those made with other rules dropped."""
     before, old_rules = load_replays(store)
     kept = {one.key: one for one in before} if old_rules == rules else {}
-    kept |= {one.key: one for one in map(Replay.of, outcomes)}
+    kept |= {one.key: one for one in replays}
+    columns = {
+        pa.string(): ("task", "problem", "policy", "note"),
+        pa.int64(): ("budget", "decode_budget", "evictions", "regrets", "page_size"),
+        pa.float64(): ("recall", "worst", "lookups"),
+        pa.list_(pa.float32()): ("curve_T", "maps_M"),
+        pa.list_(pa.list_(pa.list_(pa.int32()))): ("gone_LKN",),
+    }
     schema = pa.schema(
-        [
-            *((name, pa.string()) for name in ("task", "problem", "policy", "note")),
-            *((name, pa.int64()) for name in _NUMBERS),
-            *((name, pa.float64()) for name in ("recall", "worst", "lookups")),
-            *((name, pa.list_(pa.float32())) for name in ("curve", "maps")),
-            ("gone", pa.list_(pa.int32())),
-        ],
+        [(name, kind) for kind, names in columns.items() for name in names],
         metadata={"rules": json.dumps(asdict(rules))},
     )
-    folder = store.folder / FOLDER
-    folder.mkdir(exist_ok=True)
-    temporary = folder / f".{FILE}-{os.getpid()}.tmp"
-    rows = [asdict(one) for one in kept.values()]
-    parquet.write_table(pa.Table.from_pylist(rows, schema), temporary, compression="zstd")
-    os.replace(temporary, folder / FILE)
+    rows = [vars(one) | {name: getattr(one, name).tolist() for name in _ARRAYS} for one in kept.values()]
+    (store.folder / FOLDER).mkdir(exist_ok=True)
+    with replacing(store.folder / FOLDER / FILE) as temporary:
+        parquet.write_table(pa.Table.from_pylist(rows, schema), temporary, compression="zstd")
 
 
 def load_replays(store: TraceStore) -> tuple[list[Replay], Rules]:
-    """Return all stored replays and the rules they were made by; none and the default rules where there are none.
+    """Return all stored replays and the rules they were made with; no replays and the defaults if there is no file.
 
     Raises
     ------
     TraceError
-        If their file is damaged.
+        If the file is damaged.
     """
-    import pyarrow as pa
-    from pyarrow import parquet
-
     path = store.folder / FOLDER / FILE
     if not path.exists():
         return [], Rules()
-    lists = ("curve", "maps", "gone")
     try:
         table = parquet.read_table(path)
         rules = Rules(**json.loads((table.schema.metadata or {})[b"rules"]))
-        rows = [row | {name: tuple(row[name]) for name in lists} for row in table.to_pylist()]
+        rows = table.to_pylist()
+        for row in rows:
+            row |= {name: np.array(row[name], kind) for name, kind in _ARRAYS.items()}
         return [Replay(**row) for row in rows], rules
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        raise TraceError(f"{path} is damaged; delete it and replay again: {error}") from error
+        raise TraceError(f"{path} is damaged or outdated; delete it and replay again: {error}") from error

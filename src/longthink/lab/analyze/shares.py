@@ -1,4 +1,4 @@
-"""Shares of classes over problems, with intervals, and the texts of the pages that are read again."""
+"""Shares of classes over problems, with intervals, and the typical texts of a class."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import numpy as np
 from longthink.lab.analyze.lives import Lives, MapClass, PageClass, map_classes
 from longthink.lab.results.statistics import paired_bootstrap
 
-_DRAWS = 1000
-"""Resamples of an interval: there are many intervals."""
+_DRAWS = 1000  # there are many intervals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,15 +21,13 @@ class Share:
     Attributes
     ----------
     scope
-        What it is a share of: ``model``, a task, ``layer 0``, ``layer 0 head 1``.
+        ``model``, a task, ``layer 0`` or ``layer 0 head 1``.
     part
         ``all``, ``prompt`` or ``decode`` pages, ``image`` or ``text`` pages of the prompt, or ``maps``.
     name
-        The class, in small letters.
+        The class, in lower case.
     share, low, high
-        Mean over problems, and the ends of a bootstrap interval over them; None with a single problem.
-    problems
-        How many.
+        Mean over problems and its bootstrap interval; the latter None with a single problem.
     """
 
     scope: str
@@ -57,7 +54,7 @@ def _share(scope: str, part: str, name: str, shares: list[float]) -> Share:
 
 
 def mean_with_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
-    """Mean over problems, and the ends of its 95 % bootstrap interval; None with a single problem."""
+    """Return the mean over problems and its 95 % bootstrap interval, which is None with a single problem."""
     spread = paired_bootstrap([0.0] * len(values), values, draws=_DRAWS)
     return (spread.mean, spread.low, spread.high) if len(values) > 1 else (spread.mean, None, None)
 
@@ -91,15 +88,15 @@ def _of_problem(lives: Lives) -> dict[tuple[str, str, str], float]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Telling:
+class TypicalText:
     """A text that pages of a class have.
 
     Attributes
     ----------
     count
-        Pages of that class with this text, each counted once, however many maps say so.
+        Pages with this text that are of the class in at least one map.
     lift
-        How much more frequent it is among them than among all pages of the same part.
+        Its frequency among them, relative to its frequency among all pages of the same part.
     """
 
     text: str
@@ -113,14 +110,8 @@ def telling_texts(
     *,
     part: str = "decode",
     count: int = 12,
-) -> list[Telling]:
-    """Return the most frequent texts of pages that are of a class in at least one map.
-
-    Parameters
-    ----------
-    part
-        ``decode`` or ``prompt``.
-    """
+) -> list[TypicalText]:
+    """Return the most frequent texts of a class among the pages of a part, ``decode`` or ``prompt``."""
     mine: Counter[str] = Counter()
     everything: Counter[str] = Counter()
     for lives in all_lives:
@@ -131,14 +122,14 @@ def telling_texts(
             mine[texts[page]] += bool(of_class_P[page])
     total, base = max(1, mine.total()), max(1, everything.total())
     return [
-        Telling(text=text, count=number, lift=number / total / (everything[text] / base))
+        TypicalText(text=text, count=number, lift=number / total / (everything[text] / base))
         for text, number in mine.most_common(count)
         if number
     ]
 
 
 def page_texts(lives: Lives) -> list[str]:
-    """Text of each page, its tokens' texts side by side."""
+    """Return the text of each page."""
     header = lives.header
     size, texts = header.page_size, header.texts
     glue = "" if any(text[:1].isspace() for text in texts) or size == 1 else " "

@@ -1,20 +1,15 @@
-"""Traces on disk: a folder with one Parquet file per problem, written chunk by chunk while the model decodes.
+"""Traces on disk: a folder with one Parquet file per problem, written in chunks while the model decodes.
 
-A file appears under its name only when it is complete: a killed recording loses the problem it was at and no other.
-
-Each row is one decode step of one layer: for every head the pages that got attention, in order, and their mass in
-half precision; what fell on pages that are not listed is the head's ``rest``. The row with ``now`` -1 holds the
-prompt: attention of the prompt on itself, summed over queries, for each KV head.
+A row is one decode step of one layer: for every head the pages that got attention, in order, and their mass in half
+precision; mass on unlisted pages is the head's ``rest``. The row with ``now`` -1 holds the prompt: its attention on
+itself, summed over queries, for each KV head.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -23,16 +18,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longthink.errors import TraceError, needs_extra
+from longthink.files import remove_stale, write_text
+
+with needs_extra("analyze"):
+    import pyarrow as pa
+    from pyarrow import parquet
 
 MARKER = "longthink-trace"
-"""Name of the file that says that a folder holds traces; its text is JSON: format, model and settings."""
+"""File that marks a folder of traces; it holds format, model and settings as JSON."""
 FORMAT = 1
 PROMPT = -1
 """`now` of the rows that hold the prompt."""
 CHUNK_STEPS = 64
-"""Decode steps that are held in memory before they are written."""
-STALE_S = 3600.0
-"""Age after which an unfinished file is one that a killed recording left behind (seconds)."""
+"""Decode steps per chunk; only one chunk is held in memory."""
 _VECTORS = ("query", "key", "value")
 
 
@@ -42,22 +40,18 @@ class Header:
 
     Attributes
     ----------
-    task, problem
-        Where the prompt came from.
     prompt_tokens
         Tokens of the prompt (images included).
     token_ids, texts
-        All tokens, prompt first, and the text of each. The last one was never read again, so it has no step.
+        All tokens, prompt first, and the text of each. The last one was never fed to the model, so it has no step.
     image
         Positions of image tokens.
-    layers, heads, kv_heads, head_dim
-        Shape of the model.
     scaling
         Factor on q.k.
     page_size, top, vectors
-        The settings of the recording: see `longthink.lab.analyze.record`.
+        Settings of the recording: see `longthink.lab.analyze.recorder.record`.
     model
-        What `Loaded.describe` says.
+        See `Loaded.describe`.
     finish
         ``stop`` or ``length``.
     """
@@ -81,39 +75,37 @@ class Header:
 
     @property
     def steps(self) -> range:
-        """Positions of the tokens whose attention was recorded."""
+        """Positions of the tokens whose attention is recorded."""
         return range(self.prompt_tokens, len(self.token_ids) - 1)
 
     @property
     def pages(self) -> int:
-        """Pages of all tokens that could be read."""
+        """Number of pages."""
         return -(-self.steps.stop // self.page_size)
 
     @classmethod
     def from_json(cls, text: str) -> Header:
-        """Read what `to_json` wrote."""
         values = json.loads(text)
         known = {one.name for one in fields(cls)}
         lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
         return cls(**{name: value for name, value in (values | lists).items() if name in known})
 
     def to_json(self) -> str:
-        """As JSON text."""
         return json.dumps(asdict(self))
 
 
 @dataclass(frozen=True)
-class Step:
+class TraceStep:
     """One decode step of all layers.
 
     Attributes
     ----------
     now
-        Position of the token that read; -1 for the prompt.
+        Position of the reading token; -1 for the prompt.
     head, page, mass
         Entries: ``layer * heads + head`` (KV heads for the prompt), page, and attention mass.
     rest
-        Mass of each head on pages that have no entry.
+        Mass of each head on pages without an entry.
     query, key, value
         Vectors of the new token (all tokens for the prompt), layers first, or None.
     """
@@ -137,34 +129,24 @@ class Trace:
 
     @classmethod
     def open(cls, path: Path) -> Trace:
-        """Open a file.
-
-        Raises
-        ------
-        TraceError
-            If it is no trace or is damaged.
-        """
-        import pyarrow as pa
-        from pyarrow import parquet
-
+        """Open a file; `TraceError` if it is not a trace or is damaged."""
         try:
             metadata = parquet.read_metadata(path).metadata or {}
             return cls(path, Header.from_json(metadata[b"longthink"].decode()))
         except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
-            raise TraceError(f"{path} is no trace or is damaged: {' '.join(str(error).split())}") from error
+            raise TraceError(
+                f"{path} is not a trace or is damaged: {' '.join(str(error).split())}"
+            ) from error
 
-    def prompt(self) -> Step:
-        """What is recorded of the prompt."""
+    def prompt(self) -> TraceStep:
+        """Return what is recorded of the prompt."""
         return next(self._read(first_only=True))
 
-    def steps(self) -> Iterator[Step]:
-        """The decode steps in order; a chunk of them is in memory at a time."""
+    def steps(self) -> Iterator[TraceStep]:
+        """Yield the decode steps in order; one chunk is in memory at a time."""
         return (step for step in self._read() if step.now != PROMPT)
 
-    def _read(self, first_only: bool = False) -> Iterator[Step]:
-        import pyarrow as pa
-        from pyarrow import parquet
-
+    def _read(self, first_only: bool = False) -> Iterator[TraceStep]:
         try:
             with parquet.ParquetFile(self.path, page_checksum_verification=True) as file:
                 for group in range(1 if first_only else file.num_row_groups):
@@ -172,7 +154,7 @@ class Trace:
         except (pa.ArrowException, OSError) as error:
             raise TraceError(f"{self.path} is damaged: {' '.join(str(error).split())}") from error
 
-    def _unpack(self, rows: Any) -> Iterator[Step]:
+    def _unpack(self, rows: Any) -> Iterator[TraceStep]:
         header = self.header
         now = rows.column("now").to_numpy()
         columns = {
@@ -183,7 +165,7 @@ class Trace:
             for name, (values, offsets) in columns.items():
                 part[name] = values[offsets[first] : offsets[first + header.layers]]
             counts = part["counts"]
-            yield Step(
+            yield TraceStep(
                 now=int(now[first]),
                 head=np.repeat(np.arange(len(counts)), counts),
                 page=part["pages"],
@@ -200,77 +182,57 @@ class Trace:
 
 
 def _flat(column: Any) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """Values of a list column, and where each row's begin."""
+    """Return the values of a list column, and the offsets of its rows."""
     array = column.combine_chunks()
     chunk = array.chunk(0) if hasattr(array, "chunk") else array
     return chunk.values.to_numpy(zero_copy_only=False), chunk.offsets.to_numpy()
 
 
 class TraceStore:
-    """The traces in a folder; all of one model, recorded with the same settings.
+    """The traces in a folder: all of one model, recorded with the same settings.
 
     Parameters
     ----------
     folder
-        Made if it is not there, where `settings` are given.
+        Created if `settings` are given.
     settings
-        Model and settings to record with; None opens what is there.
+        Model and settings to record with; None opens an existing folder.
 
     Raises
     ------
     TraceError
         If the folder holds something else, is missing, or was recorded with other settings.
-    MissingExtraError
-        If pyarrow is not installed.
     """
 
     def __init__(self, folder: Path | str, settings: Mapping[str, Any] | None = None) -> None:
-        with needs_extra("analyze"):
-            import pyarrow.parquet  # noqa: F401
         self.folder = Path(folder)
         marker = self.folder / MARKER
         if settings is not None and not marker.exists():
             if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
                 raise TraceError(f"{self.folder} holds something else: give a new or an empty folder")
             self.folder.mkdir(parents=True, exist_ok=True)
-            temporary = self.folder / f".{MARKER}-{os.getpid()}.tmp"
-            temporary.write_text(json.dumps({"format": FORMAT} | dict(settings)))
-            os.replace(temporary, marker)
+            write_text(marker, json.dumps({"format": FORMAT} | dict(settings)))
         if not is_trace_store(self.folder):
-            raise TraceError(f"{self.folder} holds no traces: there is no file {MARKER} in it")
+            raise TraceError(f"{self.folder} holds no traces: it has no file {MARKER}")
         self.settings = json.loads(marker.read_text())
         if self.settings.pop("format", None) != FORMAT:
             raise TraceError(f"{self.folder} holds traces of another format: allowed is {FORMAT}")
         if settings is not None and self.settings != dict(settings):
-            changed = sorted(
-                n for n in {*settings, *self.settings} if settings.get(n) != self.settings.get(n)
-            )
+            names = {*settings, *self.settings}
+            changed = sorted(name for name in names if settings.get(name) != self.settings.get(name))
             raise TraceError(
                 f"{self.folder} was recorded with other settings ({', '.join(changed)}): give another folder"
             )
         if settings is not None:
-            self._clear()
-
-    def _clear(self) -> None:
-        """Delete what killed recordings left behind; a file that is being written changes every few seconds."""
-        for path in self.folder.glob(".*.tmp"):
-            with suppress(FileNotFoundError):  # it was completed in this moment
-                if time.time() - path.stat().st_mtime > STALE_S:
-                    path.unlink()
+            remove_stale(self.folder)
 
     def path(self, task: str, problem: str) -> Path:
-        """File of a problem, whether it is there or not."""
+        """Return the file of a problem, whether it exists or not."""
         digest = hashlib.sha256(f"{task}\0{problem}".encode()).hexdigest()[:20]
         return self.folder / f"{digest}.parquet"
 
     def traces(self) -> list[Trace]:
-        """All complete traces, ordered by task and problem.
-
-        Raises
-        ------
-        TraceError
-            If there is none, or a file is damaged.
-        """
+        """Return all complete traces by task and problem; `TraceError` if there is none or one is damaged."""
         found = [Trace.open(path) for path in sorted(self.folder.glob("*.parquet")) if path.name[0] != "."]
         if not found:
             raise TraceError(f"{self.folder} holds no complete trace yet")
@@ -278,7 +240,6 @@ class TraceStore:
 
 
 def is_trace_store(folder: Path | str) -> bool:
-    """Say whether a folder holds traces."""
     return (Path(folder) / MARKER).is_file()
 
 
@@ -287,22 +248,15 @@ def _natural(name: str) -> tuple[int, str]:
 
 
 class TraceWriter:
-    """Writes one trace, in chunks, under a temporary name until `close`. Use it in a ``with`` block.
+    """Writes the file of one trace in chunks; complete after `close`. Use it in a ``with`` block.
 
     Parameters
     ----------
-    path
-        Where the file shall be.
     vectors
         Whether steps come with vectors.
     """
 
     def __init__(self, path: Path, *, vectors: bool) -> None:
-        import pyarrow as pa
-        from pyarrow import parquet
-
-        self.path = path
-        self._temporary = path.with_name(f".{path.name}-{os.getpid()}.tmp")
         lists = {"counts": pa.int32(), "pages": pa.int32(), "mass": pa.float16(), "rest": pa.float16()}
         lists |= {name: pa.float32() for name in _VECTORS} if vectors else {}
         self._schema = pa.schema(
@@ -315,51 +269,42 @@ class TraceWriter:
         encodings = {"pages": "DELTA_BINARY_PACKED", "counts": "DELTA_BINARY_PACKED"}
         encodings |= {name: "BYTE_STREAM_SPLIT" for name in lists if name not in encodings}
         self._writer = parquet.ParquetWriter(
-            self._temporary,
+            path,
             self._schema,
             compression="zstd",
             use_dictionary=False,
             write_statistics=False,
             write_page_checksum=True,
-            column_encoding={f"{name}.list.element": how for name, how in encodings.items()},
+            column_encoding={f"{name}.list.element": encoding for name, encoding in encodings.items()},
         )
         self._rows: dict[str, list[Any]] = {name: [] for name in self._schema.names}
 
     def add(self, now: int, layer: int, **lists: NDArray[Any]) -> None:
-        """Add what one layer did in one step."""
+        """Add one step of one layer."""
         for name, value in ({"now": now, "layer": layer} | lists).items():
             self._rows[name].append(value)
 
     def flush(self) -> None:
-        """Write what has been added as a chunk of its own."""
-        import pyarrow as pa
-
+        """Write the added steps as a chunk."""
         if self._rows["now"]:
             arrays = [_column(self._rows[one.name], one.type) for one in self._schema]
             self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
             self._rows = {name: [] for name in self._schema.names}
 
     def close(self, header: Header) -> None:
-        """Complete the file and give it its name."""
+        """Write the last chunk and the header."""
         self.flush()
         self._writer.add_key_value_metadata({"longthink": header.to_json()})
         self._writer.close()
-        with self._temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(self._temporary, self.path)
 
     def __enter__(self) -> TraceWriter:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._temporary.exists():
-            self._writer.close()
-            self._temporary.unlink()
+        self._writer.close()
 
 
 def _column(values: Sequence[Any], kind: Any) -> Any:
-    import pyarrow as pa
-
     if not pa.types.is_list(kind):
         return pa.array(values, kind)
     offsets = np.cumsum([0, *(len(value) for value in values)], dtype=np.int32)

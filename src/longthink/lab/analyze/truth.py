@@ -1,4 +1,4 @@
-"""How well life stories agree with the built-in task, which knows which tokens are needed and until when."""
+"""Agreement of life stories with the built-in task, for which it is known which tokens are needed until when."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from longthink.reasoner.reads import NeededToken, needed_tokens
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """Tokens that the analysis finds, against those that the worked solution needs.
+    """Tokens found by the analysis against tokens needed by the worked solution.
 
     Attributes
     ----------
     part
         ``prompt`` (facts and rules) or ``decode`` (results).
     found, needed, both
-        Tokens that some map uses beyond their neighbourhood; tokens that the solution reads beyond theirs; tokens
-        that are in both.
+        Tokens that some map uses beyond their neighbourhood; tokens that the solution reads beyond theirs; tokens in
+        both sets.
     ends
-        Of those in both, how many are used for the last time in exactly the step that needs them last.
+        Tokens in both whose last use is exactly the last step that needs them.
     kinds
-        Of the tokens found, how many are milestones, and how many phoenixes, in the map that used them last.
+        Tokens found that are milestones, or phoenixes, in the map that used them last.
     """
 
     part: str
@@ -38,17 +38,15 @@ class Agreement:
 
     @property
     def precision(self) -> float:
-        """Share of the found tokens that are needed."""
         return self.both / self.found if self.found else 1.0
 
     @property
     def recall(self) -> float:
-        """Share of the needed tokens that are found."""
         return self.both / self.needed if self.needed else 1.0
 
 
 def total(parts: Sequence[Agreement]) -> Agreement:
-    """The counts of several problems together."""
+    """Sum over problems."""
     first, *_ = parts
     counts = {name: sum(getattr(one, name) for one in parts) for name in ("found", "needed", "both", "ends")}
     kinds = {name: sum(one.kinds[name] for one in parts) for name in first.kinds}
@@ -56,16 +54,9 @@ def total(parts: Sequence[Agreement]) -> Agreement:
 
 
 def agreement(lives: Lives, map_index: int | None = None) -> list[Agreement] | None:
-    """Compare a trace of a built-in problem with its worked solution.
+    """Compare a trace of a built-in problem with its worked solution: all maps, or one.
 
-    None where it is no such problem, the pages are no single tokens, or the model wrote something else.
-
-    Parameters
-    ----------
-    lives
-        Of a trace of a task ``reasoner/SIZE/PROFILE``.
-    map_index
-        Only what one map uses; None counts all.
+    None if it is another task, the pages are not single tokens, or the model wrote something else.
     """
     header = lives.header
     if not header.task.startswith("reasoner/") or header.page_size != 1:

@@ -1,8 +1,8 @@
-"""What if: any policy at any budget on a recorded trace, without decoding again.
+"""What-if analysis: any policy at any budget on a recorded trace, without decoding again.
 
-The policy objects and the page tables are those of decoding (`longthink.cache.replay`); only the attention comes from
-the trace. It is the attention of the dense run: a policy that forgets something here still sees the queries of a
-model that has not forgotten (teacher forcing), so recall says what was lost, not how a text would have gone on.
+Policies and page tables are those of decoding (`longthink.cache.replay`); only the attention comes from the trace. It
+is the attention of the dense run (teacher forcing): a policy that evicts something still sees the queries of a model
+that has not lost it. Recall says what was lost, not how the text would have continued.
 
 Shape suffixes: C budgets, L layers, K KV heads, G query heads per KV head, H query heads, M = L * H maps, N tokens,
 T decode steps, D head dim.
@@ -11,7 +11,6 @@ T decode steps, D head dim.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,71 +22,18 @@ from longthink.cache.replay import ReplayedLayers
 from longthink.config import Budget
 from longthink.errors import TraceError
 from longthink.lab.analyze.clairvoyant import Belady, Future, OptimalRun
+from longthink.lab.analyze.replays import BELADY, OPTIMUM, Replay
 from longthink.lab.analyze.rules import Rules
-from longthink.lab.analyze.store import Step, Trace
+from longthink.lab.analyze.store import Trace, TraceStep
 from longthink.policies import Policy, grows, needs_budget, policy_spec, reads_vectors
-
-BELADY, OPTIMUM = "belady", "optimum"
-"""Names of the two that know the future; see `longthink.lab.analyze.clairvoyant`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What one policy at one budget would have kept of one trace.
-
-    Attributes
-    ----------
-    policy, budget, decode_budget
-        What was replayed; `budget` and `decode_budget` as they were given.
-    recall
-        Share of the recorded dense attention that falls on what is read: mean over steps, layers and query heads.
-    worst
-        The same of the map that keeps least.
-    lookups
-        The same over look-ups only: steps in which a map uses a page that is not near (1 if there is none).
-    curve_T
-        Recall in each step, mean over maps.
-    maps_M
-        Recall of each map, mean over steps.
-    evictions, regrets
-        Pages of the trace that were evicted, summed over layers and KV heads; and those of them used afterwards.
-    gone_LKN
-        Step in which each page of the trace was evicted, -1 for never; K is 1 where one table serves a layer.
-    page_size
-        Tokens in a page of the policy.
-    note
-        Why there is no result, such as a prompt that does not fit; then the numbers are NaN or 0.
-    """
-
-    task: str
-    problem: str
-    policy: str
-    budget: int | None
-    decode_budget: int | None
-    recall: float = float("nan")
-    worst: float = float("nan")
-    lookups: float = float("nan")
-    curve_T: NDArray[np.float32]
-    maps_M: NDArray[np.float32]
-    evictions: int = 0
-    regrets: int = 0
-    gone_LKN: NDArray[np.int32]
-    page_size: int = 1
-    note: str = ""
 
 
 def check_replayable(policy: Policy, trace: Trace) -> None:
-    """Refuse a policy for which the trace does not hold enough.
-
-    Raises
-    ------
-    TraceError
-        Naming the option of ``longthink trace`` that records what is missing.
-    """
+    """Raise `TraceError`, with the option of ``longthink trace`` to use, if the trace lacks what the policy needs."""
     if reads_vectors(policy.needs) and not trace.header.vectors:
         raise TraceError(
-            f"policy {policy_spec(policy)!r} looks at queries, keys or values, and the trace of {trace.header.task} "
-            f"{trace.header.problem} holds none: record with --with-vectors"
+            f"policy {policy_spec(policy)!r} reads queries, keys or values, and the trace of {trace.header.task} "
+            f"{trace.header.problem} has none: record with --with-vectors"
         )
     if policy.page_size % trace.header.page_size:
         raise TraceError(
@@ -104,60 +50,60 @@ def what_if(
     rules: Rules | None = None,
     clairvoyant: bool = True,
     on_step: Callable[[int], None] = lambda step: None,
-) -> list[Outcome]:
-    """Replay policies at budgets over one trace, all of them side by side in one pass.
+) -> list[Replay]:
+    """Replay policies at budgets over one trace, all in one pass.
 
     Parameters
     ----------
     budgets
-        Every policy that needs one is replayed at each; the others once.
+        Every policy that needs a budget is replayed at each; the others once.
     rules
         What counts as a use and as near.
     clairvoyant
-        Also replay Belady's rule and the optimum, at each budget, at the finest page size of the policies.
+        Also replay Belady's rule and the optimum, at each budget, with the smallest page size of the policies.
     on_step
         Called with the number of steps replayed so far.
 
     Raises
     ------
     TraceError
-        If the trace does not hold what a policy looks at, or is damaged.
+        If the trace lacks what a policy needs, or is damaged.
     """
     rules = rules or Rules()
     for policy in policies:
         check_replayable(policy, trace)
     header = trace.header
     future = Future(trace, header.page_size, rules.use)
-    lanes = [_Lane(trace, policy, budgets, future) for policy in policies]
+    runs = [_Run(trace, policy, budgets, future) for policy in policies]
     sizes = [policy.page_size for policy in policies if needs_budget(policy)] or [header.page_size]
     beladies = []
     if clairvoyant:
         own = future if min(sizes) == header.page_size else Future(trace, min(sizes), rules.use)
         beladies.append(own)
-        lanes.append(_Lane(trace, Belady(future=own, page_size=min(sizes)), budgets, future))
+        runs.append(_Run(trace, Belady(future=own, page_size=min(sizes)), budgets, future))
     optima = OptimalRun(trace, min(sizes)) if clairvoyant else None
     prompt = trace.prompt()
-    for lane in lanes:
-        lane.begin(prompt)
+    for run in runs:
+        run.begin(prompt)
     grid = torch.zeros(header.layers * header.heads, header.steps.stop)
     for count, step in enumerate(trace.steps(), start=1):
         vectors, scale_M = _vectors(trace, step, grid)
         lookups_M = _lookups(step, header.page_size, rules)
         if optima is not None:
             optima.add(step, scale_M)
-        for lane in lanes:
-            lane.step(step, vectors, lookups_M)
+        for run in runs:
+            run.step(step, vectors, lookups_M)
         for own in {id(one): one for one in (future, *beladies)}.values():
             own.pass_by(step.now)
         on_step(count)
-    found = [outcome for lane in lanes for outcome in lane.outcomes()]
+    found = [replay for run in runs for replay in run.replays()]
     if optima is not None:
         found += [_optimal(trace, optima, budget) for budget in budgets]
     return found
 
 
 class _Vectors(NamedTuple):
-    """What the layers are given in a step. Queries, keys and values are empty where the trace holds none."""
+    """Input of the layers in a step. Queries, keys and values are empty if the trace has none."""
 
     attention_LKGN: Tensor
     query_LHD: Tensor
@@ -169,8 +115,8 @@ class _Vectors(NamedTuple):
         return _Vectors(self.attention_LKGN, *(one[..., :0] for one in self[1:]))
 
 
-def _vectors(trace: Trace, step: Step, grid: Tensor) -> tuple[_Vectors, NDArray[np.float32]]:
-    """Recorded attention over tokens, scaled to one in each map, a page's on its first token; and the scales."""
+def _vectors(trace: Trace, step: TraceStep, grid: Tensor) -> tuple[_Vectors, NDArray[np.float32]]:
+    """Return the recorded attention per token, normalized in each map, and the scales; a page is its first token."""
     header = trace.header
     scale_M = (1 / np.maximum(1 - step.rest, 1e-3)).astype(np.float32)
     head, token = torch.from_numpy(step.head), torch.from_numpy(step.page.astype(np.int64) * header.page_size)
@@ -188,16 +134,16 @@ def _vectors(trace: Trace, step: Step, grid: Tensor) -> tuple[_Vectors, NDArray[
     return _Vectors(grid[:, : step.now + 1].reshape(shape), query, key, value), scale_M
 
 
-def _lookups(step: Step, page_size: int, rules: Rules) -> NDArray[np.bool_]:
-    """Maps that use a page which is not near."""
+def _lookups(step: TraceStep, page_size: int, rules: Rules) -> NDArray[np.bool_]:
+    """Return which maps use a page that is not near."""
     far = (step.mass > rules.use) & (step.now - ((step.page + 1) * page_size - 1) > rules.local)
     found = np.zeros(len(step.rest), dtype=bool)
     found[step.head[far]] = True
     return found
 
 
-class _Lane:
-    """One policy at several budgets, and what is counted of it."""
+class _Run:
+    """One policy at several budgets, and its counts."""
 
     def __init__(self, trace: Trace, policy: Policy, budgets: Sequence[Budget], future: Future) -> None:
         header = trace.header
@@ -227,7 +173,7 @@ class _Lane:
             return True
         return budget.pages(prompt, self.policy.page_size) >= self.policy.required_pages(prompt)
 
-    def begin(self, prompt: Step) -> None:
+    def begin(self, prompt: TraceStep) -> None:
         header = self.trace.header
         mass = torch.zeros(header.layers * header.kv_heads, header.prompt_tokens)
         token = prompt.page.astype(np.int64) * header.page_size
@@ -242,7 +188,7 @@ class _Lane:
         for layers, replayed in self.parts:
             replayed.prefill(keys[layers], values[layers], mass_LKN[layers])
 
-    def step(self, step: Step, vectors: _Vectors, lookups_M: NDArray[np.bool_]) -> None:
+    def step(self, step: TraceStep, vectors: _Vectors, lookups_M: NDArray[np.bool_]) -> None:
         header = self.trace.header
         kept_CLH = np.empty((len(self.fits), header.layers, header.heads), dtype=np.float32)
         if not reads_vectors(self.policy.needs):
@@ -259,7 +205,7 @@ class _Lane:
         self.lookups += int(lookups_M.sum())
 
     def _note_evictions(self, now: int, part: int) -> None:
-        """Note what left in this step: it stood in a slot that holds something else now, and moved nowhere."""
+        """Record what was evicted in this step: its slot holds something else now, and it did not move."""
         (layers, replayed), size = self.parts[part], self.trace.header.page_size
         before, gone = self.before[part], self.gone_CLKP
         opens, fills = now % self.policy.page_size == 0, (now + 1) % self.policy.page_size == 0
@@ -269,7 +215,7 @@ class _Lane:
         position = replayed.position_BKS.unflatten(0, (-1, len(layers))).expand(-1, -1, gone.shape[2], -1)
         if fills or before is None:
             self.before[part] = position.clone()
-        if before is None:  # all of the prompt that is not held any more
+        if before is None:  # what the prefill has dropped of the prompt
             gone[:, layers, :, : now // size + 1] = now
             before = torch.full_like(position, -1)
         elif not opens:
@@ -280,20 +226,18 @@ class _Lane:
             c, layer, table, _ = (index[begins] for index in changed)
             gone[c, torch.tensor(layers)[layer], table, token[begins].long() // size] = step
 
-    def outcomes(self) -> Iterable[Outcome]:
-        """The outcome of each budget."""
+    def replays(self) -> Iterable[Replay]:
+        """Yield the result at each budget."""
         header, steps = self.trace.header, max(1, len(self.trace.header.steps))
         for budget in self.budgets:
-            known: dict[str, Any] = _names(self.trace, self.name, budget, self.policy.page_size)
+            known = _names(self.trace, self.name, budget, self.policy.page_size)
             if budget not in self.fits:
-                yield Outcome(
-                    **known, **_nothing(), note=f"no room for a prompt of {header.prompt_tokens} tokens"
-                )
+                yield Replay(**known, note=f"no room for a prompt of {header.prompt_tokens} tokens")
                 continue
             i = self.fits.index(budget)
             maps_M, gone = (self.sum_CM[i] / steps).astype(np.float32), self.gone_CLKP[i]
             regrets = (gone >= 0) & (self.future.last_LKP[..., : gone.shape[-1]] >= gone)
-            yield Outcome(
+            yield Replay(
                 **known,
                 recall=float(maps_M.mean()),
                 worst=float(maps_M.min()),
@@ -317,23 +261,11 @@ def _names(trace: Trace, policy: str, budget: Budget | None, page_size: int) -> 
     }
 
 
-def _nothing() -> dict[str, Any]:
-    return {
-        "curve_T": np.zeros(0, np.float32),
-        "maps_M": np.zeros(0, np.float32),
-        "gone_LKN": np.zeros((0, 0, 0), np.int32),
-    }
-
-
-def _optimal(trace: Trace, optima: OptimalRun, budget: Budget) -> Outcome:
-    """The optimum as an outcome; it evicts in whole pages of its own size."""
+def _optimal(trace: Trace, optima: OptimalRun, budget: Budget) -> Replay:
     known = _names(trace, OPTIMUM, budget, optima.page_size)
     slots = budget.pages(trace.header.prompt_tokens, optima.page_size)
     if slots < 1:
-        return Outcome(**known, **_nothing(), note="no room for a page")
+        return Replay(**known, note="no room for a page")
     recall, curve_T, gone_LKN = optima.solve(slots)
-    return Outcome(
-        **known
-        | {"recall": recall, "curve_T": curve_T, "maps_M": np.zeros(0, np.float32), "gone_LKN": gone_LKN},
-        evictions=int((gone_LKN >= 0).sum()),
-    )
+    evictions = int((gone_LKN >= 0).sum())
+    return Replay(**known, recall=recall, curve_T=curve_T, gone_LKN=gone_LKN, evictions=evictions)

@@ -1,15 +1,10 @@
 """Bytes of the cache and of the process against decode length, each system in a process of its own.
 
-Run as a module this is that process: a plan (JSON) on standard input, one row (JSON) per length on standard output.
+Run as a module this is that process: it receives a plan and sends one row per length.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 
@@ -19,6 +14,7 @@ from longthink.lab.bench.models import bench_model
 from longthink.lab.bench.plan import Plan, Report
 from longthink.lab.bench.rows import new_run, system_row
 from longthink.lab.bench.systems import make_systems
+from longthink.lab.processes import Child, ChildDied, Parent, serve
 from longthink.lab.results.records import Measurement, to_row
 
 
@@ -37,7 +33,7 @@ def measure_memory(plan: Plan, report: Report = lambda done, name: None) -> Iter
     MissingExtraError
         If psutil is not installed.
     BenchError
-        If a process fails; the message has the last line that it wrote.
+        If a process fails.
     """
     with needs_extra("eval"):
         import psutil  # noqa: F401
@@ -54,35 +50,25 @@ def measure_memory(plan: Plan, report: Report = lambda done, name: None) -> Iter
 
 
 def _in_a_process(plan: Plan, name: str, run: str) -> Iterator[Measurement]:
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "longthink.lab.bench.memory"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": str(plan.threads)},
-        )
-        assert process.stdin is not None and process.stdout is not None
-        try:
-            with process.stdin:
-                json.dump({"run": run, "plan": asdict(plan)}, process.stdin)
-            for line in process.stdout:
-                yield Measurement(**json.loads(line))
-            if process.wait():
-                errors.seek(0)
-                last = errors.read().strip().rpartition("\n")[2] or "it wrote no message"
-                raise BenchError(f"measuring {name!r} ended with code {process.returncode}: {last}")
-        finally:
-            process.kill()
-            process.wait()
-            process.stdout.close()
+    child = Child("longthink.lab.bench.memory", env={"OMP_NUM_THREADS": str(plan.threads)})
+    try:
+        child.send([asdict(plan), run])
+        while (row := child.receive()) is not None:
+            yield Measurement(**row)
+    except ChildDied as death:
+        raise BenchError(f"measuring {name!r} ended with {death}") from None
+    except Exception as error:
+        raise BenchError(f"measuring {name!r} failed: {error}") from error
+    finally:
+        child.close()
 
 
-def _measure_one(plan: Plan, run: str) -> None:
+def _measure(parent: Parent) -> None:
     import psutil
     import torch
 
+    values, run = parent.receive()
+    plan = Plan(**values | {"budget": Budget(**values["budget"])})
     loaded = bench_model(plan.model, device=plan.device, dtype=plan.dtype)
     torch.set_num_threads(plan.threads)
     (system,) = make_systems(loaded.model, plan, room=0, whole=plan.lengths[-1])
@@ -99,19 +85,9 @@ def _measure_one(plan: Plan, run: str) -> None:
             rss_bytes=process.memory_info().rss,
             device_bytes=None if device.type == "cpu" else torch.accelerator.memory_allocated(device),
         )
-        print(json.dumps(to_row(row)), flush=True)
-
-
-def main() -> int:
-    """Measure the plan on standard input."""
-    job = json.load(sys.stdin)
-    values = job["plan"] | {"budget": Budget(**job["plan"]["budget"])}
-    try:
-        _measure_one(Plan(**values), job["run"])
-    except KeyboardInterrupt:
-        return 130
-    return 0
+        parent.send(to_row(row))
+    parent.send(None)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    serve(_measure)

@@ -1,89 +1,110 @@
-"""Options of the commands that analyse attention, each declared once.
+"""Options shared by the commands that analyse attention.
 
 Annotations are real objects here, not strings: see `longthink.cli.options`.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 
 from longthink.cli.options import ModelOptions, Switch
 from longthink.cli.terminal import note
 from longthink.lab.analyze.rules import Rules
+from longthink.models import REASONER
 
 if TYPE_CHECKING:
-    from longthink.lab.analyze import Prompt
+    from longthink.lab.analyze.recorder import Prompt
     from longthink.models import Loaded
 
-DEFAULT_OUT = "traces"
-"""Folder of the traces unless one is given."""
+Files = Annotated[list[Path] | None, Parameter(negative="")]
+"""Files, each with a flag of its own."""
+Classes = Annotated[
+    Path | None,
+    Parameter(
+        help="TOML or YAML file with the thresholds of page classes [default: "
+        + ", ".join(f"{name}={value}" for name, value in asdict(Rules()).items())
+        + "]."
+    ),
+]
+"""File that replaces some of the defaults of `Rules`."""
 
 
-@Parameter(name="*")
+@Parameter(name="*", group=Group("Model", sort_key=2))
 @dataclass(frozen=True, kw_only=True)
-class ProblemSetOptions(ModelOptions):
-    """Which problems a model is to solve."""
+class Model(ModelOptions):
+    """`ModelOptions` in a group of their own."""
+
+    model: str = REASONER
+    """Hub id or local folder; "reasoner" is the built-in model."""
+    device: str = "auto"
+    """Such as cpu or cuda:1; auto takes the first accelerator."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format."""
+
+
+@Parameter(name="*", group=Group("Problems", sort_key=1))
+@dataclass(frozen=True, kw_only=True)
+class Problems:
+    """Which problems the model solves."""
 
     tasks: str = "reasoner"
-    """Problem sets, separated by commas: gsm8k, math500, aime24, aime25, aime, reasoner/SIZE/PROFILE, or the name of
-    a file given with --data."""
-
-    data: list[Path] | None = None
-    """Problem file (.jsonl, .parquet), a task named by its stem; may be given several times."""
-
+    """gsm8k, math500, aime24, aime25, aime, reasoner/SIZE/PROFILE, or the name of a file given with --data."""
+    data: Files = None
+    """Problem file (.jsonl, .parquet); repeatable."""
     count: Annotated[int, Parameter(name=("--count", "-n"))] = 2
-    """Problems of each task."""
-
+    """Problems per task."""
     seed: int = 0
     """First seed of built-in problems."""
-
     max_new_tokens: int | None = None
-    """Tokens of a chain of thought at most [default: each task's own limit]."""
+    """Token limit [default: each task's own]."""
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the tasks."""
+        return [name.strip() for name in self.tasks.split(",") if name.strip()]
 
     def prompts(self, loaded: "Loaded") -> "Iterator[Prompt]":
-        """Yield the problems as prompts for the model."""
+        """Yield the problems as prompts for the model; skip those that its context has no room for."""
         import torch
 
-        from longthink.lab.analyze import Prompt
-        from longthink.lab.evaluate.tasks import load_tasks
+        from longthink.lab.analyze.recorder import Prompt
+        from longthink.lab.evaluate.tasks import load_tasks, prompt_ids
 
-        names = [name.strip() for name in self.tasks.split(",") if name.strip()]
-        for task in load_tasks(names, data=self.data or (), count=self.count, seed=self.seed):
+        for task in load_tasks(self.names, data=self.data or (), count=self.count, seed=self.seed):
             for item in task.items:
-                ids = task.prompt_ids(item, loaded.tokenizer)
+                ids = prompt_ids(item, loaded.tokenizer)
                 limit = self.max_new_tokens or task.max_new_tokens
                 if loaded.context is not None:
                     limit = min(limit, loaded.context - len(ids))
                 if limit < 1:
-                    note(f"left out: {task.name} {item.id} has no room in the model's context")
+                    note(f"skipped: {task.name} {item.id} does not fit in the model's context")
                     continue
                 inputs = {"input_ids": torch.tensor([ids])}
                 yield Prompt(task=task.name, problem=item.id, inputs=inputs, max_new_tokens=limit)
 
 
-@Parameter(name="*")
+@Parameter(name="*", group=Group("Recording", sort_key=3))
 @dataclass(frozen=True, kw_only=True)
-class TraceOptions(ProblemSetOptions):
-    """Options of ``longthink trace``."""
+class Recording:
+    """What is recorded, and where."""
 
     page_size: int = 1
-    """Tokens in a page of the trace, 1 to 32."""
-
+    """Tokens per page, 1 to 32."""
     top: int = 64
-    """Pages stored of each head and step, those with the most attention; 0 stores all."""
-
+    """Pages stored per head and step; 0: all."""
     with_vectors: Switch = False
-    """Store queries, keys and values too, which some policies look at (small models)."""
+    """Also store queries, keys and values (for some policies)."""
+    out: Path = Path("traces")
+    """Folder of the traces; it is extended."""
 
-    out: Path = Path(DEFAULT_OUT)
-    """Folder of the traces. What is in it already is not recorded again."""
 
+def read_rules(path: Path | None) -> Rules:
+    """Return the thresholds in a file of settings, or the defaults."""
+    if path is None:
+        return Rules()
+    from longthink.lab.evaluate.settings import read_settings
 
-RuleOptions = Annotated[Rules, Parameter(name="*")]
-"""The numbers in the definitions of use, page and map, an option each."""
-
-RULES = Rules()
-"""The definitions where nothing is said."""
+    return Rules(**read_settings(path.expanduser(), [field.name for field in fields(Rules)]))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from longthink.cli.app import PASSIVE
+from longthink.cli.table import Table
 from longthink.cli.terminal import out_console, size_text, visible, write_table
 
 if TYPE_CHECKING:
@@ -23,17 +24,8 @@ def print_table(title: str, columns: Mapping[str, bool], rows: Iterable[Sequence
     columns
         Names, and whether a column is text (left-aligned).
     """
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD)
-    for name, is_text in columns.items():
-        table.add_column(visible(name), justify="left" if is_text else "right")
-    for row in rows:
-        table.add_row(*(Text(visible(cell)) for cell in row))
-    out_console().print(visible(title), markup=False)
-    write_table(table)
+    kinds = {name: "words" if is_text else "formatted" for name, is_text in columns.items()}
+    write_table(Table(title=title, columns=kinds, rows=[list(row) for row in rows]))
 
 
 def print_measurements(rows: Sequence[Measurement], conditions: dict[str, Any]) -> None:

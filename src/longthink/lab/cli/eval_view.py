@@ -1,24 +1,25 @@
-"""How far a sweep is: a live table on a terminal, now and then a line anywhere else."""
+"""The display of a sweep: its progress (a live table on a terminal, occasional lines elsewhere) and its results."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from longthink.cli.progress import FIRST_LINE_S, LINE_EVERY_S
-from longthink.cli.terminal import err_console, is_terminal, note, visible
-from longthink.lab.cli.eval import budget_text
+from longthink.cli.terminal import err_console, is_terminal, note, visible, write_table
+from longthink.lab.cli.tables import budget_text, policy_table
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from longthink.lab.evaluate.summary import Summary
     from longthink.lab.evaluate.sweep import Sweep, Tally
 
-MOST_LINES = 12
-"""Configurations shown at the same time: those under way first."""
+MAX_ROWS = 12
+"""Configurations shown at a time: those in progress first."""
 
 
 @contextmanager
@@ -28,13 +29,13 @@ def watching(sweep: Sweep) -> Iterator[None]:
     if not is_terminal(sys.stderr):
         next_line = started + FIRST_LINE_S
 
-        def tell(sweep: Sweep) -> None:
+        def report(sweep: Sweep) -> None:
             nonlocal next_line
             if time.monotonic() >= next_line:
                 next_line = time.monotonic() + LINE_EVERY_S
-                note(summary_line(sweep, time.monotonic() - started))
+                note(progress_line(sweep.total, time.monotonic() - started))
 
-        sweep.report = tell
+        sweep.report = report
         yield
         return
     from rich.live import Live
@@ -42,56 +43,61 @@ def watching(sweep: Sweep) -> Iterator[None]:
 
     console = err_console()
     console.print(Text(visible(f"loading {sweep.plan.model}")))
-    # `say` writes above the live table, not into it.
     with Live(console=console, transient=True, refresh_per_second=4) as live:
-        sweep.say = lambda line: console.print(Text(visible(line)))
-        sweep.report = lambda sweep: live.update(_table(sweep, time.monotonic() - started))
+        sweep.say = lambda line: console.print(Text(visible(line)))  # above the live table, not into it
+        sweep.report = lambda sweep: live.update(_progress_table(sweep, time.monotonic() - started))
         yield
 
 
-def summary_line(sweep: Sweep, seconds: float) -> str:
-    """Return done, left, accuracy and time to go as one line."""
-    total = sum(tally.total for tally in sweep.tallies.values())
-    left = sum(tally.left for tally in sweep.tallies.values())
-    made = sum(tally.made for tally in sweep.tallies.values())
-    right = sum(tally.right for tally in sweep.tallies.values())
-    parts = [f"{total - left}/{total} samples"]
-    if made:
-        parts += [f"{right / made:.0%} of {made} new ones right", f"{_clock(left * seconds / made)} to go"]
+def progress_line(total: Tally, seconds: float) -> str:
+    """Return samples done, accuracy and time left as one line."""
+    parts = [f"{total.total - total.left}/{total.total} samples"]
+    if total.made:
+        minutes, rest = divmod(int(total.left * seconds / total.made), 60)
+        hours, minutes = divmod(minutes, 60)
+        clock = f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+        parts += [f"{total.right / total.made:.0%} of {total.made} new ones right", f"{clock} to go"]
     return ", ".join(parts)
 
 
-def _table(sweep: Sweep, seconds: float) -> Table:
-    """One line for each policy and budget under way, all tasks together."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    from longthink.lab.evaluate.sweep import Tally
-
-    lanes: dict[tuple[str, str], Tally] = {}
+def _progress_table(sweep: Sweep, seconds: float) -> Table:
+    """One row per policy and budget, all tasks together."""
+    tallies: dict[tuple[str, str], Tally] = {}
     for cell, tally in sweep.tallies.items():
-        key = cell.policy, budget_text(cell.lane.budget, cell.lane.decode_budget)
-        sum_ = lanes.setdefault(key, Tally(total=0))
-        for name in ("total", "stored", "made", "right"):
-            setattr(sum_, name, getattr(sum_, name) + getattr(tally, name))
-    table = Table(box=box.SIMPLE_HEAD, caption=summary_line(sweep, seconds), caption_justify="left")
-    for heading in ("policy", "budget", "done", "right so far"):
-        table.add_column(heading, justify="left" if heading == "policy" else "right")
-    for (policy, budget), tally in sorted(lanes.items(), key=lambda item: _urgency(item[1]))[:MOST_LINES]:
-        share = f"{tally.right / tally.made:.0%}" if tally.made else ""
-        table.add_row(Text(visible(policy)), budget, f"{tally.total - tally.left}/{tally.total}", share)
-    return table
+        key = cell.policy, budget_text(cell.cache.budget, cell.cache.decode_budget)
+        tallies[key] = tallies[key] + tally if key in tallies else tally
+    # In progress first, then waiting, then complete.
+    order = sorted(tallies.items(), key=lambda item: 2 if not item[1].left else 0 if item[1].made else 1)
+    rows = [
+        [*key, f"{one.total - one.left}/{one.total}", f"{one.right / one.made:.0%}" if one.made else ""]
+        for key, one in order[:MAX_ROWS]
+    ]
+    caption = progress_line(sweep.total, seconds)
+    return policy_table(("policy", "budget", "done", "right so far"), rows, caption=caption).rich()
 
 
-def _urgency(tally: Tally) -> int:
-    """Under way first, then what waits, then what is done."""
-    if tally.left == 0:
-        return 2
-    return 0 if tally.made else 1
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+def print_summaries(rows: Sequence[Summary]) -> None:
+    """Print the results; columns that say nothing about any row are left out."""
+    optional = {
+        "majority": ["" if row.majority is None else f"{row.majority:.1%}" for row in rows],
+        "no room": [str(row.no_room or "") for row in rows],
+        "NaN": [str(row.nan or "") for row in rows],
+    }
+    shown = {heading: cells for heading, cells in optional.items() if any(cells)}
+    table = [
+        [
+            row.policy,
+            budget_text(row.budget, row.decode_budget),
+            row.task,
+            str(row.problems),
+            f"{row.accuracy:.1%}",
+            f"{100 * row.low:.0f}-{row.high:.0%}",
+            f"{row.tokens:.0f}",
+            f"{row.truncated / row.samples:.0%}",
+            *(cells[i] for cells in shown.values()),
+        ]
+        for i, row in enumerate(rows)
+    ]
+    headings = ("policy", "budget", "task", "n", "right", "interval", "tokens", "cut", *shown)
+    caption = "right: pass@1, with Wilson 95 % interval; cut: share of answers that hit the token limit"
+    write_table(policy_table(headings, table, caption=caption))

@@ -1,110 +1,72 @@
-"""The lanes of the demo's race: this process and helpers beside it, each with a model of its own.
+"""The demo's policies side by side: this process and its helpers, each with a model, take one policy after another.
 
-A lane that is free takes the next policy. Nothing that is told depends on the lane but the time of a token. A helper
-that ends early, however it went, leaves its policy to this process, which then meets the same error, if it was one.
+Only the time of a token depends on which process ran a policy. If a helper dies or fails, this process runs its
+policy again, and meets the same error if there is one.
 """
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
+from longthink.cli.decode import Decoded
 from longthink.cli.prompts import encode_prompt
 from longthink.lab.cli.race import Runner, run_policy
 from longthink.lab.cli.residents import ResidentLog
+from longthink.lab.processes import Child, Parent, serve
 
 if TYPE_CHECKING:
     from longthink.models import Loaded
 
+Helper = Child
+"""A process that runs policies beside this one."""
 Shown = Callable[[Runner], AbstractContextManager[Callable[[], None]]]
-"""Makes the display of one run: a context that gives a function to call after every change."""
+"""Opens the display of a run; the context's value is called after every change."""
 
-_NEWS_EVERY_S = 0.1
-"""Seconds between two reports of a helper, at least."""
-_STOP_S = 3.0
-"""Seconds that a helper gets to end when it is told to."""
+_REPORT_EVERY_S = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Course:
-    """What all policies run: the prompt, the budget arguments of ``make_cache``, and the tokens that end a run."""
+    """What all policies run: the prompt, the budget arguments of ``make_cache``, and the token limit."""
 
     prompt: str
     budget: dict[str, int]
     limit: int
 
 
-@dataclass(frozen=True)
-class Helper:
-    """A process that runs policies, and our end of the pipe to it."""
-
-    process: BaseProcess
-    pipe: Connection
-
-
 @contextmanager
 def helpers(count: int) -> Iterator[list[Helper]]:
-    """Start ``count`` helpers, which begin to load the model, and end them with the ``with`` block."""
-    context = get_context("spawn")
+    """Start helpers, which begin to load the model, and end them with the ``with`` block."""
     started: list[Helper] = []
     try:
-        for number in range(count):
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_help, args=(theirs,), name=f"longthink-demo-{number}", daemon=True
-            )
-            with _without_interrupts():
-                process.start()
-            theirs.close()
-            started.append(Helper(process, ours))
+        for _ in range(count):
+            started.append(Helper("longthink.lab.cli.lanes"))
         yield started
     finally:
-        for helper in started:
-            helper.process.terminate()
-        for helper in started:
-            helper.process.join(_STOP_S)
-            if helper.process.is_alive():
-                helper.process.kill()
-                helper.process.join()
-
-
-@contextmanager
-def _without_interrupts() -> Iterator[None]:
-    """Hold Ctrl-C back; a process that is started meanwhile never gets it, not even while it wakes up."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+        for child in started:
+            child.close()
 
 
 def race(
     runners: Sequence[Runner], loaded: Loaded, course: Course, helping: Sequence[Helper], shown: Shown
 ) -> int:
-    """Run every policy over the course, as many at a time as there are lanes, and return how many lanes ran one.
+    """Run every policy, in all processes at once, and return how many processes ran one.
 
     Parameters
     ----------
     runners
-        The policies; each runner is filled as its run goes on.
+        The policies; each runner is filled while it runs.
     loaded
-        The model of this process's own lane.
-    helping
-        The other lanes.
+        The model of this process.
     shown
-        Makes the display of a run; called in the thread that follows it.
+        Called in the thread that follows a run.
     """
     waiting = deque(runners)
     useful: set[int] = set()
@@ -136,17 +98,20 @@ def _next(waiting: deque[Runner]) -> Runner | None:
 
 
 def _follow(helper: Helper, waiting: deque[Runner], course: Course, shown: Shown, useful: set[int]) -> None:
-    """Give one helper, once it is ready, a policy after the other, and fill the runners with what it tells."""
+    """Give a helper one policy after another, and fill the runners with its reports."""
     try:
-        helper.pipe.recv()
-    except (EOFError, OSError):
+        helper.receive()
+    except Exception:
         return
     while (runner := _next(waiting)) is not None:
         try:
-            helper.pipe.send((runner.policy, runner.log.prompt, course))
+            helper.send([runner.name, runner.log.prompt, asdict(course)])
             with shown(runner) as on_change:
                 while runner.decoded is None:
-                    vars(runner).update(helper.pipe.recv())
+                    live, decoded, log = helper.receive()
+                    vars(runner).update(live)
+                    vars(runner.log).update(log)
+                    runner.decoded = decoded and Decoded(**decoded)
                     on_change()
             useful.add(id(helper))
         except Exception:
@@ -158,35 +123,44 @@ def _follow(helper: Helper, waiting: deque[Runner], course: Course, shown: Shown
 # The helper's side --------------------------------------------------------------------------------------------
 
 
-def _help(pipe: Connection) -> None:
-    """Run policies until the other side ends this process, or is gone."""
-    # Ctrl-C goes to the whole group of processes: the first one decides what becomes of it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        from longthink.models import load_model
+def _help(parent: Parent) -> None:
+    from longthink.models import load_model
+    from longthink.policies import make_policy
 
-        loaded = load_model()
-        pipe.send("ready")
-        while True:
-            policy, prompt, course = pipe.recv()
-            runner = Runner(policy=policy, log=ResidentLog(prompt=prompt))
-            _run_waiting(
-                deque([runner]), loaded, course, lambda runner: nullcontext(_News(pipe, runner).tell)
-            )
-            pipe.send(vars(runner))
-    except Exception:
-        # The other side sees the pipe end, and goes on without this one.
-        return
+    loaded = load_model()
+    parent.send("ready")
+    while True:
+        policy, prompt, course = parent.receive()
+        runner = Runner(policy=make_policy(policy), log=ResidentLog(prompt=prompt))
+        _run_waiting(deque([runner]), loaded, Course(**course), partial(_reports, parent))
+        assert runner.decoded is not None
+        log = {name: _plain(value) for name, value in vars(runner.log).items()}
+        parent.send([_live(runner), asdict(runner.decoded), log])
 
 
-class _News:
-    """Tells the other side now and then how a run is going: what changes often, and is small."""
+@contextmanager
+def _reports(parent: Parent, runner: Runner) -> Iterator[Callable[[], None]]:
+    reported = 0.0
 
-    def __init__(self, pipe: Connection, runner: Runner) -> None:
-        self._pipe, self._runner = pipe, runner
-        self._next = 0.0
+    def report() -> None:
+        nonlocal reported
+        if time.monotonic() >= reported + _REPORT_EVERY_S:
+            reported = time.monotonic()
+            parent.send([_live(runner), None, {}])
 
-    def tell(self) -> None:
-        if time.monotonic() >= self._next:
-            self._next = time.monotonic() + _NEWS_EVERY_S
-            self._pipe.send({name: getattr(self._runner, name) for name in ("tokens", "tail", "ms", "held")})
+    yield report
+
+
+def _live(runner: Runner) -> dict[str, Any]:
+    """What changes all the time, and is small."""
+    return {name: getattr(runner, name) for name in ("tokens", "tail", "ms", "held")}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(part) for part in value]
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+if __name__ == "__main__":
+    serve(_help)

@@ -27,7 +27,7 @@ def report(
     title
         Heading of the page [default: the store's name].
     """
-    from longthink.lab.analyze import is_trace_store
+    from longthink.lab.analyze.store import is_trace_store
     from longthink.lab.report import build, build_attention
 
     words = ["longthink", "report", str(store)]

@@ -1,27 +1,28 @@
-"""``longthink trace``: record what a model reads while it thinks."""
+"""``longthink trace``: record what a model reads while it reasons."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from longthink.cli.models import load_model
 from longthink.cli.progress import progress
 from longthink.cli.terminal import size_text, visible, write_text
-from longthink.lab.cli.analyze_options import TraceOptions
+from longthink.lab.cli.analyze_options import Model, Problems, Recording
 
 if TYPE_CHECKING:
-    from longthink.lab.analyze import Prompt, TraceStore
+    from longthink.lab.analyze.recorder import Prompt
+    from longthink.lab.analyze.store import TraceStore
     from longthink.models import Loaded
 
-_DEFAULTS = TraceOptions()
+_PROBLEMS, _MODEL, _RECORDING = Problems(), Model(), Recording()
 
 
-def trace(*, options: TraceOptions = _DEFAULTS) -> int:
+def trace(*, problems: Problems = _PROBLEMS, model: Model = _MODEL, recording: Recording = _RECORDING) -> int:
     """Record which tokens every head reads in every step, while the model solves problems with a dense cache.
 
-    Give the same command again after an interruption, and it goes on with the problem it was at.
+    After an interruption, the same command continues with the unfinished problem.
     """
-    store = record_traces(options, load_model(options))
+    store = record_traces(problems, recording, load_model(model))
     rows = [
         f"{visible(one.header.task)} {visible(one.header.problem)}: {len(one.header.token_ids):,} tokens, "
         f"{size_text(one.path.stat().st_size)}"
@@ -31,27 +32,26 @@ def trace(*, options: TraceOptions = _DEFAULTS) -> int:
     return 0
 
 
-def record_traces(options: TraceOptions, loaded: Loaded) -> TraceStore:
-    """Record what is not there yet."""
-    from longthink.lab.analyze import record
+def record_traces(problems: Problems, recording: Recording, loaded: Loaded) -> TraceStore:
+    """Record the problems that the folder does not have yet."""
+    from longthink.lab.analyze.recorder import record
 
+    total = 0
     with progress("recording", unit="tokens") as task:
-        total: dict[str, Any] = {"before": 0, "problem": None, "last": 0}
 
         def on_step(prompt: Prompt, tokens: int) -> None:
-            if total["problem"] is not prompt:
-                total["before"], total["problem"] = total["before"] + total["last"], prompt
-            total["last"] = tokens
-            task.advance_to(total["before"] + tokens, f"{prompt.task} {prompt.problem}: {tokens}")
+            nonlocal total
+            total += 1
+            task.advance_to(total, f"{prompt.task} {prompt.problem}: {tokens}")
 
         return record(
             loaded.model,
             loaded.tokenizer,
-            options.prompts(loaded),
-            options.out.expanduser(),
-            page_size=options.page_size,
-            top=options.top,
-            vectors=options.with_vectors,
+            problems.prompts(loaded),
+            recording.out.expanduser(),
+            page_size=recording.page_size,
+            top=recording.top,
+            vectors=recording.with_vectors,
             name=loaded.name,
             describe=loaded.describe() | {"revision": loaded.revision},
             on_step=on_step,

@@ -1,10 +1,10 @@
-"""Finding the final answer in a text: boxes, answer lines, and the end of a thinking block."""
+"""Finding the final answer of a text: boxes, answer lines, and the end of a thinking block."""
 
 from __future__ import annotations
 
 import re
 
-# An escaped character counts neither as a box nor as a brace: "\\{" is a printed brace.
+# An escaped character is neither a box nor a brace: "\\{" is a printed brace.
 _TOKEN = re.compile(r"(?P<box>\\(?:boxed|fbox|framebox)[ \t]*\{)|\\.|[{}]", re.DOTALL)
 # "#### 18" ends a GSM8K solution, "A: 18" one of its graded model solutions.
 _ANSWER_LINE = re.compile(r"^[ \t]*(?:####|A:)(.*)$", re.MULTILINE)
@@ -26,14 +26,14 @@ def last_box(text: str) -> str | None:
             opened.append((token.end(), False))
         elif token[0] == "}" and opened:
             start, box = opened.pop()
-            # Of boxes in a box the innermost is meant: it starts last.
+            # Of nested boxes the innermost counts: it starts last.
             if box and (last is None or start > last[0]) and text[start : token.start()].strip():
                 last = start, token.start()
     return None if last is None else text[slice(*last)].strip()
 
 
 def last_answer_line(text: str) -> str | None:
-    """Return what follows ``####`` or ``A:`` on the last line that begins with one, commas of thousands removed."""
+    """Return what follows ``####`` or ``A:`` on the last line that begins with one, without thousands separators."""
     found = None
     for line in _ANSWER_LINE.finditer(text):
         found = line[1].strip() or found
@@ -41,11 +41,11 @@ def last_answer_line(text: str) -> str | None:
 
 
 def stated_answer(text: str) -> str | None:
-    r"""Return the answer that a text marks as its last: a ``\boxed{}``, else a line with ``####`` or ``A:``."""
+    r"""Return the last marked answer of a text: a ``\boxed{}``, else a line with ``####`` or ``A:``."""
     return last_box(text) or last_answer_line(text)
 
 
 def parts_to_read(text: str) -> list[str]:
-    """Return where to look for an answer, in order: what follows a thinking block, then the whole text."""
+    """Return the parts to search for an answer, in order: the text after a thinking block, then the whole text."""
     _, end, after = text.rpartition(_END_OF_THINKING)
     return [after, text] if end and after.strip() else [text]

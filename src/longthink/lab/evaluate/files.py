@@ -1,4 +1,4 @@
-"""Problem files: JSON lines or Parquet, with the usual names of fields."""
+"""Problem files: JSON lines or Parquet, with the usual field names."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,86 +16,81 @@ from longthink.lab.evaluate.answers import stated_answer
 QUESTION_FIELDS = ("question", "problem", "prompt")
 ANSWER_FIELDS = ("final_answer", "answer", "ground_truth", "solution")
 ID_FIELDS = ("id", "unique_id", "problem_id", "uid")
-"""Names of fields, best first. Case does not count, nor whether words are joined by a space, "-" or "_"."""
+"""Field names in order of preference; case and the word separators " ", "-" and "_" do not matter."""
+
+Records = Iterator[tuple[str, Mapping[str, Any]]]
+"""Pairs of a location for messages and the fields found there."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """A problem as a file or a data set has it.
+class Item:
+    """One problem.
 
     Attributes
     ----------
     id
-        Its own identifier, or else the beginning of the SHA-256 of the question: the same wherever it stands.
+        Identifier within the task: its own, else the first digits of the SHA-256 of the question; the seed of a
+        built-in problem.
     question, gold
-        What is asked, and the right final answer.
+        The question and the right final answer; for built-in tasks the whole prompt, and words such as ``cow: 55``.
+    steps
+        Tokens of the worked solution of a built-in problem, else None.
     """
 
+    task: str
     id: str
     question: str
     gold: str
+    steps: int | None = None
+
+    @property
+    def is_builtin(self) -> bool:
+        """Whether the prompt is used as it is and the answer graded exactly."""
+        return self.steps is not None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fields:
-    """Which field of a row holds what; ``id`` is None where there is none."""
+    """Names of the fields to read; ``id`` is None where there is none."""
 
     question: str
     answer: str
     id: str | None
 
 
-def read_file(path: Path) -> list[Row]:
-    """Read the problems of a ``.jsonl`` or ``.parquet`` file.
+def read_file(path: Path) -> list[Item]:
+    """Read the problems of a ``.jsonl`` or ``.parquet`` file; the task is named after the file.
 
     Raises
     ------
     DataError
-        If the file is something else or a problem lacks a field; the message names file, line or row, and what was
-        expected.
-    MissingExtraError
-        If pyarrow is needed and not installed.
-    OSError
-        If the file cannot be read.
+        If the file is of another kind or a field is missing or unusable; the message names file and line or row.
     """
     if path.suffix == ".jsonl":
-        return to_rows(_json_lines(path))
+        return to_items(_json_lines(path), path.stem)
     if path.suffix == ".parquet":
-        return to_rows(_parquet_rows(path))
+        return to_items(_parquet_rows(path), path.stem)
     raise DataError(f"{path}: its name ends in {path.suffix!r}; expected a .jsonl or .parquet file")
 
 
-def to_rows(records: Iterator[tuple[str, Mapping[str, Any]]], fields: Fields | None = None) -> list[Row]:
-    """Turn records into problems.
-
-    Parameters
-    ----------
-    records
-        Pairs of a place to name in messages and the fields found there.
-    fields
-        Which fields to read; None finds them by name in the first record.
-
-    Raises
-    ------
-    DataError
-        If there is no record, a field is missing or of no use, or an identifier comes twice.
-    """
-    rows: list[Row] = []
+def to_items(records: Records, task: str, fields: Fields | None = None) -> list[Item]:
+    """Turn records into problems; without `fields` the names are found in the first record."""
+    items: list[Item] = []
     seen: dict[str, str] = {}
     for place, record in records:
         fields = fields or _detect(place, record)
-        row = _row(place, record, fields)
-        if fields.id is not None and row.id in seen:
+        item = _item(place, record, task, fields)
+        if fields.id is not None and item.id in seen:
             raise DataError(
-                f"{place}: {fields.id}={row.id!r} stands at {seen[row.id]} too; expected each once"
+                f"{place}: {fields.id}={item.id!r} is also at {seen[item.id]}; expected unique values"
             )
-        if row.id in seen:  # The same question again, and no identifier to tell them apart.
-            row = Row(id=f"{row.id}-{len(rows)}", question=row.question, gold=row.gold)
-        seen[row.id] = place
-        rows.append(row)
-    if not rows:
+        if item.id in seen:  # the same question twice, without an identifier to tell them apart
+            item = replace(item, id=f"{item.id}-{len(items)}")
+        seen[item.id] = place
+        items.append(item)
+    if not items:
         raise DataError("no problems found; expected at least one")
-    return rows
+    return items
 
 
 def _detect(place: str, record: Mapping[str, Any]) -> Fields:
@@ -106,37 +101,35 @@ def _detect(place: str, record: Mapping[str, Any]) -> Fields:
 
     question, answer = find(QUESTION_FIELDS), find(ANSWER_FIELDS)
     if question is None or answer is None:
-        lacking, wanted = ("question", QUESTION_FIELDS) if question is None else ("answer", ANSWER_FIELDS)
+        missing, wanted = ("question", QUESTION_FIELDS) if question is None else ("answer", ANSWER_FIELDS)
         raise DataError(
-            f"{place}: no field holds the {lacking}; expected one of {', '.join(wanted)}, "
+            f"{place}: no field holds the {missing}; expected one of {', '.join(wanted)}, "
             f"found {', '.join(record) or 'none'}"
         )
     return Fields(question=question, answer=answer, id=find(ID_FIELDS))
 
 
-def _row(place: str, record: Mapping[str, Any], fields: Fields) -> Row:
-    question = _text(place, record, fields.question)
-    answer = _text(place, record, fields.answer)
+def _item(place: str, record: Mapping[str, Any], task: str, fields: Fields) -> Item:
+    question, answer = (_text(place, record, field) for field in (fields.question, fields.answer))
     gold = stated_answer(answer)
     if gold is None and fields.answer.lower() == "solution":
         raise DataError(
             f"{place}: field {fields.answer!r} states no final answer; "
             "expected \\boxed{...}, or a line that begins with #### or A:"
         )
-    if fields.id is None:
-        name = hashlib.sha256(question.encode()).hexdigest()[:12]
-    else:
-        name = _text(place, record, fields.id)
-    return Row(id=name, question=question, gold=gold or answer)
+    known = hashlib.sha256(question.encode()).hexdigest()[:12] if fields.id is None else None
+    return Item(
+        task=task, id=known or _text(place, record, fields.id or ""), question=question, gold=gold or answer
+    )
 
 
 def _text(place: str, record: Mapping[str, Any], field: str) -> str:
-    """Return a field as text, without the white space around it."""
+    """Return a field as text, stripped."""
     if field not in record:
         raise DataError(f"{place}: field {field!r} is missing; expected text or a number")
     value = record[field]
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise DataError(f"{place}: field {field!r} is {_shown(value)}; expected text or a number")
+        raise DataError(f"{place}: field {field!r} is {_json_type(value)}; expected text or a number")
     if isinstance(value, float) and not math.isfinite(value):
         raise DataError(f"{place}: field {field!r} is {value}; expected text or a finite number")
     text = str(value).strip()
@@ -151,12 +144,12 @@ def _text(place: str, record: Mapping[str, Any], field: str) -> str:
     return text
 
 
-def _shown(value: Any) -> str:
+def _json_type(value: Any) -> str:
     words = {dict: "an object", list: "a list", bool: "true or false", type(None): "null"}
     return words.get(type(value), type(value).__name__)
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _json_lines(path: Path) -> Records:
     empty = True
     with path.open("rb") as file:
         for number, data in enumerate(file, 1):
@@ -172,7 +165,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                 continue
             if not isinstance(record, dict):
                 raise DataError(
-                    f"{place}: {_shown(record)} instead of an object; expected one JSON object a line"
+                    f"{place}: {_json_type(record)}, not an object; expected one JSON object a line"
                 )
             empty = False
             yield place, record
@@ -180,7 +173,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         raise DataError(f"{path}: the file holds no problem; expected one JSON object a line")
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _parquet_rows(path: Path) -> Records:
     with needs_extra("eval"):
         import pyarrow
         from pyarrow import parquet

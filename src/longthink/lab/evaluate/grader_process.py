@@ -1,21 +1,19 @@
 """The process that compares answers: ``python -m longthink.lab.evaluate.grader_process SECONDS MIB``.
 
-Reads one JSON request a line on standard input and writes one JSON reply a line on standard output. Computer algebra
-on what a model wrote may take for ever, take all memory or crash the interpreter; here it takes nothing else along.
-The process ends by itself when its parent is gone, or when it is stuck and nobody kills it.
+Computer algebra on model output may hang, exhaust memory or crash the interpreter; here it harms nothing else.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import signal
 import sys
 from typing import Any
 
+from longthink.lab.processes import Parent, serve
+
 _ORPHAN_S = 5.0
-"""Seconds that the parent has for killing a stuck process before it ends itself."""
+"""Time for the parent to kill a stuck process before it ends itself (seconds)."""
 _NUMERALS = frozenset(
     "half third quarter dozen hundred thousand million billion trillion percent percentage factorial squared cubed "
     "times plus minus over divided mod and".split()
@@ -23,15 +21,15 @@ _NUMERALS = frozenset(
 
 
 def compare(answer: str, gold: str) -> bool:
-    """Tell whether an answer equals the gold answer, mathematically."""
+    """Return whether an answer equals the gold answer mathematically."""
     from math_verify import verify
 
-    # No time limits of its own: they use signals and let the caller's computation go on.
+    # Its own time limits use signals and let the computation go on.
     return bool(verify(_parsed(gold), _parsed(without_unit(answer)), timeout_seconds=None))
 
 
 def find(text: str) -> str | None:
-    """Return the answer that a text announces by words such as "the answer is", or None."""
+    """Return the answer that a text announces with words such as "the answer is", or None."""
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
     configs = (
@@ -39,12 +37,12 @@ def find(text: str) -> str | None:
         ExprExtractionConfig(try_extract_without_anchor=False),
     )
     found = parse(text, extraction_config=configs, parsing_timeout=None)
-    # The expression and the text that it was read from, in this order.
+    # The expression comes before the text that it was read from.
     return next((part.strip() for part in reversed(found) if isinstance(part, str)), None)
 
 
 def without_unit(answer: str) -> str:
-    """Return ``18`` for ``18 dollars``: algebra would take bare words for variables.
+    """Return ``18`` for ``18 dollars``: algebra would read plain words as variables.
 
     Words that change the number stay, and so do short ones, which may be variables or functions.
     """
@@ -61,34 +59,26 @@ def _parsed(answer: str) -> list[Any]:
     return parse(f"\\boxed{{{answer}}}", extraction_config=configs, parsing_timeout=None)
 
 
-def _reply(request: dict[str, str]) -> dict[str, Any]:
-    answer = request.get("answer") or find(request["text"])
-    return {"answer": answer, "correct": answer is not None and compare(answer, request["gold"])}
-
-
-def main() -> None:
-    """Answer requests until standard input ends."""
+def _work(parent: Parent) -> None:
     seconds, mib = float(sys.argv[1]), int(sys.argv[2])
-    # Ctrl-C reaches the whole group; the parent decides what becomes of this process.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with contextlib.suppress(ImportError, ValueError, OSError):  # no such limits on some systems
+    with contextlib.suppress(ImportError, ValueError, OSError):  # not every system has such limits
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (mib * 2**20, mib * 2**20))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # Whatever a library prints must not end up among the replies.
-    replies = os.fdopen(os.dup(1), "w", encoding="ascii")
-    os.dup2(2, 1)
-    compare("1", "1")  # Imports and builds everything, outside of the time of the first answer.
+    compare("1", "1")  # imports and builds everything before the clock of the first answer starts
     find("the answer is 1")
-    print("{}", file=replies, flush=True)
-    for line in sys.stdin:
+    parent.send("ready")
+    while True:
+        request = parent.receive()
+        # Algebra may hold the interpreter's lock for good, and the closing of the input would go unnoticed.
         if hasattr(signal, "setitimer"):
             signal.setitimer(signal.ITIMER_REAL, seconds + _ORPHAN_S)
-        print(json.dumps(_reply(json.loads(line))), file=replies, flush=True)
+        answer = request["answer"] or find(request["text"])
+        parent.send([answer, answer is not None and compare(answer, request["gold"])])
         if hasattr(signal, "setitimer"):
             signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 if __name__ == "__main__":
-    main()
+    serve(_work)

@@ -1,10 +1,7 @@
-"""lm-evaluation-harness on a bounded cache: its model ``longthink``.
+"""A model ``longthink`` for lm-evaluation-harness: generation on a bounded cache.
 
-The harness finds models in a registry that other packages cannot add to from outside, so its own command does not
-know ``longthink``. ``longthink lm-eval ...`` registers the model and runs that command with all its arguments; in
-Python it is enough to import this module.
-
-This module needs the extra ``lm-eval`` and is imported by nothing but the command.
+The harness's registry is not open to other packages, so its own command does not know ``longthink``: the command
+``longthink lm-eval`` registers the model first. In Python it is enough to import this module.
 """
 
 from __future__ import annotations
@@ -21,61 +18,48 @@ from longthink.models import load_model
 from longthink.policies import Policy, make_policy, policy_budget, policy_to_dict
 
 with needs_extra("lm-eval"):
-    import lm_eval.models  # noqa: F401  (the registry learns its own models first)
+    import lm_eval.models  # noqa: F401  (registers its own models first)
     from lm_eval.api.registry import register_model
     from lm_eval.models.huggingface import HFLM
     from lm_eval.models.utils_hf import stop_sequences_criteria
     from torch import Tensor
 
-# What the harness asks for when nobody has named a device, also where there is no such thing.
+# The harness's default device, even on machines without one.
 _ANY_DEVICE = "cuda:0"
-# What the harness's own class for transformers takes and this one leaves to it.
+# Passed on to the harness's own class for transformers.
 _PASSED_ON = (
-    "add_bos_token",
-    "chat_template_args",
-    "enable_thinking",
-    "max_length",
-    "prefix_token_id",
-    "think_end_token",
+    "add_bos_token", "chat_template_args", "enable_thinking", "max_length", "prefix_token_id", "think_end_token",
     "truncation",
-)
+)  # fmt: skip
 
 
 @register_model("longthink")
 class LongthinkLM(HFLM):
-    """A Hugging Face model whose answers are generated with a KV cache that stays within a budget.
+    """A Hugging Face model that generates with a KV cache of a fixed budget.
 
-    Tasks that score given text (``loglikelihood``) are refused: one pass over the text evicts nothing, so the policy
-    would play no part.
+    Tasks that score given text (``loglikelihood``) are refused: one pass over a text evicts nothing, so the policy
+    would have no effect.
 
     Parameters
     ----------
-    pretrained
-        ``reasoner`` (the built-in model), a local folder, or the id of a model on the Hub.
-    policy
-        A policy, its name, or a text such as ``raas:r=0.25``.
-    budget, decode_budget
-        Tokens to keep in each layer and row: prompt included, or on top of the prompt. Exactly one of the two, and
-        none for ``dense``.
-    revision, device, dtype
-        As in `longthink.models.load_model`; ``cuda:0`` stands for the first accelerator there is, else the CPU.
+    pretrained, revision, device, dtype
+        See `longthink.models.load_model`; ``cuda:0`` means the first accelerator, or the CPU if there is none.
+    policy, budget, decode_budget
+        See `longthink.generate`.
     batch_size
-        Rows decoded side by side.
+        Rows decoded in one batch.
     **options
-        Any of ``add_bos_token``, ``chat_template_args``, ``enable_thinking``, ``max_length``, ``prefix_token_id``,
-        ``think_end_token`` and ``truncation``, which mean what they mean for the harness's model ``hf``.
+        Options of the harness's model ``hf``: see `_PASSED_ON`.
 
     Attributes
     ----------
     kv_bytes_peak
-        Largest number of bytes that a batch so far had allocated for keys and values.
+        Largest number of bytes that any batch has allocated for keys and values.
 
     Raises
     ------
     ValueError
         If an argument is unknown or out of range, before anything is loaded.
-    OSError
-        If the model cannot be had.
     """
 
     def __init__(
@@ -98,14 +82,13 @@ class LongthinkLM(HFLM):
             )
         self.policy = make_policy(policy)
         self.budget = policy_budget(self.policy, budget, decode_budget)
-        # The command line hands it over as text.
         rows = int(batch_size) if isinstance(batch_size, str) and batch_size.isdecimal() else batch_size
         check_int("batch_size", rows, 1)  # type: ignore[arg-type]  # "auto" is refused here
         self.kv_bytes_peak = 0
         place = "auto" if device == _ANY_DEVICE else device
         self._loaded = load_model(pretrained, device=place, dtype=dtype, revision=revision)
         make_cache(self._loaded.model, policy=self.policy, **self._budget_arguments).close()
-        # It warns that a model made elsewhere may leave arguments unused; ours are used or refused.
+        # It warns that a preloaded model may ignore arguments; ours are used or refused.
         logger = logging.getLogger(HFLM.__module__)
         level = logger.level
         logger.setLevel(logging.ERROR)
@@ -125,8 +108,8 @@ class LongthinkLM(HFLM):
     def _model_generate(
         self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
     ) -> Tensor:
-        """Answer one batch of prompts, left-padded, on a fresh cache."""
-        # Greedy decoding takes no temperature, and transformers warns of one.
+        """Generate for one left-padded batch of prompts, with a fresh cache."""
+        # Transformers warns of a temperature when decoding is greedy.
         if not generation_kwargs.get("do_sample"):
             generation_kwargs.pop("temperature", None)
         stopping = stop_sequences_criteria(self.tokenizer, stop, context.shape[1], context.shape[0])
@@ -146,16 +129,15 @@ class LongthinkLM(HFLM):
         return output.sequences
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> NoReturn:
-        """Refuse: see the class."""
         raise UnsupportedFeatureError(
-            "this task scores given text (loglikelihood): one pass over it evicts nothing, so a policy would play no "
-            "part; run it with --model hf, and tasks that generate (generate_until) with --model longthink"
+            "this task scores given text (loglikelihood): one pass over it evicts nothing, so a policy would have no "
+            "effect; run it with --model hf, and tasks that generate (generate_until) with --model longthink"
         )
 
     loglikelihood_rolling = loglikelihood
 
     def get_model_info(self) -> dict[str, Any]:
-        """Return what the harness notes about the model in its results."""
+        """Return facts about the model for the results file."""
         return {
             "model_num_parameters": self.model.num_parameters(),
             "model_dtype": self.model.dtype,
@@ -168,16 +150,10 @@ class LongthinkLM(HFLM):
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the harness's own command with these arguments; its model ``longthink`` is known to it.
-
-    Parameters
-    ----------
-    arguments
-        The words that would follow ``lm_eval``.
-    """
+    """Run the harness's own command with these arguments, the words after ``lm_eval``."""
     from lm_eval.__main__ import cli_evaluate
 
-    # It has no other way in than the process's own arguments.
+    # It reads nothing but the process's own arguments.
     before, sys.argv = sys.argv, ["lm_eval", *arguments]
     try:
         cli_evaluate()

@@ -1,81 +1,43 @@
-"""Problem sets on the Hugging Face Hub: where they are, and which of their columns hold what."""
+"""Problem sets on the Hugging Face Hub, and which of their columns hold what."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from longthink.errors import DataError, needs_extra
-from longthink.lab.evaluate.files import Fields, Row, to_rows
+from longthink.lab.evaluate.files import Fields, Item, to_items
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Source:
-    """A problem set on the Hub.
-
-    Attributes
-    ----------
-    dataset, config, split
-        Arguments of ``datasets.load_dataset``; config None is the only one.
-    fields
-        Its columns.
-    max_new_tokens
-        Tokens that a reasoning model may need at most.
-    """
+    """A problem set on the Hub: arguments of ``load_dataset``, its columns, and the default token limit."""
 
     dataset: str
-    config: str | None = None
+    config: str | None
     split: str
     fields: Fields
     max_new_tokens: int
 
 
+def _fields(question: str, answer: str, id: str | None) -> Fields:
+    return Fields(question=question, answer=answer, id=id)
+
+
 SOURCES: dict[str, Source] = {
-    "gsm8k": Source(
-        dataset="openai/gsm8k",
-        config="main",
-        split="test",
-        fields=Fields(question="question", answer="answer", id=None),
-        max_new_tokens=8192,
-    ),
+    "gsm8k": Source("openai/gsm8k", "main", "test", _fields("question", "answer", None), 8192),
     "math500": Source(
-        dataset="HuggingFaceH4/MATH-500",
-        split="test",
-        fields=Fields(question="problem", answer="answer", id="unique_id"),
-        max_new_tokens=16384,
+        "HuggingFaceH4/MATH-500", None, "test", _fields("problem", "answer", "unique_id"), 16384
     ),
-    "aime24": Source(
-        dataset="HuggingFaceH4/aime_2024",
-        split="train",
-        fields=Fields(question="problem", answer="answer", id="id"),
-        max_new_tokens=32768,
-    ),
-    "aime25": Source(
-        dataset="math-ai/aime25",
-        split="test",
-        fields=Fields(question="problem", answer="answer", id="id"),
-        max_new_tokens=32768,
-    ),
-    # The years 1983 to 2024, as lm-evaluation-harness has them too.
-    "aime": Source(
-        dataset="gneubig/aime-1983-2024",
-        split="train",
-        fields=Fields(question="Question", answer="Answer", id="ID"),
-        max_new_tokens=32768,
-    ),
+    "aime24": Source("HuggingFaceH4/aime_2024", None, "train", _fields("problem", "answer", "id"), 32768),
+    "aime25": Source("math-ai/aime25", None, "test", _fields("problem", "answer", "id"), 32768),
+    # 1983 to 2024, the same set as in lm-evaluation-harness
+    "aime": Source("gneubig/aime-1983-2024", None, "train", _fields("Question", "Answer", "ID"), 32768),
 }
 """Problem sets by task name."""
 
 
-def read_hub(name: str) -> list[Row]:
-    """Load the problem set of a task from the Hub, or from the local copy that an earlier run left.
-
-    Raises
-    ------
-    DataError
-        If it cannot be had, or has other columns than it should.
-    MissingExtraError
-        If ``datasets`` is not installed.
-    """
+def read_hub(name: str) -> list[Item]:
+    """Load the problem set of a task from the Hub or from the local cache; `DataError` if that fails."""
     source = SOURCES[name]
     with needs_extra("eval"):
         from datasets import load_dataset
@@ -85,7 +47,7 @@ def read_hub(name: str) -> list[Row]:
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"{where} cannot be had: {reason} (a copy in a file will do: --data FILE.jsonl or FILE.parquet)"
+            f"{where} cannot be loaded: {reason} (or give a copy: --data FILE.jsonl or FILE.parquet)"
         ) from error
     records = ((f"{where}, row {number}", record) for number, record in enumerate(table, 1))
-    return to_rows(records, source.fields)
+    return to_items(records, name, source.fields)

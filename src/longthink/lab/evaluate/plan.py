@@ -1,65 +1,50 @@
-"""What a sweep is asked to do: the cells of models, tasks, policies, budgets and seeds."""
+"""What a sweep is asked to do: the cells of tasks, policies, budgets and seeds, and the units of work in them."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Literal, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from longthink.config import Budget, check_choice, check_int, check_sampling
 from longthink.errors import BudgetError
-from longthink.lab.evaluate.tasks import Item, Task, load_tasks
+from longthink.lab.evaluate.files import Item
+from longthink.lab.evaluate.tasks import Task, load_tasks
 from longthink.lab.results.records import Setup
 from longthink.models import REASONER
 from longthink.policies import Policy, make_policy, needs_budget, policy_spec, policy_to_dict
 
 BUILTIN_ROWS = 32
-"""Rows side by side for the built-in model: so small a model gains from many."""
+"""Default batch size for the built-in model, which is so small that it gains from many rows."""
 ROWS = 8
-"""Rows side by side for other models."""
+"""Default batch size for other models."""
 
 
 class Identity(NamedTuple):
-    """What is known of a model only when it has been loaded, and belongs to a setup."""
+    """What belongs to a setup and is known only once the model has been loaded."""
 
     revision: str | None
     dtype: str
 
 
-class Lane(NamedTuple):
-    """Samples that may decode side by side: one policy at one budget."""
+class CacheConfig(NamedTuple):
+    """One policy at one budget. Samples with the same cache can be decoded in one batch."""
 
     policy: str
     budget: int | None
     decode_budget: int | None
 
-    @property
-    def kept(self) -> Budget | None:
-        """The budget, or None where everything is kept."""
-        if self.budget is None and self.decode_budget is None:
-            return None
-        return Budget(budget=self.budget, decode_budget=self.decode_budget)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One configuration: all its samples have the same setup.
+    """One configuration: all its samples have the same setup."""
 
-    Attributes
-    ----------
-    policy
-        Text of the policy as asked for.
-    lane
-        Its policy with the seed filled in, and its budget.
-    """
-
-    policy: str
-    lane: Lane
+    policy: str  # as requested
+    cache: CacheConfig  # with the seed filled in
     task: str
-    grading: Literal["math", "exact"]
     max_new_tokens: int
     seed: int
 
@@ -73,8 +58,16 @@ class Unit(NamedTuple):
 
     @property
     def key(self) -> str:
-        """What its randomness depends on, and nothing else does."""
+        """Seed of the sample's random generator; it depends on nothing else."""
         return f"{self.cell.seed}/{self.cell.task}/{self.item.id}/{self.sample}"
+
+    def to_json(self) -> list[Any]:
+        return [asdict(self.cell), asdict(self.item), self.sample]
+
+    @classmethod
+    def from_json(cls, values: Sequence[Any]) -> Unit:
+        cell, item, sample = values
+        return cls(Cell(**cell | {"cache": CacheConfig(*cell["cache"])}), Item(**item), sample)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,26 +79,23 @@ class Plan:
     model, revision, device, dtype
         See `longthink.models.load_model`.
     tasks, data, count, choose, seed
-        See `longthink.lab.evaluate.tasks.load_tasks`.
-    policies
-        Policies, as texts such as ``raas:r=0.25``. Those that keep everything are run once, without a budget.
-    budgets, decode_budgets
-        Tokens kept per layer: in all, or on top of the prompt. Both may be given; all are run.
+        See `load_tasks`.
+    policies, budgets, decode_budgets
+        Such as ``raas:r=0.25``; tokens kept per layer, in total and on top of the prompt. Policies that keep
+        everything run once.
     sampling_seeds
-        Seeds of sampling and of random policies. What has no randomness is run with the first one only.
-    samples
-        Samples of each problem and seed; more than one needs a temperature.
-    temperature, top_p, top_k
-        How tokens are chosen; temperature 0 is greedy.
+        Seeds of sampling and of random policies. Anything deterministic runs with the first one only.
+    samples, temperature, top_p, top_k
+        Samples per problem and seed, and how tokens are chosen; temperature 0 is greedy.
     max_new_tokens
-        Tokens of an answer at most; None for each task's own limit.
+        Token limit of an answer; None for each task's own.
     rows
-        Samples decoded side by side in each process; None for 32 with the built-in model and 8 with others.
+        Batch size of each process; None for `BUILTIN_ROWS` or `ROWS`.
 
     Raises
     ------
     ValueError
-        If a value is out of range; nothing has been loaded then.
+        If a value is out of range.
     BudgetError
         If a policy needs a budget and there is none, or not even a prompt of one token fits.
     """
@@ -136,7 +126,7 @@ class Plan:
         check_int("samples", self.samples, 1)
         if self.samples > 1 and self.temperature == 0:
             raise ValueError(
-                f"samples={self.samples} needs a temperature above 0: greedy samples are all the same"
+                f"samples={self.samples} needs a temperature above 0: greedy samples are identical"
             )
         for name in ("max_new_tokens", "rows"):
             if getattr(self, name) is not None:
@@ -146,28 +136,30 @@ class Plan:
                 raise ValueError(f"{name} is empty: name at least one")
         for seed in self.sampling_seeds:
             check_int("sampling_seeds", seed, 0, (1 << 62) - 1)
-        _ = self.lanes
+        _ = self.caches
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Plan:
+        """Return the plan whose `asdict` went through JSON."""
+        fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return cls(**fields)
 
     @property
-    def rows_or_default(self) -> int:
-        """Samples decoded side by side in each process."""
+    def batch_size(self) -> int:
+        """Samples decoded in one batch by each process."""
         return self.rows or (BUILTIN_ROWS if self.model == REASONER else ROWS)
 
     @cached_property
-    def lanes(self) -> list[tuple[str, int, Lane]]:
-        """Policy as asked for, seed and lane of all cells of a task."""
+    def caches(self) -> list[tuple[str, int, CacheConfig]]:
+        """Policy as requested, seed and cache of every cell of a task."""
         found = []
         for text in dict.fromkeys(self.policies):
             policy = make_policy(text)
+            is_random = self.temperature > 0 or hasattr(policy, "seed")
             for budget in self._budgets(policy):
-                for seed in self.sampling_seeds:
-                    if seed != self.sampling_seeds[0] and not self._is_random(policy):
-                        continue
-                    found.append((policy_spec(policy), seed, _lane(policy, budget, seed)))
+                for seed in self.sampling_seeds if is_random else self.sampling_seeds[:1]:
+                    found.append((policy_spec(policy), seed, _cache(policy, budget, seed)))
         return list(dict.fromkeys(found))
-
-    def _is_random(self, policy: Policy) -> bool:
-        return self.temperature > 0 or hasattr(policy, "seed")
 
     def _budgets(self, policy: Policy) -> list[Budget | None]:
         if not needs_budget(policy):
@@ -178,8 +170,8 @@ class Plan:
             raise BudgetError(
                 f"policy {policy_spec(policy)!r} needs a budget: give budgets or decode_budgets"
             )
+        required = policy.required_pages(1)
         for budget in budgets:
-            required = policy.required_pages(1)
             if budget.pages(1, policy.page_size) < required:
                 raise BudgetError(
                     f"{budget} is too small for policy {policy_spec(policy)!r} with any prompt: allowed is >= "
@@ -188,45 +180,27 @@ class Plan:
         return list(budgets)
 
     def load_tasks(self) -> list[Task]:
-        """Load the problem sets; see `longthink.lab.evaluate.tasks.load_tasks`."""
-        from pathlib import Path
-
-        return load_tasks(
-            self.tasks,
-            data=[Path(path).expanduser() for path in self.data],
-            count=self.count,
-            choose=self.choose,
-            seed=self.seed,
-        )
+        data = [Path(path).expanduser() for path in self.data]
+        return load_tasks(self.tasks, data=data, count=self.count, choose=self.choose, seed=self.seed)
 
     def cells(self, tasks: Sequence[Task]) -> list[tuple[Cell, Task]]:
-        """Return all configurations, in the order in which they are run."""
+        """Return all configurations, in the order in which they run."""
         return [
-            (
-                Cell(
-                    policy=policy,
-                    lane=lane,
-                    task=task.name,
-                    grading=task.grading,
-                    max_new_tokens=self.max_new_tokens or task.max_new_tokens,
-                    seed=seed,
-                ),
-                task,
-            )
-            for policy, seed, lane in self.lanes
+            (Cell(policy=policy, cache=cache, task=task.name, seed=seed,
+                  max_new_tokens=self.max_new_tokens or task.max_new_tokens), task)
+            for policy, seed, cache in self.caches
             for task in tasks
-        ]
+        ]  # fmt: skip
 
     def setup(self, cell: Cell, identity: Identity) -> Setup:
-        """Return what a cell's samples are measured under, once the model is known."""
         return Setup(
             model=self.model,
             revision=identity.revision,
             dtype=identity.dtype,
             policy=cell.policy,
-            switches=json.dumps(policy_to_dict(make_policy(cell.lane.policy)), sort_keys=True),
-            budget=cell.lane.budget,
-            decode_budget=cell.lane.decode_budget,
+            switches=json.dumps(policy_to_dict(make_policy(cell.cache.policy)), sort_keys=True),
+            budget=cell.cache.budget,
+            decode_budget=cell.cache.decode_budget,
             task=cell.task,
             seed=cell.seed,
             temperature=float(self.temperature),
@@ -236,10 +210,10 @@ class Plan:
         )
 
 
-def _lane(policy: Policy, budget: Budget | None, seed: int) -> Lane:
-    """Lane of a policy; its own seed counts from the seed of the cell."""
+def _cache(policy: Policy, budget: Budget | None, seed: int) -> CacheConfig:
+    """Return the cache of a cell; a random policy's own seed counts from the cell's."""
     if hasattr(policy, "seed"):
-        policy = dataclasses.replace(policy, seed=policy.seed + seed)  # type: ignore[call-arg]
+        policy = replace(policy, seed=policy.seed + seed)  # type: ignore[call-arg]
     if budget is None:
-        return Lane(policy_spec(policy), None, None)
-    return Lane(policy_spec(policy), budget.budget, budget.decode_budget)
+        return CacheConfig(policy_spec(policy), None, None)
+    return CacheConfig(policy_spec(policy), budget.budget, budget.decode_budget)

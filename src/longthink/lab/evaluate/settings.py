@@ -1,10 +1,10 @@
-"""Settings of a sweep from flags and from a file: one set of names, read in one way."""
+"""Settings from a YAML or TOML file, and the plan of a sweep made of them and of command-line options."""
 
 from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -13,29 +13,28 @@ from longthink.errors import needs_extra
 from longthink.lab.evaluate.plan import Plan
 
 RUN_SETTINGS: dict[str, type] = {"out": str, "workers": int, "ray": str}
-"""Settings that say where and with what a sweep runs, beside those of `Plan`."""
+"""Settings of a sweep beside those of `Plan`: where and with what it runs."""
+SWEEP_SETTINGS = [field.name for field in fields(Plan)] + list(RUN_SETTINGS)
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """Read a YAML or TOML file of settings, with ``-`` in names as on the command line or ``_``.
+def read_settings(path: Path, known: Collection[str] = SWEEP_SETTINGS) -> dict[str, Any]:
+    """Read a YAML or TOML file; ``-`` and ``_`` in names are the same.
 
     Raises
     ------
     ValueError
-        If the file is of another kind, cannot be parsed, or has a key that is no setting.
-    OSError
-        If it cannot be read.
+        If the file is of another kind, cannot be parsed, or has a key that is not `known`.
     """
     if path.suffix not in (".toml", ".yaml", ".yml"):
-        raise ValueError(f"config={str(path)!r} must end in .yaml, .yml or .toml")
+        raise ValueError(f"{str(path)!r} must end in .yaml, .yml or .toml")
     text = path.read_text(encoding="utf-8")
     try:
         values = tomllib.loads(text) if path.suffix == ".toml" else _yaml(text)
     except ValueError as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold settings such as 'tasks: [gsm8k]'")
-    return {_known_name(path, str(key)): value for key, value in values.items() if value is not None}
+        raise ValueError(f"{path} must hold settings such as '{next(iter(known))}: ...'")
+    return {_checked(path, str(key), known): value for key, value in values.items() if value is not None}
 
 
 def _yaml(text: str) -> Any:
@@ -47,37 +46,30 @@ def _yaml(text: str) -> Any:
         raise ValueError(f"not YAML: {error}") from error
 
 
-def _known_name(path: Path, key: str) -> str:
-    known = [field.name for field in fields(Plan)] + list(RUN_SETTINGS)
+def _checked(path: Path, key: str, known: Collection[str]) -> str:
     name = key.replace("-", "_")
     if name in known:
         return name
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
+    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
     raise ValueError(f"{path}: unknown setting {key!r}: {hint}")
 
 
 def make_plan(values: Mapping[str, Any]) -> tuple[Plan, dict[str, Any]]:
-    """Return the plan, and the settings that are not part of it.
-
-    Parameters
-    ----------
-    values
-        By name; lists may be lists, single values or texts with commas.
+    """Return the plan and the other settings; lists may be lists, single values or text with commas.
 
     Raises
     ------
     ValueError
-        If a value is of a wrong type or out of range.
+        If a value has the wrong type or is out of range.
     """
     types = get_type_hints(Plan) | RUN_SETTINGS
-    read = {name: _read(name, value, types[name]) for name, value in values.items()}
-    run = {name: read.pop(name) for name in RUN_SETTINGS if name in read}
-    return Plan(**read), run
+    converted = {name: _convert(name, value, types[name]) for name, value in values.items()}
+    run = {name: converted.pop(name) for name in RUN_SETTINGS if name in converted}
+    return Plan(**converted), run
 
 
-def _read(name: str, value: Any, wanted: Any) -> Any:
-    """Turn a value into what a field holds."""
+def _convert(name: str, value: Any, wanted: Any) -> Any:
     if str(wanted).startswith("tuple"):
         kind = get_args(wanted)[0]
         words = value.split(",") if isinstance(value, str) else value

@@ -1,32 +1,28 @@
-"""Making samples: a loaded model, a stream of units, and the rows that come of them."""
+"""Making samples: a model decodes units, and a grader judges the answers.
+
+As a program this is a worker process of `longthink.lab.evaluate.workers.ProcessWorkers`.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import Any
+
+import torch
 
 from longthink.environment import hardware, versions
 from longthink.hf import Engine, Finished, Request, Sampling
 from longthink.lab.evaluate.grading import Grader
-from longthink.lab.evaluate.plan import Identity, Lane, Plan, Unit
-from longthink.lab.evaluate.tasks import Task
-from longthink.lab.results.records import Sample, Setup, to_row
+from longthink.lab.evaluate.plan import CacheConfig, Identity, Plan, Unit
+from longthink.lab.evaluate.tasks import prompt_ids
+from longthink.lab.processes import Parent, serve
+from longthink.lab.results.records import Sample, to_row
 from longthink.models import load_model
 
 
 class Solver:
-    """A model in this process, ready to make samples. Use it in a ``with`` block.
-
-    Parameters
-    ----------
-    plan
-        Says which model, and how tokens are chosen.
-    device
-        Device in place of the plan's, where processes share several.
-    """
+    """The model of a plan in this process; `device` replaces the plan's. Use it in a ``with`` block."""
 
     def __init__(self, plan: Plan, device: str | None = None) -> None:
         self.plan = plan
@@ -46,37 +42,32 @@ class Solver:
     def __exit__(self, *exception: object) -> None:
         self._grader.close()
 
-    def solve(self, lane: Lane, units: Iterable[Unit]) -> Iterator[tuple[Unit, Sample]]:
-        """Decode the units of one lane side by side; yield each with its row as soon as it is complete."""
-        plan = self.plan
-        # Prompts that the model's context cannot hold never reach the stream.
-        beyond: list[Unit] = []
+    def solve(self, cache: CacheConfig, units: Iterable[Unit]) -> Iterator[tuple[Unit, Sample]]:
+        """Decode units in one batch; yield each with its sample as soon as it is finished."""
+        too_long: list[Unit] = []
 
         def requests() -> Iterator[Request]:
             for unit in units:
                 request = self._request(unit)
                 if request is None:
-                    beyond.append(unit)
+                    too_long.append(unit)
                 else:
                     yield request
 
-        kept = {} if lane.kept is None else asdict(lane.kept)
-        with Engine(self.loaded.model, policy=lane.policy, seats=plan.rows_or_default, **kept) as engine:
+        with Engine(
+            self.loaded.model, policy=cache.policy, budget=cache.budget, decode_budget=cache.decode_budget,
+            seats=self.plan.batch_size,
+        ) as engine:  # fmt: skip
             for done in engine.map(requests()):
                 yield done.request.tag, self._sample(done)
-        for unit in beyond:
-            tokens = tuple(self._prompt_ids(unit))
+        for unit in too_long:
+            tokens = tuple(prompt_ids(unit.item, self.loaded.tokenizer))
             request = Request(key=unit.key, tokens=tokens, max_new_tokens=1, tag=unit)
             yield unit, self._sample(Finished(request=request, tokens=(), finish="no_room"))
 
-    def _prompt_ids(self, unit: Unit) -> list[int]:
-        cell = unit.cell
-        task = Task(name=cell.task, items=(), max_new_tokens=cell.max_new_tokens, grading=cell.grading)
-        return task.prompt_ids(unit.item, self.loaded.tokenizer)
-
     def _request(self, unit: Unit) -> Request | None:
-        """Return the request of a unit, cut to the model's context, or None where the prompt fills it."""
-        tokens = self._prompt_ids(unit)
+        """Return the request of a unit, limited by the model's context, or None if the prompt fills it."""
+        tokens = prompt_ids(unit.item, self.loaded.tokenizer)
         limit = unit.cell.max_new_tokens
         if self.loaded.context is not None:
             limit = min(limit, self.loaded.context - len(tokens))
@@ -89,11 +80,10 @@ class Solver:
     def _sample(self, done: Finished) -> Sample:
         unit: Unit = done.request.tag
         text = self.loaded.tokenizer.decode(list(done.tokens), skip_special_tokens=True)
-        verdict = self._grader.grade(unit.item, text, exact=unit.cell.grading == "exact")
-        setup: Setup = self.plan.setup(unit.cell, self.identity)
-        fields: dict[str, Any] = to_row(setup)  # type: ignore[arg-type]
+        verdict = self._grader.grade(unit.item, text)
+        setup = self.plan.setup(unit.cell, self.identity)
         return Sample(
-            **fields,
+            **to_row(setup),
             config=setup.config_hash,
             problem=unit.item.id,
             sample=unit.sample,
@@ -102,7 +92,7 @@ class Solver:
             text=text,
             answer=verdict.answer,
             gold=unit.item.gold,
-            # Numbers that broke give no answer, whatever stood there before.
+            # After NaN or without room for the prompt there is no answer, whatever the text says.
             correct=verdict.correct and done.finish in ("stop", "length"),
             finish=done.finish,
             ms_per_token_early=done.ms_per_token_early,
@@ -116,3 +106,33 @@ class Solver:
             hardware=self._hardware,
             created=datetime.now(UTC).isoformat(timespec="milliseconds"),
         )
+
+
+def _work(parent: Parent) -> None:
+    """Make samples until the driver ends this process."""
+    values, number = parent.receive()
+    plan, count = Plan.from_json(values), torch.cuda.device_count()
+    device = f"cuda:{number % count}" if plan.device == "auto" and count else plan.device
+    numbers: dict[Unit, int] = {}
+
+    def units() -> Iterator[Unit]:
+        while True:
+            parent.send(["take"])
+            taken = parent.receive()
+            if taken is None:
+                return
+            number, values = taken
+            unit = Unit.from_json(values)
+            numbers[unit] = number
+            yield unit
+
+    with Solver(plan, device) as solver:
+        parent.send(["begin", *solver.identity])
+        while True:
+            parent.send(["idle"])
+            for unit, sample in solver.solve(CacheConfig(*parent.receive()), units()):
+                parent.send(["finish", numbers.pop(unit), to_row(sample)])
+
+
+if __name__ == "__main__":
+    serve(_work)

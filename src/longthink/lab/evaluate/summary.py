@@ -1,4 +1,4 @@
-"""What a sweep found: accuracy, length and failures of each policy at each budget on each task."""
+"""Results of a sweep: accuracy, length and failures of each policy at each budget on each task."""
 
 from __future__ import annotations
 
@@ -18,26 +18,21 @@ _FIELDS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class Summary:
     """One policy at one budget on one task.
 
     Attributes
     ----------
-    problems, samples
-        Problems, and samples of all of them (all seeds).
-    accuracy
-        pass@1: mean over the problems of the share of right samples.
-    low, high
-        Wilson 95 % interval of the accuracy, with the problems as trials.
+    accuracy, low, high
+        pass@1 (mean over problems of the share of right samples) and its Wilson 95 % interval with the problems as
+        trials.
     majority
-        Share of problems whose most frequent answer is right; None with one sample of each problem.
-    tokens
-        Mean number of generated tokens.
+        Share of problems whose most frequent answer is right; None with one sample per problem.
+    tokens, kv_bytes_peak, dense_kv_bytes
+        Means over samples.
     truncated, no_room, nan
-        Samples that were cut off, whose prompt did not fit, and in which the model's numbers broke. All count as
-        samples; the last two count as wrong.
-    kv_bytes_peak, dense_kv_bytes
-        Means over the samples.
+        Samples that hit the token limit, whose prompt did not fit, and in which the model produced NaN. The last two
+        count as wrong.
     """
 
     task: str
@@ -58,14 +53,8 @@ class Row:
     dense_kv_bytes: float
 
 
-def summarize(store: ResultStore, configs: Sequence[str]) -> list[Row]:
-    """Return a row for each task, policy and budget of some configurations, in their order.
-
-    Parameters
-    ----------
-    configs
-        Hashes of the setups (`Setup.config_hash`); what else the store holds does not count.
-    """
+def summarize(store: ResultStore, configs: Sequence[str]) -> list[Summary]:
+    """Summarize some configurations (`Setup.config_hash`), in their order."""
     order = {config: i for i, config in enumerate(configs)}
     found = store.query(
         f"SELECT config, {_FIELDS} FROM samples WHERE config IN (SELECT unnest($configs)) ORDER BY seed, sample",
@@ -75,10 +64,10 @@ def summarize(store: ResultStore, configs: Sequence[str]) -> list[Row]:
     for row in sorted(found, key=lambda row: order[row["config"]]):
         key = (row["task"], row["policy"], row["budget"], row["decode_budget"])
         groups.setdefault(key, []).append(row)
-    return [_row(key, rows) for key, rows in groups.items()]
+    return [_summary(rows) for rows in groups.values()]
 
 
-def _row(key: tuple[Any, ...], rows: list[dict[str, Any]]) -> Row:
+def _summary(rows: list[dict[str, Any]]) -> Summary:
     problems: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         problems.setdefault(row["problem"], []).append(row)
@@ -86,12 +75,8 @@ def _row(key: tuple[Any, ...], rows: list[dict[str, Any]]) -> Row:
     low, high = wilson(sum(shares), len(shares))
     several = max(map(len, problems.values())) > 1
     finishes = Counter(row["finish"] for row in rows)
-    task, policy, budget, decode_budget = key
-    return Row(
-        task=task,
-        policy=policy,
-        budget=budget,
-        decode_budget=decode_budget,
+    return Summary(
+        **{name: rows[0][name] for name in ("task", "policy", "budget", "decode_budget")},
         problems=len(problems),
         samples=len(rows),
         accuracy=fmean(shares),
@@ -108,9 +93,9 @@ def _row(key: tuple[Any, ...], rows: list[dict[str, Any]]) -> Row:
 
 
 def majority_is_right(samples: Sequence[dict[str, Any]]) -> bool:
-    """Say whether the most frequent answer is right; of equally frequent ones the earliest counts.
+    """Return whether the most frequent answer is right; of equally frequent ones the earliest counts.
 
-    Right answers are one answer, however they are written; wrong ones are told apart by their text. Samples without
+    All right answers are one answer, whatever their form; wrong ones are distinguished by their text. Samples without
     an answer have no vote.
     """
     votes = Counter(

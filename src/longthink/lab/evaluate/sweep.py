@@ -1,24 +1,71 @@
-"""A sweep: what is pending according to the store is made, and every sample is stored as soon as it is there."""
+"""A sweep: make what is missing in the store, and store every sample as soon as it is complete."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import astuple, dataclass, field
+from functools import cached_property
 
 from longthink.errors import SweepError
-from longthink.lab.evaluate.coordinator import Coordinator
-from longthink.lab.evaluate.plan import Cell, Identity, Lane, Plan, Unit
+from longthink.lab.evaluate.plan import CacheConfig, Cell, Identity, Plan, Unit
 from longthink.lab.evaluate.tasks import Task
 from longthink.lab.results.records import Sample
 from longthink.lab.results.store import ResultStore
 
 
+class Coordinator:
+    """Hands each unit to one worker; units that a lost worker had in flight go to others."""
+
+    def __init__(self, units: Iterable[Unit]) -> None:
+        self._pending: dict[CacheConfig, deque[Unit]] = {}
+        for unit in units:
+            self._pending.setdefault(unit.cell.cache, deque()).append(unit)
+        self._in_flight: dict[Unit, int] = {}
+        self._assigned: dict[int, CacheConfig] = {}
+
+    @property
+    def left(self) -> int:
+        """Units that are not finished."""
+        return len(self._in_flight) + sum(map(len, self._pending.values()))
+
+    def assign(self, worker: int) -> CacheConfig | None:
+        """Assign a worker to a cache with pending units, the one with the fewest workers; None if there is none."""
+        self._assigned.pop(worker, None)
+        taken = list(self._assigned.values())
+        cache = min((cache for cache, units in self._pending.items() if units), key=taken.count, default=None)
+        if cache is not None:
+            self._assigned[worker] = cache
+        return cache
+
+    def take(self, worker: int) -> Unit | None:
+        """Give a worker the next unit of its cache, or None if none is pending."""
+        pending = self._pending[self._assigned[worker]]
+        if not pending:
+            return None
+        unit = pending.popleft()
+        self._in_flight[unit] = worker
+        return unit
+
+    def finish(self, unit: Unit) -> None:
+        """Mark a unit as finished; `KeyError` if it was not in flight."""
+        del self._in_flight[unit]
+
+    def lose(self, worker: int) -> list[Unit]:
+        """Put the units that a worker had in flight back to the front of the queue; return them."""
+        self._assigned.pop(worker, None)
+        units = [unit for unit, holder in self._in_flight.items() if holder == worker]
+        for unit in reversed(units):
+            del self._in_flight[unit]
+            self._pending[unit.cell.cache].appendleft(unit)
+        return units
+
+
 @dataclass
 class Tally:
-    """How far one configuration is: samples in all, stored ones, and right ones made in this run."""
+    """Samples of one configuration: in total, already stored, and made and right in this run."""
 
-    total: int
+    total: int = 0
     stored: int = 0
     made: int = 0
     right: int = 0
@@ -28,30 +75,25 @@ class Tally:
         """Samples still to be made."""
         return self.total - self.stored - self.made
 
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What a run did: samples that were there before, samples made, and workers lost on the way."""
-
-    stored: int
-    made: int
-    lost_workers: int = 0
+    def __add__(self, other: Tally) -> Tally:
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return Tally(*(mine + theirs for mine, theirs in pairs))
 
 
 @dataclass
 class Sweep:
-    """The driver's side of a sweep, whoever does the work.
+    """The driver of a sweep: hands out work and stores what comes back, wherever the workers run.
 
     Parameters
     ----------
     plan, tasks
         What to do, and the plan's problem sets (`Plan.load_tasks`).
     store
-        Where samples go to, and where those that are done come from.
+        Holds the finished samples.
     report
         Called with the sweep at the start and after every sample.
     say
-        Called with a line for the user, such as that a worker was lost.
+        Called with a line for the user, such as that a worker died.
     """
 
     plan: Plan
@@ -65,53 +107,41 @@ class Sweep:
 
     def __post_init__(self) -> None:
         self.cells = self.plan.cells(self.tasks)
-        self._coordinator: Coordinator | None = None
 
     @property
     def configs(self) -> list[str]:
-        """Hashes of all configurations; only once the model is known."""
+        """Hashes of all configurations."""
         assert self.identity is not None
         return [self.plan.setup(cell, self.identity).config_hash for cell, _ in self.cells]
 
     @property
-    def coordinator(self) -> Coordinator:
-        """Who does what; only once the model is known."""
-        assert self._coordinator is not None
-        return self._coordinator
-
-    @property
     def is_complete(self) -> bool:
         """Whether every sample is stored."""
-        return self._coordinator is not None and self._coordinator.left == 0
+        return self.identity is not None and self.coordinator.left == 0
 
     @property
-    def outcome(self) -> Outcome:
-        """What has been done so far."""
-        return Outcome(
-            stored=sum(tally.stored for tally in self.tallies.values()),
-            made=sum(tally.made for tally in self.tallies.values()),
-            lost_workers=self.lost_workers,
-        )
+    def total(self) -> Tally:
+        """The tallies of all configurations together."""
+        return sum(self.tallies.values(), Tally())
 
     def begin(self, identity: Identity) -> None:
-        """Find out what is pending, now that a worker knows the model.
-
-        Raises
-        ------
-        SweepError
-            If two workers have loaded different models under the same name.
-        """
+        """Find out what is missing, now that a worker has loaded the model; all workers must have the same."""
         if self.identity is None:
             self.identity = identity
-            self._coordinator = Coordinator(self._pending(identity))
+            _ = self.coordinator
             self.report(self)
         elif identity != self.identity:
             raise SweepError(
                 f"workers have different models under the name {self.plan.model!r}: {self.identity} and {identity}"
             )
 
-    def _pending(self, identity: Identity) -> Iterator[Unit]:
-        # Thousands of small files would be read once for every cell.
+    @cached_property
+    def coordinator(self) -> Coordinator:
+        assert self.identity is not None
+        return Coordinator(self._missing(self.identity))
+
+    def _missing(self, identity: Identity) -> Iterator[Unit]:
+        # Otherwise thousands of small files would be read once per cell.
         self.store.compact()
         for cell, task in self.cells:
             done = self.store.done(self.plan.setup(cell, identity).config_hash)
@@ -123,69 +153,27 @@ class Sweep:
                     else:
                         yield Unit(cell, item, sample)
 
-    def lane(self, worker: int) -> Lane | None:
-        """Lane for a worker that has none."""
-        return self.coordinator.lane(worker)
+    def assign(self, worker: int) -> CacheConfig | None:
+        """See `Coordinator.assign`; None also before the model's identity is known."""
+        return None if self.identity is None else self.coordinator.assign(worker)
 
-    def take(self, worker: int, lane: Lane) -> Unit | None:
-        """Next unit for a worker."""
-        return self.coordinator.take(worker, lane)
+    def take(self, worker: int) -> Unit | None:
+        return self.coordinator.take(worker)
 
-    def finished(self, unit: Unit, sample: Sample) -> None:
-        """Store a sample; when this returns it is on disk."""
+    def finish(self, unit: Unit, sample: Sample) -> None:
+        """Store a sample; it is on disk when this returns."""
         self.store.add(sample)
-        self.coordinator.finished(unit)
+        self.coordinator.finish(unit)
         tally = self.tallies[unit.cell]
         tally.made += 1
         tally.right += sample.correct
         self.report(self)
 
-    def lost(self, worker: int, how: str) -> list[Unit]:
-        """Note that a worker is gone; what it had in flight waits for the others again, and is returned."""
+    def lose(self, worker: int, reason: str) -> list[Unit]:
+        """Record the death of a worker; return its units in flight, which others will get."""
         self.lost_workers += 1
-        back = self._coordinator.lost(worker) if self._coordinator else []
-        self.say(f"worker {worker + 1} died ({how}): its {len(back)} samples in flight go to the others")
-        return back
-
-
-def run_here(sweep: Sweep) -> None:
-    """Make all samples in this process."""
-    from longthink.lab.evaluate.solver import Solver
-
-    with Solver(sweep.plan) as solver:
-        sweep.begin(solver.identity)
-        while (lane := sweep.lane(0)) is not None:
-            # Ends when `take` gives None: nothing waits in this lane any more.
-            units = iter(partial(sweep.take, 0, lane), None)
-            for unit, sample in solver.solve(lane, units):
-                sweep.finished(unit, sample)
-
-
-def run_sweep(sweep: Sweep, *, workers: int | None = None, ray: str | None = None) -> Outcome:
-    """Make what is pending.
-
-    Parameters
-    ----------
-    workers
-        Processes with a model each; 1 or None works in this process. With Ray: tasks at the same time, None for as
-        many as the cluster has room for.
-    ray
-        Address of a Ray cluster, ``auto``, or ``local`` for one of its own; None works on this machine without it.
-
-    Raises
-    ------
-    SweepError
-        If all workers died; what is stored stays, and the same call goes on from there.
-    """
-    if ray is not None:
-        from longthink.lab.evaluate.cluster import run_on_ray
-
-        run_on_ray(sweep, ray, workers)
-    elif workers is not None and workers > 1:
-        from longthink.lab.evaluate.workers import run_in_processes
-
-        run_in_processes(sweep, workers)
-    else:
-        run_here(sweep)
-    sweep.store.compact()
-    return sweep.outcome
+        units = self.coordinator.lose(worker) if self.identity else []
+        self.say(
+            f"worker {worker + 1} died ({reason}): {len(units)} samples in flight are done again by others"
+        )
+        return units

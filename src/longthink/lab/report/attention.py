@@ -8,10 +8,10 @@ from pathlib import Path
 
 from longthink._version import __version__
 from longthink.errors import needs_extra
-from longthink.lab.analyze import Lives, PageClass, TraceStore, read_lives, share_table, telling_texts
-from longthink.lab.analyze.replays import Replay, load_replays
-from longthink.lab.analyze.shares import mean_with_interval
-from longthink.lab.analyze.whatif import BELADY, OPTIMUM
+from longthink.lab.analyze.lives import Lives, PageClass, read_lives
+from longthink.lab.analyze.replays import BELADY, OPTIMUM, Replay, load_replays
+from longthink.lab.analyze.shares import mean_with_interval, share_table, telling_texts
+from longthink.lab.analyze.store import TraceStore
 from longthink.lab.report.attention_tables import class_tables, shares_table, truth_table
 from longthink.lab.report.attention_view import view_of
 from longthink.lab.report.figures import Figure, Line, Panel

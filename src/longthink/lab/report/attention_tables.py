@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from longthink.cli.table import Table
-from longthink.lab.analyze import Lives, Share
+from longthink.lab.analyze.lives import Lives
+from longthink.lab.analyze.shares import Share
 from longthink.lab.analyze.truth import Agreement, agreement, total
 from longthink.lab.report.attention_view import CLASS_NAMES, MAP_NAMES
 from longthink.lab.results.statistics import wilson

@@ -71,8 +71,8 @@ def view_of(trace: Trace, lives: Lives, replays: Sequence[Replay]) -> dict[str, 
 
 def _replay(one: Replay) -> dict[str, Any]:
     sizes = {"budget": one.budget, "decode budget": one.decode_budget}
-    curve = np.array(one.curve, dtype=np.float64)
-    gone = np.array(one.gone, dtype=np.int64).reshape(max(1, one.tables), -1)
+    curve = one.curve_T.astype(np.float64)
+    gone = one.gone_LKN.astype(np.int64).reshape(max(1, len(one.gone_LKN) * one.gone_LKN.shape[1]), -1)
     if gone.size > MAX_GONE:  # one table for all: a page is gone when the last table has evicted it
         gone = np.where((gone < 0).any(0), -1, gone.max(0))[None]
     budgets = [f"{kind} {tokens}" for kind, tokens in sizes.items() if tokens is not None]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from longthink.cli.table import Table
 from longthink.cli.text import visible
+from longthink.files import write_text
 from longthink.lab.report.figures import Figure
 from longthink.lab.report.plots import line_id, panel_svg, save_figures, swatch_svg
 
@@ -60,7 +61,7 @@ class Page:
         save_figures(self._contents(Figure), path.parent / "figures")
         for table in self._contents(Table):
             table.save(path.parent / "tables")
-        path.write_text(self.html(), encoding="utf-8")
+        write_text(path, self.html())
         return path
 
     def _contents(self, kind: type[Content]) -> list[Content]:

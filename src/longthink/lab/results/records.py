@@ -1,4 +1,4 @@
-"""The rows of a result store. A row says everything needed to repeat and to judge it."""
+"""The rows of a result store, each with everything needed to repeat and to judge it."""
 
 from __future__ import annotations
 
@@ -10,20 +10,16 @@ from typing import Any, ClassVar
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What a sample is measured under; samples of equal setups may be averaged.
+    """The configuration of a sample; samples with equal setups may be averaged.
 
     Attributes
     ----------
-    policy
-        Shortest text that makes the policy, such as ``raas:r=0.25``.
-    switches
-        All switches of the policy, as JSON.
+    policy, switches
+        Shortest text that specifies the policy, such as ``raas:r=0.25``; all its switches as JSON.
     budget, decode_budget
-        Tokens kept per layer: in all, or on top of the prompt; both None where everything is kept.
-    task
-        Name of the problem set, such as ``gsm8k`` or ``reasoner/l/chain``.
+        Tokens kept per layer: in total, or on top of the prompt; both None if everything is kept.
     seed
-        Seed of sampling (and of random policies); with greedy decoding it changes nothing else.
+        Seed of sampling and of random policies.
     temperature, top_p, top_k
         How tokens were chosen; temperature 0 is greedy.
     """
@@ -55,32 +51,25 @@ class Sample(Setup):
 
     Attributes
     ----------
-    config
-        `Setup.config_hash`.
-    problem
-        Identifier of the problem within its task.
-    sample
-        Which of several samples of this problem, from 0.
+    config, problem, sample
+        The key: `Setup.config_hash`, the problem within its task, and which of several samples, from 0.
     text, answer, gold
         What the model wrote after the prompt, the answer found in it (None: none), and the right one.
     finish
-        ``stop`` (end token), ``length`` (cut off), ``no_room`` (the prompt does not fit in the budget or the model's
-        context) or ``nan`` (the model's numbers broke).
+        ``stop`` (end token), ``length`` (token limit), ``no_room`` (the prompt does not fit in the budget or the
+        model's context) or ``nan`` (the model produced NaN).
     ms_per_token_early, ms_per_token_late
-        Mean wall-clock time between two tokens of this row, over the first and the last quarter of its tokens
-        (milliseconds; None below 8 tokens), with `rows` rows decoded side by side.
+        Mean wall-clock time between two tokens, over the first and the last quarter of the row (milliseconds; None
+        below 8 tokens), in a batch of `rows`.
     seconds
         Wall-clock time from the prompt to the last token (job completion time).
-    kv_bytes_peak
-        Largest number of bytes allocated for keys and values, divided by the rows that share them.
-    dense_kv_bytes
-        Bytes that keys and values of all tokens of this row would take.
+    kv_bytes_peak, dense_kv_bytes
+        Largest number of bytes allocated for keys and values, divided by the rows that share them; bytes that all
+        tokens of this row would take.
     evicted
-        Tokens of this row seen and no longer resident at the end, summed over layers and KV heads.
-    versions, hardware
-        JSON objects.
-    created
-        UTC time, ISO 8601.
+        Tokens of this row not resident at the end, summed over layers and KV heads.
+    versions, hardware, created
+        JSON, JSON, UTC time in ISO 8601.
     """
 
     table: ClassVar[str] = "samples"
@@ -114,30 +103,24 @@ class Measurement:
 
     Attributes
     ----------
-    run
-        Identifier of the run that this point belongs to; one run is one curve.
+    run, decode_tokens
+        The key: one run is one curve over the number of decoded tokens (those of a peer may have been prefilled).
     kind
-        ``jct`` (time), ``memory``, ``peers`` (time beside other libraries) or ``batch`` (the same, of rows side by
-        side).
+        ``jct`` (time), ``memory``, ``peers`` (time beside other libraries) or ``batch`` (the same for batches).
     system
-        What was measured: a policy's text such as ``raas``, a dense baseline of transformers, such as
-        ``hf dynamic`` or ``hf static``, or a peer such as ``openvino f32 eviction``.
-    decode_tokens
-        Tokens decoded so far, prompt not counted; those of a peer may have been read as a prompt.
-    ms_per_token
-        Median time of a step around this length (milliseconds, CPU time on CPU, wall-clock time elsewhere).
-    ms_per_token_low, ms_per_token_high
-        Lower and upper quartile of the same (milliseconds).
+        A policy such as ``raas``, a dense baseline of transformers such as ``hf dynamic``, or a peer such as
+        ``openvino f32 eviction``.
+    ms_per_token, ms_per_token_low, ms_per_token_high
+        Median and quartiles of the time of a step around this length (milliseconds; CPU time on CPU, wall-clock time
+        elsewhere).
     seconds
-        Time to decode this many tokens, the prompt included (job completion time).
+        Time to decode this many tokens, prompt included (job completion time).
     kv_bytes, metadata_bytes
-        Bytes allocated for keys and values, and for positions, representatives and stamps.
-    rss_bytes
-        Resident set size of the process, None where it was not read.
-    device_bytes
-        Bytes that the accelerator's allocator has handed out, None on CPU.
+        Bytes allocated for keys and values, and for positions, bounds and stamps.
+    rss_bytes, device_bytes
+        Resident set size (None: not read) and bytes allocated on the accelerator (None on CPU).
     fast_forwarded
-        Whether the cache was filled with made-up keys up to this length instead of by decoding.
+        Whether the cache was filled with random keys up to this length instead of by decoding.
     threads
         CPU threads of a step.
     """
@@ -173,6 +156,6 @@ class Measurement:
 Record = Sample | Measurement
 
 
-def to_row(record: Record) -> dict[str, Any]:
-    """Return the fields of a record by name, in order."""
+def to_row(record: Setup | Measurement) -> dict[str, Any]:
+    """Return the fields of a record, or of a setup, by name and in order."""
     return {field.name: getattr(record, field.name) for field in fields(record)}

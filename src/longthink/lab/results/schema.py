@@ -1,16 +1,16 @@
-"""Typed columns of the record tables, made from the dataclasses, and the checks on what goes in and comes out."""
+"""Column types of the record tables, derived from the dataclasses, and the checks on reading and writing."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import fields
 from functools import cache
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from longthink.errors import ResultStoreError, needs_extra
 from longthink.lab.results.records import Measurement, Record, Sample, to_row
 
-if TYPE_CHECKING:
+with needs_extra("eval"):
     import pyarrow as pa
 
 TABLES: dict[str, type[Sample] | type[Measurement]] = {kind.table: kind for kind in (Sample, Measurement)}
@@ -22,7 +22,7 @@ _INT64 = range(-(2**63), 2**63)
 
 @cache
 def columns(table: str) -> dict[str, tuple[type, bool]]:
-    """Return type and optionality of every column of a table, in the order of the dataclass's fields."""
+    """Return the type of every column of a table and whether it may be None."""
     hints = get_type_hints(TABLES[table])
     found = {}
     for field in fields(TABLES[table]):
@@ -33,9 +33,6 @@ def columns(table: str) -> dict[str, tuple[type, bool]]:
 
 
 def arrow_schema(table: str) -> pa.Schema:
-    """Return the Arrow schema of a table."""
-    with needs_extra("eval"):
-        import pyarrow as pa
     types = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
     return pa.schema(
         [pa.field(name, types[kind], optional) for name, (kind, optional) in columns(table).items()]
@@ -43,18 +40,12 @@ def arrow_schema(table: str) -> pa.Schema:
 
 
 def sql_columns(table: str) -> str:
-    """Return the columns of a table as DuckDB declares them."""
+    """Return the column declarations of a table for DuckDB."""
     return ", ".join(f'"{name}" {_SQL[kind]}' for name, (kind, _) in columns(table).items())
 
 
 def checked_row(record: Record) -> dict[str, Any]:
-    """Return the fields of a record by name.
-
-    Raises
-    ------
-    ResultStoreError
-        If the object is no record, or a value has not the type of its field; the message names both.
-    """
+    """Return the fields of a record by name; `ResultStoreError` names a value that is not of its field's type."""
     if type(record) not in TABLES.values():
         raise ResultStoreError(
             f"{type(record).__name__} is not a record: allowed are {', '.join(c.__name__ for c in TABLES.values())}"
@@ -66,7 +57,7 @@ def checked_row(record: Record) -> dict[str, Any]:
 
 
 def _checked(field: str, value: Any, kind: type, optional: bool) -> Any:
-    """Return the value in its column's type, or raise; an int may stand for a float, a bool never for a number."""
+    """Return a value in its column's type; an int is accepted as a float, a bool never as a number."""
     if value is None and optional:
         return None
     if kind is float and type(value) is int:

@@ -1,4 +1,4 @@
-"""Intervals and tests for shares of right answers. Plain numpy; every random draw is seeded."""
+"""Intervals and tests for shares of right answers; random draws are seeded."""
 
 from __future__ import annotations
 
@@ -17,14 +17,9 @@ DRAWS = 10_000
 
 
 def wilson(right: float, total: int) -> tuple[float, float]:
-    """Return the Wilson 95 % interval of a share.
+    """Return the Wilson 95 % interval of the share ``right / total``.
 
-    Parameters
-    ----------
-    right
-        How many were right; a fraction where each of the ``total`` units is itself a mean.
-    total
-        How many there were.
+    `right` may be fractional if each of the units is itself a mean.
 
     Raises
     ------
@@ -56,9 +51,7 @@ def paired_bootstrap(
     Parameters
     ----------
     first, second
-        One value per problem, in the same order; where a problem has several samples, their mean.
-    seed
-        Seed of the resampling.
+        One value per problem, in the same order; of several samples their mean.
     draws
         Number of resamples.
 
@@ -72,8 +65,7 @@ def paired_bootstrap(
     check_int("draws", draws, 1)
     differences = np.asarray(second, dtype=float) - np.asarray(first, dtype=float)
     generator = np.random.default_rng(seed)
-    # Problems with equal differences are interchangeable: drawing how often each difference occurs is the same
-    # resampling, and takes no memory for thousands of problems.
+    # Drawing how often each distinct difference occurs is the same resampling, with little memory.
     values, counts = np.unique(differences, return_counts=True)
     drawn = generator.multinomial(len(differences), counts / len(differences), size=draws)
     low, high = np.quantile(drawn @ values / len(differences), [0.025, 0.975])
@@ -86,18 +78,13 @@ def mcnemar(first_only: int, second_only: int) -> float:
     Parameters
     ----------
     first_only, second_only
-        Problems that only the first, or only the second, gets right. Where problems have several samples: on which
-        the first, or the second, is right more often (the sign test; McNemar's is its case of one sample).
-
-    Raises
-    ------
-    ValueError
-        If a count is negative.
+        Problems that only the first, or only the second, gets right. With several samples: on which the first, or the
+        second, is right more often (the sign test, of which McNemar's is the case of one sample).
     """
     check_int("first_only", first_only, 0)
     check_int("second_only", second_only, 0)
     total = first_only + second_only
-    tail = ways = 1  # in whole numbers, which are exact: ways to choose 0, 1, 2, ... of all
+    tail = ways = 1  # exact integers: ways to choose 0, 1, 2, ... of all
     for k in range(min(first_only, second_only)):
         ways = ways * (total - k) // (k + 1)
         tail += ways
@@ -105,13 +92,7 @@ def mcnemar(first_only: int, second_only: int) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p values adjusted for their number by Holm's method, in the order given.
-
-    Raises
-    ------
-    ValueError
-        If one is not between 0 and 1.
-    """
+    """Return p values adjusted by Holm's method, in the order given."""
     for value in p_values:
         check_range("p", value, 0, 1)
     adjusted = [0.0] * len(p_values)

@@ -1,73 +1,63 @@
 """Append-only store of records: Parquet files in a folder, read with DuckDB.
 
-``add`` writes one new file and never touches another, so any number of processes may add at the same time, and one
-that is killed loses at most the records that it had not yet passed to ``add``. Records are told apart by their key;
-the first one written counts, wherever copies may lie. That is also what makes compaction safe: the merged file is
-complete on disk before the files it replaces go, and until they have gone their rows are mere copies.
+``add`` writes one new file and never touches another, so any number of processes may add at the same time. Records
+are identified by their key; the first one written counts, wherever copies may lie. That also makes compaction safe:
+the merged file is complete on disk before the files that it replaces are deleted; until then their rows are copies.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from longthink.errors import ResultStoreError, needs_extra
+from longthink.files import remove_stale, replacing, write_text
 from longthink.lab.results.records import Record
 from longthink.lab.results.schema import TABLES, arrow_schema, check_schema, checked_row, sql_columns
 
-if TYPE_CHECKING:
+with needs_extra("eval"):
     import duckdb
     import pyarrow as pa
+    from pyarrow import parquet
 
 MARKER = "longthink-store"
-"""Name of the file that says that a folder is a store; its text is the format's version."""
+"""File that marks a folder as a store; it holds the version of the format."""
 FORMAT = "1"
 FILE_ROWS = 20_000
-"""A file with this many rows is full: compaction leaves it alone."""
-STALE_S = 3600.0
-"""Age after which compaction takes an unfinished file for one left behind by a killed process (seconds)."""
+"""Compaction leaves files with this many rows alone."""
 
 _GENERATION = re.compile(r"(.*)-g(\d+)")
 
 
 class ResultStore:
-    """The records in a folder.
+    """The records in a folder: ``FOLDER/samples/*.parquet`` and ``FOLDER/measurements/*.parquet``.
 
-    Layout: ``FOLDER/samples/*.parquet`` and ``FOLDER/measurements/*.parquet``; names sort in the order of writing.
-    Needs a file system with POSIX file locks.
+    File names sort in the order of writing. Needs a file system with POSIX file locks.
 
     Parameters
     ----------
-    folder
-        Made if it is not there.
     create
-        Whether to make it; without, a missing store is an error.
+        Whether to create the folder; otherwise a missing store is an error.
 
     Raises
     ------
     ResultStoreError
-        If the folder holds something else, is of another format, or is missing and not to be made.
-    MissingExtraError
-        If pyarrow or duckdb is not installed.
+        If the folder holds something else, has another format, or is missing and must not be created.
     """
 
     def __init__(self, folder: Path | str, *, create: bool = True) -> None:
-        with needs_extra("eval"):
-            import duckdb  # noqa: F401
-            import pyarrow.parquet  # noqa: F401
         self.folder = Path(folder)
         self._verified: set[Path] = set()
         marker = self.folder / MARKER
         if create and not marker.exists():
             self._make()
         if not marker.is_file():
-            raise ResultStoreError(f"{self.folder} is not a result store: there is no file {MARKER} in it")
+            raise ResultStoreError(f"{self.folder} is not a result store: it has no file {MARKER}")
         if (found := marker.read_text().strip()) != FORMAT:
             raise ResultStoreError(
                 f"{self.folder} is a result store of format {found!r}: allowed is {FORMAT!r}"
@@ -77,7 +67,7 @@ class ResultStore:
         if self.folder.exists():
             if not self.folder.is_dir():
                 raise ResultStoreError(f"{self.folder} is not a folder")
-            # Another process may be making the same store: what it has begun is not something else.
+            # Another process may be creating the same store.
             others = [path.name for path in self.folder.iterdir() if not path.name.startswith(".")]
             if set(others) - {MARKER, *TABLES}:
                 raise ResultStoreError(
@@ -85,54 +75,44 @@ class ResultStore:
                 )
         for table in TABLES:
             (self.folder / table).mkdir(parents=True, exist_ok=True)
-        with _replacing(self.folder / MARKER) as temporary:
-            temporary.write_text(f"{FORMAT}\n")
+        write_text(self.folder / MARKER, f"{FORMAT}\n")
 
     def add(self, *records: Record) -> None:
-        """Add records; when this returns they are on disk.
-
-        The records of one table go into one file, which appears as a whole or not at all.
+        """Add records, one file per table; they are on disk when this returns.
 
         Raises
         ------
         ResultStoreError
-            If one of them is no record or has a value of a wrong type; nothing is added then.
+            If one of them is not a record or has a value of the wrong type; nothing is added then.
         """
-        import pyarrow as pa
-
         rows: dict[str, list[dict[str, Any]]] = {}
         for record in records:
             row = checked_row(record)
             rows.setdefault(record.table, []).append(row)
         for table, values in rows.items():
-            (self.folder / table).mkdir(exist_ok=True)  # tools such as git drop folders that are empty
+            (self.folder / table).mkdir(exist_ok=True)  # tools such as git drop empty folders
             name = f"{time.time_ns():020d}-{secrets.token_hex(6)}.parquet"
             _write(pa.Table.from_pylist(values, arrow_schema(table)), self.folder / table / name)
 
     def done(self, config: str) -> set[tuple[str, int]]:
-        """Return problem and sample number of every stored sample of a setup.
-
-        Parameters
-        ----------
-        config
-            `Setup.config_hash`.
-        """
+        """Return problem and sample number of every stored sample of a setup (`Setup.config_hash`)."""
         rows = self.query("SELECT problem, sample FROM samples WHERE config = ?", (config,))
         return {(row["problem"], row["sample"]) for row in rows}
 
     def query(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[dict[str, Any]]:
-        """Run one DuckDB query over the views ``samples`` and ``measurements`` and return its rows.
+        """Run a DuckDB query over the views ``samples`` and ``measurements``, with each record once; return its rows.
 
-        Each record is there once. ``?`` in the query stands for the parameters in turn, ``$name`` for named ones.
+        Parameters
+        ----------
+        parameters
+            Values for each ``?`` in the query, or by name for ``$name``.
 
         Raises
         ------
         ResultStoreError
             If a file of the store is damaged or of another kind; the message names it.
         """
-        import duckdb
-
-        # The lock keeps compaction from taking files away between listing and reading them.
+        # The lock keeps compaction from deleting files between listing and reading them.
         with (
             self._lock(exclusive=False),
             duckdb.connect(config={"autoinstall_known_extensions": False}) as link,
@@ -150,7 +130,7 @@ class ResultStore:
         if files:
             listed = ", ".join("'" + str(path).replace("'", "''") + "'" for path in files)
             key = ", ".join(TABLES[table].key)
-            # BY NAME fills the optional columns that old files lack.
+            # BY NAME fills optional columns that old files lack.
             source += (
                 f" UNION ALL BY NAME SELECT * EXCLUDE (filename, file_row_number) FROM read_parquet([{listed}], "
                 f"union_by_name = true, filename = true, file_row_number = true) "
@@ -159,7 +139,7 @@ class ResultStore:
         link.execute(f"CREATE VIEW {table} AS {source}")
 
     def _verify(self, table: str) -> list[Path]:
-        """Return the files of a table in order, each read through once to see that it is whole."""
+        """Return the files of a table in order; each is read once to check it."""
         files = self._files(table)
         for path in files:
             if path not in self._verified:
@@ -174,14 +154,14 @@ class ResultStore:
         return sorted(path.absolute() for path in found if not path.name.startswith("."))
 
     def compact(self) -> None:
-        """Merge small files into big ones, keeping each record once.
+        """Merge small files into large ones, keeping each record once.
 
-        Killed at any moment it loses and doubles nothing. Other processes may add meanwhile; queries wait.
+        A kill at any moment loses and duplicates nothing. Other processes may add meanwhile; queries wait.
 
         Raises
         ------
         ResultStoreError
-            If a file of the store is damaged or of another kind; that file and those after it stay as they are.
+            If a file is damaged or of another kind; that file and those after it stay as they are.
         """
         with self._lock(exclusive=True):
             for table in TABLES:
@@ -207,13 +187,11 @@ class ResultStore:
                 seen.add(key)
             parts.append(rows.filter(is_first))
             paths.append(path)
-        for left in (self.folder / table).glob(".*.tmp"):
-            if time.time() - left.stat().st_mtime > STALE_S:
-                left.unlink(missing_ok=True)
+        remove_stale(self.folder / table)
 
     @contextmanager
     def _lock(self, *, exclusive: bool) -> Iterator[None]:
-        """Hold a lock on the marker; it ends with the process, however that ends."""
+        """Lock the marker file; the lock ends with the process."""
         import fcntl
 
         with (self.folder / MARKER).open() as marker:
@@ -222,12 +200,10 @@ class ResultStore:
 
 
 def _replace(paths: list[Path], parts: list[pa.Table]) -> None:
-    """Write the rows of several consecutive files into one that takes their place in the order of names."""
+    """Replace consecutive files by one that takes their place in the order of names."""
     if len(paths) == 1:
         return
-    import pyarrow as pa
-
-    # The first file's name and a number: sorts right behind it, and before every file that followed the last one.
+    # The first file's name and a number sort behind that file, and before all that follow the last one.
     stem = match[1] if (match := _GENERATION.fullmatch(paths[0].stem)) else paths[0].stem
     numbers = [int(match[2]) for path in paths if (match := _GENERATION.fullmatch(path.stem))]
     merged = paths[0].with_name(f"{stem}-g{max(numbers, default=0) + 1:06d}.parquet")
@@ -237,45 +213,15 @@ def _replace(paths: list[Path], parts: list[pa.Table]) -> None:
 
 
 def _write(rows: pa.Table, path: Path) -> None:
-    """Write a Parquet file that is there as a whole, on disk, or not at all."""
-    from pyarrow import parquet
-
-    with _replacing(path) as temporary:
-        # Statistics are copies of values that no checksum covers, and for small files larger than these.
-        parquet.write_table(
-            rows,
-            temporary,
-            compression="zstd",
-            use_dictionary=False,
-            write_statistics=False,
-            write_page_checksum=True,
-        )
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path to write to, which then takes the final name; name and content are on disk after."""
-    temporary = path.with_name(f".{path.name}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        yield temporary
-        for synced, rename in ((temporary, True), (path.parent, False)):
-            descriptor = os.open(synced, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-            if rename:
-                os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        # Statistics copy values without a checksum, and would be larger than the values of small files.
+        options = {"use_dictionary": False, "write_statistics": False, "write_page_checksum": True}
+        parquet.write_table(rows, temporary, compression="zstd", **options)
 
 
 @contextmanager
 def _reading(path: Path, table: str) -> Iterator[Any]:
-    """Open a Parquet file of a table with checksums on; every fault becomes an error with the file's name."""
-    import pyarrow as pa
-    from pyarrow import parquet
-
+    """Open a Parquet file of a table with checksums; all errors name the file."""
     try:
         with parquet.ParquetFile(path, page_checksum_verification=True) as file:
             check_schema(table, file.schema_arrow, str(path))
