@@ -159,7 +159,7 @@ def test_doctor_sees_why_vllm_will_not_load_the_plugin(call, vllm_of, monkeypatc
     monkeypatch.setenv("VLLM_PLUGINS", "lora,longthink")
     assert doctor_on_vllm(call)[0]["problem"] is None
     monkeypatch.setattr("importlib.metadata.entry_points", lambda **select: ())
-    assert "install longthink again" in doctor_on_vllm(call)[0]["problem"]
+    assert "reinstall longthink" in doctor_on_vllm(call)[0]["problem"]
 
 
 @pytest.mark.parametrize("width", ["40", "10"])
