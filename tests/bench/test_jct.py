@@ -74,6 +74,7 @@ def test_rows_are_complete_and_come_length_by_length(loaded, plan):
         assert 0 < seconds[0] < seconds[1]
 
 
+@pytest.mark.slow
 def test_decoding_really_gives_the_same_rows_but_for_the_times(loaded, plan):
     def kept(fast):
         rows = measure_jct(plan(fast_forward=fast), loaded)

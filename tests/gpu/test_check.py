@@ -115,6 +115,7 @@ def command(out: Path, *options: str) -> subprocess.CompletedProcess:
     return subprocess.run([*tool, *options], cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_self_test_measures_a_route_and_has_no_gpu_for_the_other(tmp_path):
     done = command(tmp_path, "--only", "tiny raas (general|fused)$")
     assert done.returncode == 0, done.stdout + done.stderr

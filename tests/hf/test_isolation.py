@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import longthink
+from tests.grids import slow_but
 from tests.models import PAD, build, prompt
 
 POLICIES = [p for p in longthink.available_policies() if p != "dense"]
@@ -20,7 +21,7 @@ def run(model, ids, mask, policy):
     )[:, ids.shape[1] :]
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", slow_but(POLICIES, "milestone", "streaming_llm"))
 def test_alone_and_in_a_batch(model, policy):
     ids, mask = prompt((31, 18, 5, 26))
     together = run(model, ids, mask, policy)

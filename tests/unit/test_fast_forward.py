@@ -13,7 +13,7 @@ from longthink.policies import Dense, available_policies, make_policy, needs_bud
 HEADS, KV_HEADS, DIM, PROMPT, BUDGET = 4, 2, 8, 20, 64
 POLICIES = [*available_policies(), "raas:pin_prompt=False", "streaming_llm:sinks=24", "quest:page_size=4"]
 CONTIGUOUS = ["recency", "recency:page_size=16", "streaming_llm"]
-LENGTHS = [1, 12, 45, 64, 100, 173]
+LENGTHS, FURTHER = [1, 12, 45, 64, 120], 20
 
 
 def numbers(heads, tokens, seed):
@@ -69,14 +69,14 @@ def decoded_to(policy, lengths):
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_state_that_costs_is_that_of_a_decoded_cache(policy):
-    further = sorted({*LENGTHS, *(tokens + 40 for tokens in LENGTHS)})
+    further = sorted({*LENGTHS, *(tokens + FURTHER for tokens in LENGTHS)})
     slow = {tokens: cost(layer) for tokens, layer in decoded_to(policy, further)}
     for tokens in LENGTHS:
         layer = forward(prompted(policy), tokens)
         assert cost(layer) == slow[tokens]
-        decode(layer, 40)
+        decode(layer, FURTHER)
         for name in ("evicted", "shapes"):
-            assert cost(layer)[name] == slow[tokens + 40][name]
+            assert cost(layer)[name] == slow[tokens + FURTHER][name]
 
 
 @pytest.mark.parametrize("policy", CONTIGUOUS)
