@@ -1,5 +1,6 @@
 """Grids of cases, of which `make test-fast` runs a few and `make test` all."""
 
+import itertools
 from collections.abc import Iterable
 
 import pytest
@@ -17,12 +18,7 @@ def slow_but(cases: Iterable, *quick) -> list:
 
 
 def covering(first: Iterable, *others: Iterable) -> list[tuple]:
-    """One cell for each value of the first dimension, in which those of the others take turns."""
-    cells = []
-    for turn, value in enumerate(first):
-        cell = [value]
-        for other in map(list, others):
-            turn, place = divmod(turn, len(other))
-            cell.append(other[place])
-        cells.append(tuple(cell))
-    return cells
+    """Cells with every value of the first dimension, and with every combination of what the others have."""
+    first, combined = list(first), list(itertools.product(*others))
+    count = max(len(first), len(combined))
+    return [(first[i % len(first)], *combined[i % len(combined)]) for i in range(count)]

@@ -38,9 +38,9 @@ def name_of(value: object) -> str:
 
 
 def grid(cases: list[tuple[str, dict]], **others: tuple) -> pytest.MarkDecorator:
-    """All cells as parameters; the quick ones have each case once, and all values of the others in turn."""
+    """All cells as parameters; the quick ones have each case, and each combination of the rest."""
     cells = slow_but(itertools.product(cases, *others.values()), *covering(cases, *others.values()))
-    return pytest.mark.parametrize(("case", *others), cells, ids=name_of)
+    return pytest.mark.parametrize(("chosen", *others), cells, ids=name_of)
 
 
 def long_case(
@@ -65,27 +65,34 @@ def long_case(
 
 
 @grid(PAGED + MILESTONE, page_size=PAGE_SIZES[:3], kind=KINDS, style=("normal", "integers"))
-def test_policies_with_pages(case: tuple[str, dict], page_size: int, kind: str, style: str) -> None:
-    policy, options = case
+def test_policies_with_pages(chosen: tuple[str, dict], page_size: int, kind: str, style: str) -> None:
+    policy, options = chosen
     group = {1: 4, 4: 2, 8: 1}[page_size]
     assert compare(long_case(policy, {**options, "page_size": page_size}, page_size, kind, group, style)) > 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("group", [1, 2, 4])
-@pytest.mark.parametrize("kind", ["budget", "decode_budget"])
-@pytest.mark.parametrize("page_size", PAGE_SIZES[3:])
-@pytest.mark.parametrize(("policy", "options"), PAGED, ids=name_of)
-def test_policies_with_large_pages(policy: str, options: dict, page_size: int, kind: str, group: int) -> None:
+@pytest.mark.parametrize(
+    ("chosen", "page_size", "group", "kind"),
+    [
+        (*first, *rest)
+        for first, *rest in covering(itertools.product(PAGED, PAGE_SIZES[3:]), (1, 2, 4), KINDS)
+    ],
+    ids=name_of,
+)
+def test_policies_with_large_pages(chosen: tuple[str, dict], page_size: int, group: int, kind: str) -> None:
+    policy, options = chosen
     case = long_case(policy, {**options, "page_size": page_size}, page_size, kind, group, "normal")
     calls = 1 + sum(part if isinstance(part, int) else 1 for part in case.then)
     assert compare(case) == calls
 
 
 @grid(TOKEN_LEVEL, style=("normal", "duplicates", "spiky"), kind=KINDS, group=(1, 2, 4))
-def test_policies_that_work_token_by_token(case: tuple[str, dict], style: str, kind: str, group: int) -> None:
-    policy, options = case
-    run = Case(
+def test_policies_that_work_token_by_token(
+    chosen: tuple[str, dict], style: str, kind: str, group: int
+) -> None:
+    policy, options = chosen
+    case = Case(
         policy,
         options,
         **{kind: 14 if kind == "budget" else 5},
@@ -95,7 +102,7 @@ def test_policies_that_work_token_by_token(case: tuple[str, dict], style: str, k
         group=group,
         style=style,
     )
-    assert compare(run) > 1
+    assert compare(case) > 1
 
 
 @pytest.mark.parametrize(("policy", "options"), [*TOKEN_LEVEL[::2], PAGED[-1]], ids=name_of)

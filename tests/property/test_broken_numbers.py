@@ -24,11 +24,11 @@ POISONED_CALL = 5
 GRID = (POLICIES, ("key_BKQD", "value_BKQD"), (torch.nan, torch.inf, -torch.inf))
 
 
-@pytest.mark.parametrize(("kept", "field", "number"), slow_but(itertools.product(*GRID), *covering(*GRID)))
+@pytest.mark.parametrize(("chosen", "field", "number"), slow_but(itertools.product(*GRID), *covering(*GRID)))
 def test_outputs_are_finite_again_after_the_eviction(
-    kept: tuple[str, Mapping[str, object]], field: str, number: float
+    chosen: tuple[str, Mapping[str, object]], field: str, number: float
 ) -> None:
-    policy, options = kept
+    policy, options = chosen
     case = Case(policy, options, decode_budget=8, prompts=(6, 3), then=(40,), kv_heads=2, seed=1)
     layer = case.make_layer()
     for step, call in enumerate(calls(case)):
