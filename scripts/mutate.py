@@ -22,6 +22,12 @@ import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
+
+# What takes seconds to import is there once, and each run of tests begins as a copy of this process.
+import pytest
+import torch
+import transformers  # noqa: F401
 
 HERE = Path(__file__).resolve().parent
 PATIENCE = 900
@@ -54,35 +60,47 @@ def mutated(checkout: Path, mutation: dict) -> Iterator[None]:
         path.write_text(before)
 
 
-def first_failure(checkout: Path, tests: list[str], marks: str, examples: Path) -> str | None:
+def first_failure(checkout: Path, tests: list[str], marks: str) -> str | None:
     """The first test that fails, or why there was none to run; None if all pass."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", marks, *tests]
-    environment = os.environ | {
-        "PYTHONPATH": str(checkout / "src"),
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        # What random tests have found in another run does not count here.
-        "HYPOTHESIS_STORAGE_DIRECTORY": str(examples),
-    }
-    try:
-        done = subprocess.run(
-            command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=PATIENCE
-        )
-    except subprocess.TimeoutExpired:
+    with tempfile.TemporaryDirectory() as folder:
+        said = Path(folder) / "said"
+        child = os.fork()
+        if child == 0:
+            run_pytest(checkout, ["-m", marks, *tests], said)
+        signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
+        signal.alarm(PATIENCE)
+        _, status = os.waitpid(child, 0)
+        signal.alarm(0)
+        output = said.read_text()
+    if os.WIFSIGNALED(status):
         return "does not end"
-    if done.returncode in (0, 5):  # 5: no test has these marks
+    code = os.waitstatus_to_exitcode(status)
+    if code in (0, 5):  # 5: no test has these marks
         return None
-    named = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
-    return named[1].removeprefix("tests/") if named else f"pytest ends with {done.returncode}"
+    named = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+    return named[1].removeprefix("tests/") if named else f"pytest ends with {code}"
+
+
+def run_pytest(checkout: Path, arguments: list[str], said: Path) -> NoReturn:
+    """Run tests in this process, a child that nothing comes back from; it has not imported our package yet."""
+    os.chdir(checkout)
+    sys.path.insert(0, str(checkout / "src"))
+    os.environ["PYTHONPATH"] = str(checkout / "src")
+    # What random tests have found in another run does not count here.
+    os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = str(said.parent / "examples")
+    output = os.open(said, os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1), os.dup2(output, 2)
+    code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *arguments])
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def killer(checkout: Path, mutation: dict, *, quick: bool) -> str | None:
     """The test that sees a mutation, with the time that this took; None if it survives."""
     began = time.monotonic()
-    with mutated(checkout, mutation), tempfile.TemporaryDirectory() as examples:
+    with mutated(checkout, mutation):
         for marks in ("not slow",) if quick else ("not slow", "slow"):
-            if failure := first_failure(checkout, mutation["tests"], marks, Path(examples)):
+            if failure := first_failure(checkout, mutation["tests"], marks):
                 return (
                     f"{failure} ({'quick' if marks != 'slow' else 'slow'}, {time.monotonic() - began:.0f} s)"
                 )
@@ -97,6 +115,9 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="leave the slow tests out")
     parser.add_argument("--checkout", type=Path, default=HERE.parent)
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    sys.dont_write_bytecode = True
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     # A file is put back then, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     checkout = arguments.checkout.resolve()
