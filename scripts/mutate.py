@@ -83,16 +83,19 @@ def first_failure(checkout: Path, tests: list[str], marks: str) -> str | None:
 
 def run_pytest(checkout: Path, arguments: list[str], said: Path) -> NoReturn:
     """Run tests in this process, a child that nothing comes back from; it has not imported our package yet."""
-    os.chdir(checkout)
-    sys.path.insert(0, str(checkout / "src"))
-    os.environ["PYTHONPATH"] = str(checkout / "src")
-    # What random tests have found in another run does not count here.
-    os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = str(said.parent / "examples")
-    output = os.open(said, os.O_WRONLY | os.O_CREAT)
-    os.dup2(output, 1), os.dup2(output, 2)
-    code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *arguments])
-    sys.stdout.flush()
-    os._exit(code)
+    code: int = pytest.ExitCode.INTERNAL_ERROR
+    try:
+        os.chdir(checkout)
+        sys.path.insert(0, str(checkout / "src"))
+        os.environ["PYTHONPATH"] = str(checkout / "src")
+        # What random tests have found in another run does not count here.
+        os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = str(said.parent / "examples")
+        output = os.open(said, os.O_WRONLY | os.O_CREAT)
+        os.dup2(output, 1), os.dup2(output, 2)
+        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *arguments])
+        sys.stdout.flush()
+    finally:
+        os._exit(code)
 
 
 def killer(checkout: Path, mutation: dict, *, quick: bool) -> str | None:
