@@ -30,6 +30,7 @@ def slow_spearman(first, second):
     return float(np.corrcoef(ranks(first), ranks(second))[0, 1])
 
 
+@pytest.mark.slow
 def test_ranks_of_means_over_problems():
     rng = np.random.default_rng(0)
     kept = {key: rng.random(3) for key in product(range(6), POLICIES)}

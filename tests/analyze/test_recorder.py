@@ -182,6 +182,7 @@ def test_a_kill_costs_the_problem_it_was_at(tmp_path):
         np.testing.assert_array_equal(dense(one), dense(other))
 
 
+@pytest.mark.slow
 def test_size_on_disk_of_a_model_of_28_layers(tmp_path):
     """docs/analyze.md says 170 to 190 bytes for a head and step; here chunks are small and heads few."""
     (trace,) = recorded(tmp_path / "t", new=400, top=64).traces()

@@ -197,6 +197,7 @@ def test_the_optimum_is_the_best_of_all_ways(tmp_path_factory, seed, slots):
     assert held == min(slots, 9)
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 10**6), slots=st.integers(5, 12))
 def test_nobody_beats_the_optimum_and_belady_regrets_least(tmp_path_factory, seed, slots):

@@ -34,6 +34,7 @@ def run(**changes):
     return list(kernels.times(**options, device=CPU, clock=clock)), calls
 
 
+@pytest.mark.slow
 def test_every_system_at_every_shape(launches):
     found, calls = run()
     assert {row.model for row in found} == {"Qwen2.5-7B", "Qwen2.5-1.5B"}

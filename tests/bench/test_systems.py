@@ -72,6 +72,7 @@ def test_fast_forward_ends_where_decoding_ends(loaded, plan):
                 other[name].decode(16)
 
 
+@pytest.mark.slow
 def test_made_up_contents_are_everywhere(loaded, plan):
     """No slot is left empty, which would be cheaper to read or not be there in memory at all."""
     made = systems(loaded, plan, room=0)

@@ -63,6 +63,7 @@ def test_table_and_json(call, tmp_path):
     assert record["plan"]["tasks"] == ["reasoner/s/chain"]
 
 
+@pytest.mark.slow
 def test_config_file_and_a_flag_over_it(call, tmp_path):
     config = tmp_path / "sweep.yaml"
     config.write_text(

@@ -24,6 +24,7 @@ def whole(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_samples_are_those_of_generate_and_say_what_was_measured(whole):
     sweep = short_sweep(whole)
     solver = Solver(sweep.plan)
@@ -54,6 +55,7 @@ def test_samples_are_those_of_generate_and_say_what_was_measured(whole):
     assert all(row["evicted"] > 0 for row in rows.values())
 
 
+@pytest.mark.slow
 def test_what_is_done_is_never_done_again(whole):
     before = raw_keys(whole)
     assert set(before.values()) == {1}

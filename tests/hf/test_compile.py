@@ -69,7 +69,7 @@ def test_the_whole_compiler_writes_the_tokens_of_the_eager_step(policy, lengths)
 @pytest.mark.parametrize("policy", ["raas", "raas:sharing=layer", "milestone", "h2o", "quest"])
 def test_the_step_of_a_gpu_is_one_program_as_well(policy, light_compiler, monkeypatch):
     """Appending and reading as one call, and pages evicted for all layers behind the program: here in torch."""
-    model = wide("qwen2", num_hidden_layers=3)
+    model = wide("qwen2")
     fused.force(monkeypatch)
     monkeypatch.setattr(step_module, "_AlikeLayer", step_module._StepLayer)
     with torch._dynamo.config.patch(error_on_recompile=True):

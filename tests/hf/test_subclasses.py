@@ -18,11 +18,12 @@ BUDGET, STEPS = 16, 28
 VARIANTS = dict([*subclasses(), *wrappers()])
 COMPILED = [
     name for name in VARIANTS
-    if (name.split(": ")[0] in ("raas", "milestone", "h2o pinned", "keep_first")
-        and name.split(": ")[1] not in ("pins_prompt", "required_pages", "tables"))
-    or name in ("h2o: pins_prompt", "streaming_llm: shift_keys", "quest: select", "random: worth")
+    if (name.startswith("raas: ") and not name.endswith((": pins_prompt", ": required_pages", ": tables")))
+    or name in ("milestone: moves", "milestone: observe", "milestone: worth", "h2o pinned: observe",
+                "h2o pinned: protected", "keep_first: milestone", "keep_first: raas", "keep_first: h2o pinned",
+                "h2o: pins_prompt", "streaming_llm: shift_keys", "quest: select", "random: worth")
 ]  # fmt: skip
-"""Compiling takes seconds, so these stand for all of them."""
+"""Compiling takes seconds: every hook of one policy, and what is special of the others, stand for all of them."""
 QUICK = (
     "dense: init_state", "h2o: trim", "h2o pinned: pins_prompt", "keep_first: milestone", "milestone: moves",
     "milestone: observe", "quest: select", "raas: admit", "raas: for_layer", "raas exact: protected",

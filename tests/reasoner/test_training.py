@@ -47,6 +47,7 @@ def finished(tmp_path_factory, tiny_config):
     return out, train(tiny_config, out=out)
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_exports_a_model(finished, tiny_config):
     out, result = finished
     records = metrics(out)
@@ -115,6 +116,7 @@ def test_a_second_run_goes_on_with_the_weights_of_the_first(finished, tiny_confi
         train(config, out=tmp_path / "third", start=tmp_path / "nothing")
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed_equals_uninterrupted(finished, tiny_config, tmp_path):
     steps = []
 
@@ -132,6 +134,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(finished, tiny_config, tmp
     assert_same_run(finished[0], tmp_path)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(finished, tiny_config, tmp_path):
     """A kill loses the steps since the last checkpoint, and nothing else; half a log line does no harm."""
 
