@@ -74,6 +74,7 @@ def test_rows_go_to_the_store(call, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_budget_is_1024_unless_one_is_given(call):
     for given, kept in (((), 1024), (("--decode-budget", "32"), 48)):
         arguments = ("--model", MODEL, "--prompt", "16", "--lengths", "64", "--repeats", "1")

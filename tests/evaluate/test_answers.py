@@ -43,6 +43,7 @@ def test_box_gives_back_what_is_in_it(content):
         assert last_box(f"{{ \\boxed{{9}} so \\boxed{{{content}}} }}") == content.strip()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "piece", [r"\boxed{", "{", "}", "\\", r"\boxed{}", "####", "A:", " ", "\n", "\n ", "\n#### "]
 )

@@ -323,6 +323,7 @@ def test_missing_package_names_the_extra(monkeypatch):
             judge(grader, r"\boxed{8/2}", "4")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "limits", [{"seconds": 0}, {"seconds": float("nan")}, {"memory_mib": 8}, {"memory_mib": 1e4}]
 )

@@ -102,6 +102,7 @@ def test_plans_are_in_order_of_worth():
         assert {TESTS, ROUTE, DENSE} < {part.call for part in plan}
 
 
+@pytest.mark.slow
 def test_only_what_is_missing_is_installed(tmp_path, monkeypatch):
     assert missing({"json": "json", "not_there_at_all": "x"}) == ["not_there_at_all"]
     assert install(tmp_path, tmp_path / "site") == []

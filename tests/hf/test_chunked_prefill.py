@@ -53,7 +53,7 @@ def test_any_size_changes_nothing(policy):
     assert_pieces_change_nothing(policy, (49, 1), 1, 16, 49, decode_budget=24)
 
 
-@pytest.mark.parametrize("policy", ["streaming_llm", "h2o", "raas:pin_prompt=false"])
+@pytest.mark.parametrize("policy", slow_but(["streaming_llm", "h2o", "raas:pin_prompt=false"], "h2o"))
 def test_a_prompt_longer_than_the_budget_is_trimmed_as_a_whole(policy):
     assert_pieces_change_nothing(policy, (90, 40), 16, budget=32)
 
@@ -109,7 +109,8 @@ def largest(policy, tokens, size):
     return mode.bytes
 
 
-@pytest.mark.parametrize("policy", slow_but(["dense", "milestone", "streaming_llm", "h2o"], "h2o"))
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["dense", "milestone", "streaming_llm", "h2o"])
 def test_memory_beside_the_cache_follows_the_piece(policy):
     """Largest tensor: the MLP's activations of the prompt, or those of a piece and a row of keys for each token."""
     wide, heads = 1024 * 4, 4

@@ -194,7 +194,7 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("policy", slow_but(longthink.available_policies(), "raas", "quest", "milestone"))
+@pytest.mark.parametrize("policy", slow_but(longthink.available_policies(), "raas"))
 def test_no_step_waits_for_the_device(policy):
     model = wide("qwen2")
     ids, mask = prompt((20, 33))
@@ -263,6 +263,7 @@ class Waits(RaaS):
             super().observe(table, step)
 
 
+@pytest.mark.slow
 def test_a_policy_that_cannot_be_compiled_runs_eagerly_or_is_a_clear_error(monkeypatch, caplog):
     model = wide("qwen2", num_hidden_layers=1)
     ids, _ = prompt((20,))
@@ -329,6 +330,7 @@ def test_bad_values_are_refused():
         DecodeStep(model, cache, compile=False)(token)
 
 
+@pytest.mark.slow
 def test_nothing_of_the_compiler_is_left_set(light_compiler):
     before = torch._dynamo.config.get_config_copy()
     both(

@@ -21,7 +21,7 @@ def run(model, ids, mask, policy):
     )[:, ids.shape[1] :]
 
 
-@pytest.mark.parametrize("policy", slow_but(POLICIES, "milestone", "streaming_llm"))
+@pytest.mark.parametrize("policy", slow_but(POLICIES, "milestone"))
 def test_alone_and_in_a_batch(model, policy):
     ids, mask = prompt((31, 18, 5, 26))
     together = run(model, ids, mask, policy)

@@ -83,7 +83,7 @@ FACTS = [
 
 @pytest.mark.parametrize("fact", FACTS)
 def test_fact(fact: Callable[[Case], None]) -> None:
-    few(15)(given(all_cases())(fact))()
+    few(10)(given(all_cases())(fact))()
 
 
 @pytest.mark.slow

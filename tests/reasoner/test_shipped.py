@@ -49,6 +49,7 @@ def test_brief_or_checked_as_asked(reasoner):
         assert text == f"{problem.solution} </s>"
 
 
+@pytest.mark.slow
 def test_padding_does_not_change_the_answer(reasoner):
     model, tokenizer = reasoner
     short = make_problem(profile="chain", size=Size(ops=3), seed=SEED)

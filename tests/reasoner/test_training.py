@@ -92,6 +92,7 @@ def test_learning_rate_warms_up_holds_and_falls_to_zero(tiny_config, tmp_path):
     assert rates == pytest.approx([0.2, 1, 1, 0.5, 0.004])
 
 
+@pytest.mark.slow
 def test_finished_run_is_left_alone(finished, tiny_config):
     out, result = finished
     before = metrics(out)
@@ -154,6 +155,7 @@ def test_killed_and_resumed_equals_uninterrupted(finished, tiny_config, tmp_path
     assert_same_run(finished[0], tmp_path)
 
 
+@pytest.mark.slow
 def test_checkpoint_survives_an_interrupted_swap(finished, tiny_config, tmp_path):
     train(replace(tiny_config, tokens=3000), out=tmp_path)
     before = tensors(tmp_path)

@@ -40,6 +40,7 @@ def test_plotly_has_no_tags_but_line_ends(text):
     assert html.unescape(made.replace("<br>", "\n")) == visible(text)
 
 
+@pytest.mark.slow
 @given(st.recursive(foreign | st.integers(), lambda inner: st.lists(inner) | st.dictionaries(foreign, inner)))
 def test_data_in_a_page_cannot_end_its_script(document):
     made = for_script(document)

@@ -9,6 +9,7 @@ from longthink.cache.step import evictable_pages
 from longthink.config import Budget
 from longthink.errors import CacheStateError, UnsupportedFeatureError
 from longthink.policies import Dense, available_policies, make_policy, needs_budget
+from tests.grids import slow_but
 
 HEADS, KV_HEADS, DIM, PROMPT, BUDGET = 4, 2, 8, 20, 64
 POLICIES = [*available_policies(), "raas:pin_prompt=False", "streaming_llm:sinks=24", "quest:page_size=4"]
@@ -67,7 +68,7 @@ def decoded_to(policy, lengths):
         here = tokens
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", slow_but(POLICIES, "dense", "raas", "h2o"))
 def test_the_state_that_costs_is_that_of_a_decoded_cache(policy):
     further = sorted({*LENGTHS, *(tokens + FURTHER for tokens in LENGTHS)})
     slow = {tokens: cost(layer) for tokens, layer in decoded_to(policy, further)}
