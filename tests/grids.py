@@ -20,5 +20,6 @@ def slow_but(cases: Iterable, *quick) -> list:
 def covering(first: Iterable, *others: Iterable) -> list[tuple]:
     """Cells with every value of the first dimension, and with every combination of what the others have."""
     first, combined = list(first), list(itertools.product(*others))
-    count = max(len(first), len(combined))
-    return [(first[i % len(first)], *combined[i % len(combined)]) for i in range(count)]
+    # One place on after each round, or every other value of the first would only ever meet every other combination.
+    place = [(i + i // len(combined)) % len(combined) for i in range(max(len(first), len(combined)))]
+    return [(first[i % len(first)], *combined[where]) for i, where in enumerate(place)]
