@@ -3,15 +3,17 @@ VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 WORKERS ?= 2
 PYTEST_ARGS ?=
+EXAMPLES ?= 1
 PYTHON ?= python3
 GPU_CHECK_ARGS ?=
 
 BIN := $(VENV)/bin
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
+# A worker that has nothing left to do takes half of what another one has.
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # One thread per test worker, threads that sleep while they wait, and never a word with a hub.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 \
-  HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONFAULTHANDLER=1
+  HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONFAULTHANDLER=1 LONGTHINK_EXAMPLES=$(EXAMPLES)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup ready ready-demo demo test test-fast test-vllm gpu-check lint format build clean

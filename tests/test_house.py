@@ -216,6 +216,7 @@ def test_importing_the_package_is_cheap():
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_wheel_holds_weights_license_and_nothing_else(tmp_path):
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-t", "sdist", "-d", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)

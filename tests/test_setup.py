@@ -85,6 +85,7 @@ def test_all_at_once_is_installed_once(setup):
     assert setup("--demo") == ([], ".venv is up to date.\n")
 
 
+@pytest.mark.slow
 def test_other_versions_are_installed(setup):
     setup()
     with (setup.checkout / "constraints.txt").open("a") as file:
@@ -93,6 +94,7 @@ def test_other_versions_are_installed(setup):
     assert setup()[0] == ["-e .[dev]"]
 
 
+@pytest.mark.slow
 def test_a_failure_is_tried_again_from_there(setup):
     assert setup("--demo", fails=".[plot]")[0] == ["venv", PIN, "-e .[plot]"]
     assert setup("--demo")[0] == [PIN, "-e .[plot]"]

@@ -30,6 +30,7 @@ def slow_spearman(first, second):
     return float(np.corrcoef(ranks(first), ranks(second))[0, 1])
 
 
+@pytest.mark.slow
 def test_ranks_of_means_over_problems():
     rng = np.random.default_rng(0)
     kept = {key: rng.random(3) for key in product(range(6), POLICIES)}
@@ -59,6 +60,7 @@ def test_ranks_of_means_over_problems():
         assert one.low <= one.rho <= one.high or one.low < one.high
 
 
+@pytest.mark.slow
 def test_a_sure_order_has_a_narrow_interval():
     right = {
         ("t", str(i), policy, 64, None): float(p > i % 3)
@@ -77,6 +79,7 @@ def test_a_sure_order_has_a_narrow_interval():
     assert regrets.rho == pytest.approx(-recall.rho) and regrets.high < -0.8
 
 
+@pytest.mark.slow
 def test_only_problems_that_all_cells_have_count():
     right = {
         ("t", str(i), policy, 64, None): float(p > 1) for i in range(3) for p, policy in enumerate(POLICIES)

@@ -84,6 +84,7 @@ def wanted_steps(draw, kind, page, birth):
     return [birth + RULES.gap + 1 + draw(st.integers(0, 9))]
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(maps())
 def test_pages_have_the_class_that_they_were_given(tmp_path_factory, made):

@@ -30,6 +30,7 @@ def attention_of(architecture, trace):
     return all_LHNN, all_LHNN[:, :, header.prompt_tokens :].flatten(0, 1).numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["qwen2", "mistral"])
 def test_recorded_mass_is_the_models_own_attention(tmp_path, architecture):
     (trace,) = recorded(tmp_path / "t", architecture, new=80).traces()
@@ -123,6 +124,7 @@ def test_an_error_leaves_no_file_behind(tmp_path):
     assert [path.name for path in (tmp_path / "t").iterdir()] == ["longthink-trace"]
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_text(tmp_path):
     """The tape gets the same steps for a short and a long time; the model's own cache is not part of it."""
     weights = torch.rand(1, 2, 2, 4096)
@@ -181,6 +183,7 @@ def test_a_kill_costs_the_problem_it_was_at(tmp_path):
         np.testing.assert_array_equal(dense(one), dense(other))
 
 
+@pytest.mark.slow
 def test_size_on_disk_of_a_model_of_28_layers(tmp_path):
     """docs/analyze.md says 170 to 190 bytes for a head and step; here chunks are small and heads few."""
     (trace,) = recorded(tmp_path / "t", new=400, top=64).traces()

@@ -17,6 +17,7 @@ from longthink.lab.analyze.rules import Rules
 from longthink.lab.analyze.whatif import what_if
 from longthink.policies import make_policy, needs_budget
 from tests.analyze.making import dense, recorded, written
+from tests.grids import slow_but
 from tests.models import build
 
 BUDGET = 20
@@ -60,7 +61,7 @@ def decoded_recall(trace, spec, budget):
     return np.array(kept).T, gone
 
 
-@pytest.mark.parametrize("spec", [*BLIND, *LEARNING])
+@pytest.mark.parametrize("spec", slow_but([*BLIND, *LEARNING], BLIND[0], LEARNING[0]))
 def test_replay_keeps_what_decoding_keeps(trace, spec):
     wanted_MT, gone = decoded_recall(trace, spec, BUDGET)
     (found,) = what_if(trace, [make_policy(spec)], [Budget(budget=BUDGET)], clairvoyant=False)
@@ -197,6 +198,7 @@ def test_the_optimum_is_the_best_of_all_ways(tmp_path_factory, seed, slots):
     assert held == min(slots, 9)
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 10**6), slots=st.integers(5, 12))
 def test_nobody_beats_the_optimum_and_belady_regrets_least(tmp_path_factory, seed, slots):

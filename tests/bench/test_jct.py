@@ -49,6 +49,7 @@ def test_every_page_size_divides_a_block():
     assert all(BLOCK % size == 0 for size in PAGE_SIZES)
 
 
+@pytest.mark.slow
 def test_rows_are_complete_and_come_length_by_length(loaded, plan):
     told = []
     rows = list(measure_jct(plan(), loaded, lambda done, name: told.append((done, name))))
@@ -74,6 +75,7 @@ def test_rows_are_complete_and_come_length_by_length(loaded, plan):
         assert 0 < seconds[0] < seconds[1]
 
 
+@pytest.mark.slow
 def test_decoding_really_gives_the_same_rows_but_for_the_times(loaded, plan):
     def kept(fast):
         rows = measure_jct(plan(fast_forward=fast), loaded)
@@ -82,6 +84,7 @@ def test_decoding_really_gives_the_same_rows_but_for_the_times(loaded, plan):
     assert kept(True) == kept(False)
 
 
+@pytest.mark.slow
 def test_the_record_says_when_it_was_really_decoded(loaded, plan):
     (row, *_) = measure_jct(plan(fast_forward=False, policies=("raas",), baselines=()), loaded)
     assert row.fast_forwarded is False

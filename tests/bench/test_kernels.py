@@ -34,6 +34,7 @@ def run(**changes):
     return list(kernels.times(**options, device=CPU, clock=clock)), calls
 
 
+@pytest.mark.slow
 def test_every_system_at_every_shape(launches):
     found, calls = run()
     assert {row.model for row in found} == {"Qwen2.5-7B", "Qwen2.5-1.5B"}
@@ -47,6 +48,7 @@ def test_every_system_at_every_shape(launches):
     assert len(launches) == 2 * sum(row.system.startswith("longthink") for row in found)
 
 
+@pytest.mark.slow
 def test_bandwidth_counts_keys_and_values_once(launches):
     found, _ = run(rows=(3,))
     row = next(row for row in found if row.model == "Qwen2.5-7B" and row.tokens == 64)
@@ -55,6 +57,7 @@ def test_bandwidth_counts_keys_and_values_once(launches):
     assert row.of_copy == pytest.approx(row.gb_per_s / (2 * 1024 * 2 / 2e-3 / 1e9))
 
 
+@pytest.mark.slow
 def test_dense_kernels_agree():
     case = kernels.Case(4, 2, 16, 2, 48)
     outs = []

@@ -119,6 +119,7 @@ def test_systems_take_turns_and_the_first_block_does_not_count(fakes, monkeypatc
     assert len({(one.row.run, one.row.decode_tokens) for one in timed}) == 3
 
 
+@pytest.mark.slow
 def test_all_scenes_get_ready_before_the_first_is_timed(fakes, monkeypatch):
     asked = []
     real = Worker.send

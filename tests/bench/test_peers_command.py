@@ -47,6 +47,7 @@ def test_tables_show_times_targets_and_what_is_missing(call, given):
     assert given[0].rounds == 3 and given[0].contexts == (MIDDLE,)
 
 
+@pytest.mark.slow
 def test_the_document_has_command_versions_targets_and_figures(call, given, tmp_path):
     page = tmp_path / "today.md"
     code, out, _ = call(peers, "--document", page, "--out", tmp_path / "store", "--json")

@@ -1,5 +1,6 @@
 """All systems do the same work on the same model, decoded or fast-forwarded."""
 
+import itertools
 from functools import partial
 
 import pytest
@@ -9,6 +10,7 @@ from torch._dynamo.exc import TorchDynamoException
 from longthink.errors import UnsupportedFeatureError
 from longthink.lab.bench.systems import make_systems
 from tests.bench.conftest import PER_TOKEN
+from tests.grids import slow_but
 
 BOUNDED = ("raas", "h2o", "streaming_llm", "recency", "random", "recency:page_size=16")
 
@@ -36,8 +38,7 @@ def test_dense_systems_write_the_same_text_as_generate(loaded, plan):
         assert next_tokens(system, 9) == text[:, -9:].T.tolist(), system.name
 
 
-@pytest.mark.parametrize("fast", [False, True])
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(("rows", "fast"), slow_but(itertools.product((1, 3), (False, True)), (3, True)))
 def test_bytes_are_those_of_the_formula(loaded, plan, fast, rows):
     made = systems(loaded, plan, rows=rows)
     for system in made.values():
@@ -53,6 +54,7 @@ def test_bytes_are_those_of_the_formula(loaded, plan, fast, rows):
     assert made["hf dynamic"].metadata_bytes == 0
 
 
+@pytest.mark.slow
 def test_fast_forward_ends_where_decoding_ends(loaded, plan):
     """And the next steps run from there, on the same lengths and bytes."""
     one, other = systems(loaded, plan), systems(loaded, plan)
@@ -70,6 +72,7 @@ def test_fast_forward_ends_where_decoding_ends(loaded, plan):
                 other[name].decode(16)
 
 
+@pytest.mark.slow
 def test_made_up_contents_are_everywhere(loaded, plan):
     """No slot is left empty, which would be cheaper to read or not be there in memory at all."""
     made = systems(loaded, plan, room=0)

@@ -34,6 +34,7 @@ def measured(folder):
     )
 
 
+@pytest.mark.slow
 def test_tables_say_what_was_measured_and_how(call):
     code, out, _ = call(*JCT, "--policies", "raas,dense")
     assert code == 0
@@ -63,6 +64,7 @@ def test_json_has_conditions_and_rows(call):
     assert {row["kv_bytes"] for row in found["rows"] if row["system"] == "raas"} == {64 * 2 * 8 * 4}
 
 
+@pytest.mark.slow
 def test_rows_go_to_the_store(call, tmp_path):
     code, _, _ = call(*JCT, "--policies", "raas", "--out", tmp_path / "store")
     assert code == 0
@@ -72,6 +74,7 @@ def test_rows_go_to_the_store(call, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_budget_is_1024_unless_one_is_given(call):
     for given, kept in (((), 1024), (("--decode-budget", "32"), 48)):
         arguments = ("--model", MODEL, "--prompt", "16", "--lengths", "64", "--repeats", "1")

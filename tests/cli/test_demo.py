@@ -106,6 +106,7 @@ def test_any_number_of_workers_tells_the_same(start, tmp_path):
     assert drawn[0] == drawn[1]
 
 
+@pytest.mark.slow
 def test_without_matplotlib_there_is_no_picture(call, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     png = tmp_path / "picture.png"

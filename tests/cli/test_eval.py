@@ -63,6 +63,7 @@ def test_table_and_json(call, tmp_path):
     assert record["plan"]["tasks"] == ["reasoner/s/chain"]
 
 
+@pytest.mark.slow
 def test_config_file_and_a_flag_over_it(call, tmp_path):
     config = tmp_path / "sweep.yaml"
     config.write_text(
@@ -86,6 +87,7 @@ def test_config_file_and_a_flag_over_it(call, tmp_path):
     assert made(tmp_path / "a") == made(tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_problem_file_and_a_model_with_words_of_its_own(call, tmp_path, plain_model, problems):
     code, out, _ = call(
         "eval", "--model", plain_model, "--data", problems, "--policies", "dense,raas", "--decode-budgets", 32,

@@ -188,6 +188,7 @@ def test_chat_template_unless_raw(call, chat_model):
     assert prompt_tokens("--raw") == 2
 
 
+@pytest.mark.slow
 def test_prompt_from_file_and_stdin(call, plain_model, tmp_path, monkeypatch):
     common = ("--model", plain_model, "--max-new-tokens", 20, "--decode-budget", 32)
     expected = call("generate", "hello there", *common)[1]

@@ -26,6 +26,7 @@ def test_generate_makes_a_problem_and_solves_it(call):
     assert f"the answer is {made.answer}: the model is right" in err
 
 
+@pytest.mark.slow
 def test_generate_with_a_problem_as_prompt(call):
     made = make_problem(profile="chain", size="s", seed=7)
     code, out, _ = call("generate", made.prompt, "--json")
@@ -38,6 +39,7 @@ def test_generate_with_a_problem_as_prompt(call):
     assert record["model"]["name"] == "reasoner"
 
 
+@pytest.mark.slow
 def test_json_of_a_made_problem(call):
     _, out, _ = call("generate", "--size", "s", "--json")
     problem = json.loads(out)["problem"]

@@ -55,6 +55,7 @@ def test_closed_pipe_is_silent(start, plain_model):
     assert b"Error" not in err
 
 
+@pytest.mark.slow
 def test_closed_pipe_of_a_short_answer_is_silent(start):
     process = start("policies", bufsize=0)
     process.stdout.close()
@@ -84,6 +85,7 @@ def test_standard_output_on_a_full_disk(start):
     )
 
 
+@pytest.mark.slow
 def test_model_text_cannot_command_the_terminal(start, tmp_path):
     """A model that says nothing but escape sequences: on a terminal they are shown, not obeyed."""
     evil = [f"\x1b]0;owned{i}\x07\x9b31m\r\u202e" for i in range(64)]

@@ -43,12 +43,13 @@ def test_box_gives_back_what_is_in_it(content):
         assert last_box(f"{{ \\boxed{{9}} so \\boxed{{{content}}} }}") == content.strip()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "piece", [r"\boxed{", "{", "}", "\\", r"\boxed{}", "####", "A:", " ", "\n", "\n ", "\n#### "]
 )
-def test_megabytes_take_no_time(piece):
+def test_a_megabyte_takes_no_time(piece):
     started = time.monotonic()
-    stated_answer(piece * (4_000_000 // len(piece)))
+    stated_answer(piece * (1_000_000 // len(piece)))
     assert time.monotonic() - started < 20  # quadratic: hours
 
 

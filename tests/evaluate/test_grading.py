@@ -243,6 +243,7 @@ def test_answers_are_not_run(grader, tmp_path, text):
 # The process ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_time_limit_kills_and_the_next_answer_gets_a_new_process(children):
     with Grader(seconds=0.5) as grader:
         assert judge(grader, r"\boxed{8/2}", "4").correct
@@ -257,6 +258,7 @@ def test_time_limit_kills_and_the_next_answer_gets_a_new_process(children):
         assert [p.pid for p in children()] != [first.pid]
 
 
+@pytest.mark.slow
 def test_a_dead_process_is_replaced(children):
     with Grader() as grader:
         assert judge(grader, r"\boxed{8/2}", "4").correct
@@ -267,6 +269,7 @@ def test_a_dead_process_is_replaced(children):
         assert judge(grader, r"\boxed{8/2}", "4").correct
 
 
+@pytest.mark.slow
 def test_interrupt_while_waiting_does_not_mix_up_answers(monkeypatch):
     with Grader() as grader:
         assert judge(grader, r"\boxed{8/2}", "4").correct
@@ -281,6 +284,7 @@ def interrupt(*arguments):
     raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(psutil.Process, "rlimit"), reason="no such limits on this system")
 def test_memory_limit(children):
     with Grader(memory_mib=1500) as grader:
@@ -299,6 +303,7 @@ def test_a_stuck_process_whose_parent_is_gone_ends_by_itself(monkeypatch, childr
         monkeypatch.undo()
 
 
+@pytest.mark.slow
 def test_files_of_the_current_folder_are_not_imported(tmp_path, monkeypatch):
     (tmp_path / "sympy.py").write_text("raise SystemExit")
     monkeypatch.chdir(tmp_path)
@@ -320,6 +325,7 @@ def test_missing_package_names_the_extra(monkeypatch):
             judge(grader, r"\boxed{8/2}", "4")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "limits", [{"seconds": 0}, {"seconds": float("nan")}, {"memory_mib": 8}, {"memory_mib": 1e4}]
 )

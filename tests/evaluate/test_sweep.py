@@ -39,6 +39,7 @@ def whole(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_samples_are_those_of_generate_and_say_what_was_measured(whole):
     sweep = short_sweep(whole)
     solver = Solver(sweep.plan)
@@ -69,6 +70,7 @@ def test_samples_are_those_of_generate_and_say_what_was_measured(whole):
     assert all(row["evicted"] > 0 for row in rows.values())
 
 
+@pytest.mark.slow
 def test_what_is_done_is_never_done_again(whole):
     before = raw_keys(whole)
     assert set(before.values()) == {1}
@@ -80,6 +82,7 @@ def test_what_is_done_is_never_done_again(whole):
     assert set(raw_keys(whole).values()) == {1}
 
 
+@pytest.mark.slow
 def test_every_sample_is_stored_before_the_next_is_reported(tmp_path):
     class Stop(Exception):
         pass
@@ -97,6 +100,7 @@ def test_every_sample_is_stored_before_the_next_is_reported(tmp_path):
     assert counts(run(sweep)) == (3, 7)
 
 
+@pytest.mark.slow
 def test_samples_differ_from_each_other_and_come_again(tmp_path):
     """Sampling with another number of rows and after a resume gives the same text."""
     sampled = dict(temperature=4, samples=2, sampling_seeds="0,1", count=3, policies="dense", budgets="")
@@ -134,6 +138,7 @@ def test_prompts_beyond_the_context_of_the_model_too(tmp_path):
     assert sample.prompt_tokens > 40
 
 
+@pytest.mark.slow
 def test_workers_make_what_one_process_makes(tmp_path, whole):
     said = []
     sweep = short_sweep(tmp_path / "store", said=said)

@@ -102,6 +102,7 @@ def test_plans_are_in_order_of_worth():
         assert {TESTS, ROUTE, DENSE} < {part.call for part in plan}
 
 
+@pytest.mark.slow
 def test_only_what_is_missing_is_installed(tmp_path, monkeypatch):
     assert missing({"json": "json", "not_there_at_all": "x"}) == ["not_there_at_all"]
     assert install(tmp_path, tmp_path / "site") == []
@@ -115,6 +116,7 @@ def command(out: Path, *options: str) -> subprocess.CompletedProcess:
     return subprocess.run([*tool, *options], cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_self_test_measures_a_route_and_has_no_gpu_for_the_other(tmp_path):
     done = command(tmp_path, "--only", "tiny raas (general|fused)$")
     assert done.returncode == 0, done.stdout + done.stderr

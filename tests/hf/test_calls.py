@@ -1,5 +1,6 @@
 """Ways of calling that transformers allows: served as it serves them, or refused before a token is made."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from transformers import BatchEncoding, GenerationConfig
 
 import longthink
 from longthink.hf import generation as generation_module
+from tests.grids import slow_but
 from tests.models import PAD, build, prompt
 
 GREEDY = dict(max_new_tokens=6, do_sample=False)
@@ -147,8 +149,10 @@ def test_one_row_without_its_dimension(model, ids, form):
     assert torch.equal(ours, model.generate(ids, **GREEDY))
 
 
-@pytest.mark.parametrize("with_ids", [False, True])
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize(
+    ("with_ids", "compile"),
+    slow_but(itertools.product((False, True), (False, True)), (False, False), (True, False)),
+)
 def test_embeddings_with_and_without_ids(model, ids, with_ids, compile, light_compiler):
     embeddings = model.get_input_embeddings()(ids)
     options = dict(inputs_embeds=embeddings, max_new_tokens=40, do_sample=False)
@@ -177,8 +181,12 @@ def test_what_is_no_prompt(model, words, options, message):
 # Modes of torch and of the model ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", longthink.available_policies())
-@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    ("policy", "first"),
+    slow_but(
+        itertools.product(longthink.available_policies(), (True, False)), ("raas", True), ("quest", False)
+    ),
+)
 def test_a_cache_goes_on_in_and_out_of_inference_mode(model, ids, policy, first):
     budget = {} if policy == "dense" else {"budget": 48}
 
@@ -208,6 +216,7 @@ def copy_row(cache):
     return cache
 
 
+@pytest.mark.slow
 def test_a_compiled_step_serves_both_modes(model, ids, light_compiler):
     options = dict(policy="recency", budget=48, do_sample=False, max_new_tokens=40)
     expected = longthink.generate(model, ids, compile=False, **options)

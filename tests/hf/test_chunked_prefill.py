@@ -10,6 +10,7 @@ import longthink
 from longthink.cache import LayerCache
 from longthink.config import Budget
 from longthink.policies import needs_budget
+from tests.grids import slow_but
 from tests.hf.test_conformance import VARIANTS
 from tests.models import build, prompt
 
@@ -30,29 +31,29 @@ def read(model, ids, mask, policy, budget, **options):
     return out.sequences, [cache.resident_positions(layer) for layer in range(len(cache.layers))]
 
 
-def assert_pieces_change_nothing(policy, lengths, size, **given):
+def assert_pieces_change_nothing(policy, lengths, *sizes, **given):
     model, (ids, mask) = build("qwen2"), prompt(lengths)
     budget = budget_of(policy, **given)
     whole, kept = read(model, ids, mask, policy, budget)
-    pieces, kept_of_pieces = read(model, ids, mask, policy, budget, prefill_chunk_size=size)
-    assert torch.equal(pieces, whole)
-    assert kept_of_pieces == kept
+    for size in sizes:
+        pieces, kept_of_pieces = read(model, ids, mask, policy, budget, prefill_chunk_size=size)
+        assert torch.equal(pieces, whole)
+        assert kept_of_pieces == kept
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", slow_but(POLICIES, "h2o", "milestone", "quest"))
 def test_pieces_change_nothing(policy):
     """Left-padded rows, of which one has no token in the first piece and the last piece is a single column."""
     assert_pieces_change_nothing(policy, (49, 30, 12), 16, decode_budget=24)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [1, 16, 49])
 @pytest.mark.parametrize("policy", [*POLICIES, *VARIANTS])
-def test_any_size_changes_nothing(policy, size):
-    assert_pieces_change_nothing(policy, (49, 1), size, decode_budget=24)
+def test_any_size_changes_nothing(policy):
+    assert_pieces_change_nothing(policy, (49, 1), 1, 16, 49, decode_budget=24)
 
 
-@pytest.mark.parametrize("policy", ["streaming_llm", "h2o", "raas:pin_prompt=false"])
+@pytest.mark.parametrize("policy", slow_but(["streaming_llm", "h2o", "raas:pin_prompt=false"], "h2o"))
 def test_a_prompt_longer_than_the_budget_is_trimmed_as_a_whole(policy):
     assert_pieces_change_nothing(policy, (90, 40), 16, budget=32)
 
@@ -68,7 +69,7 @@ def test_sampling_beams_and_the_generation_config_as_well():
         assert torch.equal(*texts)
 
 
-@pytest.mark.parametrize("policy", longthink.available_policies())
+@pytest.mark.parametrize("policy", slow_but(POLICIES, "raas", "streaming_llm"))
 def test_a_second_turn_may_come_in_pieces(policy):
     model, (ids, mask) = build("qwen2"), prompt((20, 20))
     more, _ = prompt((17, 17), seed=1)
@@ -108,6 +109,7 @@ def largest(policy, tokens, size):
     return mode.bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["dense", "milestone", "streaming_llm", "h2o"])
 def test_memory_beside_the_cache_follows_the_piece(policy):
     """Largest tensor: the MLP's activations of the prompt, or those of a piece and a row of keys for each token."""

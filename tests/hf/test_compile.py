@@ -1,5 +1,6 @@
 """The compiled decode step: one program for every call, the tokens of the eager one, clear words where it fails."""
 
+import itertools
 from dataclasses import dataclass
 
 import pytest
@@ -13,6 +14,7 @@ from longthink.hf import step as step_module
 from longthink.kernels.compiled import without_guards
 from longthink.policies import RaaS, grows
 from tests import fused
+from tests.grids import slow_but
 from tests.models import EOS, PAD, build, prompt
 from tests.recording import Recording
 
@@ -67,7 +69,7 @@ def test_the_whole_compiler_writes_the_tokens_of_the_eager_step(policy, lengths)
 @pytest.mark.parametrize("policy", ["raas", "raas:sharing=layer", "milestone", "h2o", "quest"])
 def test_the_step_of_a_gpu_is_one_program_as_well(policy, light_compiler, monkeypatch):
     """Appending and reading as one call, and pages evicted for all layers behind the program: here in torch."""
-    model = wide("qwen2", num_hidden_layers=3)
+    model = wide("qwen2")
     fused.force(monkeypatch)
     monkeypatch.setattr(step_module, "_SharedLayer", step_module._StaticLayer)
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -79,11 +81,13 @@ def test_the_step_of_a_gpu_is_one_program_as_well(policy, light_compiler, monkey
     assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize("on_fused_route", [False, True])
-@pytest.mark.parametrize("policy", BOUNDED)
+@pytest.mark.parametrize(
+    ("policy", "on_fused_route"),
+    slow_but(itertools.product(BOUNDED, (False, True)), ("raas", False), ("milestone", True)),
+)
 def test_a_recorded_step_can_be_replayed(policy, on_fused_route, monkeypatch):
     """All state changes in place and every tensor keeps its place, or a CUDA graph would write other tokens."""
-    model, recording, steps = build("qwen2"), Recording(), 60
+    model, recording, steps = build("qwen2"), Recording(), 45
     if on_fused_route:
         fused.force(monkeypatch)
     ids, mask = prompt((21, 4))
@@ -105,7 +109,7 @@ def test_a_recorded_step_can_be_replayed(policy, on_fused_route, monkeypatch):
 
     found = []
     for run in (None, replayed):
-        with longthink.make_cache(model, policy=policy, budget=64) as cache, torch.no_grad():
+        with longthink.make_cache(model, policy=policy, budget=48) as cache, torch.no_grad():
             model(ids, attention_mask=mask, past_key_values=cache)
             step = DecodeStep(model, cache, compile=False)
             step._run = run or step._run
@@ -190,7 +194,7 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("policy", longthink.available_policies())
+@pytest.mark.parametrize("policy", slow_but(longthink.available_policies(), "raas"))
 def test_no_step_waits_for_the_device(policy):
     model = wide("qwen2")
     ids, mask = prompt((20, 33))
@@ -259,6 +263,7 @@ class Waits(RaaS):
             super().observe(table, step)
 
 
+@pytest.mark.slow
 def test_a_policy_that_cannot_be_compiled_runs_eagerly_or_is_a_clear_error(monkeypatch, caplog):
     model = wide("qwen2", num_hidden_layers=1)
     ids, _ = prompt((20,))
@@ -325,6 +330,7 @@ def test_bad_values_are_refused():
         DecodeStep(model, cache, compile=False)(token)
 
 
+@pytest.mark.slow
 def test_nothing_of_the_compiler_is_left_set(light_compiler):
     before = torch._dynamo.config.get_config_copy()
     both(

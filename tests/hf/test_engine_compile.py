@@ -76,6 +76,7 @@ def test_the_whole_compiler_and_narrow_keys():
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 def test_auto_changes_over_in_the_middle_when_enough_was_asked_for(
     light_compiler, monkeypatch, shapes, caplog
 ):
@@ -98,6 +99,7 @@ def test_auto_changes_over_in_the_middle_when_enough_was_asked_for(
         assert shapes[len(shapes) - len(compiled) :] == compiled
 
 
+@pytest.mark.slow
 def test_an_empty_seat_does_not_grow(light_compiler):
     with Engine(wide("qwen2", num_hidden_layers=1), policy="dense", seats=2, compile=True) as running:
         (done,) = running.map([Request(key="0", tokens=(5, 6, 7), max_new_tokens=150)])
@@ -111,6 +113,7 @@ def test_an_empty_seat_does_not_grow(light_compiler):
     assert lengths[1] <= 65
 
 
+@pytest.mark.slow
 def test_what_cannot_be_compiled_goes_on_eagerly_or_says_why(monkeypatch, shapes, caplog):
     model, budget = wide("qwen2", num_hidden_layers=1), longthink.Budget(decode_budget=24)
     asked = requests((5, 9, 12), (30, 4, 20))

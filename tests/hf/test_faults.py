@@ -32,23 +32,30 @@ TINY = dict(
 )
 
 
+def texts(model):
+    """What the library writes with its own cache, and with one that evicts."""
+    ids, mask = prompt((20, 9))
+    plain = model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
+    ours = longthink.generate(model, ids, mask, budget=20, policy="h2o", max_new_tokens=8, do_sample=False)
+    return plain.tolist(), ours.tolist()
+
+
 @pytest.fixture(scope="module")
 def model():
-    return build("qwen2")
+    """A model that writes behind all tests what it wrote before them."""
+    model = build("qwen2")
+    before = texts(model)
+    yield model
+    assert texts(model) == before
 
 
 @pytest.fixture(autouse=True)
 def model_stays_as_it_was(model):
-    """After each test the same call gives the same tokens, through the attention the model came with."""
-    ids, mask = prompt((20, 9))
-    expected = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
-    ours = longthink.generate(model, ids, mask, budget=32, policy="h2o", max_new_tokens=30, do_sample=False)
+    """After each test the model has the attention that it came with."""
     yield
-    gc.collect()
+    if model.config._attn_implementation != "sdpa":
+        gc.collect()
     assert model.config._attn_implementation == "sdpa"
-    assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False), expected)
-    again = longthink.generate(model, ids, mask, budget=32, policy="h2o", max_new_tokens=30, do_sample=False)
-    assert torch.equal(again, ours)
 
 
 REFUSED_MODELS = {

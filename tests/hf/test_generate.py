@@ -5,6 +5,7 @@ import torch
 from transformers import GenerationConfig, TextStreamer
 
 import longthink
+from tests.grids import slow_but
 from tests.models import EOS, build, prompt
 
 
@@ -143,7 +144,9 @@ def second_turn(model, first, second, **options):
     return done, out.past_key_values
 
 
-@pytest.mark.parametrize("policy", [p for p in longthink.available_policies() if p != "dense"])
+@pytest.mark.parametrize(
+    "policy", slow_but([p for p in longthink.available_policies() if p != "dense"], "quest", "h2o")
+)
 def test_second_turn_with_room_equals_the_library(model, policy):
     first, _ = prompt((20,), seed=1)
     second, _ = prompt((17,), seed=2)
@@ -154,7 +157,10 @@ def test_second_turn_with_room_equals_the_library(model, policy):
     assert cache.num_evicted == 0
 
 
-@pytest.mark.parametrize("policy", ["raas", "milestone", "h2o", "recency", "streaming_llm", "random"])
+@pytest.mark.parametrize(
+    "policy",
+    slow_but(["raas", "milestone", "h2o", "recency", "streaming_llm", "random"], "raas", "streaming_llm"),
+)
 def test_second_turn_over_budget_equals_feeding_its_tokens_one_by_one(model, policy):
     first, _ = prompt((20,), seed=1)
     second, _ = prompt((60,), seed=2)

@@ -5,6 +5,7 @@ import torch
 
 import longthink
 from longthink import kernels
+from tests.grids import slow_but
 from tests.models import build, prompt
 
 TOLERANCE = {"bfloat16": 0.05, "float16": 0.005}
@@ -37,7 +38,7 @@ def teacher_forced(model, policy, kv_dtype):
         return torch.stack([step(token[:, None]) for token in forced.T]), cache
 
 
-@pytest.mark.parametrize("policy", longthink.available_policies())
+@pytest.mark.parametrize("policy", slow_but(longthink.available_policies(), "dense", "raas"))
 def test_bytes_are_halved_and_logits_stay_close(policy):
     model = build("qwen2")
     exact, full = teacher_forced(model, policy, None)

@@ -1,12 +1,16 @@
 """Linear layers of a compiled step: the same numbers, by what is faster for few rows."""
 
+import itertools
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from longthink.hf import linears
+from tests.grids import covering, slow_but
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+GRID = ((1, 2, linears.FEW_ROWS, linears.FEW_ROWS + 1, 16), TOLERANCE, (False, True))
 
 
 @pytest.fixture
@@ -34,9 +38,7 @@ def product(rows, dtype, bias, width=24, out=40):
     return value, weight, added if bias else None
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("rows", [1, 2, linears.FEW_ROWS, linears.FEW_ROWS + 1, 16])
+@pytest.mark.parametrize(("rows", "dtype", "bias"), slow_but(itertools.product(*GRID), *covering(*GRID)))
 def test_the_numbers_are_those_of_a_linear_layer(rows, dtype, bias, replaced):
     operands = product(rows, dtype, bias)
     made = torch.compile(lambda *given: F.linear(*given), backend=linears.few_rows_backend, fullgraph=True)(

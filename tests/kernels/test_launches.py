@@ -137,6 +137,7 @@ def test_only_tensors_on_a_gpu_go_to_triton():
             assert runs(SimpleNamespace(is_cuda=True, dtype=dtype)) == goes
 
 
+@pytest.mark.slow
 def test_a_cpu_needs_no_triton():
     """All policies decode where Triton cannot be imported, and where nothing else of the fused route is."""
     code = """

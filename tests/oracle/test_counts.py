@@ -10,7 +10,7 @@ from tests.oracle.base import exact_product
 from tests.oracle.harness import Case, calls
 
 SHARES = [hundredths / 100 for hundredths in range(1, 101)]
-MOST_PAGES = 512
+MOST_PAGES = 256
 
 
 def test_top_fraction_counts_exactly() -> None:

@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from tests.grids import covering, slow_but
 from tests.oracle.harness import Case, compare
 
 PAGE_SIZES = (1, 4, 8, 16, 32)
@@ -25,10 +26,21 @@ TOKEN_LEVEL += [("streaming_llm", {"sinks": 4, "positions": "logical"})]
 A_TURN = ((True, True, True, True), (False, True, False, True), (False, False, False, True))
 
 
+KINDS = ("budget", "decode_budget")
+
+
 def name_of(value: object) -> str:
+    if isinstance(value, tuple):
+        return "-".join(map(name_of, value))
     if isinstance(value, dict):
         return "-".join(str(item) for item in value.values()) or "default"
     return str(value)
+
+
+def grid(cases: list[tuple[str, dict]], **others: tuple) -> pytest.MarkDecorator:
+    """All cells as parameters; the quick ones have each case, and each combination of the rest."""
+    cells = slow_but(itertools.product(cases, *others.values()), *covering(cases, *others.values()))
+    return pytest.mark.parametrize(("chosen", *others), cells, ids=name_of)
 
 
 def long_case(
@@ -52,33 +64,34 @@ def long_case(
     )
 
 
-@pytest.mark.parametrize("style", ["normal", "integers"])
-@pytest.mark.parametrize("kind", ["budget", "decode_budget"])
-@pytest.mark.parametrize("page_size", PAGE_SIZES[:3])
-@pytest.mark.parametrize(("policy", "options"), PAGED + MILESTONE, ids=name_of)
-def test_policies_with_pages(policy: str, options: dict, page_size: int, kind: str, style: str) -> None:
+@grid(PAGED + MILESTONE, page_size=PAGE_SIZES[:3], kind=KINDS, style=("normal", "integers"))
+def test_policies_with_pages(chosen: tuple[str, dict], page_size: int, kind: str, style: str) -> None:
+    policy, options = chosen
     group = {1: 4, 4: 2, 8: 1}[page_size]
     assert compare(long_case(policy, {**options, "page_size": page_size}, page_size, kind, group, style)) > 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("group", [1, 2, 4])
-@pytest.mark.parametrize("kind", ["budget", "decode_budget"])
-@pytest.mark.parametrize("page_size", PAGE_SIZES[3:])
-@pytest.mark.parametrize(("policy", "options"), PAGED, ids=name_of)
-def test_policies_with_large_pages(policy: str, options: dict, page_size: int, kind: str, group: int) -> None:
+@pytest.mark.parametrize(
+    ("chosen", "page_size", "group", "kind"),
+    [
+        (*first, *rest)
+        for first, *rest in covering(itertools.product(PAGED, PAGE_SIZES[3:]), (1, 2, 4), KINDS)
+    ],
+    ids=name_of,
+)
+def test_policies_with_large_pages(chosen: tuple[str, dict], page_size: int, group: int, kind: str) -> None:
+    policy, options = chosen
     case = long_case(policy, {**options, "page_size": page_size}, page_size, kind, group, "normal")
     calls = 1 + sum(part if isinstance(part, int) else 1 for part in case.then)
     assert compare(case) == calls
 
 
-@pytest.mark.parametrize("style", ["normal", "duplicates", "spiky"])
-@pytest.mark.parametrize("group", [1, 2, 4])
-@pytest.mark.parametrize("kind", ["budget", "decode_budget"])
-@pytest.mark.parametrize(("policy", "options"), TOKEN_LEVEL, ids=name_of)
+@grid(TOKEN_LEVEL, style=("normal", "duplicates", "spiky"), kind=KINDS, group=(1, 2, 4))
 def test_policies_that_work_token_by_token(
-    policy: str, options: dict, kind: str, group: int, style: str
+    chosen: tuple[str, dict], style: str, kind: str, group: int
 ) -> None:
+    policy, options = chosen
     case = Case(
         policy,
         options,

@@ -1,9 +1,10 @@
 """Random cases of every policy: resident sets equal at every step, output equal to masked dense attention."""
 
 import pytest
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import event, given
 from hypothesis import strategies as st
 
+from tests.examples import few, some
 from tests.oracle.harness import Case, compare
 from tests.oracle.strategies import (
     all_cases,
@@ -14,9 +15,6 @@ from tests.oracle.strategies import (
     streaming_cases,
     whole_cases,
 )
-
-FAST = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-FULL = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 
 FAMILIES = {
     "raas": raas_cases,
@@ -37,13 +35,13 @@ def check(case: Case) -> None:
         assert complete
 
 
-@FAST
+@few(25)
 @given(all_cases())
 def test_a_policy_agrees_with_its_oracle(case: Case) -> None:
     check(case)
 
 
-@FAST
+@few(25)
 @given(raas_cases())
 def test_raas_agrees_with_its_oracle(case: Case) -> None:
     check(case)
@@ -51,12 +49,12 @@ def test_raas_agrees_with_its_oracle(case: Case) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_policy_agrees_with_its_oracle_300_times(family: str) -> None:
-    FULL(given(FAMILIES[family]())(check))()
+def test_a_policy_agrees_with_its_oracle_many_times(family: str) -> None:
+    some(60)(given(FAMILIES[family]())(check))()
 
 
 @pytest.mark.slow
-@FULL
+@some(40)
 @given(st.data())
 def test_raas_with_r_of_one_is_fifo(data: st.DataObject) -> None:
     case = data.draw(control_cases().filter(lambda case: case.policy == "fifo"))

@@ -5,12 +5,13 @@ The rotation here is written with complex numbers: pair j of a key is one number
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from longthink.cache import LayerCache
 from longthink.config import Budget
 from longthink.policies import StreamingLLM
+from tests.examples import few, some
 from tests.oracle.harness import Case, Row, compare
 from tests.oracle.strategies import streaming_cases
 
@@ -52,17 +53,14 @@ def check(case: Case) -> None:
     assert compare(inside, TurnedRow) > 1
 
 
-QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck)}
-
-
-@settings(max_examples=15, derandomize=True, **QUIET)
+@few(15)
 @given(streaming_cases())
 def test_sinks_move_with_the_window(case: Case) -> None:
     check(case)
 
 
 @pytest.mark.slow
-@settings(max_examples=150, **QUIET)
+@some(40)
 @given(st.data())
-def test_sinks_move_with_the_window_150_times(data: st.DataObject) -> None:
+def test_sinks_move_with_the_window_many_times(data: st.DataObject) -> None:
     check(data.draw(streaming_cases()))

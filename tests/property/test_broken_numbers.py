@@ -1,10 +1,12 @@
 """A NaN or an infinity does no harm beyond the token that brought it: it goes when that token goes."""
 
+import itertools
 from collections.abc import Mapping
 
 import pytest
 import torch
 
+from tests.grids import covering, slow_but
 from tests.oracle.harness import Case, calls
 
 POLICIES = [
@@ -19,14 +21,14 @@ POLICIES = [
     ("raas", {"page_size": 4, "used": "alpha", "alpha": 0.1, "pin_prompt": False}),
 ]
 POISONED_CALL = 5
+GRID = (POLICIES, ("key_BKQD", "value_BKQD"), (torch.nan, torch.inf, -torch.inf))
 
 
-@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("field", ["key_BKQD", "value_BKQD"])
-@pytest.mark.parametrize(("policy", "options"), POLICIES)
+@pytest.mark.parametrize(("chosen", "field", "number"), slow_but(itertools.product(*GRID), *covering(*GRID)))
 def test_outputs_are_finite_again_after_the_eviction(
-    policy: str, options: Mapping[str, object], field: str, number: float
+    chosen: tuple[str, Mapping[str, object]], field: str, number: float
 ) -> None:
+    policy, options = chosen
     case = Case(policy, options, decode_budget=8, prompts=(6, 3), then=(40,), kv_heads=2, seed=1)
     layer = case.make_layer()
     for step, call in enumerate(calls(case)):

@@ -8,12 +8,13 @@ from typing import ClassVar
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from longthink.cache import LayerCache
 from longthink.config import Budget
 from longthink.policies import Moves, PageTable, Policy, Shape, Step
+from tests.examples import few, some
 from tests.oracle.base import Heads, Limit, RowOracle, Setting, Vector, softmax
 from tests.oracle.harness import TIE_TOLERANCE, Case, compare
 from tests.oracle.strategies import STYLES, turns
@@ -150,19 +151,16 @@ def check(case: PromotionCase) -> None:
     assert compare(case) > 1
 
 
-QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck)}
-
-
-@settings(max_examples=15, derandomize=True, **QUIET)
+@few(15)
 @given(promotion_cases())
 def test_promoted_tokens_outlive_their_page(case: PromotionCase) -> None:
     check(case)
 
 
 @pytest.mark.slow
-@settings(max_examples=150, **QUIET)
+@some(40)
 @given(promotion_cases())
-def test_promoted_tokens_outlive_their_page_150_times(case: PromotionCase) -> None:
+def test_promoted_tokens_outlive_their_page_many_times(case: PromotionCase) -> None:
     check(case)
 
 

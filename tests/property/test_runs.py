@@ -5,15 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 
+from tests.examples import few, some
 from tests.oracle.harness import Call, Case, Row, calls
 from tests.oracle.strategies import all_cases
 from tests.property.facts import UNBOUNDED, kv_bytes_formula
-
-QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck)}
-FAST = settings(max_examples=15, derandomize=True, **QUIET)
-FULL = settings(max_examples=150, **QUIET)
 
 
 def memory_is_the_closed_formula(case: Case) -> None:
@@ -86,10 +83,10 @@ FACTS = [
 
 @pytest.mark.parametrize("fact", FACTS)
 def test_fact(fact: Callable[[Case], None]) -> None:
-    FAST(given(all_cases())(fact))()
+    few(10)(given(all_cases())(fact))()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fact", FACTS)
-def test_fact_150_times(fact: Callable[[Case], None]) -> None:
-    FULL(given(all_cases())(fact))()
+def test_fact_many_times(fact: Callable[[Case], None]) -> None:
+    some(40)(given(all_cases())(fact))()

@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
+from tests.examples import few, some
 from tests.oracle.harness import Call, Case, Inputs, calls
 from tests.oracle.strategies import all_cases
 from tests.property.facts import check_layer
@@ -79,24 +80,10 @@ class CacheMachine(RuleBasedStateMachine):
             assert touched or ours[row] == twins[row]
 
 
-def run_machine(examples: int, *, derandomize: bool) -> None:
-    checks = list(HealthCheck)
-    run_state_machine_as_test(
-        CacheMachine,
-        settings=settings(
-            max_examples=examples,
-            stateful_step_count=12,
-            deadline=None,
-            derandomize=derandomize,
-            suppress_health_check=checks,
-        ),
-    )
-
-
-def test_the_facts_hold_after_every_call() -> None:
-    run_machine(25, derandomize=True)
-
-
-@pytest.mark.slow
-def test_the_facts_hold_after_every_call_300_times() -> None:
-    run_machine(300, derandomize=False)
+@pytest.mark.parametrize(
+    "tries",
+    [few(25, stateful_step_count=12), pytest.param(some(60, stateful_step_count=12), marks=pytest.mark.slow)],
+    ids=["few", "some"],
+)
+def test_the_facts_hold_after_every_call(tries: settings) -> None:
+    run_state_machine_as_test(CacheMachine, settings=tries)

@@ -8,6 +8,7 @@ import pytest
 from tools.train_reasoner.card import plot_curve
 
 
+@pytest.mark.slow
 def test_curve_is_a_png_of_all_records(tmp_path):
     pytest.importorskip("matplotlib")
     records = [{"tokens": 1000 * i, "loss": 6.0 / i, "longest": 4 + i} for i in range(1, 9)]

@@ -39,6 +39,7 @@ def test_large_problems_are_solved(reasoner, profile):
     assert share_right(reasoner, make_problems(50, profile=profile, size="l", seed=SEED)) >= 0.98
 
 
+@pytest.mark.slow
 def test_brief_or_checked_as_asked(reasoner):
     """The same program, one token apart in the prompt: other words, same answer."""
     model, tokenizer = reasoner
@@ -48,6 +49,7 @@ def test_brief_or_checked_as_asked(reasoner):
         assert text == f"{problem.solution} </s>"
 
 
+@pytest.mark.slow
 def test_padding_does_not_change_the_answer(reasoner):
     model, tokenizer = reasoner
     short = make_problem(profile="chain", size=Size(ops=3), seed=SEED)

@@ -45,6 +45,7 @@ def finished(tmp_path_factory, tiny_config):
     return out, train(tiny_config, out=out)
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_exports_a_model(finished, tiny_config):
     out, result = finished
     records = metrics(out)
@@ -89,6 +90,7 @@ def test_learning_rate_warms_up_holds_and_falls_to_zero(tiny_config, tmp_path):
     assert rates == pytest.approx([0.2, 1, 1, 0.5, 0.004])
 
 
+@pytest.mark.slow
 def test_finished_run_is_left_alone(finished, tiny_config):
     out, result = finished
     before = metrics(out)
@@ -113,6 +115,7 @@ def test_a_second_run_goes_on_with_the_weights_of_the_first(finished, tiny_confi
         train(config, out=tmp_path / "third", start=tmp_path / "nothing")
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed_equals_uninterrupted(finished, tiny_config, tmp_path):
     steps = []
 
@@ -130,6 +133,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(finished, tiny_config, tmp
     assert_same_run(finished[0], tmp_path)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(finished, tiny_config, tmp_path):
     """A kill loses the steps since the last checkpoint, and nothing else; half a log line does no harm."""
 
@@ -149,6 +153,7 @@ def test_killed_and_resumed_equals_uninterrupted(finished, tiny_config, tmp_path
     assert_same_run(finished[0], tmp_path)
 
 
+@pytest.mark.slow
 def test_checkpoint_survives_an_interrupted_swap(finished, tiny_config, tmp_path):
     train(replace(tiny_config, tokens=3000), out=tmp_path)
     before = tensors(tmp_path)

@@ -122,6 +122,7 @@ def test_matplotlib_sees_no_formula(tmp_path):
     assert found is not None, "the dollars are drawn"
 
 
+@pytest.mark.slow
 @given(st.recursive(foreign | st.integers(), lambda inner: st.lists(inner) | st.dictionaries(foreign, inner)))
 def test_data_in_a_page_cannot_end_its_script(document):
     made = environment().from_string("{{ document | tojson }}").render(document=document)

@@ -9,11 +9,12 @@ from longthink.cache.step import evictable_pages
 from longthink.config import Budget
 from longthink.errors import CacheStateError, UnsupportedFeatureError
 from longthink.policies import Dense, available_policies, make_policy, needs_budget
+from tests.grids import slow_but
 
 HEADS, KV_HEADS, DIM, PROMPT, BUDGET = 4, 2, 8, 20, 64
 POLICIES = [*available_policies(), "raas:pin_prompt=False", "streaming_llm:sinks=24", "quest:page_size=4"]
 CONTIGUOUS = ["recency", "recency:page_size=16", "streaming_llm"]
-LENGTHS = [1, 12, 45, 64, 100, 333]
+LENGTHS, FURTHER = [1, 12, 45, 64, 120], 20
 
 
 def numbers(heads, tokens, seed):
@@ -57,26 +58,31 @@ def cost(layer):
     }
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("tokens", LENGTHS)
-def test_the_state_that_costs_is_that_of_a_decoded_cache(policy, tokens):
-    decoded = prompted(policy)
-    decode(decoded, tokens)
-    fast, slow = cost(forward(prompted(policy), tokens)), cost(decoded)
-    assert fast == slow
-    decode(decoded, 40)
-    further = forward(prompted(policy), tokens)
-    decode(further, 40)
-    assert cost(further)["evicted"] == cost(decoded)["evicted"]
-    assert cost(further)["shapes"] == cost(decoded)["shapes"]
+def decoded_to(policy, lengths):
+    """One cache, at each of these lengths."""
+    layer, here = prompted(policy), 0
+    for tokens in lengths:
+        decode(layer, tokens - here)
+        yield tokens, layer
+        here = tokens
+
+
+@pytest.mark.parametrize("policy", slow_but(POLICIES, "dense", "raas", "h2o"))
+def test_the_state_that_costs_is_that_of_a_decoded_cache(policy):
+    further = sorted({*LENGTHS, *(tokens + FURTHER for tokens in LENGTHS)})
+    slow = {tokens: cost(layer) for tokens, layer in decoded_to(policy, further)}
+    for tokens in LENGTHS:
+        layer = forward(prompted(policy), tokens)
+        assert cost(layer) == slow[tokens]
+        decode(layer, FURTHER)
+        for name in ("evicted", "shapes"):
+            assert cost(layer)[name] == slow[tokens + FURTHER][name]
 
 
 @pytest.mark.parametrize("policy", CONTIGUOUS)
-@pytest.mark.parametrize("tokens", LENGTHS)
-def test_a_window_holds_the_same_tokens(policy, tokens):
-    decoded = prompted(policy)
-    decode(decoded, tokens)
-    assert forward(prompted(policy), tokens).resident_positions() == decoded.resident_positions()
+def test_a_window_holds_the_same_tokens(policy):
+    for tokens, decoded in decoded_to(policy, LENGTHS):
+        assert forward(prompted(policy), tokens).resident_positions() == decoded.resident_positions()
 
 
 @pytest.mark.parametrize("policy", POLICIES)

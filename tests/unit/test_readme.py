@@ -1,12 +1,15 @@
 """The README's commands and code, as a stranger would type them."""
 
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from longthink.cli import main
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 COMMANDS = re.findall(r"^    \.venv/bin/longthink ([^#\n]+?) *(?:#.*)?$", README, re.MULTILINE)
@@ -16,12 +19,6 @@ CHAIN = ("trace", "what-if", "advise", "report")
 """Commands that follow each other, in one folder."""
 
 
-def run(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, timeout=600, **options
-    )
-
-
 def test_the_first_commands_are_there():
     assert [command.split()[0] for command in COMMANDS] == ["generate", "policies", "doctor", "eval", *CHAIN]
 
@@ -29,19 +26,20 @@ def test_the_first_commands_are_there():
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith(("eval", *CHAIN))])
 def test_first_commands_succeed(command):
-    done = run("-m", "longthink.cli", *shlex.split(command))
+    words = [sys.executable, "-m", "longthink.cli", *shlex.split(command)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
 
 
 @pytest.mark.slow
-def test_the_chain_of_the_analysis_succeeds(tmp_path):
+def test_the_chain_of_the_analysis_succeeds(tmp_path, monkeypatch, capsys):
     """As it stands in the README, on one problem of the four."""
+    monkeypatch.chdir(tmp_path)
     for command in COMMANDS[-len(CHAIN) :]:
         words = [word.replace("reasoner/s", "reasoner/s/chain") for word in shlex.split(command)]
-        done = run("-m", "longthink.cli", *words, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.strip()
+        assert main(words) == 0
+        assert capsys.readouterr().out.strip()
     assert (tmp_path / "traces" / "report" / "attention.html").stat().st_size > 100_000
 
 
@@ -50,8 +48,7 @@ def test_command_of_the_table_runs_and_names_the_policies_of_its_rows(tmp_path):
     words = shlex.split(next(c for c in COMMANDS if c.startswith("eval")))
     smaller = {"-n": "1", "--tasks": "reasoner/s", "--budgets": "192"}
     words = [smaller.get(before, word) for before, word in zip(["", *words], words, strict=False)]
-    done = run("-m", "longthink.cli", *words, "--out", str(tmp_path / "results"))
-    assert done.returncode == 0, done.stderr
+    assert main([*words, "--out", str(tmp_path / "results")]) == 0
     rows = re.findall(r"^\| `([^`]+)` \| O\(", README, re.MULTILINE)
     assert rows == words[words.index("--policies") + 1].split(",")
 
@@ -60,12 +57,11 @@ def test_command_of_the_table_runs_and_names_the_policies_of_its_rows(tmp_path):
 @pytest.mark.parametrize(
     ("page", "printed"), [("README.md", " True\n"), ("docs/engine.md", "\n1 cancelled ")]
 )
-def test_python_of_the_page_runs(page, printed, tmp_path):
+def test_python_of_the_page_runs(page, printed, tmp_path, capsys):
     text = (Path(__file__).parents[2] / page).read_text()
     whole = [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "load_reasoner" in code]
     assert whole
     script = tmp_path / "readme.py"
     script.write_text("\n".join(whole))
-    done = run(str(script))
-    assert done.returncode == 0, done.stderr
-    assert printed in done.stdout
+    runpy.run_path(str(script), run_name="__main__")
+    assert printed in capsys.readouterr().out
