@@ -139,6 +139,19 @@ def test_slots_stay_within_the_budget_and_memory_follows_the_rows():
     assert all(dense[i].kv_bytes_peak < 128 * per_token for i in range(3, 9))
 
 
+def test_rows_that_are_kept_hold_no_more_slots_than_they_need():
+    model = build("qwen2")
+    with longthink.make_cache(model, policy="fifo", decode_budget=16) as cache, torch.no_grad():
+        model(prompt((60,))[0], past_key_values=cache)
+        with cache.fresh() as short:
+            model(prompt((10,))[0], past_key_values=short)
+            needed = short.kv_bytes
+            cache.adopt(1, short)
+        assert cache.kv_bytes > 2 * needed
+        cache.keep_rows([1])
+        assert cache.kv_bytes == needed
+
+
 def test_model_and_memory_are_given_back_when_the_stream_is_dropped():
     def caches():
         gc.collect()
