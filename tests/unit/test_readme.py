@@ -58,7 +58,12 @@ def test_command_of_the_table_runs_and_names_the_policies_of_its_rows(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("page", "printed"), [("README.md", " True\n"), ("docs/engine.md", "\n1 cancelled ")]
+    ("page", "printed"),
+    [
+        ("README.md", " True\n"),
+        ("docs/engine.md", "\n1 cancelled "),
+        ("docs/conversations.md", "True False\n"),
+    ],
 )
 def test_python_of_the_page_runs(page, printed, tmp_path):
     text = (Path(__file__).parents[2] / page).read_text()
@@ -66,6 +71,6 @@ def test_python_of_the_page_runs(page, printed, tmp_path):
     assert whole
     script = tmp_path / "readme.py"
     script.write_text("\n".join(whole))
-    done = run(str(script))
+    done = run(str(script), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert printed in done.stdout

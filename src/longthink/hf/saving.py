@@ -148,6 +148,10 @@ def _fill(cache: PagedCache, contents: Mapping[str, Any], tensors: Mapping[str, 
     lengths = [counts.get("lengths") for counts in layers]
     if lengths != [lengths[0] if lengths else None] * len(cache.layers):
         raise CacheFileError(f"lengths={lengths}: expected the same for each of {len(cache.layers)} layers")
+    if any(layers) and cache.required_rows not in (None, len(lengths[0])):
+        raise CacheFileError(
+            f"batch_size={cache.required_rows}: expected {len(lengths[0])}, as there are rows"
+        )
     allowed = (*KV_DTYPES, "float64") if cache.kv_dtype is None else (cache.kv_dtype,)
     if any(layers) and dtype not in allowed:
         raise CacheFileError(f"keys_dtype={dtype!r}: expected one of {', '.join(allowed)}")
