@@ -112,7 +112,7 @@ def test_with_a_decode_budget_the_slots_of_every_turn_are_there_again(model, tmp
 
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "float16"])
 def test_the_format_of_keys_and_values_stays(model, tmp_path, kv_dtype):
-    with longthink.make_cache(model, budget=64, kv_dtype=kv_dtype) as cache:
+    with longthink.make_cache(model, budget=80, kv_dtype=kv_dtype) as cache:
         talk = at_stage(Talk(model, (23,)), cache, "decoded")
         cache.save(tmp_path / "cache")
         with longthink.load_cache(model, tmp_path / "cache") as loaded:

@@ -148,7 +148,7 @@ def _check(store: SlotStore, rows: RowCounts) -> None:
     _require(
         _within(table.prompt_B, 0, _MOST), f"prompt_B={table.prompt_B.tolist()}, expected numbers from 0"
     )
-    _require(_within(table.user_BKP, 0, 1), "user_BKP: expected 0 or 1")
+    _require(_within(store.user_BKP, 0, 1), "user_BKP: expected 0 or 1")
     _require(
         _within(position_BKS, -1, _MOST) and bool((position_BKS < length_B[:, None, None]).all()),
         f"position_BKS: found {_range(position_BKS)}, expected -1 to below the lengths {rows.lengths}",
