@@ -73,7 +73,10 @@ class Talk:
 
 def contents(cache):
     held = [cache.resident_positions(i) for i in range(len(cache.layers))]
-    return held, cache.num_evicted, cache.get_seq_length(), cache.kv_bytes
+    counts = [
+        (slots.rows.caps, slots.rows.prompts, slots.later_turns) for slots in (x.slots for x in cache.layers)
+    ]
+    return held, cache.num_evicted, cache.get_seq_length(), cache.kv_bytes, counts
 
 
 def at_stage(talk, cache, stage):
