@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from longthink.config import Budget
     from longthink.errors import (
         BudgetError,
+        CacheFileError,
         CacheStateError,
         EngineError,
         LongthinkError,
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
         UnsupportedFeatureError,
         UnsupportedModelError,
     )
-    from longthink.hf import Engine, PagedCache, Sampling, generate, make_cache
+    from longthink.hf import Engine, PagedCache, Sampling, generate, load_cache, make_cache
     from longthink.policies import (
         H2O,
         Dense,
@@ -40,6 +41,7 @@ __all__ = [
     "H2O",
     "Budget",
     "BudgetError",
+    "CacheFileError",
     "CacheStateError",
     "Dense",
     "Engine",
@@ -61,6 +63,7 @@ __all__ = [
     "__version__",
     "available_policies",
     "generate",
+    "load_cache",
     "make_cache",
     "make_policy",
 ]
@@ -71,6 +74,7 @@ __getattr__ = lazy_names(
         "config": ("Budget",),
         "errors": (
             "BudgetError",
+            "CacheFileError",
             "CacheStateError",
             "EngineError",
             "LongthinkError",
@@ -79,7 +83,7 @@ __getattr__ = lazy_names(
             "UnsupportedFeatureError",
             "UnsupportedModelError",
         ),
-        "hf": ("Engine", "PagedCache", "Sampling", "generate", "make_cache"),
+        "hf": ("Engine", "PagedCache", "Sampling", "generate", "load_cache", "make_cache"),
         "policies": (
             "Dense",
             "H2O",

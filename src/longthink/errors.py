@@ -37,6 +37,10 @@ class CacheStateError(LongthinkError, RuntimeError):
     """The cache was used in a way that would silently give wrong results."""
 
 
+class CacheFileError(LongthinkError, ValueError):
+    """A cache cannot be written to a file, or a file holds no cache for this model; the message says why."""
+
+
 class NonFiniteError(LongthinkError, ArithmeticError):
     """The model produced NaN: its weights or inputs are corrupt."""
 

@@ -97,7 +97,7 @@ def test_a_copy_of_a_model_has_the_attention_that_the_model_came_with(model, ids
 
 
 def test_a_cache_can_be_copied_but_not_pickled(model, ids):
-    with longthink.make_cache(model, policy="raas", budget=48) as cache:
+    with longthink.make_cache(model, policy="raas:page_size=4", budget=96) as cache:
         text = model.generate(ids, past_key_values=cache, max_new_tokens=40, do_sample=False)
         other = copy.deepcopy(cache)
         more = torch.cat([text, ids], 1)

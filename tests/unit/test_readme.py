@@ -55,13 +55,19 @@ def test_command_of_the_table_runs_and_names_the_policies_of_its_rows(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("page", "printed"), [("README.md", " True\n"), ("docs/engine.md", "\n1 cancelled ")]
+    ("page", "printed"),
+    [
+        ("README.md", " True\n"),
+        ("docs/engine.md", "\n1 cancelled "),
+        ("docs/conversations.md", "True False\n"),
+    ],
 )
-def test_python_of_the_page_runs(page, printed, tmp_path, capsys):
+def test_python_of_the_page_runs(page, printed, tmp_path, capsys, monkeypatch):
     text = (Path(__file__).parents[2] / page).read_text()
     whole = [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "load_reasoner" in code]
     assert whole
     script = tmp_path / "readme.py"
     script.write_text("\n".join(whole))
+    monkeypatch.chdir(tmp_path)
     runpy.run_path(str(script), run_name="__main__")
     assert printed in capsys.readouterr().out

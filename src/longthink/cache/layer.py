@@ -19,15 +19,8 @@ from longthink.cache.step import QKV, FusedStep, Read, decode_step, open_pages, 
 from longthink.cache.store import SlotStore
 from longthink.cache.turn import read_turn
 from longthink.config import Budget
-from longthink.errors import BudgetError, CacheStateError, UnsupportedModelError
-from longthink.policies import (
-    NEEDS,
-    Policy,
-    ShiftsKeys,
-    grows,
-    needs_budget,
-    policy_spec,
-)
+from longthink.errors import BudgetError, CacheStateError
+from longthink.policies import NEEDS, Policy, grows, needs_budget
 
 
 class LayerCache(CacheStats):
@@ -78,7 +71,7 @@ class LayerCache(CacheStats):
         self.policy = policy
         self.budget = budget
         self.kv_dtype = kv_dtype
-        self._inv_freq_D = inv_freq_D
+        self.inv_freq_D = inv_freq_D
         self.reset()
 
     def reset(self) -> None:
@@ -87,7 +80,7 @@ class LayerCache(CacheStats):
         self._chunks: ChunkedPrompt | None = None
         self.rows = RowCounts(self.policy, self.budget)
         self._announced = 0
-        self._later_turns = False
+        self.later_turns = False
         self._prepared = False
 
     # State and rows -----------------------------------------------------------------------------------------
@@ -106,7 +99,7 @@ class LayerCache(CacheStats):
     def is_fused(self) -> bool:
         """Whether decode steps are fused."""
         # Kernels know the prompt as the first pages of the text.
-        return self.fused is not None and not self._later_turns and self.fused.serves(self.store)
+        return self.fused is not None and not self.later_turns and self.fused.serves(self.store)
 
     @property
     def sizes(self) -> tuple[torch.Size, int]:
@@ -136,14 +129,14 @@ class LayerCache(CacheStats):
             self.select_rows(torch.tensor([*range(row), 0]))
         self._store.adopt(row, other._store)
         self.rows.adopt(row, other.rows)
-        self._later_turns |= other._later_turns
+        self.later_turns |= other.later_turns
         self._store.set_caps(self.rows.caps)
         self.release()
 
     def take_row(self, row: int, other: LayerCache) -> None:
         """Become a copy of one row of another cache of the same policy."""
         self._store, self.rows = other.store.only(row), other.rows.only(row)
-        self._later_turns = other._later_turns
+        self.later_turns = other.later_turns
         self.store.set_caps(self.rows.caps)
         self.release()
 
@@ -233,7 +226,7 @@ class LayerCache(CacheStats):
         caps = self.rows.later_caps(counts)
         needed, starts = self.rows.slots_needed(counts), self.rows.lengths
         self.rows.add_prompt(counts, caps)
-        self._later_turns = True
+        self.later_turns = True
         self.store.reserve(max(caps))
         self.store.set_caps(caps)
         self.refresh_compile_marks()
@@ -324,15 +317,7 @@ class LayerCache(CacheStats):
         self._store.reserve(pages)
         self._store.set_caps(caps)
         write_prompt(self.policy, self._store, (key_BKQD, value_BKQD), position_BQ, starts, mass_BKN)
-        if isinstance(self.policy, ShiftsKeys) and self.policy.shifted_tokens():
-            count = self.policy.shifted_tokens()
-            self._store.shifted_BKND = self._store.keys_BKSD[:, :, :count].clone()
-            if self._inv_freq_D is None:
-                raise UnsupportedModelError(
-                    f"policy {policy_spec(self.policy)!r} rotates keys inside the cache and needs the model's RoPE "
-                    "frequencies, which this model does not expose; use streaming_llm:positions=logical"
-                )
-            self._store.inv_freq_D = self._inv_freq_D.to(key_BKQD.device)
+        self._store.keep_shifted(self.policy, self.inv_freq_D)
 
     # Decode -------------------------------------------------------------------------------------------------
 

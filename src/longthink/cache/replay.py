@@ -56,7 +56,7 @@ class ReplayedLayers(LayerCache):
         keys, values, mass = (self._for_rows(tensor) for tensor in (keys_LKND, values_LKND, mass_LKN))
         seen = mass if "prompt_mass" in self.policy.needs else None
         # No key meets a query here, so shifted keys need no rotation.
-        self._inv_freq_D = torch.zeros(keys.shape[-1] // 2)
+        self.inv_freq_D = torch.zeros(keys.shape[-1] // 2)
         caps = [page_caps(self.policy, budget, [prompt])[0] for budget in self._budget_B]
         self._admit(keys, values, position_BN, lengths, caps, seen)
 

@@ -14,8 +14,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from longthink import kernels
+from longthink.errors import UnsupportedModelError
 from longthink.kernels import At, entries
-from longthink.policies import Moves, PageTable, Policy, Shape, page_tables
+from longthink.policies import Moves, PageTable, Policy, Shape, ShiftsKeys, page_tables, policy_spec
+
+_OF_STORE = ("keys_BKSD", "values_BKSD", "tail_BK", "kmin_BKPD", "kmax_BKPD")
+_OF_TABLE = ("position_BKS", "now_B", "prompt_B", "cap_B", "user_BKP")
+_STATE = "state."
 
 
 class SlotStore:
@@ -96,30 +101,26 @@ class SlotStore:
     # The whole store ----------------------------------------------------------------------------------------
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Replace every tensor by ``change(tensor)``; dimension 0 counts rows."""
-        table = self.table
-        for owner, fields in (
-            (self, ("keys_BKSD", "values_BKSD", "tail_BK")),
-            (table, ("position_BKS", "now_B", "prompt_B", "cap_B", "user_BKP")),
-            (self, ("kmin_BKPD", "kmax_BKPD")),
-        ):
-            for name in fields:
-                setattr(owner, name, change(getattr(owner, name)))
-        table.state = {name: change(tensor) for name, tensor in table.state.items()}
-        if self.shifted_BKND is not None:
-            self.shifted_BKND = change(self.shifted_BKND)
+        """Replace every tensor by ``change(tensor)``."""
+        state = {}
+        for name, tensor in self.named_tensors().items():
+            if name.startswith(_STATE):
+                state[name.removeprefix(_STATE)] = change(tensor)
+            else:
+                setattr(self.table if name in _OF_TABLE else self, name, change(tensor))
+        self.table.state = state
         self._expose_needs()
 
     def tensors(self) -> list[Tensor]:
         """All tensors, keys and values first."""
-        found: list[Tensor] = []
+        return list(self.named_tensors().values())
 
-        def collect(tensor: Tensor) -> Tensor:
-            found.append(tensor)
-            return tensor
-
-        self.apply(collect)
-        return found
+    def named_tensors(self) -> dict[str, Tensor]:
+        """All tensors by name, keys and values first; dimension 0 counts rows."""
+        named = {name: getattr(self, name) for name in _OF_STORE}
+        named |= {name: getattr(self.table, name) for name in _OF_TABLE}
+        named |= {_STATE + name: tensor for name, tensor in self.table.state.items()}
+        return named if self.shifted_BKND is None else named | {"shifted_BKND": self.shifted_BKND}
 
     def mark_for_compiler(self, *, varies: bool) -> None:
         """Mark static addresses, and where it `varies` the number of slots, for the compiler."""
@@ -180,6 +181,25 @@ class SlotStore:
                 mine[row, :, : theirs.shape[2]] = theirs[other_row]
             else:
                 mine[row] = theirs[other_row]
+
+    def keep_shifted(self, policy: Policy, inv_freq_D: Tensor | None) -> None:
+        """Keep the first keys as written, where the policy shifts them.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If it does, and there are no RoPE frequencies.
+        """
+        count = policy.shifted_tokens() if isinstance(policy, ShiftsKeys) else 0
+        if not count:
+            return
+        if inv_freq_D is None:
+            raise UnsupportedModelError(
+                f"policy {policy_spec(policy)!r} rotates keys inside the cache and needs the model's RoPE "
+                "frequencies, which this model does not expose; use streaming_llm:positions=logical"
+            )
+        self.shifted_BKND = self.keys_BKSD[:, :, :count].clone()
+        self.inv_freq_D = inv_freq_D.to(self.keys_BKSD.device)
 
     # Prefill ------------------------------------------------------------------------------------------------
 

@@ -6,8 +6,10 @@ It is what users create; each layer is a `PagedLayer` over a `LayerCache`.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -57,7 +59,7 @@ class PagedCache(Cache):
         self._fused = fused_steps(model.device) if fused is None else fused
         self.kv_dtype = kv_dtype
         self.budget = budget
-        self._rows = batch_size
+        self.required_rows = batch_size
         self.binding = ModelBinding(model)
         frequencies = rope_frequencies(model)
         count = model.config.get_text_config(decoder=True).num_hidden_layers
@@ -105,8 +107,26 @@ class PagedCache(Cache):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Raise: the contents are of use to this model only."""
         raise UnsupportedFeatureError(
-            "a longthink cache belongs to a model in this process and cannot be pickled; copy.deepcopy copies it"
+            "a longthink cache belongs to a model in this process and cannot be pickled: copy it with copy.deepcopy, "
+            "or write it to a file with cache.save(path) and read it with longthink.load_cache(model, path)"
         )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the contents to a safetensors file, which `load_cache` reads. A closed cache can be saved too.
+
+        The file appears as a whole: an error, or the end of the process, leaves the old one.
+
+        Raises
+        ------
+        CacheStateError
+            In the middle of a chunked prefill or after an interrupted step.
+        CacheFileError
+            If the file cannot be written.
+        """
+        from longthink.hf.saving import save_cache  # which creates caches
+
+        self._check_complete()
+        save_cache(self, Path(path))
 
     @contextmanager
     def begin_chunked_prefill(self, columns: int) -> Iterator[None]:
@@ -139,9 +159,9 @@ class PagedCache(Cache):
         if layer_idx == 0:
             self.binding.check_open()
             rows = len(key_states)
-            if self._rows is not None and rows != self._rows:
+            if self.required_rows is not None and rows != self.required_rows:
                 raise CacheStateError(
-                    f"the cache was made for batch_size={self._rows} and was given {rows} rows"
+                    f"the cache was made for batch_size={self.required_rows} and was given {rows} rows"
                 )
         self._check_layer(layer_idx)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)

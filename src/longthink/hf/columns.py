@@ -99,6 +99,17 @@ class Columns:
         """Stop comparing masks: rows of different texts have no columns in common."""
         self._comparable = False
 
+    def contents(self) -> tuple[int, bool, Tensor | None]:
+        """Number of columns, whether masks are compared, and the real columns (BN; None if there is no padding)."""
+        masks = [block for block in self._blocks if not isinstance(block, int)]
+        real_BN = self._real(len(masks[0]), masks[0].device) if masks and self._comparable else None
+        return self.count, self._comparable, real_BN
+
+    def restore(self, count: int, comparable: bool, real_BN: Tensor | None) -> None:
+        """Set what `contents` has returned."""
+        self.count, self._comparable, self._lengths = count, comparable, None
+        self._blocks = [] if count == 0 else [count if real_BN is None else real_BN]
+
     def _add(self, new_BQ: Tensor | None, columns: int) -> None:
         self.count += columns
         if new_BQ is not None:

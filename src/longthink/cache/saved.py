@@ -1,0 +1,175 @@
+"""The contents of a layer as named tensors and numbers, and back: what a file of a cache holds of it.
+
+Numbers that come back are not trusted: whatever later serves as an index or a size is checked.
+
+Shape suffixes: B batch rows, K KV heads, P page slots, S token slots, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from longthink.cache.layer import LayerCache
+from longthink.cache.rows import PromptPages, RowCounts
+from longthink.cache.store import SlotStore
+from longthink.errors import CacheFileError
+from longthink.policies import grows, needs_budget
+
+_MOST = 2**31 - 1
+"""Positions are int32."""
+_COUNTS = {"lengths", "caps", "prompts", "later_turns"}
+
+
+class LayerShape(NamedTuple):
+    """What the keys of a layer must be: KV heads, head dim, dtype, and the device they are for."""
+
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+def layer_contents(layer: LayerCache) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors by name, and the numbers of the rows, ready for JSON; both empty before the prompt."""
+    rows = layer.rows
+    if not rows.lengths:
+        return {}, {}
+    counts = {
+        "lengths": rows.lengths,
+        "caps": rows.caps,
+        "prompts": [[pages.count, pages.end] for pages in rows.prompts],
+        "later_turns": layer.later_turns,
+    }
+    return layer.store.named_tensors(), counts
+
+
+def restore_layer(
+    layer: LayerCache, tensors: Mapping[str, Tensor], counts: Mapping[str, Any], shape: LayerShape
+) -> None:
+    """Fill an empty layer with what `layer_contents` has returned.
+
+    Raises
+    ------
+    CacheFileError
+        If tensors and numbers do not fit the policy, the budget, the model and each other.
+    """
+    if not counts:
+        _require(not tensors, f"no rows, but tensors {', '.join(tensors)}")
+        return
+    rows = _rows(layer, counts)
+    keys = tensors.get("keys_BKSD")
+    page_size = layer.policy.page_size
+    if keys is None or keys.ndim != 4 or keys.shape[2] % page_size:
+        found = "none" if keys is None else f"shape {tuple(keys.shape)}"
+        raise CacheFileError(f"keys_BKSD: found {found}, expected whole pages of {page_size} tokens")
+    pages = keys.shape[2] // page_size
+    if grows(layer.policy):
+        needed = -(-max(rows.lengths) // page_size)
+    else:
+        needed = max(rows.caps)
+    _require(pages >= needed, f"keys_BKSD has {pages} page slots, expected at least {needed}")
+    none = torch.empty(
+        len(rows.lengths), shape.kv_heads, 0, shape.head_dim, dtype=shape.dtype, device=shape.device
+    )
+    store = SlotStore(layer.policy, none, rows.caps, pages, shape.dtype)
+    store.keep_shifted(layer.policy, layer.inv_freq_D)
+    _fill(store, tensors)
+    _check(store, rows)
+    layer._store, layer.rows, layer.later_turns = store, rows, counts["later_turns"]
+
+
+def _require(fits: bool, fault: str) -> None:
+    if not fits:
+        raise CacheFileError(fault)
+
+
+def _rows(layer: LayerCache, counts: Mapping[str, Any]) -> RowCounts:
+    _require(counts.keys() == _COUNTS, f"counts: found {sorted(counts)}, expected {sorted(_COUNTS)}")
+    lengths, caps, prompts = (counts[name] for name in ("lengths", "caps", "prompts"))
+    for name, values in (("lengths", lengths), ("caps", caps)):
+        _require(_are_counts(values), f"{name}={values!r}: expected numbers from 0 to {_MOST}")
+    pairs = isinstance(prompts, list) and all(_are_counts(pair) and len(pair) == 2 for pair in prompts)
+    _require(pairs, f"prompts={prompts!r}: expected two numbers from 0 to {_MOST} for each row")
+    _require(
+        0 < len(lengths) == len(caps) == len(prompts),
+        f"found {len(lengths)} lengths, {len(caps)} caps and {len(prompts)} prompts: expected one of each per row",
+    )
+    _require(
+        isinstance(counts["later_turns"], bool), f"later_turns={counts['later_turns']!r}: expected a bool"
+    )
+    page_size, budget = layer.policy.page_size, layer.budget
+    for length, cap, (count, end) in zip(lengths, caps, prompts, strict=True):
+        pages = -(-length // page_size)
+        _require(
+            count <= end <= pages,
+            f"{count} prompt pages up to page {end} in a text of {pages} pages of {page_size}",
+        )
+        if budget is not None and needs_budget(layer.policy):
+            least = budget.pages(count * page_size, page_size)
+            # Dropping the end of a text takes its prompt pages, but no slots.
+            fits = cap == least if budget.budget is not None else cap >= least
+            _require(fits, f"cap={cap} pages, expected {least} for {count} prompt pages and {budget}")
+    rows = RowCounts(layer.policy, budget)
+    rows.lengths, rows.caps = list(lengths), list(caps)
+    rows.prompts = [PromptPages(count, end) for count, end in prompts]
+    return rows
+
+
+def _are_counts(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value <= _MOST for value in values)
+
+
+def _fill(store: SlotStore, tensors: Mapping[str, Tensor]) -> None:
+    """Copy tensors into the slots, if they are those that the slots have."""
+    own = store.named_tensors()
+    for name in sorted(own.keys() ^ tensors.keys()):
+        raise CacheFileError(f"tensor {name} is {'missing' if name in own else 'not one of this policy'}")
+    for name, tensor in own.items():
+        found, expected = ((x.dtype, tuple(x.shape)) for x in (tensors[name], tensor))
+        _require(found == expected, f"tensor {name}: found {_kind(*found)}, expected {_kind(*expected)}")
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])
+
+
+def _kind(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
+    return f"{dtype} of shape {shape}".removeprefix("torch.")
+
+
+def _check(store: SlotStore, rows: RowCounts) -> None:
+    """Check that the page table is one that decoding could have left."""
+    table, page_size = store.table, store.table.page_size
+    length_B, position_BKS = torch.tensor(rows.lengths, device=table.now_B.device), table.position_BKS
+    _require(torch.equal(table.now_B, length_B), f"now_B={table.now_B.tolist()}, expected {rows.lengths}")
+    _require(table.cap_B.tolist() == rows.caps, f"cap_B={table.cap_B.tolist()}, expected {rows.caps}")
+    _require(
+        _within(table.prompt_B, 0, _MOST), f"prompt_B={table.prompt_B.tolist()}, expected numbers from 0"
+    )
+    _require(_within(store.user_BKP, 0, 1), "user_BKP: expected 0 or 1")
+    _require(
+        _within(position_BKS, -1, _MOST) and bool((position_BKS < length_B[:, None, None]).all()),
+        f"position_BKS: found {_range(position_BKS)}, expected -1 to below the lengths {rows.lengths}",
+    )
+    ordered = position_BKS.sort(-1).values
+    twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
+    _require(not bool(twice.any()), "position_BKS: a position is in two slots")
+    pages = store.pages
+    _require(
+        _within(store.tail_BK, 0, pages - 1),
+        f"tail_BK: found {_range(store.tail_BK)}, expected 0 to {pages - 1}",
+    )
+    # The next token must not overwrite one.
+    offset_B1 = length_B[:, None] % page_size
+    next_BK = position_BKS.gather(2, (store.tail_BK * page_size + offset_B1)[..., None])[..., 0]
+    _require(bool(((next_BK < 0) | (offset_B1 == 0)).all()), "tail_BK: the slot of the next token is taken")
+
+
+def _within(tensor: Tensor, low: int, high: int) -> bool:
+    return bool(((tensor >= low) & (tensor <= high)).all())
+
+
+def _range(tensor: Tensor) -> str:
+    return f"{int(tensor.min())} to {int(tensor.max())}" if tensor.numel() else "nothing"
