@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from longthink.cache import LayerCache
 from longthink.config import Budget
 from longthink.policies import Moves, PageTable, Policy, Shape, Step
-from tests.oracle.base import Heads, Limit, RowOracle, Setting, Vector, softmax
+from tests.oracle.base import Heads, Limit, Setting, Vector, softmax
 from tests.oracle.harness import TIE_TOLERANCE, Case, compare
+from tests.oracle.milestone import YoungPagesOracle
 from tests.oracle.strategies import STYLES, turns
 
 PAGE = 4
@@ -72,18 +73,13 @@ class Promotion(Policy):
         table.state["mass"] += step.weights_BKGS.sum(2)
 
 
-class PromotionOracle(RowOracle):
+class PromotionOracle(YoungPagesOracle):
     """Per KV head three lists of positions: pinned, the old generation, and the young pages in order."""
 
     def __init__(self, setting: Setting) -> None:
-        super().__init__(setting)
+        super().__init__(setting, PAGE)
         self.old: list[list[int]] = [[] for _ in range(self.heads.kv)]
-        self.young: list[list[list[int]]] = [[] for _ in range(self.heads.kv)]
         self.mass: list[dict[int, float]] = [{} for _ in range(self.heads.kv)]
-
-    def pinned(self) -> list[int]:
-        """The tokens on pages that hold a prompt token."""
-        return list(range(min(self.length, -(-self.prompt // PAGE) * PAGE)))
 
     def step(self, query: list[Vector], key: list[Vector]) -> None:
         now = self.length
@@ -103,7 +99,7 @@ class PromotionOracle(RowOracle):
             old.append(now)
             return
         if now % PAGE == 0:
-            slots_left = self.limit.in_pages(self.prompt, PAGE) - len(self.pinned()) // PAGE - 1
+            slots_left = self.capacity() - len(self.prompt_pages | self.coming_pages) - 1
             if len(young) >= slots_left:
                 mass = self.mass[kv_head]
                 self.old[kv_head] = sorted(self.best({p: mass[p] for p in old + young.pop(0)}, PAGE))
@@ -138,7 +134,7 @@ def promotion_cases(draw: st.DrawFn) -> PromotionCase:
         "promotion",
         **{"decode_budget" if on_top else "budget": tokens},
         prompts=prompts,
-        then=(draw(st.integers(16, 40)), draw(turns(rows)), draw(st.integers(1, 20))),
+        then=(draw(st.integers(16, 40)), *([draw(turns(rows))] if on_top else ()), draw(st.integers(1, 20))),
         kv_heads=draw(st.integers(1, 2)),
         group=draw(st.sampled_from((1, 2))),
         style=draw(st.sampled_from(STYLES)),

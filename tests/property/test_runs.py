@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 
 from tests.oracle.harness import Call, Case, Row, calls
 from tests.oracle.strategies import all_cases
-from tests.property.facts import UNBOUNDED, kv_bytes_formula
+from tests.property.facts import UNBOUNDED, kv_bytes_formula, prompts_of
 
 QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 FAST = settings(max_examples=15, derandomize=True, **QUIET)
@@ -17,19 +17,21 @@ FULL = settings(max_examples=150, **QUIET)
 
 
 def memory_is_the_closed_formula(case: Case) -> None:
-    layer = case.make_layer()
+    layer, rows = case.make_layer(), prompts_of(case)
     item_bytes = getattr(torch, case.dtype).itemsize
-    metadata_bytes = set()
+    metadata_bytes = {}
     for call in calls(case):
         call.attend(layer, case.scaling)
         if call.prefill:
             continue
+        for row, tokens in zip(rows, call.real_BQ.sum(1).tolist(), strict=True):
+            row.add(tokens, by_user=call.is_turn)
         if case.policy in UNBOUNDED:
             assert layer.kv_bytes >= 2 * int(layer.length_B.max()) * case.kv_heads * case.dim * item_bytes
         else:
-            assert layer.kv_bytes == kv_bytes_formula(case, item_bytes)
-            metadata_bytes.add(layer.metadata_bytes)
-    assert len(metadata_bytes) <= 1
+            assert layer.kv_bytes == kv_bytes_formula(case, rows, item_bytes)
+            # It changes with the slots, that is with a turn, and not while decoding.
+            assert metadata_bytes.setdefault(layer.kv_bytes, layer.metadata_bytes) == layer.metadata_bytes
 
 
 def two_runs_are_equal(case: Case) -> None:

@@ -262,7 +262,7 @@ class LayerCache(CacheStats):
         """
         assert self._store is not None
         self._store.truncate(lengths)
-        self.rows.rewind(lengths)
+        self.rows.rewind(lengths, (self._store.table.page_BKP >= 0).sum(-1).amax(1).tolist())
 
     # Prefill ------------------------------------------------------------------------------------------------
 
