@@ -43,13 +43,15 @@ def cap_in_pages(case: Case, prompt_pages: int) -> float:
 class RowFacts:
     """What has been given to a row: its length, and the pages of its prompts.
 
-    `lost` are positions that were gone when the row was rewound to the middle of their page, or behind it.
+    `lost` are positions before `length` that were gone when the row was rewound. Until the next token, stamps are
+    those of a text of `stamped` tokens.
     """
 
     case: Case
     length: int = 0
     prompt_pages: set[int] = field(default_factory=set)
     lost: set[int] = field(default_factory=set)
+    stamped: int = 0
 
     def pages_with(self, tokens: int) -> set[int]:
         """Prompt pages with those of so many tokens of the user more."""
@@ -60,6 +62,8 @@ class RowFacts:
         if by_user:
             self.prompt_pages = self.pages_with(tokens)
         self.length += tokens
+        if tokens:
+            self.stamped = self.length
 
     def fits(self, tokens: int) -> bool:
         """Whether a prompt of so many tokens leaves room to decode."""
@@ -103,7 +107,7 @@ def check_row(case: Case, row: RowFacts, positions: list[int]) -> None:
     moves_tokens = case.policy == "milestone"
     if not moves_tokens:
         assert len({position // page_size for position in positions}) <= row.cap
-    tail = (length - 1) // page_size
+    tail = max(0, length - 1) // page_size
     assert set(range(tail * page_size, length)) - row.lost <= kept
     if pins_prompt(case) or case.policy in UNBOUNDED:
         pinned = {p for page in row.prompt_pages for p in range(page * page_size, (page + 1) * page_size)}
@@ -132,7 +136,7 @@ def check_layer(case: Case, layer: LayerCache, rows: list[RowFacts]) -> None:
 
 
 def check_slots(layer: LayerCache, rows: list[RowFacts]) -> None:
-    """A position stands in one slot at most, the tail is where the next token belongs, no stamp lies in the future."""
+    """No position stands in two slots, the tail is where the next token belongs, no stamp lies in the future."""
     table, size = layer._store.table, layer.policy.page_size
     assert table.now_B.tolist() == [row.length for row in rows]
     for positions_KS, tails_K, row in zip(
@@ -149,4 +153,4 @@ def check_slots(layer: LayerCache, rows: list[RowFacts]) -> None:
                 assert [p if p not in row.lost else -1 for p in in_tail] == expected
     if "stamp" in table.state:
         for stamp_KP, row in zip(table.state["stamp"].tolist(), rows, strict=True):
-            assert all(stamp < row.length for stamp_P in stamp_KP for stamp in stamp_P)
+            assert all(stamp <= max(0, row.stamped - 1) for stamp_P in stamp_KP for stamp in stamp_P)

@@ -117,7 +117,7 @@ class PromotionCase(Case):
     def make_layer(self) -> LayerCache:
         return LayerCache(Promotion(), Budget(budget=self.budget, decode_budget=self.decode_budget))
 
-    def make_oracle(self) -> RowOracle:
+    def make_oracle(self) -> PromotionOracle:
         limit = Limit(self.budget or self.decode_budget or 0, on_top_of_prompt=self.budget is None)
         heads = Heads(self.kv_heads, self.group)
         return PromotionOracle(Setting(limit, heads, self.dim**-0.5, TIE_TOLERANCE[self.dtype]))

@@ -77,13 +77,27 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def rewind(self, data: st.DataObject) -> None:
-        lengths = [data.draw(st.integers(max(0, row.length - 12), row.length)) for row in self.facts]
-        kept = self.layer.resident_positions()
+        """Only a turn rewinds rows, and only if it then fits."""
+        lengths = [data.draw(st.integers(max(0, row.length - 30), row.length)) for row in self.facts]
+        flags = st.lists(st.booleans(), min_size=3, max_size=3)
+        real_BQ = torch.tensor([data.draw(flags) for _ in range(self.rows)])
+        counts, kept = real_BQ.sum(1).tolist(), self.layer.resident_positions()
+        after = copy.deepcopy(self.facts)
+        for row, length, kept_K in zip(after, lengths, kept, strict=True):
+            row.rewind(length, kept_K)
+        if not all(row.fits(count) for row, count in zip(after, counts, strict=True)):
+            with pytest.raises(BudgetError):
+                self.layer.check_room(lengths, counts, 3)
+            return
+        self.layer.check_room(lengths, counts, 3)
         for layer in (self.layer, self.twin):
             layer.rewind(lengths)
         for row, (length, kept_K) in enumerate(zip(lengths, kept, strict=True)):
-            self.facts[row].rewind(length, kept_K)
-            assert self.layer.resident_positions()[row] == [[p for p in kept_S if p < length] for kept_S in kept_K]
+            assert self.layer.resident_positions()[row] == [
+                [p for p in kept_S if p < length] for kept_S in kept_K
+            ]
+        self.facts = after
+        self.feed(real_BQ, by_user=True)
 
     @rule(data=st.data())
     def adopt(self, data: st.DataObject) -> None:

@@ -158,7 +158,10 @@ class RowCounts:
         self.spread = self.spread or [0] * len(counts)
 
     def rewind(self, lengths: list[int], filled: list[int]) -> None:
-        """Forget the tokens from these lengths on; so many page slots of each row hold others."""
+        """Forget the tokens from these lengths on; so many page slots of each row hold others.
+
+        Caps follow with the next turn.
+        """
         pages = [-(-length // self._policy.page_size) for length in lengths]
         self.prompts = [prompt.before(page) for prompt, page in zip(self.prompts, pages, strict=True)]
         self.spread = [max(0, slots - page) for slots, page in zip(filled, pages, strict=True)]
