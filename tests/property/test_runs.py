@@ -53,9 +53,11 @@ def a_row_is_the_same_alone(case: Case) -> None:
             columns = call.real_columns(row)
             if not columns[1].shape[1]:
                 continue
-            own = Call(
-                *(tensor[None] for tensor in columns), torch.ones(1, columns[1].shape[1]).bool(), call.prefill
-            )
+            width = columns[1].shape[1]
+            # A turn of one token would be a decode step if it were not announced.
+            announced = width if call.is_turn else 0
+            real_BQ = torch.ones(1, width, dtype=torch.bool)
+            own = Call(*(tensor[None] for tensor in columns), real_BQ, call.prefill, announced)
             own_HQD = own.attend(layer, case.scaling)[0]
             torch.testing.assert_close(out_BHQD[row][:, call.real_BQ[row]], own_HQD, atol=1e-12, rtol=1e-12)
             assert together.resident_positions()[row] == layer.resident_positions()[0]

@@ -59,11 +59,11 @@ def fast_forward(layer: LayerCache, tokens: int, *, heads: int, generator: torch
     layer.select_rows(torch.tensor([0]))
     queried_BHSD = store.keys_BKSD[:, :1].expand(-1, heads, -1, -1)
     drawn = [
-        random_like(like, tokens - jump, generator).split(1, 2)
+        random_like(like, tokens - jump, generator)
         for like in (queried_BHSD, store.keys_BKSD, store.values_BKSD)
     ]
-    for query, key, value in zip(*drawn, strict=True):
-        layer.attend(query, key, value)
+    for i in range(tokens - jump):
+        layer.attend(*(tensor[:, :, i : i + 1] for tensor in drawn))
     if jump:
         _advance_positions(layer, store, jump)
     layer.select_rows(torch.zeros(rows, dtype=torch.int64))
