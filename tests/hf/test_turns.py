@@ -5,7 +5,6 @@ import torch
 from transformers import DynamicCache
 
 import longthink
-from longthink.cache.step import FusedStep
 from longthink.policies import grows, make_policy, needs_budget
 from longthink.reasoner import Size, grade, load_reasoner, make_problem
 from tests import fused
@@ -49,6 +48,7 @@ def test_the_second_question_stays_and_the_bound_grows_by_its_pages(model, polic
         if way == "longthink.generate":
             ask(model, cache, text, second, 200, compile=False)
         else:
+            cache.open()
             model.generate(torch.cat([text, second], 1), past_key_values=cache, max_new_tokens=200, **GREEDY)
         size = cache.policy.page_size
         # The last token of an answer is read with the next question.
@@ -220,6 +220,7 @@ def test_a_compiled_step_after_a_second_turn_writes_the_eager_tokens(policy, lig
 @pytest.mark.parametrize("policy", [policy for policy in POLICIES if not grows(make_policy(policy))])
 def test_fused_steps_end_with_a_second_turn(model, policy, monkeypatch):
     """The kernels know the prompt as the first pages of the text."""
+    has_kernels = policy not in ("random", "streaming_llm")
     first, second, texts = question(21, rows=2), question(19, seed=2, rows=2), []
     for forced in (False, True):
         if forced:
@@ -227,13 +228,12 @@ def test_fused_steps_end_with_a_second_turn(model, policy, monkeypatch):
         with longthink.make_cache(model, policy=policy, decode_budget=32) as cache:
             text = ask(model, cache, first[:, :0], first, 50, compile=False)
             slots = [layer.slots for layer in cache.layers]
-            steps: list[FusedStep | None] = [layer.fused for layer in slots]
-            assert all(layer.is_fused == forced for layer in slots) or None in steps
+            assert all(layer.is_fused == (forced and has_kernels) for layer in slots)
             texts.append(ask(model, cache, text, second, 90, compile=False))
             assert not any(layer.is_fused for layer in slots)
             cache.reset()
             ask(model, cache, first[:, :0], first, 2, compile=False)
-            assert all(layer.is_fused == forced for layer in slots) or None in steps
+            assert all(layer.is_fused == (forced and has_kernels) for layer in slots)
     assert torch.equal(*texts)
 
 
@@ -245,9 +245,9 @@ def test_a_problem_in_two_turns_is_solved_as_in_one(policy):
     Half of it is in the second one, behind an answer that the mask hides, and is read again until the end.
     """
     model, tokenizer = load_reasoner()
-    right = {"one": 0, "two": 0}
-    for seed in range(4):
-        problem = make_problem(profile="chain", size=Size(ops=20), seed=9_000 + seed)
+    right: dict[str, list[bool]] = {"one": [], "two": []}
+    for seed in range(3):
+        problem = make_problem(profile="chain", size=Size(ops=12), seed=9_000 + seed)
         ids = tokenizer(problem.prompt, return_tensors="pt")["input_ids"]
         half, tokens = ids.shape[1] // 2, len(problem.solution.split()) + 8
         for turns in right:
@@ -259,5 +259,6 @@ def test_a_problem_in_two_turns_is_solved_as_in_one(policy):
                     mask = torch.cat([mask[:, :half], hidden, mask[:, half:]], 1)
                 question = ids[:, half if turns == "two" else 0 :]
                 out = ask(model, cache, text, question, tokens, mask=mask)
-            right[turns] += grade(problem, tokenizer.decode(out[0, mask.shape[1] :]))
-    assert right["two"] == right["one"] >= 3
+            right[turns].append(grade(problem, tokenizer.decode(out[0, mask.shape[1] :])))
+    assert right["two"] == right["one"]
+    assert sum(right["one"]) >= 2
