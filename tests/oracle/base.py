@@ -35,18 +35,15 @@ def exactly_representable(value: float) -> bool:
 
 @dataclass(frozen=True)
 class Limit:
-    """The budget of a row: `tokens` in all, or on top of the prompt."""
+    """The budget of a row: `tokens` in all, or on top of the pages that the user's tokens touch."""
 
     tokens: int
     on_top_of_prompt: bool
 
-    def in_pages(self, prompt: int, page_size: int) -> int:
+    def in_pages(self, prompt_pages: int, page_size: int) -> int:
         if self.on_top_of_prompt:
-            return math.ceil(prompt / page_size) + math.ceil(self.tokens / page_size)
+            return prompt_pages + math.ceil(self.tokens / page_size)
         return self.tokens // page_size
-
-    def in_tokens(self, prompt: int) -> int:
-        return self.in_pages(prompt, 1)
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,9 @@ class Setting:
 
 
 class RowOracle:
-    """One row: `prefill` any number of times, then `step` token by token.
+    """One row: `prefill` any number of times, then turns and decode steps in any order.
+
+    A turn is announced by `begin_turn`; each of its tokens is then one `turn_step`.
 
     `doubtful` turns True when a decision hung on a difference that rounding could turn round
     (a near tie that is not a tie by construction); what follows must then not be compared.
@@ -84,7 +83,12 @@ class RowOracle:
         self.tolerance = setting.tolerance
         self.keys: list[list[Vector]] = [[] for _ in range(setting.heads.kv)]
         self.values: list[list[Vector]] = [[] for _ in range(setting.heads.kv)]
-        self.prompt = 0
+        self.page_size = 1
+        self.prompt_pages: set[int] = set()
+        """Pages with a token of the user that has been read."""
+        self.coming_pages: set[int] = set()
+        """Those of the turn that is being read."""
+        self.turns = 0
         self.length = 0
         self.doubtful = False
 
@@ -98,11 +102,37 @@ class RowOracle:
         for kept, new in zip(self.keys, keys, strict=True):
             kept.extend(new)
         self.length += len(keys[0])
-        self.prompt = self.length
+        self.prompt_pages = self.pages_of(range(self.length))
 
     def step(self, query: list[Vector], key: list[Vector]) -> None:
         """Take `query[query head]` and `key[kv head]` of the next token."""
         raise NotImplementedError
+
+    def begin_turn(self, tokens: int) -> None:
+        """Make room for so many tokens of the user: the pages that they touch count from now on."""
+        self.coming_pages = self.pages_of(range(self.length, self.length + tokens))
+        self.turns += tokens > 0
+
+    def turn_step(self, query: list[Vector], key: list[Vector]) -> None:
+        """A step with a token of the user, whose page belongs to the prompt from then on."""
+        self.step(query, key)
+        self.prompt_pages |= self.pages_of([self.length - 1])
+
+    def fits(self, tokens: int) -> bool:
+        """Whether a turn of so many tokens leaves room to decode."""
+        coming = self.pages_of(range(self.length, self.length + tokens))
+        pages = len(self.prompt_pages | coming)
+        return self.limit.in_pages(pages, self.page_size) >= self.least_pages(pages)
+
+    def least_pages(self, prompt_pages: int) -> int:
+        """The smallest capacity with which a row with so many prompt pages can decode."""
+        return 0
+
+    def capacity(self) -> int:
+        return self.limit.in_pages(len(self.prompt_pages | self.coming_pages), self.page_size)
+
+    def pages_of(self, positions: Iterable[int]) -> set[int]:
+        return {position // self.page_size for position in positions}
 
     def residents(self) -> list[list[int]]:
         """Sorted positions that are still kept, per KV head."""

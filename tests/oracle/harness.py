@@ -6,10 +6,12 @@ Shapes: B rows, H query heads, K KV heads, Q new columns, N tokens so far, D hea
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+import pytest
 import torch
 
 from longthink.cache import LayerCache
 from longthink.config import Budget
+from longthink.errors import BudgetError
 from longthink.policies import make_policy
 from tests.oracle.base import Heads, Limit, RowOracle, Setting
 from tests.oracle.milestone import MilestoneOracle
@@ -40,7 +42,7 @@ Turn = tuple[tuple[bool, ...], ...]
 class Case:
     """One run: prompts of `prompts[row]` tokens, left padded, in chunks; then decode steps and further turns.
 
-    `then` holds an int for that many decode steps, or a tuple of rows of valid flags for a call with Q > 1.
+    `then` holds an int for that many decode steps, or a tuple of rows of valid flags for a turn (several columns).
     """
 
     policy: str
@@ -110,15 +112,26 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of one `attend`; `real_BQ` marks the columns that are tokens."""
+    """The arguments of one `attend`; `real_BQ` marks the columns that are tokens.
+
+    Before the first chunk of a prompt, so many columns are announced.
+    """
 
     query_BHQD: torch.Tensor
     key_BKQD: torch.Tensor
     value_BKQD: torch.Tensor
     real_BQ: torch.Tensor
     prefill: bool
+    announces: int = 0
+
+    @property
+    def is_turn(self) -> bool:
+        """Whether the user wrote it behind a text."""
+        return not self.prefill and self.real_BQ.shape[1] > 1
 
     def attend(self, layer: LayerCache, scaling: float | None) -> torch.Tensor:
+        if self.announces:
+            layer.begin_chunked_prefill(self.announces)
         valid_BQ = None if bool(self.real_BQ.all()) else self.real_BQ
         return layer.attend(self.query_BHQD, self.key_BKQD, self.value_BKQD, valid_BQ, scaling)
 
@@ -144,11 +157,13 @@ def valid_flags(case: Case) -> Iterator[tuple[torch.Tensor, bool]]:
 def calls(case: Case) -> Iterator[Call]:
     """Every call of a case, with garbage in the columns that are padding."""
     inputs = Inputs(case)
+    announced = max(case.prompts) if case.chunks else 0
     for real_BQ, prefill in valid_flags(case):
         columns = inputs.columns(real_BQ.shape[1])
         for tensor in columns:
             tensor.masked_fill_(~real_BQ[:, None, :, None], PADDING_GARBAGE)
-        yield Call(*columns, real_BQ, prefill)
+        yield Call(*columns, real_BQ, prefill, announced)
+        announced = 0
 
 
 class Row:
@@ -190,9 +205,12 @@ class Row:
         columns = [self.shadow(query_HQD[:, i], positions) for i, positions in enumerate(seen)]
         return torch.stack(columns, dim=1)
 
-    def step(self, query_HD: torch.Tensor, key_KD: torch.Tensor, value_KD: torch.Tensor) -> torch.Tensor:
+    def step(
+        self, query_HD: torch.Tensor, key_KD: torch.Tensor, value_KD: torch.Tensor, *, by_user: bool = False
+    ) -> torch.Tensor:
         self.remember(key_KD[:, None], value_KD[:, None])
-        self.oracle.step(query_HD.tolist(), key_KD.tolist())
+        step = self.oracle.turn_step if by_user else self.oracle.step
+        step(query_HD.tolist(), key_KD.tolist())
         return self.shadow(query_HD, self.oracle.attended())
 
 
@@ -207,17 +225,28 @@ class Run:
     def compare(self) -> int:
         compared = 0
         for call in calls(self.case):
+            if call.is_turn and not self.turn_fits(call):
+                with pytest.raises(BudgetError):
+                    call.attend(self.layer, self.case.scaling)
+                self.check_state()
+                compared += 1
+                continue
             out_BHQD = call.attend(self.layer, self.case.scaling)
             expected = [self.expected(call, row) for row in range(len(self.rows))]
             if any(row.oracle.doubtful for row in self.rows):
                 break
-            self.check_state()
+            if not self.layer.in_chunked_prefill:
+                self.check_state()
             tolerance = OUTPUT_TOLERANCE[self.case.dtype]
             for row, expected_HQD in enumerate(expected):
                 actual_HQD = out_BHQD[row][:, call.real_BQ[row]].double()
                 torch.testing.assert_close(actual_HQD, expected_HQD, atol=tolerance, rtol=tolerance)
             compared += 1
         return compared
+
+    def turn_fits(self, call: Call) -> bool:
+        counts = call.real_BQ.sum(1).tolist()
+        return all(row.oracle.fits(count) for row, count in zip(self.rows, counts, strict=True))
 
     def expected(self, call: Call, row: int) -> torch.Tensor:
         query_HQD, key_KQD, value_KQD = call.real_columns(row)
@@ -226,7 +255,12 @@ class Run:
             return torch.zeros_like(query_HQD, dtype=torch.float64)
         if call.prefill:
             return self.rows[row].prefill(query_HQD, key_KQD, value_KQD)
-        columns = [self.rows[row].step(query_HQD[:, i], key_KQD[:, i], value_KQD[:, i]) for i in range(width)]
+        if call.is_turn:
+            self.rows[row].oracle.begin_turn(width)
+        columns = [
+            self.rows[row].step(query_HQD[:, i], key_KQD[:, i], value_KQD[:, i], by_user=call.is_turn)
+            for i in range(width)
+        ]
         return torch.stack(columns, dim=1)
 
     def check_state(self) -> None:

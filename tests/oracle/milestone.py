@@ -37,7 +37,35 @@ def likeness(features: dict[int, Vector], marked: set[int], ridge: float) -> dic
     return {p: dot(x, direction) for p, x in centred.items()}
 
 
-class MilestoneOracle(RowOracle):
+class YoungPagesOracle(RowOracle):
+    """Per KV head the prompt's pages, and young pages in order; several turns with a decode budget only.
+
+    The page in which a turn begins leaves the young pages, and is a page of the prompt from then on.
+    """
+
+    def __init__(self, setting: Setting, page_size: int) -> None:
+        super().__init__(setting)
+        self.page_size = page_size
+        self.young: list[list[list[int]]] = [[] for _ in range(self.heads.kv)]
+
+    def pinned(self) -> list[int]:
+        """The tokens on pages that hold a token of the user."""
+        return [p for p in range(self.length) if p // self.page_size in self.prompt_pages]
+
+    def turn_step(self, query: list[Vector], key: list[Vector]) -> None:
+        assert self.limit.on_top_of_prompt
+        page, offset = divmod(self.length, self.page_size)
+        if offset and page not in self.prompt_pages:
+            for young in self.young:
+                assert young.pop()[0] == page * self.page_size
+        self.prompt_pages.add(page)
+        self.step(query, key)
+
+    def least_pages(self, prompt_pages: int) -> int:
+        return prompt_pages + 1
+
+
+class MilestoneOracle(YoungPagesOracle):
     """Per KV head: the prompt's pages, the keepers, and the young pages in order."""
 
     def __init__(
@@ -50,21 +78,15 @@ class MilestoneOracle(RowOracle):
         alpha: float = 0.5,
         ridge: float = 0.003,
     ) -> None:
-        super().__init__(setting)
-        self.page_size, self.keep, self.smallest_young = page_size, keep, young
+        super().__init__(setting, page_size)
+        self.keep, self.smallest_young = keep, young
         self.alpha, self.ridge = alpha, ridge
         self.keepers: list[list[int]] = [[] for _ in range(self.heads.kv)]
-        self.young: list[list[list[int]]] = [[] for _ in range(self.heads.kv)]
         self.marked: list[set[int]] = [set() for _ in range(self.heads.kv)]
-
-    def pinned(self) -> list[int]:
-        """The tokens on pages that hold a prompt token."""
-        return list(range(min(self.length, math.ceil(self.prompt / self.page_size) * self.page_size)))
 
     def generations(self) -> tuple[int, int]:
         """How many decode pages are keepers, and how many are young."""
-        prompt_pages = math.ceil(self.prompt / self.page_size)
-        pages = self.limit.in_pages(self.prompt, self.page_size) - prompt_pages
+        pages = self.capacity() - len(self.prompt_pages | self.coming_pages)
         keepers = math.floor(exact_product(self.keep, pages) + exact_product(0.5, 1))
         keepers = min(keepers, max(0, pages - math.ceil(self.smallest_young / self.page_size)))
         return keepers, pages - keepers

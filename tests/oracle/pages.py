@@ -25,11 +25,11 @@ class PageOracle(RowOracle):
         self.tables: list[list[int]] = [[kv_head] for kv_head in range(self.heads.kv)]
         self.pages: list[set[int]] = [set() for _ in range(self.heads.kv)]
 
-    def capacity(self) -> int:
-        return self.limit.in_pages(self.prompt, self.page_size)
+    def least_pages(self, prompt_pages: int) -> int:
+        return prompt_pages + 1 if self.pin_prompt else 1
 
     def pinned(self, page: int) -> bool:
-        return self.pin_prompt and page * self.page_size < self.prompt
+        return self.pin_prompt and page in self.prompt_pages
 
     def positions(self, page: int) -> range:
         return range(page * self.page_size, min((page + 1) * self.page_size, self.length))
@@ -80,14 +80,20 @@ class PageOracle(RowOracle):
 
 
 class WindowOracle(PageOracle):
-    """Fifo and recency by a closed formula: the prompt's pages and as many of the latest pages as fit."""
+    """Fifo and recency: the oldest page goes. With one turn it is checked against a closed formula."""
 
-    def step(self, query: list[Vector], key: list[Vector]) -> None:
-        self.append(key)
-        total = math.ceil(self.length / self.page_size)
-        prompt_pages = math.ceil(self.prompt / self.page_size)
+    def priority(self, table: int, page: int) -> int:
+        return page
+
+    def after_step(self, table: int, query: list[Vector]) -> None:
+        if not self.turns:
+            assert self.pages[table] == self.prompt_and_latest_pages()
+
+    def prompt_and_latest_pages(self) -> set[int]:
+        """The prompt's pages and as many of the latest pages as fit."""
+        total, prompt_pages = math.ceil(self.length / self.page_size), len(self.prompt_pages)
         latest = range(max(prompt_pages, total - (self.capacity() - prompt_pages)), total)
-        self.pages = [set(range(prompt_pages)) | set(latest) for _ in self.tables]
+        return {*range(prompt_pages), *latest}
 
 
 class RandomOracle(PageOracle):
@@ -177,7 +183,7 @@ class RaasOracle(PageOracle):
 
 
 class QuestOracle(PageOracle):
-    """Nothing goes; a step reads the tail and the pages with the best bounds."""
+    """Nothing goes; a step reads the tail and the pages with the best bounds, a prompt reads everything."""
 
     def __init__(self, setting: Setting, *, page_size: int = 16) -> None:
         super().__init__(setting, page_size=page_size)
@@ -193,6 +199,13 @@ class QuestOracle(PageOracle):
                 for page in self.pages[kv_head] - {tail}
             }
             self.read[kv_head] = {tail} | self.best(bounds, max(1, self.capacity()) - 1)
+
+    def turn_step(self, query: list[Vector], key: list[Vector]) -> None:
+        super().turn_step(query, key)
+        self.read = [set(pages) for pages in self.pages]
+
+    def least_pages(self, prompt_pages: int) -> int:
+        return 1
 
     def attended(self) -> list[list[int]]:
         return [self.positions_of(pages) for pages in self.read]

@@ -22,12 +22,20 @@ def turns(draw: Draw, rows: int) -> Turn:
     return tuple(draw(flags) for _ in range(rows))
 
 
+def user_pages(shape: dict[str, object], page_size: int) -> int:
+    """The most pages that the prompts of all turns can touch in a row."""
+    widths = [len(part[0]) for part in shape["then"] if not isinstance(part, int)]
+    # A turn may begin and end in the middle of a page.
+    turns = sum((width + 2 * page_size - 2) // page_size for width in widths)
+    return math.ceil(max(shape["prompts"]) / page_size) + turns
+
+
 @st.composite
-def budgets(draw: Draw, prompt: int, page_size: int, least_pages: int) -> dict[str, int]:
+def budgets(draw: Draw, shape: dict[str, object], page_size: int, least_pages: int) -> dict[str, int]:
     """A budget whose pages hold, not always exactly, `least_pages` or a few more."""
     slack = draw(st.integers(0, page_size - 1))
     if draw(st.booleans()):
-        pages = draw(st.integers(least_pages, max(least_pages, math.ceil(prompt / page_size)) + 1))
+        pages = draw(st.integers(least_pages, max(least_pages, user_pages(shape, page_size)) + 1))
         return {"budget": pages * page_size + slack}
     return {"decode_budget": draw(st.sampled_from((1, 2, 2, 3))) * page_size - slack}
 
@@ -38,8 +46,8 @@ def shapes(draw: Draw, page_size: int, *, chunked: bool) -> dict[str, object]:
     prompts = tuple(draw(st.integers(1, 2 * page_size + 3)) for _ in range(rows))
     width = max(prompts)
     chunks: tuple[int, ...] = ()
-    if chunked and width >= 4 and draw(st.booleans()):
-        first = draw(st.integers(2, width - 2))
+    if chunked and width >= 2 and draw(st.booleans()):
+        first = draw(st.integers(1, width - 1))
         chunks = (first, width - first)
     steps = st.integers(2 * page_size + 2, 5 * page_size + 6)
     parts = draw(st.lists(st.one_of(steps, turns(rows)), max_size=2))
@@ -65,9 +73,8 @@ def page_cases(
     page_size = draw(st.sampled_from(page_sizes))
     pinned = policy in PINNED and options.get("pin_prompt", True)
     shape = draw(shapes(page_size, chunked=bool(pinned) or policy == "quest"))
-    prompt = max(shape["prompts"])
-    least = math.ceil(prompt / page_size) + 1 if pinned else 1
-    budget = draw(budgets(prompt, page_size, least))
+    least = user_pages(shape, page_size) + 1 if pinned else 1
+    budget = draw(budgets(shape, page_size, least))
     return Case(policy, {**options, "page_size": page_size}, **budget, **shape)
 
 
@@ -98,7 +105,10 @@ def control_cases(draw: Draw) -> Case:
 
 @st.composite
 def milestone_cases(draw: Draw) -> Case:
-    """Decode pages enough for both generations, and decoding long enough for many promotions."""
+    """Decode pages enough for both generations, and decoding long enough for many promotions.
+
+    Its oracle knows of several turns only where they take nothing from the decode pages.
+    """
     page_size = draw(st.sampled_from(PAGE_SIZES))
     options = {
         "page_size": page_size,
@@ -111,10 +121,11 @@ def milestone_cases(draw: Draw) -> Case:
     decode_pages = draw(st.integers(1, 5))
     steps = draw(st.integers((decode_pages + 1) * page_size, (decode_pages + 5) * page_size + 6))
     shape["then"] = (steps, *shape["then"][1:])
-    pages = decode_pages + math.ceil(max(shape["prompts"]) / page_size)
-    budget = draw(
-        st.sampled_from(({"budget": pages * page_size}, {"decode_budget": decode_pages * page_size}))
-    )
+    if draw(st.booleans()):
+        shape["then"] = tuple(part for part in shape["then"] if isinstance(part, int))
+        pages = decode_pages + math.ceil(max(shape["prompts"]) / page_size)
+        return Case("milestone", options, budget=pages * page_size, **shape)
+    budget = {"decode_budget": decode_pages * page_size}
     return Case("milestone", options, **budget, **shape)
 
 
@@ -122,8 +133,8 @@ def milestone_cases(draw: Draw) -> Case:
 def h2o_cases(draw: Draw) -> Case:
     options = {"heavy": draw(st.sampled_from((0.0, 0.3, 0.5, 0.75, 1.0))), "pin_prompt": draw(st.booleans())}
     shape = draw(shapes(3, chunked=bool(options["pin_prompt"])))
-    least = max(shape["prompts"]) + 1 if options["pin_prompt"] else 2
-    return Case("h2o", options, **draw(budgets(max(shape["prompts"]), 1, least)), **shape)
+    least = user_pages(shape, 1) + 1 if options["pin_prompt"] else 2
+    return Case("h2o", options, **draw(budgets(shape, 1, least)), **shape)
 
 
 @st.composite

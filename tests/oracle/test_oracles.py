@@ -21,8 +21,8 @@ def feed(oracle: RowOracle, prompt: list[float], steps: list[tuple[float, float]
 
 
 def test_limits_count_pages_as_the_rule_says() -> None:
-    assert Limit(35, on_top_of_prompt=False).in_pages(prompt=7, page_size=16) == 2
-    assert Limit(35, on_top_of_prompt=True).in_pages(prompt=17, page_size=16) == 2 + 3
+    assert Limit(35, on_top_of_prompt=False).in_pages(prompt_pages=1, page_size=16) == 2
+    assert Limit(35, on_top_of_prompt=True).in_pages(prompt_pages=2, page_size=16) == 2 + 3
 
 
 def test_query_heads_of_a_group_are_neighbours() -> None:

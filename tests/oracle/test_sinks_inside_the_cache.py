@@ -32,14 +32,14 @@ class TurnedRow(Row):
 
     decoding = False
 
-    def step(self, *token: torch.Tensor) -> torch.Tensor:
+    def step(self, *token: torch.Tensor, by_user: bool = False) -> torch.Tensor:
         self.decoding = True
-        return super().step(*token)
+        return super().step(*token, by_user=by_user)
 
     def keys_read(self, key_ND: torch.Tensor, kept_N: torch.Tensor) -> torch.Tensor:
         read_ND = key_ND[kept_N].clone()
-        gone = self.oracle.length - self.oracle.limit.in_tokens(self.oracle.prompt)
-        if self.decoding and gone > 0:
+        gone = self.oracle.length - len(self.oracle.residents()[0])
+        if self.decoding:
             sinks = kept_N < self.oracle.sinks
             real, imaginary = read_ND[sinks].chunk(2, dim=-1)
             angle = gone * frequencies(key_ND.shape[1])

@@ -16,19 +16,33 @@ class DenseOracle(RowOracle):
 
 
 class StreamingOracle(RowOracle):
-    """The first `sinks` positions and the most recent ones, by a closed formula instead of evictions."""
+    """The first `sinks` positions and the most recent ones. With one turn it is checked against a closed formula."""
 
     def __init__(self, setting: Setting, *, sinks: int = 4) -> None:
         super().__init__(setting)
         self.sinks = sinks
+        self.kept: list[int] = []
+
+    def prefill(self, queries: list[list[Vector]], keys: list[list[Vector]]) -> None:
+        super().prefill(queries, keys)
+        self.kept = self.sinks_and_window()
 
     def step(self, query: list[Vector], key: list[Vector]) -> None:
+        if len(self.kept) >= self.capacity():
+            self.kept.remove(min(p for p in self.kept if p >= self.sinks))
+        self.kept.append(self.length)
         self.append(key)
+        assert self.turns or self.kept == self.sinks_and_window()
+
+    def sinks_and_window(self) -> list[int]:
+        window = self.capacity() - self.sinks
+        return [p for p in range(self.length) if p < self.sinks or p >= self.length - window]
+
+    def least_pages(self, prompt_pages: int) -> int:
+        return self.sinks + 1
 
     def residents(self) -> list[list[int]]:
-        window = self.limit.in_tokens(self.prompt) - self.sinks
-        kept = [p for p in range(self.length) if p < self.sinks or p >= self.length - window]
-        return [kept for _ in range(self.heads.kv)]
+        return [list(self.kept) for _ in range(self.heads.kv)]
 
 
 class H2OOracle(RowOracle):
@@ -46,12 +60,12 @@ class H2OOracle(RowOracle):
         self.pin_prompt = pin_prompt
         self.mass: list[dict[int, float]] = [{} for _ in range(self.heads.kv)]
 
-    def capacity(self) -> int:
-        return self.limit.in_tokens(self.prompt)
+    def least_pages(self, prompt_pages: int) -> int:
+        return prompt_pages + 1 if self.pin_prompt else 1
 
     def recent(self) -> int:
         """Size of the window; a pinned prompt is not part of what window and heavy hitters share."""
-        shared = self.capacity() - (self.prompt if self.pin_prompt else 0)
+        shared = self.capacity() - (len(self.prompt_pages) if self.pin_prompt else 0)
         return shared - math.floor(exact_product(self.heavy, shared))
 
     def prefill(self, queries: list[list[Vector]], keys: list[list[Vector]]) -> None:
@@ -89,7 +103,7 @@ class H2OOracle(RowOracle):
                 self.accumulate(kv_head, query[query_head], positions)
 
     def victim(self, mass: dict[int, float], now: int) -> int:
-        free = {p: m for p, m in mass.items() if not (self.pin_prompt and p < self.prompt)}
+        free = {p: m for p, m in mass.items() if not (self.pin_prompt and p in self.prompt_pages)}
         outside_window = {p: m for p, m in free.items() if p <= now - self.recent()}
         return self.smallest(outside_window)
 

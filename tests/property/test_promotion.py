@@ -15,8 +15,9 @@ from longthink.cache import LayerCache
 from longthink.config import Budget
 from longthink.policies import Moves, PageTable, Policy, Shape, Step
 from tests.examples import few, some
-from tests.oracle.base import Heads, Limit, RowOracle, Setting, Vector, softmax
+from tests.oracle.base import Heads, Limit, Setting, Vector, softmax
 from tests.oracle.harness import TIE_TOLERANCE, Case, compare
+from tests.oracle.milestone import YoungPagesOracle
 from tests.oracle.strategies import STYLES, turns
 
 PAGE = 4
@@ -73,18 +74,13 @@ class Promotion(Policy):
         table.state["mass"] += step.weights_BKGS.sum(2)
 
 
-class PromotionOracle(RowOracle):
+class PromotionOracle(YoungPagesOracle):
     """Per KV head three lists of positions: pinned, the old generation, and the young pages in order."""
 
     def __init__(self, setting: Setting) -> None:
-        super().__init__(setting)
+        super().__init__(setting, PAGE)
         self.old: list[list[int]] = [[] for _ in range(self.heads.kv)]
-        self.young: list[list[list[int]]] = [[] for _ in range(self.heads.kv)]
         self.mass: list[dict[int, float]] = [{} for _ in range(self.heads.kv)]
-
-    def pinned(self) -> list[int]:
-        """The tokens on pages that hold a prompt token."""
-        return list(range(min(self.length, -(-self.prompt // PAGE) * PAGE)))
 
     def step(self, query: list[Vector], key: list[Vector]) -> None:
         now = self.length
@@ -104,7 +100,7 @@ class PromotionOracle(RowOracle):
             old.append(now)
             return
         if now % PAGE == 0:
-            slots_left = self.limit.in_pages(self.prompt, PAGE) - len(self.pinned()) // PAGE - 1
+            slots_left = self.capacity() - len(self.prompt_pages | self.coming_pages) - 1
             if len(young) >= slots_left:
                 mass = self.mass[kv_head]
                 self.old[kv_head] = sorted(self.best({p: mass[p] for p in old + young.pop(0)}, PAGE))
@@ -122,7 +118,7 @@ class PromotionCase(Case):
     def make_layer(self) -> LayerCache:
         return LayerCache(Promotion(), Budget(budget=self.budget, decode_budget=self.decode_budget))
 
-    def make_oracle(self) -> RowOracle:
+    def make_oracle(self) -> PromotionOracle:
         limit = Limit(self.budget or self.decode_budget or 0, on_top_of_prompt=self.budget is None)
         heads = Heads(self.kv_heads, self.group)
         return PromotionOracle(Setting(limit, heads, self.dim**-0.5, TIE_TOLERANCE[self.dtype]))
@@ -139,7 +135,7 @@ def promotion_cases(draw: st.DrawFn) -> PromotionCase:
         "promotion",
         **{"decode_budget" if on_top else "budget": tokens},
         prompts=prompts,
-        then=(draw(st.integers(16, 40)), draw(turns(rows)), draw(st.integers(1, 20))),
+        then=(draw(st.integers(16, 40)), *([draw(turns(rows))] if on_top else ()), draw(st.integers(1, 20))),
         kv_heads=draw(st.integers(1, 2)),
         group=draw(st.sampled_from((1, 2))),
         style=draw(st.sampled_from(STYLES)),

@@ -10,23 +10,25 @@ from hypothesis import given
 from tests.examples import few, some
 from tests.oracle.harness import Call, Case, Row, calls
 from tests.oracle.strategies import all_cases
-from tests.property.facts import UNBOUNDED, kv_bytes_formula
+from tests.property.facts import UNBOUNDED, kv_bytes_formula, prompts_of
 
 
 def memory_is_the_closed_formula(case: Case) -> None:
-    layer = case.make_layer()
+    layer, rows = case.make_layer(), prompts_of(case)
     item_bytes = getattr(torch, case.dtype).itemsize
-    metadata_bytes = set()
+    metadata_bytes = {}
     for call in calls(case):
         call.attend(layer, case.scaling)
         if call.prefill:
             continue
+        for row, tokens in zip(rows, call.real_BQ.sum(1).tolist(), strict=True):
+            row.add(tokens, by_user=call.is_turn)
         if case.policy in UNBOUNDED:
             assert layer.kv_bytes >= 2 * int(layer.length_B.max()) * case.kv_heads * case.dim * item_bytes
         else:
-            assert layer.kv_bytes == kv_bytes_formula(case, item_bytes)
-            metadata_bytes.add(layer.metadata_bytes)
-    assert len(metadata_bytes) <= 1
+            assert layer.kv_bytes == kv_bytes_formula(case, rows, item_bytes)
+            # It changes with the slots, that is with a turn, and not while decoding.
+            assert metadata_bytes.setdefault(layer.kv_bytes, layer.metadata_bytes) == layer.metadata_bytes
 
 
 def two_runs_are_equal(case: Case) -> None:
@@ -48,9 +50,11 @@ def a_row_is_the_same_alone(case: Case) -> None:
             columns = call.real_columns(row)
             if not columns[1].shape[1]:
                 continue
-            own = Call(
-                *(tensor[None] for tensor in columns), torch.ones(1, columns[1].shape[1]).bool(), call.prefill
-            )
+            width = columns[1].shape[1]
+            # A turn of one token would be a decode step if it were not announced.
+            announced = width if call.is_turn else 0
+            real_BQ = torch.ones(1, width, dtype=torch.bool)
+            own = Call(*(tensor[None] for tensor in columns), real_BQ, call.prefill, announced)
             own_HQD = own.attend(layer, case.scaling)[0]
             torch.testing.assert_close(out_BHQD[row][:, call.real_BQ[row]], own_HQD, atol=1e-12, rtol=1e-12)
             assert together.resident_positions()[row] == layer.resident_positions()[0]

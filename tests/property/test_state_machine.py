@@ -1,8 +1,9 @@
-"""Any sequence of decode steps, further turns, row selections and broken numbers leaves the facts standing.
+"""Any sequence of decode steps, turns, rewinds, row changes and broken numbers leaves the facts standing.
 
 Every call also goes to a twin that never sees a broken number: rows that were not touched must stay equal to it.
 """
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -11,10 +12,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
+from longthink.errors import BudgetError
 from tests.examples import few, some
 from tests.oracle.harness import Call, Case, Inputs, calls
 from tests.oracle.strategies import all_cases
-from tests.property.facts import check_layer
+from tests.property.facts import check_layer, prompts_of
 
 BROKEN = (float("nan"), float("inf"), float("-inf"), 1e38)
 
@@ -25,17 +27,24 @@ class CacheMachine(RuleBasedStateMachine):
         self.case = replace(case, dtype=dtype, then=())
         self.layer, self.twin = self.case.make_layer(), self.case.make_layer()
         self.rows = len(case.prompts)
-        self.prompts, self.lengths = list(case.prompts), list(case.prompts)
+        self.facts = prompts_of(self.case)
         self.touched = [False] * self.rows
         for call in calls(self.case):
             call.attend(self.layer, case.scaling)
             call.attend(self.twin, case.scaling)
         self.inputs = Inputs(replace(self.case, seed=case.seed + 1))
-        self.decode(steps=1)  # several tokens before the first decode step would still be prompt
 
-    def feed(self, real_BQ: torch.Tensor, broken: tuple[int, int, float] | None = None) -> None:
+    def feed(
+        self, real_BQ: torch.Tensor, broken: tuple[int, int, float] | None = None, *, by_user: bool = False
+    ) -> None:
         """Give one call to both layers; `broken` names the row, which of q, k, v, and the number to plant."""
         columns = self.inputs.columns(real_BQ.shape[1])
+        counts = real_BQ.sum(1).tolist()
+        if by_user and not all(row.fits(count) for row, count in zip(self.facts, counts, strict=True)):
+            for layer in (self.layer, self.twin):
+                with pytest.raises(BudgetError):
+                    Call(*columns, real_BQ, prefill=False).attend(layer, self.case.scaling)
+            return
         twin_out_BHQD = Call(*columns, real_BQ, prefill=False).attend(self.twin, self.case.scaling)
         if broken is not None:
             row, which, number = broken
@@ -43,8 +52,8 @@ class CacheMachine(RuleBasedStateMachine):
             columns[which][row, 0, 0, 0] = number
             self.touched[row] = True
         out_BHQD = Call(*columns, real_BQ, prefill=False).attend(self.layer, self.case.scaling)
-        for row, flags in enumerate(real_BQ.tolist()):
-            self.lengths[row] += sum(flags)
+        for row, count in enumerate(counts):
+            self.facts[row].add(count, by_user=by_user)
             if not self.touched[row]:
                 assert torch.equal(out_BHQD[row][:, real_BQ[row]], twin_out_BHQD[row][:, real_BQ[row]])
 
@@ -56,7 +65,52 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def turn(self, data: st.DataObject) -> None:
         flags = st.lists(st.booleans(), min_size=3, max_size=3)
-        self.feed(torch.tensor([data.draw(flags) for _ in range(self.rows)]))
+        self.feed(torch.tensor([data.draw(flags) for _ in range(self.rows)]), by_user=True)
+
+    @rule(columns=st.integers(1, 4))
+    def turn_column_by_column(self, columns: int) -> None:
+        if not all(row.fits(columns) for row in self.facts):
+            return
+        for layer in (self.layer, self.twin):
+            layer.begin_chunked_prefill(columns)
+        for _ in range(columns):
+            self.feed(torch.ones(self.rows, 1, dtype=torch.bool), by_user=True)
+
+    @rule(data=st.data())
+    def rewind(self, data: st.DataObject) -> None:
+        """Only a turn rewinds rows, and only if it then fits."""
+        lengths = [data.draw(st.integers(max(0, row.length - 30), row.length)) for row in self.facts]
+        flags = st.lists(st.booleans(), min_size=3, max_size=3)
+        real_BQ = torch.tensor([data.draw(flags) for _ in range(self.rows)])
+        counts, kept = real_BQ.sum(1).tolist(), self.layer.resident_positions()
+        after = copy.deepcopy(self.facts)
+        for row, length, kept_K in zip(after, lengths, kept, strict=True):
+            row.rewind(length, kept_K)
+        if not all(row.fits(count) for row, count in zip(after, counts, strict=True)):
+            with pytest.raises(BudgetError):
+                self.layer.check_room(lengths, counts, 3)
+            return
+        self.layer.check_room(lengths, counts, 3)
+        for layer in (self.layer, self.twin):
+            layer.rewind(lengths)
+        for row, (length, kept_K) in enumerate(zip(lengths, kept, strict=True)):
+            assert self.layer.resident_positions()[row] == [
+                [p for p in kept_S if p < length] for kept_S in kept_K
+            ]
+        self.facts = after
+        self.feed(real_BQ, by_user=True)
+
+    @rule(data=st.data())
+    def adopt(self, data: st.DataObject) -> None:
+        """A row becomes a copy of another."""
+        row, source = (data.draw(st.integers(0, self.rows - 1)) for _ in range(2))
+        for layer in (self.layer, self.twin):
+            other = copy.deepcopy(layer)
+            other.select_rows(torch.tensor([source]))
+            other.release()
+            layer.adopt(row, other)
+        self.facts[row] = copy.deepcopy(self.facts[source])
+        self.touched[row] = self.touched[source]
 
     @rule(data=st.data(), which=st.integers(0, 2), number=st.sampled_from(BROKEN))
     def decode_a_broken_number(self, data: st.DataObject, which: int, number: float) -> None:
@@ -68,13 +122,12 @@ class CacheMachine(RuleBasedStateMachine):
         source = data.draw(st.lists(st.integers(0, self.rows - 1), min_size=self.rows, max_size=self.rows))
         self.layer.select_rows(torch.tensor(source))
         self.twin.select_rows(torch.tensor(source))
-        self.prompts = [self.prompts[row] for row in source]
-        self.lengths = [self.lengths[row] for row in source]
+        self.facts = [copy.deepcopy(self.facts[row]) for row in source]
         self.touched = [self.touched[row] for row in source]
 
     @invariant()
     def facts_hold(self) -> None:
-        check_layer(self.case, self.layer, self.prompts, self.lengths)
+        check_layer(self.case, self.layer, self.facts)
         ours, twins = self.layer.resident_positions(), self.twin.resident_positions()
         for row, touched in enumerate(self.touched):
             assert touched or ours[row] == twins[row]

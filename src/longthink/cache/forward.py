@@ -59,10 +59,11 @@ def fast_forward(layer: LayerCache, tokens: int, *, heads: int, generator: torch
     layer.select_rows(torch.tensor([0]))
     queried_BHSD = store.keys_BKSD[:, :1].expand(-1, heads, -1, -1)
     drawn = [
-        random_like(like, tokens - jump, generator).split(1, 2)
+        random_like(like, tokens - jump, generator)
         for like in (queried_BHSD, store.keys_BKSD, store.values_BKSD)
     ]
-    for query, key, value in zip(*drawn, strict=True):
+    for i in range(tokens - jump):
+        query, key, value = (tensor[:, :, i : i + 1] for tensor in drawn)
         layer.attend(query, key, value)
     if jump:
         _advance_positions(layer, store, jump)

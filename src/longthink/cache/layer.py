@@ -256,7 +256,7 @@ class LayerCache(CacheStats):
     def rewind(self, lengths: list[int]) -> None:
         """Drop each row's tokens from these lengths on: padding that was read. What it evicted does not return."""
         self.store.truncate(lengths)
-        self.rows.rewind(lengths)
+        self.rows.rewind(lengths, (self.store.table.page_BKP >= 0).sum(-1).amax(1).tolist())
 
     # Prefill ------------------------------------------------------------------------------------------------
 

@@ -20,21 +20,29 @@ class PromptPages:
 
     Attributes
     ----------
-    count
-        How many. A page counts in full, whatever else is in it.
-    end
-        Logical page after the last of them.
+    ranges
+        First logical page of each run of them, and the one after its last.
     """
 
-    count: int = 0
-    end: int = 0
+    ranges: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def count(self) -> int:
+        """How many. A page counts in full, whatever else is in it."""
+        return sum(end - first for first, end in self.ranges)
 
     def extended(self, start: int, tokens: int, page_size: int) -> PromptPages:
         """With the pages of `tokens` more prompt tokens from position `start` on."""
         if not tokens:
             return self
-        end = -(-(start + tokens) // page_size)
-        return PromptPages(self.count + end - max(start // page_size, self.end), end)
+        first, end = start // page_size, -(-(start + tokens) // page_size)
+        if self.ranges and first <= self.ranges[-1][1]:
+            return PromptPages((*self.ranges[:-1], (self.ranges[-1][0], end)))
+        return PromptPages((*self.ranges, (first, end)))
+
+    def before(self, page: int) -> PromptPages:
+        """Those before a logical page."""
+        return PromptPages(tuple((first, min(end, page)) for first, end in self.ranges if first < page))
 
 
 class RowCounts:
@@ -53,6 +61,9 @@ class RowCounts:
         Page slots that each row may fill, or read where the cache grows.
     prompts
         Prompt pages of each row.
+    spread
+        Page slots that a row fills beyond the pages of its text: a policy may move tokens to other slots, and what is
+        left of them after a rewind may stand in many.
     """
 
     def __init__(self, policy: Policy, budget: Budget | None) -> None:
@@ -61,12 +72,14 @@ class RowCounts:
         self.lengths: list[int] = []
         self.caps: list[int] = []
         self.prompts: list[PromptPages] = []
+        self.spread: list[int] = []
 
     def select(self, rows: Sequence[int]) -> None:
         """Reorder rows: row i becomes the old row ``rows[i]``."""
         self.lengths = [self.lengths[row] for row in rows]
         self.caps = [self.caps[row] for row in rows]
         self.prompts = [self.prompts[row] for row in rows]
+        self.spread = [self.spread[row] for row in rows]
 
     def only(self, row: int) -> RowCounts:
         """Counts of one row alone."""
@@ -76,11 +89,8 @@ class RowCounts:
 
     def adopt(self, row: int, other: RowCounts) -> None:
         """Replace a row by the only row of another cache."""
-        self.lengths[row], self.caps[row], self.prompts[row] = (
-            other.lengths[0],
-            other.caps[0],
-            other.prompts[0],
-        )
+        self.lengths[row], self.caps[row] = other.lengths[0], other.caps[0]
+        self.prompts[row], self.spread[row] = other.prompts[0], other.spread[0]
 
     def add_token(self) -> bool | None:
         """Count one token more for every row.
@@ -94,7 +104,9 @@ class RowCounts:
         self.lengths = [length + 1 for length in lengths]
         if all(length % page_size for length in lengths):
             return None
-        pages = (length // page_size + 1 for length in lengths)
+        pages = (
+            length // page_size + 1 + spread for length, spread in zip(lengths, self.spread, strict=True)
+        )
         return not grows(self._policy) and any(page > cap for page, cap in zip(pages, self.caps, strict=True))
 
     # Prompts ------------------------------------------------------------------------------------------------
@@ -132,15 +144,15 @@ class RowCounts:
         after = copy(self)
         if lengths is not None:
             after.prompts = list(self.prompts)
-            after.rewind(lengths)
+            after.rewind(lengths, [0] * len(lengths))
         after.later_caps([columns] * len(self.lengths) if counts is None else counts)
 
     def slots_needed(self, counts: list[int]) -> list[int]:
         """Page slots that each row would fill with so many tokens more, if nothing were evicted."""
         page_size = self._policy.page_size
         return [
-            min(-(-old // page_size), cap) + -(-(old + count) // page_size) - -(-old // page_size)
-            for old, cap, count in zip(self.lengths, self.caps, counts, strict=True)
+            min(-(-old // page_size) + spread, cap) + -(-(old + count) // page_size) - -(-old // page_size)
+            for old, spread, cap, count in zip(self.lengths, self.spread, self.caps, counts, strict=True)
         ]
 
     def add_prompt(self, counts: list[int], caps: list[int]) -> None:
@@ -149,16 +161,16 @@ class RowCounts:
         old = self.lengths or [0] * len(counts)
         self.lengths = [length + count for length, count in zip(old, counts, strict=True)]
         self.caps = caps
+        self.spread = self.spread or [0] * len(counts)
 
-    def rewind(self, lengths: list[int]) -> None:
-        """Forget the tokens from these lengths on."""
-        page_size = self._policy.page_size
-        for row, length in enumerate(lengths):
-            if length < self.lengths[row]:
-                end = min(self.prompts[row].end, -(-length // page_size))
-                # Prompt pages follow each other at the end of a text, as far as it is dropped.
-                count = self.prompts[row].count - (self.prompts[row].end - end)
-                self.prompts[row] = PromptPages(max(count, 0), end)
+    def rewind(self, lengths: list[int], filled: list[int]) -> None:
+        """Forget the tokens from these lengths on; so many page slots of each row hold others.
+
+        Caps follow with the next turn.
+        """
+        pages = [-(-length // self._policy.page_size) for length in lengths]
+        self.prompts = [prompt.before(page) for prompt, page in zip(self.prompts, pages, strict=True)]
+        self.spread = [max(0, slots - page) for slots, page in zip(filled, pages, strict=True)]
         self.lengths = list(lengths)
 
     def _prompts_with(self, counts: list[int]) -> list[PromptPages]:

@@ -21,7 +21,7 @@ from longthink.policies import grows, needs_budget
 
 _MOST = 2**31 - 1
 """Positions are int32."""
-_COUNTS = {"lengths", "caps", "prompts", "later_turns"}
+_COUNTS = {"lengths", "caps", "prompts", "spread", "later_turns"}
 
 
 class LayerShape(NamedTuple):
@@ -41,7 +41,8 @@ def layer_contents(layer: LayerCache) -> tuple[dict[str, Tensor], dict[str, Any]
     counts = {
         "lengths": rows.lengths,
         "caps": rows.caps,
-        "prompts": [[pages.count, pages.end] for pages in rows.prompts],
+        "prompts": [[list(pages) for pages in prompt.ranges] for prompt in rows.prompts],
+        "spread": rows.spread,
         "later_turns": layer.later_turns,
     }
     return layer.store.named_tensors(), counts
@@ -89,25 +90,31 @@ def _require(fits: bool, fault: str) -> None:
 
 def _rows(layer: LayerCache, counts: Mapping[str, Any]) -> RowCounts:
     _require(counts.keys() == _COUNTS, f"counts: found {sorted(counts)}, expected {sorted(_COUNTS)}")
-    lengths, caps, prompts = (counts[name] for name in ("lengths", "caps", "prompts"))
-    for name, values in (("lengths", lengths), ("caps", caps)):
+    lengths, caps, spread, prompts = (counts[name] for name in ("lengths", "caps", "spread", "prompts"))
+    for name, values in (("lengths", lengths), ("caps", caps), ("spread", spread)):
         _require(_are_counts(values), f"{name}={values!r}: expected numbers from 0 to {_MOST}")
-    pairs = isinstance(prompts, list) and all(_are_counts(pair) and len(pair) == 2 for pair in prompts)
-    _require(pairs, f"prompts={prompts!r}: expected two numbers from 0 to {_MOST} for each row")
+    pairs = isinstance(prompts, list) and all(
+        isinstance(prompt, list) and all(_are_counts(pair) and len(pair) == 2 for pair in prompt)
+        for prompt in prompts
+    )
+    _require(pairs, f"prompts={prompts!r}: expected pairs of numbers from 0 to {_MOST} for each row")
     _require(
-        0 < len(lengths) == len(caps) == len(prompts),
-        f"found {len(lengths)} lengths, {len(caps)} caps and {len(prompts)} prompts: expected one of each per row",
+        0 < len(lengths) == len(caps) == len(spread) == len(prompts),
+        f"found {len(lengths)} lengths, {len(caps)} caps, {len(spread)} spreads and {len(prompts)} prompts: "
+        "expected one of each per row",
     )
     _require(
         isinstance(counts["later_turns"], bool), f"later_turns={counts['later_turns']!r}: expected a bool"
     )
     page_size, budget = layer.policy.page_size, layer.budget
-    for length, cap, (count, end) in zip(lengths, caps, prompts, strict=True):
+    for length, cap, ranges in zip(lengths, caps, prompts, strict=True):
         pages = -(-length // page_size)
+        borders = [border for pair in ranges for border in pair]
         _require(
-            count <= end <= pages,
-            f"{count} prompt pages up to page {end} in a text of {pages} pages of {page_size}",
+            borders == sorted(set(borders)) and all(border <= pages for border in borders),
+            f"prompt pages {ranges} in a text of {pages} pages of {page_size}",
         )
+        count = sum(end - first for first, end in ranges)
         if budget is not None and needs_budget(layer.policy):
             least = budget.pages(count * page_size, page_size)
             # Dropping the end of a text takes its prompt pages, but no slots.
@@ -115,7 +122,8 @@ def _rows(layer: LayerCache, counts: Mapping[str, Any]) -> RowCounts:
             _require(fits, f"cap={cap} pages, expected {least} for {count} prompt pages and {budget}")
     rows = RowCounts(layer.policy, budget)
     rows.lengths, rows.caps = list(lengths), list(caps)
-    rows.prompts = [PromptPages(count, end) for count, end in prompts]
+    rows.spread = list(spread)
+    rows.prompts = [PromptPages(tuple((first, end) for first, end in ranges)) for ranges in prompts]
     return rows
 
 

@@ -152,8 +152,11 @@ class SlotStore:
         self._expose_needs()
 
     def release(self, pages: int) -> None:
-        """Free the page slots behind the first `pages`, which must be empty in all rows."""
+        """Free the page slots behind the first `pages`, as far as they are empty in all rows."""
         old_pages = self.pages
+        filled_P = (self.table.page_BKP >= 0).flatten(0, 1).any(0)
+        # After a rewind the last slots may be in use, and others free.
+        pages = max(pages, int(filled_P.nonzero().max()) + 1 if bool(filled_P.any()) else 0)
         if pages >= old_pages:
             return
 
@@ -264,20 +267,29 @@ class SlotStore:
             bound.copy_(found.masked_fill(empty, 0))
 
     def mark_prompt(self, starts: list[int]) -> None:
-        """Mark the pages from these positions on as pages of a prompt."""
+        """Mark the pages from these positions on as pages of a prompt, where a row has tokens behind them."""
         table = self.table
-        first_B = torch.tensor(starts, device=table.now_B.device) // table.page_size
-        self.user_BKP.masked_fill_(table.page_BKP >= first_B[:, None, None].clamp(min=0), 1)
+        start_B11 = torch.tensor(starts, device=table.now_B.device)[:, None, None]
+        written_B11 = table.now_B[:, None, None] > start_B11
+        self.user_BKP.masked_fill_((table.page_BKP >= start_B11 // table.page_size) & written_B11, 1)
 
     def truncate(self, lengths: list[int]) -> None:
         """Drop the tokens from these positions on, and make the page of the next token the tail."""
         table, page_size = self.table, self.table.page_size
         length_B11 = torch.tensor(lengths, device=table.now_B.device)[:, None, None]
         shorter_B11 = length_B11 < table.now_B[:, None, None]
-        table.position_BKS.masked_fill_(table.position_BKS >= length_B11, -1)
-        self.compute_key_bounds()
+        if self.shifted_BKND is not None:
+            # A row cut inside its first tokens takes them for the keys as written again.
+            first_BKND = self.keys_BKSD[:, :, : self.shifted_BKND.shape[2]]
+            first_BKND.copy_(torch.where(shorter_B11[..., None], self.shifted_BKND, first_BKND))
+        dropped_BKS = table.position_BKS >= length_B11
+        table.position_BKS.masked_fill_(dropped_BKS, -1)
         page_BKP = table.page_BKP
-        self.user_BKP.masked_fill_(page_BKP < 0, 0)
+        # The next token may be written to a slot without opening its page.
+        for tensor in (self.keys_BKSD, self.values_BKSD, self.user_BKP, *table.state.values()):
+            gone = page_BKP < 0 if tensor.shape[2] == self.pages else dropped_BKS
+            tensor.masked_fill_(gone.reshape(*gone.shape, *[1] * (tensor.ndim - 3)), 0)
+        self.compute_key_bounds()
         table.now_B.copy_(length_B11[:, 0, 0])
         # A slot of tokens that were moved there may have the same number, so every token must stand in its place.
         position_BKPT = table.position_BKS.unflatten(-1, (-1, page_size))

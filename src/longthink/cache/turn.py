@@ -115,6 +115,9 @@ class _Reader:
         table = store.table
         self._slot_BKJ[:, :, j] = store.tail_BK * table.page_size + (table.now_B % table.page_size)[:, None]
         store.append(key_BKJD[:, :, j], value_BKJD[:, :, j])
+        if isinstance(policy, ShiftsKeys):
+            # It may be one of the first tokens.
+            shift_keys(policy, store)
         weights_BKGS = None
         if weights_BKGN is not None:
             weights_BKGS = weights_BKGN[..., : self._slots].clone()

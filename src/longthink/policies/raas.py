@@ -124,4 +124,6 @@ class RaaS(Policy, TrimsPrompt, SharesTable):
         else:
             used_BKP = score_BKP > self.alpha
         used_BKP = used_BKP | (page_BKP == now_B11.div(self.page_size, rounding_mode="floor"))
-        stamp_BKP.copy_(torch.where(used_BKP & (page_BKP >= 0), now_B11.to(stamp_BKP.dtype), stamp_BKP))
+        now_B11 = now_B11.to(stamp_BKP.dtype)
+        # After a rewind, stamps may be those of tokens that were dropped, ahead of `now_B`.
+        stamp_BKP.copy_(torch.where(used_BKP & (page_BKP >= 0), now_B11, stamp_BKP.minimum(now_B11)))
