@@ -13,6 +13,7 @@ from torch import Tensor
 
 from longthink import kernels
 from longthink.cache.prompt import ChunkedPrompt, causal_mask, write_prompt
+from longthink.cache.rotation import Rotation
 from longthink.cache.rows import RowCounts
 from longthink.cache.stats import CacheStats
 from longthink.cache.step import QKV, FusedStep, Read, decode_step, open_pages, read_slots
@@ -42,8 +43,8 @@ class LayerCache(CacheStats):
         Which tokens to keep.
     budget
         How many to keep; None only where the policy needs no budget (`dense`).
-    inv_freq_D
-        RoPE frequencies of the keys, for policies that shift keys.
+    rotation
+        How the keys carry positions, for policies that shift keys.
     kv_dtype
         Dtype of the stored keys and values; None for that of the model.
     fused
@@ -65,7 +66,7 @@ class LayerCache(CacheStats):
         policy: Policy,
         budget: Budget | None = None,
         *,
-        inv_freq_D: Tensor | None = None,
+        rotation: Rotation | None = None,
         kv_dtype: torch.dtype | None = None,
         fused: Mapping[type[Policy], type[FusedStep]] | None = None,
     ) -> None:
@@ -78,7 +79,7 @@ class LayerCache(CacheStats):
         self.policy = policy
         self.budget = budget
         self.kv_dtype = kv_dtype
-        self._inv_freq_D = inv_freq_D
+        self._rotation = rotation
         self.reset()
 
     def reset(self) -> None:
@@ -326,12 +327,12 @@ class LayerCache(CacheStats):
         if isinstance(self.policy, ShiftsKeys) and self.policy.shifted_tokens():
             count = self.policy.shifted_tokens()
             self._store.shifted_BKND = self._store.keys_BKSD[:, :, :count].clone()
-            if self._inv_freq_D is None:
+            if self._rotation is None:
                 raise UnsupportedModelError(
-                    f"policy {policy_spec(self.policy)!r} rotates keys inside the cache and needs the model's RoPE "
-                    "frequencies, which this model does not expose; use streaming_llm:positions=logical"
+                    f"policy {policy_spec(self.policy)!r} rotates keys inside the cache and needs to know the "
+                    "model's RoPE: pass rotation=..., or use streaming_llm:positions=logical"
                 )
-            self._store.inv_freq_D = self._inv_freq_D.to(key_BKQD.device)
+            self._store.rotation = self._rotation.to(key_BKQD.device)
 
     # Decode -------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from longthink import kernels
+from longthink.cache.rotation import Rotation
 from longthink.kernels import At, entries
 from longthink.policies import Moves, PageTable, Policy, Shape, page_tables
 
@@ -55,7 +56,7 @@ class SlotStore:
         self.kmax_BKPD = key_BKQD.new_zeros(rows, kv_heads, bounded, head_dim)
         self.shifted_BKND: Tensor | None = None
         """The first keys as written, where the policy shifts them (`ShiftsKeys`)."""
-        self.inv_freq_D: Tensor | None = None
+        self.rotation: Rotation | None = None
         self.table = PageTable(
             page_size=policy.page_size,
             position_BKS=torch.full((rows, tables, tokens), -1, dtype=torch.int32, device=device),

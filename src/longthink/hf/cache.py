@@ -22,9 +22,11 @@ from longthink.errors import BudgetError, CacheStateError, UnsupportedFeatureErr
 from longthink.hf.binding import ModelBinding, outside_inference
 from longthink.hf.columns import Columns
 from longthink.hf.layer import PagedLayer
-from longthink.hf.support import check_model, rope_frequencies
+from longthink.hf.rotation import rotations
+from longthink.hf.support import check_model
 from longthink.policies import (
     Policy,
+    ShiftsKeys,
     grows,
     make_policy,
     needs_budget,
@@ -59,12 +61,16 @@ class PagedCache(Cache):
         self.budget = budget
         self._rows = batch_size
         self.binding = ModelBinding(model)
-        frequencies = rope_frequencies(model)
         count = model.config.get_text_config(decoder=True).num_hidden_layers
         dtype = None if kv_dtype is None else getattr(torch, kv_dtype)
+        policies = [policy.for_layer(i) for i in range(count)]
+        shifting = [
+            i for i, own in enumerate(policies) if isinstance(own, ShiftsKeys) and own.shifted_tokens()
+        ]
+        rotation = rotations(model, shifting) if shifting else {}
         slots = [
-            LayerCache(policy.for_layer(i), budget, inv_freq_D=frequencies, kv_dtype=dtype, fused=self._fused)
-            for i in range(count)
+            LayerCache(own, budget, rotation=rotation.get(i), kv_dtype=dtype, fused=self._fused)
+            for i, own in enumerate(policies)
         ]
         if needs_budget(policy) and not any(needs_budget(layer.policy) for layer in slots):
             raise BudgetError(

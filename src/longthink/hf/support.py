@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -19,7 +20,6 @@ _UNSUPPORTED_CONFIG = {
     "add_cross_attention": "cross-attention",
 }
 _UNSUPPORTED_MODULE = {"sinks": "attention sinks", "sliding_window": "sliding-window layers"}
-_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -77,14 +77,15 @@ def _unsupported(model: PreTrainedModel) -> str | None:
     return None
 
 
-def rope_frequencies(model: PreTrainedModel) -> Tensor | None:
-    """RoPE frequencies, radians per position, D / 2; None if keys cannot be rotated after the fact."""
+def text_tokens(model: PreTrainedModel, count: int) -> Tensor:
+    """Token ids that stand for text in any model, shape (count,): evenly spread, without those of special meaning."""
     config = model.config.get_text_config(decoder=True)
-    if "mrope_section" in (getattr(config, "rope_parameters", None) or {}):
-        return None  # image tokens have three-dimensional positions, unlike slots of the cache
-    for module in model.modules():
-        if hasattr(module, "inv_freq"):
-            head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-            varies = getattr(module, "rope_type", "default") in _LENGTH_DEPENDENT_ROPE
-            return None if varies or 2 * len(module.inv_freq) != head_dim else module.inv_freq
-    return None
+    special = set[int]()
+    for name, value in [*vars(config).items(), *vars(model.config).items()]:
+        if name.endswith(("token_id", "token_index")):
+            special.update(value if isinstance(value, list) else [value])
+    vocabulary = model.get_input_embeddings().num_embeddings
+    plain = [token for token in range(min(vocabulary, 4096)) if token not in special] or [0]
+    # A fixed sequence without a short period.
+    ids = [plain[(7 + 31 * i * (i + 3)) % len(plain)] for i in range(count)]
+    return torch.tensor(ids, device=model.device)
