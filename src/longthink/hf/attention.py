@@ -111,7 +111,13 @@ def longthink_mask(
 
     It covers the new columns (our caches ask for no others). In a later turn the rest of the 2D mask is attached.
     """
-    later = attention_mask is not None and q_length > 1 and isinstance(kv_offset, int) and kv_offset > 0
+    follows = attention_mask is not None and isinstance(kv_offset, int) and kv_offset > 0
+    if follows and attention_mask is not None and attention_mask.shape[1] < kv_offset + q_length:
+        raise UnsupportedFeatureError(
+            f"attention_mask has {attention_mask.shape[1]} columns, and must cover the {kv_offset} in the cache "
+            f"and the {q_length} new ones"
+        )
+    later = follows and q_length > 1
     mask: Tensor | None = sdpa_mask(
         batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask,
         allow_is_causal_skip=allow_is_causal_skip and not later, **kwargs,

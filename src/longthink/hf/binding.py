@@ -13,6 +13,9 @@ from transformers import PreTrainedModel
 from longthink.errors import CacheStateError, UnsupportedFeatureError
 from longthink.hf.attention import IMPLEMENTATION, install, uninstall
 
+hides_use_cache: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
+"""Models that tell their attention use_cache=False whatever they are called with (NanoChat): see `self_check`."""
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -40,6 +43,8 @@ class ModelBinding:
         self._model = weakref.ref(model)
         self._closer: weakref.finalize | None = None  # type: ignore[type-arg]
         self._modules: frozenset[int] = frozenset()
+        self.accepts_no_use_cache = False
+        self.saw_no_use_cache = False
 
     @property
     def model(self) -> PreTrainedModel:
@@ -91,6 +96,20 @@ class ModelBinding:
             raise CacheStateError(
                 f"this cache is for another model ({name}): create one for this {type(model).__name__} with "
                 "make_cache(model, ...)"
+            )
+
+    def check_use_cache(self, use_cache: bool | None, *, again: bool) -> None:
+        """Raise `UnsupportedFeatureError` if the caller wants no cache: the whole text would come in every step.
+
+        In models that do not pass on what the caller says, `again` decides: more comes than has come so far.
+        """
+        if use_cache is not False:
+            return
+        self.saw_no_use_cache = True
+        if again or not (self.accepts_no_use_cache or self.model in hides_use_cache):
+            raise UnsupportedFeatureError(
+                "use_cache=False cannot be used with a longthink cache: pass use_cache=True (it may come from "
+                "model.generation_config or model.config)"
             )
 
     def check_module(self, module: Any) -> None:

@@ -23,8 +23,10 @@ from longthink.hf.binding import ModelBinding, outside_inference
 from longthink.hf.columns import Columns
 from longthink.hf.layer import PagedLayer
 from longthink.hf.rotation import rotations
+from longthink.hf.self_check import self_check
 from longthink.hf.support import check_model
 from longthink.policies import (
+    Dense,
     Policy,
     ShiftsKeys,
     grows,
@@ -376,4 +378,5 @@ def make_cache(
     if kv_dtype is not None:
         check_choice("kv_dtype", kv_dtype, KV_DTYPES)
     check_model(model)
+    self_check(model, lambda: PagedCache(model, Dense(), None))
     return PagedCache(model, policy, policy_budget(policy, budget, decode_budget), batch_size, kv_dtype)

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from longthink.cache import LayerCache
-from longthink.errors import UnsupportedFeatureError
+from longthink.errors import UnsupportedFeatureError, UnsupportedModelError
 from longthink.hf.attention import mark
 from longthink.hf.binding import ModelBinding, outside_inference
 from longthink.hf.columns import Columns
@@ -33,7 +33,7 @@ class PagedLayer(CacheLayerMixin):
         self.slots = slots
         self.text = text
         self.binding = binding
-        self.columns = 0
+        self.columns = self._new = 0
         self.pending = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -43,12 +43,16 @@ class PagedLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Return the new keys, marked: the attention function appends them, as it has the queries too."""
-        self.pending = True
+        self.pending, self._new = True, key_states.shape[2]
         return mark(key_states, self), value_states
 
     @torch.compiler.disable
     def check_call(self, module: Any, dropout: float, use_cache: bool | None) -> None:
         """Raise if the output would be wrong, before anything is appended."""
+        if not self.pending:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} attends twice to the keys of one layer: such attention is not supported"
+            )
         self.pending = False
         self.binding.check_module(module)
         if dropout:
@@ -56,11 +60,7 @@ class PagedLayer(CacheLayerMixin):
                 f"attention dropout ({dropout}) in training mode cannot be used with a bounded cache: call "
                 "model.eval()"
             )
-        if use_cache is False:
-            raise UnsupportedFeatureError(
-                "use_cache=False cannot be used with a longthink cache: pass use_cache=True (it may come from "
-                "model.generation_config or model.config)"
-            )
+        self.binding.check_use_cache(use_cache, again=0 < self.columns < self._new)
         self.pending = True
 
     @torch.compiler.disable

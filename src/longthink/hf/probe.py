@@ -39,19 +39,19 @@ def _has_length_dependent_rope(part: nn.Module) -> bool:
 
 
 class _State:
-    """Buffers and numbers of a module."""
+    """Buffers and attributes of a module."""
 
     def __init__(self, part: nn.Module) -> None:
         self._part = part
         self._buffers = {name: (buffer, _copy(buffer)) for name, buffer in part._buffers.items()}
-        self._numbers = {name: value for name, value in vars(part).items() if isinstance(value, int | float)}
+        self._attributes = dict(vars(part))
 
     def restore(self) -> None:
         for name, (buffer, content) in self._buffers.items():
             self._part._buffers[name] = buffer
             if buffer is not None and content is not None and not torch.equal(buffer, content):
                 buffer.copy_(content)
-        vars(self._part).update(self._numbers)
+        vars(self._part).update(self._attributes)
 
 
 def _copy(buffer: Tensor | None) -> Tensor | None:
