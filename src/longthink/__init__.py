@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from longthink.errors import (
         BudgetError,
         CacheStateError,
+        CacheUnusedWarning,
         EngineError,
         LongthinkError,
         NonFiniteError,
@@ -41,6 +42,7 @@ __all__ = [
     "Budget",
     "BudgetError",
     "CacheStateError",
+    "CacheUnusedWarning",
     "Dense",
     "Engine",
     "EngineError",
@@ -72,6 +74,7 @@ __getattr__ = lazy_names(
         "errors": (
             "BudgetError",
             "CacheStateError",
+            "CacheUnusedWarning",
             "EngineError",
             "LongthinkError",
             "NonFiniteError",

@@ -37,6 +37,10 @@ class CacheStateError(LongthinkError, RuntimeError):
     """The cache was used in a way that would silently give wrong results."""
 
 
+class CacheUnusedWarning(UserWarning):
+    """A cache is open and the model decodes without it, so nothing bounds its memory."""
+
+
 class NonFiniteError(LongthinkError, ArithmeticError):
     """The model produced NaN: its weights or inputs are corrupt."""
 

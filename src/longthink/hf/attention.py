@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from longthink.errors import UnsupportedFeatureError, UnsupportedModelError
+from longthink.hf.guard import notice
 
 IMPLEMENTATION = "longthink"
 _MARK = "_longthink_layer"
@@ -69,6 +70,7 @@ def longthink_attention(
     """Attention function for `AttentionInterface`; without a `PagedCache` it is transformers' SDPA."""
     layer: AttentionLayer | None = getattr(key, _MARK, None)
     if layer is None:
+        notice(module, query, key)
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from longthink.errors import CacheStateError, UnsupportedFeatureError
 from longthink.hf.attention import IMPLEMENTATION, install, uninstall
+from longthink.hf.guard import CacheUse, unwatch, watch
 
 hides_use_cache: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 """Models that tell their attention use_cache=False whatever they are called with (NanoChat): see `self_check`."""
@@ -39,12 +40,19 @@ def outside_inference(function: Callable[P, R]) -> Callable[P, R]:
 class ModelBinding:
     """Binds a cache to one model, which it does not keep alive."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, limit: int | None = None) -> None:
+        self.use = CacheUse(limit)
         self._model = weakref.ref(model)
         self._closer: weakref.finalize | None = None  # type: ignore[type-arg]
         self._modules: frozenset[int] = frozenset()
         self.accepts_no_use_cache = False
         self.saw_no_use_cache = False
+
+    def copy_for(self, model: PreTrainedModel) -> ModelBinding:
+        """Binding of a copy of the cache, which is not open."""
+        other = ModelBinding(model, self.use.limit)
+        other.use.used = self.use.used
+        return other
 
     @property
     def model(self) -> PreTrainedModel:
@@ -67,7 +75,8 @@ class ModelBinding:
             return
         self.close()
         install(model)
-        self._closer = weakref.finalize(cache, uninstall, self._model)
+        watch(model, self.use)
+        self._closer = weakref.finalize(cache, _close, self._model, self.use)
 
     def close(self) -> None:
         """Restore the model's own attention implementation."""
@@ -123,3 +132,8 @@ class ModelBinding:
                 f"this cache is for another model: {type(module).__name__} is not part of its "
                 f"{type(self.model).__name__}"
             )
+
+
+def _close(model: weakref.ref[PreTrainedModel], use: CacheUse) -> None:
+    uninstall(model)
+    unwatch(model, use)

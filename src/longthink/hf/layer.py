@@ -79,7 +79,11 @@ class PagedLayer(CacheLayerMixin):
         lengths = self.text.begin(self.columns, valid, query.shape[2], seen)
         if lengths is not None:
             self.slots.rewind(lengths)
-        out = self.slots.attend(query, key, value, valid, scaling)
+        with torch.no_grad():
+            # The cache must not keep the graphs of all texts, and without them gradients would be wrong.
+            out = self.slots.attend(query, key, value, valid, scaling)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
+            out = _NoGradient.apply(out, query)  # type: ignore[no-untyped-call]
         self.columns += query.shape[2]
         self.is_initialized = True
         return out
@@ -126,3 +130,17 @@ class PagedLayer(CacheLayerMixin):
             raise UnsupportedFeatureError(
                 f"a bounded cache cannot be cropped by {tokens_to_remove} tokens: evicted tokens cannot be restored"
             )
+
+
+class _NoGradient(torch.autograd.Function):
+    """Refuses the backward pass, through whatever is computed from the output."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, query: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise UnsupportedFeatureError(
+            "gradients cannot be computed through a longthink cache: train with use_cache=False and no cache of ours"
+        )

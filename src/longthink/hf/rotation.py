@@ -43,7 +43,7 @@ class _Layer:
         half = self.head_dim // 2
         if self.module is None:
             return Rotation(torch.zeros(half))
-        frequencies = self.module.inv_freq.detach()
+        frequencies = self.module.inv_freq
         assert isinstance(frequencies, Tensor)
         pairs = len(frequencies)
         if self.reversed:

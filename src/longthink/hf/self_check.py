@@ -120,12 +120,12 @@ def _check(model: PreTrainedModel, dense_cache: Callable[[], PagedCache]) -> _Pa
         with dense_cache() as cache:
             cache.binding.accepts_no_use_cache = True
             found = _found(model, cache)
-    error = max(map(_relative_error, expected, found))
+    distance = max(map(_relative_error, expected, found))
     tolerance = _TOLERANCE.get(model.dtype, _COARSE_TOLERANCE)
-    if not error <= tolerance:
+    if not distance <= tolerance:
         raise UnsupportedModelError(
             f"{type(model).__name__} computes something else with a longthink cache: with nothing evicted, logits "
-            f"of a test text of {_COLUMNS} tokens are off by {error:.1%} of their spread, where rounding in "
+            f"of a test text of {_COLUMNS} tokens are off by {distance:.1%} of their spread, where rounding in "
             f"{model.dtype} explains at most {tolerance:.0%}; its attention is of a kind that longthink does not "
             f"support ({VARIABLE}=0 turns this check off)"
         )

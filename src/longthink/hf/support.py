@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from longthink.errors import UnsupportedModelError
+from longthink.hf.probe import undisturbed
 
 # Config fields that, when set, mean attention other than plain softmax over all keys.
 _UNSUPPORTED_CONFIG = {
@@ -89,3 +90,64 @@ def text_tokens(model: PreTrainedModel, count: int) -> Tensor:
     # A fixed sequence without a short period.
     ids = [plain[(7 + 31 * i * (i + 3)) % len(plain)] for i in range(count)]
     return torch.tensor(ids, device=model.device)
+
+
+def text_limit(model: PreTrainedModel) -> int | None:
+    """Columns of text beyond which keys that are in a cache are of no use to the model; None for models without.
+
+    Such models, with RoPE of type longrope, rotate keys in another way as soon as a text is longer than that; and
+    ``model.generate`` then drops the cache.
+    """
+    config = model.config.get_text_config(decoder=True)
+    for parameters in (vars(model.config), vars(config), getattr(config, "rope_parameters", None) or {}):
+        limit = parameters.get("original_max_position_embeddings")
+        if isinstance(limit, int) and (_drops_cache(model, limit) or _changes_rope(model, limit)):
+            return limit
+    return None
+
+
+class _FullCache(DynamicCache):
+    """A cache that says it holds a text."""
+
+    def __init__(self, columns: int) -> None:
+        super().__init__()
+        self._columns = columns
+
+    def __bool__(self) -> bool:
+        return True
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self._columns
+
+
+def _drops_cache(model: PreTrainedModel, limit: int) -> bool:
+    cache = _FullCache(limit)
+    ids = torch.zeros(1, limit + 1, dtype=torch.int64, device=model.device)
+    try:
+        inputs = model.prepare_inputs_for_generation(
+            ids, past_key_values=cache, next_sequence_length=1, use_cache=True, is_first_iteration=False
+        )
+    except Exception:
+        return True
+    return inputs.get("past_key_values") is not cache
+
+
+def _changes_rope(model: PreTrainedModel, limit: int) -> bool:
+    """Whether the angles of position 1 depend on whether a position beyond the limit is there."""
+    for module in model.modules():
+        frequencies = getattr(module, "inv_freq", None)
+        if not isinstance(frequencies, Tensor) or getattr(module, "rope_type", "default") in (
+            "default",
+            "dynamic",
+        ):
+            continue
+        device = frequencies.device
+        short, long = (torch.tensor([[1, last]], device=device) for last in (2, limit))
+        with undisturbed(model):
+            try:
+                cosines = [module(torch.zeros(1, 2, 1, device=device), ids)[0][:, 0] for ids in (short, long)]
+            except Exception:
+                return True
+        if not torch.equal(*cosines):
+            return True
+    return False
