@@ -36,8 +36,9 @@ def tiny(kind: str, **more):
 
 @pytest.fixture(autouse=True)
 def unknown(monkeypatch):
-    """No kind of model has been checked."""
+    """No kind of model has been checked, and the machine is not too slow to check it."""
     monkeypatch.setattr(self_check, "_passed", {})
+    monkeypatch.setattr(self_check, "_SECONDS", 600.0)
 
 
 def encode_all(model):
@@ -50,13 +51,13 @@ def encode_all(model):
 @pytest.fixture
 def logits(monkeypatch):
     """The models that the check runs, with and without us."""
-    runs, compute = [], self_check._logits
+    runs, compute = [], self_check._alone
 
-    def counted(model, caches):
+    def counted(model, cache):
         runs.append(model)
-        return compute(model, caches)
+        return compute(model, cache)
 
-    monkeypatch.setattr(self_check, "_logits", counted)
+    monkeypatch.setattr(self_check, "_alone", counted)
     return runs
 
 
@@ -216,14 +217,27 @@ def test_large_models_on_a_cpu_are_not_checked(monkeypatch, logits, caplog):
     assert "skipped: it has 0.0 billion parameters on a CPU" in caplog.text
 
 
+def slow(monkeypatch, seconds):
+    compute = self_check._alone
+    monkeypatch.setattr(self_check, "_alone", lambda *args: (time.sleep(0.1), compute(*args))[1])
+    monkeypatch.setattr(self_check, "_SECONDS", seconds)
+
+
 def test_slow_models_are_not_run_twice(monkeypatch, logits, caplog):
-    compute = self_check._logits
-    monkeypatch.setattr(self_check, "_logits", lambda *args: (time.sleep(0.01), compute(*args))[1])
-    monkeypatch.setattr(self_check, "_SECONDS", 0.01)
+    slow(monkeypatch, 0.1)
     caplog.set_level("INFO", "longthink")
     longthink.make_cache(build("llama"), budget=64).close()
     assert len(logits) == 1
-    assert "the model alone takes" in caplog.text
+    assert "skipped: one pass takes 0." in caplog.text
+
+
+def test_rather_slow_models_are_compared_on_one_text(monkeypatch, logits):
+    monkeypatch.setattr(self_check, "_batch", lambda *args: 1 / 0)
+    slow(monkeypatch, 0.8)
+    longthink.make_cache(build("llama"), budget=64).close()
+    with pytest.raises(longthink.UnsupportedModelError, match="computes something else"):
+        longthink.make_cache(encode_all(build("qwen2")), budget=64)
+    assert len(logits) == 4
 
 
 def test_the_model_is_left_as_it_was():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from typing import Any
 
 from longthink.errors import DataError, needs_extra
 from longthink.lab.evaluate.answers import stated_answer
+
+_log = logging.getLogger(__name__)
 
 QUESTION_FIELDS = ("question", "problem", "prompt")
 ANSWER_FIELDS = ("final_answer", "answer", "ground_truth", "solution")
@@ -66,7 +69,7 @@ def read_file(path: Path) -> list[Row]:
 
 
 def to_rows(records: Iterator[tuple[str, Mapping[str, Any]]], fields: Fields | None = None) -> list[Row]:
-    """Turn records into problems.
+    """Turn records into problems; a question that stands there twice is two problems, and a warning is logged.
 
     Parameters
     ----------
@@ -82,6 +85,8 @@ def to_rows(records: Iterator[tuple[str, Mapping[str, Any]]], fields: Fields | N
     """
     rows: list[Row] = []
     seen: dict[str, str] = {}
+    asked: dict[str, str] = {}
+    repeated: list[tuple[str, str]] = []
     for place, record in records:
         fields = fields or _detect(place, record)
         row = _row(place, record, fields)
@@ -91,10 +96,20 @@ def to_rows(records: Iterator[tuple[str, Mapping[str, Any]]], fields: Fields | N
             )
         if row.id in seen:  # The same question again, and no identifier to tell them apart.
             row = Row(id=f"{row.id}-{len(rows)}", question=row.question, gold=row.gold)
+        if row.question in asked:
+            repeated.append((place, asked[row.question]))
+        asked.setdefault(row.question, place)
         seen[row.id] = place
         rows.append(row)
     if not rows:
         raise DataError("no problems found; expected at least one")
+    if repeated:
+        _log.warning(
+            "%d of %d problems ask a question that was asked before, first %s (as %s); each of them counts",
+            len(repeated),
+            len(rows),
+            *repeated[0],
+        )
     return rows
 
 
