@@ -46,6 +46,17 @@ def test_without_identifiers_the_question_is_one(tmp_path):
     assert len({row.id for row in first}) == 3
 
 
+@pytest.mark.parametrize("ids", [{}, {"x": 1}])
+def test_a_question_that_stands_twice_is_two_problems_and_said(tmp_path, caplog, ids):
+    records = [{"question": q, "answer": "a", **({"id": i} if ids else {})} for i, q in enumerate("xyxx")]
+    path = write_lines(tmp_path / "p.jsonl", *records)
+    assert len(read_file(path)) == 4
+    assert f"2 of 4 problems ask a question that was asked before, first {path}, line 3 (as" in caplog.text
+    caplog.clear()
+    read_file(write_lines(path, *records[:2]))
+    assert not caplog.text
+
+
 def test_blank_lines_and_a_byte_order_mark_are_skipped(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"question": "q", "answer": "a"}\n\n  \n{"question": "r", "answer": "b"}')

@@ -7,7 +7,7 @@ import torch
 from transformers import StoppingCriteria
 
 import longthink
-from longthink.cache import LayerCache
+from longthink.cache import LayerCache, Rotation
 from longthink.config import Budget
 from longthink.policies import grows
 from tests.models import build, prompt
@@ -100,7 +100,7 @@ def test_allocated_bytes_at_1k_and_4k_steps_are_equal(policy):
 @pytest.mark.parametrize("rows", [1, 3])
 def test_kv_bytes_equal_the_formula_and_metadata_is_small(policy, rows):
     made = longthink.make_policy(policy)
-    layer = LayerCache(made, Budget(budget=512), inv_freq_D=torch.ones(64))
+    layer = LayerCache(made, Budget(budget=512), rotation=Rotation(torch.ones(64)))
     keys = torch.randn(rows, 2, 40, 128)
     layer.attend(torch.randn(rows, 4, 40, 128), keys, keys)
     assert layer.kv_bytes == 2 * rows * 2 * 512 * 128 * 4

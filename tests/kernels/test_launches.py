@@ -146,14 +146,14 @@ sys.modules["triton"] = None
 import torch
 import longthink
 from longthink import accelerators
-from longthink.cache import LayerCache
+from longthink.cache import LayerCache, Rotation
 from longthink.policies import available_policies, make_policy, needs_budget
 from longthink.config import Budget
 for name in available_policies():
     policy = make_policy(name)
     fused = accelerators.fused_steps(torch.device("cpu"))
     budget = Budget(decode_budget=32) if needs_budget(policy) else None
-    layer = LayerCache(policy, budget, inv_freq_D=torch.ones(4), fused=fused)
+    layer = LayerCache(policy, budget, rotation=Rotation(torch.ones(4)), fused=fused)
     for tokens in (20, 1):
         layer.attend(*torch.randn(3, 1, 2, tokens, 8))
     assert accelerators.group_layers([layer]) == []

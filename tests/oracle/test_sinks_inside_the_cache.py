@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longthink.cache import LayerCache
+from longthink.cache import LayerCache, Rotation
 from longthink.config import Budget
 from longthink.policies import StreamingLLM
 from tests.examples import few, some
@@ -24,7 +24,7 @@ class InsideCache(Case):
     def make_layer(self) -> LayerCache:
         policy = StreamingLLM(sinks=self.options["sinks"])
         budget = Budget(budget=self.budget, decode_budget=self.decode_budget)
-        return LayerCache(policy, budget, inv_freq_D=frequencies(self.dim))
+        return LayerCache(policy, budget, rotation=Rotation(frequencies(self.dim)))
 
 
 class TurnedRow(Row):

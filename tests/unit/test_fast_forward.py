@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from longthink.cache import LayerCache
+from longthink.cache import LayerCache, Rotation
 from longthink.cache.forward import fast_forward
 from longthink.cache.step import evictable_pages
 from longthink.config import Budget
@@ -24,7 +24,7 @@ def numbers(heads, tokens, seed):
 def prompted(policy):
     made = make_policy(policy)
     budget = Budget(budget=BUDGET) if needs_budget(made) else None
-    layer = LayerCache(made, budget, inv_freq_D=torch.ones(DIM // 2))
+    layer = LayerCache(made, budget, rotation=Rotation(torch.ones(DIM // 2)))
     layer.attend(numbers(HEADS, PROMPT, 0), numbers(KV_HEADS, PROMPT, 1), numbers(KV_HEADS, PROMPT, 2))
     return layer
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from longthink import kernels
 from longthink.cache.prompt import ChunkedPrompt, causal_mask, write_prompt
+from longthink.cache.rotation import Rotation
 from longthink.cache.rows import RowCounts
 from longthink.cache.stats import CacheStats
 from longthink.cache.step import QKV, FusedStep, Read, decode_step, open_pages, read_slots
@@ -35,8 +36,8 @@ class LayerCache(CacheStats):
         Which tokens to keep.
     budget
         How many to keep; None only where the policy needs no budget (`dense`).
-    inv_freq_D
-        RoPE frequencies of the keys, for policies that shift keys.
+    rotation
+        How the keys carry positions, for policies that shift keys.
     kv_dtype
         Dtype of the stored keys and values; None for that of the model.
     fused
@@ -58,7 +59,7 @@ class LayerCache(CacheStats):
         policy: Policy,
         budget: Budget | None = None,
         *,
-        inv_freq_D: Tensor | None = None,
+        rotation: Rotation | None = None,
         kv_dtype: torch.dtype | None = None,
         fused: Mapping[type[Policy], type[FusedStep]] | None = None,
     ) -> None:
@@ -71,7 +72,7 @@ class LayerCache(CacheStats):
         self.policy = policy
         self.budget = budget
         self.kv_dtype = kv_dtype
-        self.inv_freq_D = inv_freq_D
+        self.rotation = rotation
         self.reset()
 
     def reset(self) -> None:
@@ -317,7 +318,7 @@ class LayerCache(CacheStats):
         self._store.reserve(pages)
         self._store.set_caps(caps)
         write_prompt(self.policy, self._store, (key_BKQD, value_BKQD), position_BQ, starts, mass_BKN)
-        self._store.keep_shifted(self.policy, self.inv_freq_D)
+        self._store.keep_shifted(self.policy, self.rotation)
 
     # Decode -------------------------------------------------------------------------------------------------
 

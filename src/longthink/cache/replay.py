@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from longthink.cache.layer import LayerCache
+from longthink.cache.rotation import Rotation
 from longthink.cache.rows import page_caps
 from longthink.cache.store import SlotStore
 from longthink.config import Budget
@@ -56,7 +57,7 @@ class ReplayedLayers(LayerCache):
         keys, values, mass = (self._for_rows(tensor) for tensor in (keys_LKND, values_LKND, mass_LKN))
         seen = mass if "prompt_mass" in self.policy.needs else None
         # No key meets a query here, so shifted keys need no rotation.
-        self.inv_freq_D = torch.zeros(keys.shape[-1] // 2)
+        self.rotation = Rotation(torch.zeros(keys.shape[-1] // 2))
         caps = [page_caps(self.policy, budget, [prompt])[0] for budget in self._budget_B]
         self._admit(keys, values, position_BN, lengths, caps, seen)
 

@@ -77,7 +77,7 @@ def restore_layer(
         len(rows.lengths), shape.kv_heads, 0, shape.head_dim, dtype=shape.dtype, device=shape.device
     )
     store = SlotStore(layer.policy, none, rows.caps, pages, shape.dtype)
-    store.keep_shifted(layer.policy, layer.inv_freq_D)
+    store.keep_shifted(layer.policy, layer.rotation)
     _fill(store, tensors)
     _check(store, rows)
     layer._store, layer.rows, layer.later_turns = store, rows, counts["later_turns"]

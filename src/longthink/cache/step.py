@@ -137,7 +137,9 @@ def shift_keys(policy: ShiftsKeys, store: SlotStore) -> None:
     count = policy.shifted_tokens()
     if not count:
         return
-    assert store.shifted_BKND is not None and store.inv_freq_D is not None
+    assert store.shifted_BKND is not None and store.rotation is not None
     young_B111 = (store.table.now_B < count)[:, None, None, None]
     store.shifted_BKND.copy_(torch.where(young_B111, store.keys_BKSD[:, :, :count], store.shifted_BKND))
-    store.keys_BKSD[:, :, :count] = policy.shift_keys(store.table, store.shifted_BKND, store.inv_freq_D)
+    rotation = store.rotation
+    keys_BKND = policy.shift_keys(store.table, rotation.paired(store.shifted_BKND), rotation.inv_freq_D)
+    store.keys_BKSD[:, :, :count] = rotation.unpaired(keys_BKND)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from longthink import kernels
+from longthink.cache.rotation import Rotation
 from longthink.errors import UnsupportedModelError
 from longthink.kernels import At, entries
 from longthink.policies import Moves, PageTable, Policy, Shape, ShiftsKeys, page_tables, policy_spec
@@ -61,7 +62,7 @@ class SlotStore:
         self.kmax_BKPD = key_BKQD.new_zeros(rows, kv_heads, bounded, head_dim)
         self.shifted_BKND: Tensor | None = None
         """The first keys as written, where the policy shifts them (`ShiftsKeys`)."""
-        self.inv_freq_D: Tensor | None = None
+        self.rotation: Rotation | None = None
         self.table = PageTable(
             page_size=policy.page_size,
             position_BKS=torch.full((rows, tables, tokens), -1, dtype=torch.int32, device=device),
@@ -185,24 +186,24 @@ class SlotStore:
             else:
                 mine[row] = theirs[other_row]
 
-    def keep_shifted(self, policy: Policy, inv_freq_D: Tensor | None) -> None:
+    def keep_shifted(self, policy: Policy, rotation: Rotation | None) -> None:
         """Keep the first keys as written, where the policy shifts them.
 
         Raises
         ------
         UnsupportedModelError
-            If it does, and there are no RoPE frequencies.
+            If it does, and the rotation is not known.
         """
         count = policy.shifted_tokens() if isinstance(policy, ShiftsKeys) else 0
         if not count:
             return
-        if inv_freq_D is None:
+        if rotation is None:
             raise UnsupportedModelError(
-                f"policy {policy_spec(policy)!r} rotates keys inside the cache and needs the model's RoPE "
-                "frequencies, which this model does not expose; use streaming_llm:positions=logical"
+                f"policy {policy_spec(policy)!r} rotates keys inside the cache and needs to know the model's RoPE: "
+                "pass rotation=..., or use streaming_llm:positions=logical"
             )
         self.shifted_BKND = self.keys_BKSD[:, :, :count].clone()
-        self.inv_freq_D = inv_freq_D.to(self.keys_BKSD.device)
+        self.rotation = rotation.to(self.keys_BKSD.device)
 
     # Prefill ------------------------------------------------------------------------------------------------
 

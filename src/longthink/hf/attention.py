@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from longthink.errors import UnsupportedFeatureError, UnsupportedModelError
+from longthink.hf.guard import notice
 
 IMPLEMENTATION = "longthink"
 _MARK = "_longthink_layer"
@@ -69,6 +70,7 @@ def longthink_attention(
     """Attention function for `AttentionInterface`; without a `PagedCache` it is transformers' SDPA."""
     layer: AttentionLayer | None = getattr(key, _MARK, None)
     if layer is None:
+        notice(module, query, key)
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -111,7 +113,13 @@ def longthink_mask(
 
     It covers the new columns (our caches ask for no others). In a later turn the rest of the 2D mask is attached.
     """
-    later = attention_mask is not None and q_length > 1 and isinstance(kv_offset, int) and kv_offset > 0
+    follows = attention_mask is not None and isinstance(kv_offset, int) and kv_offset > 0
+    if follows and attention_mask is not None and attention_mask.shape[1] < kv_offset + q_length:
+        raise UnsupportedFeatureError(
+            f"attention_mask has {attention_mask.shape[1]} columns, and must cover the {kv_offset} in the cache "
+            f"and the {q_length} new ones"
+        )
+    later = follows and q_length > 1
     mask: Tensor | None = sdpa_mask(
         batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask,
         allow_is_causal_skip=allow_is_causal_skip and not later, **kwargs,

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from longthink.hf.cache import PagedCache
+from longthink.hf.guard import check_bound, check_run
 from longthink.hf.request import Finished, Job
 from longthink.hf.sampling import sample_rows
 from longthink.hf.step import Compile, DecodeStep, compiles
@@ -200,6 +201,7 @@ class Batch:
         with cache.begin_chunked_prefill(len(tokens)):
             for chunk in ids.split(self._chunk_size or len(tokens), 1):
                 logits = self.model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        check_run(cache, len(tokens))
         return logits[:, -1]
 
     def _append_tokens(self, logits_BV: Tensor, jobs: list[Job]) -> None:
@@ -220,6 +222,7 @@ class Batch:
         """Result of a request in its seat, or of one that was not admitted and has a cache of its `own`."""
         cache, row = (self._cache, self.rows.index(job)) if own is None else (own, 0)
         assert cache is not None
+        check_bound(cache)
         early, late = _pace(job.times)
         note = None
         if finish == "nan":

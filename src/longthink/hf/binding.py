@@ -12,6 +12,10 @@ from transformers import PreTrainedModel
 
 from longthink.errors import CacheStateError, UnsupportedFeatureError
 from longthink.hf.attention import IMPLEMENTATION, install, uninstall
+from longthink.hf.guard import CacheUse, unwatch, watch
+
+hides_use_cache: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
+"""Models that tell their attention use_cache=False whatever they are called with (NanoChat): see `self_check`."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -36,10 +40,19 @@ def outside_inference(function: Callable[P, R]) -> Callable[P, R]:
 class ModelBinding:
     """Binds a cache to one model, which it does not keep alive."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, limit: int | None = None) -> None:
+        self.use = CacheUse(limit)
         self._model = weakref.ref(model)
         self._closer: weakref.finalize | None = None  # type: ignore[type-arg]
         self._modules: frozenset[int] = frozenset()
+        self.accepts_no_use_cache = False
+        self.saw_no_use_cache = False
+
+    def copy_for(self, model: PreTrainedModel) -> ModelBinding:
+        """Binding of a copy of the cache, which is not open."""
+        other = ModelBinding(model, self.use.limit)
+        other.use.used = self.use.used
+        return other
 
     @property
     def model(self) -> PreTrainedModel:
@@ -62,7 +75,8 @@ class ModelBinding:
             return
         self.close()
         install(model)
-        self._closer = weakref.finalize(cache, uninstall, self._model)
+        watch(model, self.use)
+        self._closer = weakref.finalize(cache, _close, self._model, self.use)
 
     def close(self) -> None:
         """Restore the model's own attention implementation."""
@@ -93,6 +107,20 @@ class ModelBinding:
                 "make_cache(model, ...)"
             )
 
+    def check_use_cache(self, use_cache: bool | None, *, again: bool) -> None:
+        """Raise `UnsupportedFeatureError` if the caller wants no cache: the whole text would come in every step.
+
+        In models that do not pass on what the caller says, `again` decides: more comes than has come so far.
+        """
+        if use_cache is not False:
+            return
+        self.saw_no_use_cache = True
+        if again or not (self.accepts_no_use_cache or self.model in hides_use_cache):
+            raise UnsupportedFeatureError(
+                "use_cache=False cannot be used with a longthink cache: pass use_cache=True (it may come from "
+                "model.generation_config or model.config)"
+            )
+
     def check_module(self, module: Any) -> None:
         """Raise `CacheStateError` unless the attention module is part of the model."""
         if id(module) in self._modules:
@@ -104,3 +132,8 @@ class ModelBinding:
                 f"this cache is for another model: {type(module).__name__} is not part of its "
                 f"{type(self.model).__name__}"
             )
+
+
+def _close(model: weakref.ref[PreTrainedModel], use: CacheUse) -> None:
+    uninstall(model)
+    unwatch(model, use)

@@ -24,9 +24,13 @@ from longthink.errors import BudgetError, CacheStateError, UnsupportedFeatureErr
 from longthink.hf.binding import ModelBinding, outside_inference
 from longthink.hf.columns import Columns
 from longthink.hf.layer import PagedLayer
-from longthink.hf.support import check_model, rope_frequencies
+from longthink.hf.rotation import rotations
+from longthink.hf.self_check import self_check
+from longthink.hf.support import check_model, text_limit
 from longthink.policies import (
+    Dense,
     Policy,
+    ShiftsKeys,
     grows,
     make_policy,
     needs_budget,
@@ -60,13 +64,17 @@ class PagedCache(Cache):
         self.kv_dtype = kv_dtype
         self.budget = budget
         self.required_rows = batch_size
-        self.binding = ModelBinding(model)
-        frequencies = rope_frequencies(model)
+        self.binding = ModelBinding(model, text_limit(model))
         count = model.config.get_text_config(decoder=True).num_hidden_layers
         dtype = None if kv_dtype is None else getattr(torch, kv_dtype)
+        policies = [policy.for_layer(i) for i in range(count)]
+        shifting = [
+            i for i, own in enumerate(policies) if isinstance(own, ShiftsKeys) and own.shifted_tokens()
+        ]
+        rotation = rotations(model, shifting) if shifting else {}
         slots = [
-            LayerCache(policy.for_layer(i), budget, inv_freq_D=frequencies, kv_dtype=dtype, fused=self._fused)
-            for i in range(count)
+            LayerCache(own, budget, rotation=rotation.get(i), kv_dtype=dtype, fused=self._fused)
+            for i, own in enumerate(policies)
         ]
         if needs_budget(policy) and not any(needs_budget(layer.policy) for layer in slots):
             raise BudgetError(
@@ -92,6 +100,8 @@ class PagedCache(Cache):
         return self.open()
 
     def __exit__(self, *exception: object) -> None:
+        if exception[0] is not None:
+            self.binding.use.ignore()
         self.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -99,7 +109,7 @@ class PagedCache(Cache):
         model = self.binding.model
         other = type(self).__new__(type(self))
         memo[id(self)] = other
-        memo[id(self.binding)] = ModelBinding(memo.get(id(model), model))
+        memo[id(self.binding)] = self.binding.copy_for(memo.get(id(model), model))
         for name, value in self.__dict__.items():
             setattr(other, name, copy.deepcopy(value, memo))
         return other.open() if self.binding.is_open else other
@@ -163,6 +173,7 @@ class PagedCache(Cache):
                 raise CacheStateError(
                     f"the cache was made for batch_size={self.required_rows} and was given {rows} rows"
                 )
+            self.binding.use.add(rows, self.columns + key_states.shape[2])
         self._check_layer(layer_idx)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
@@ -171,7 +182,13 @@ class PagedCache(Cache):
         """Size and offset of the mask. Models ask before their layers run, so errors surface before any change."""
         self.binding.check_open()
         self._check_complete()
+        self.binding.use.check_limit(self.columns + query_length)
         return super().get_mask_sizes(query_length, layer_idx)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns of text seen, including padding. The library asks before each pass of the model."""
+        self.binding.use.asked = True
+        return super().get_seq_length(layer_idx)
 
     def _check_complete(self) -> None:
         if any(layer.pending or layer.columns != self.layers[0].columns for layer in self.layers):
@@ -216,6 +233,11 @@ class PagedCache(Cache):
             "transformers' own cache"
         )
 
+    @property
+    def columns(self) -> int:
+        """Columns of text seen, including padding."""
+        return self.layers[0].columns
+
     # For `DecodeStep`, which does not use `update` -----------------------------------------------------------
 
     @property
@@ -235,6 +257,9 @@ class PagedCache(Cache):
         self._check_complete()
         if rows != self.rows:
             raise CacheStateError(f"the cache holds {self.rows} rows and was given {rows}")
+        # Rows of a batch that changes are shorter than the columns that it has read.
+        self.binding.use.check_limit(max(self.layers[0].slots.rows.lengths) + 1)
+        self.binding.use.add(rows, self.columns + 1)
         opens = False
         for layer in self.layers:
             layer.pending = True
@@ -352,7 +377,7 @@ class PagedCache(Cache):
             "budget": None if self.budget is None else self.budget.budget,
             "decode_budget": None if self.budget is None else self.budget.decode_budget,
             "kv_dtype": self.kv_dtype,
-            "columns": self.get_seq_length(),
+            "columns": self.columns,
             "kv_bytes": self.kv_bytes,
             "metadata_bytes": self.metadata_bytes,
             "dense_kv_bytes": self.dense_kv_bytes,
@@ -411,4 +436,5 @@ def make_cache(
     if kv_dtype is not None:
         check_choice("kv_dtype", kv_dtype, KV_DTYPES)
     check_model(model)
+    self_check(model, lambda: PagedCache(model, Dense(), None))
     return PagedCache(model, policy, policy_budget(policy, budget, decode_budget), batch_size, kv_dtype)

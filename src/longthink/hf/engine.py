@@ -14,6 +14,7 @@ from longthink.config import DEFAULT_POLICY, check_int
 from longthink.errors import BudgetError, EngineError, NonFiniteError
 from longthink.hf.batch import Batch
 from longthink.hf.cache import PagedCache, make_cache
+from longthink.hf.guard import check_limit
 from longthink.hf.request import Finished, Job, Request
 from longthink.hf.sampling import Sampling
 from longthink.hf.scheduler import Scheduler
@@ -152,7 +153,9 @@ class Engine:
         template = make_cache(
             model, policy=policy, budget=budget, decode_budget=decode_budget, kv_dtype=kv_dtype
         )
+        template.binding.use.used = True
         self.seats = seats
+        self._limit = template.binding.use.limit
         self._vocabulary = model.get_input_embeddings().num_embeddings
         self._numbers = itertools.count()
         self._scheduler = Scheduler(
@@ -243,6 +246,8 @@ class Engine:
     def _add(self, request: Request, *, in_thread: bool) -> Handle:
         for token in request.tokens:
             check_int("token", token, 0, self._vocabulary - 1)
+        # The last token is not read.
+        check_limit(self._limit, len(request.tokens) + request.max_new_tokens - 1)
         handle = Handle(self, Job(request))
         self._scheduler.add(handle._job, in_thread=in_thread)
         return handle

@@ -12,9 +12,10 @@ from longthink.config import DEFAULT_POLICY, brief_repr, check_int
 from longthink.errors import NonFiniteError, UnsupportedFeatureError
 from longthink.hf.arguments import Tokens, prompt_tensors
 from longthink.hf.cache import PagedCache, make_cache
+from longthink.hf.guard import check_limit, check_run, output_columns
 from longthink.hf.loop import NEEDS_LIBRARY, DecodeLoop
 from longthink.hf.step import Compile, check_compile, compiles
-from longthink.hf.support import check_model
+from longthink.hf.support import check_model, text_limit
 from longthink.policies import Policy, make_policy, policy_spec
 
 # Options of `model.generate` that do not work with a bounded cache; None and False leave them off.
@@ -100,6 +101,8 @@ def generate(
         If the model or a way of decoding is not supported, or cannot be compiled with ``compile=True``.
     NonFiniteError
         If the model produces NaN.
+    CacheStateError
+        If the model did not use the cache in all steps; see ``docs/verify.md``.
     ValueError
         If an argument is out of range.
     """
@@ -115,6 +118,9 @@ def generate(
         check_int("prefill_chunk_size", chunk_size, 1)
         if input_ids is None or others.get("inputs_embeds") is not None:
             raise UnsupportedFeatureError(f"prefill_chunk_size={chunk_size} needs the prompt as input_ids")
+    prompt = input_ids if others.get("inputs_embeds") is None else others["inputs_embeds"]
+    columns = 0 if prompt is None else prompt.shape[1]
+    check_limit(text_limit(model), _longest(config, columns))
     cache = generate_kwargs.pop("past_key_values", None)
     if cache is None:
         cache = make_cache(
@@ -123,16 +129,13 @@ def generate(
     else:
         _check_live_cache(model, cache, policy, budget, decode_budget, kv_dtype)
     guards = LogitsProcessorList([_NonFiniteGuard(), *(generate_kwargs.pop("logits_processor", None) or [])])
-    prompt = others.get("inputs_embeds") if input_ids is None else input_ids
     rows = (1 if prompt is None else len(prompt)) * (config.num_return_sequences or 1)
     tokens = config.max_new_tokens or config.max_length
     if _own_loop(config, others, compile) and compiles(model, cache, compile, rows=rows, tokens=tokens):
         generate_kwargs["custom_generate"] = DecodeLoop(compile, generate_kwargs.get("streamer"))
-    columns = 0
-    if chunk_size is not None and input_ids is not None:
-        columns = input_ids.shape[1] - cache.get_seq_length()
-    with cache, cache.begin_chunked_prefill(columns) if columns else nullcontext():
-        return model.generate(
+    announced = columns - cache.columns if chunk_size is not None else 0
+    with cache, cache.begin_chunked_prefill(announced) if announced else nullcontext():
+        output = model.generate(
             input_ids,
             attention_mask=attention_mask,
             past_key_values=cache,
@@ -140,6 +143,14 @@ def generate(
             prefill_chunk_size=chunk_size,
             **generate_kwargs,
         )
+        check_run(cache, output_columns(output, input_ids, prompt))
+        return output
+
+
+def _longest(config: GenerationConfig, columns: int) -> int:
+    """Columns that the model may read: all but the last token of the longest output."""
+    longest = columns + config.max_new_tokens if config.max_new_tokens else config.max_length or 0
+    return max(columns, longest - 1)
 
 
 def _own_loop(config: GenerationConfig, others: dict[str, Any], compile: Compile) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from longthink.cache import LayerCache
-from longthink.errors import UnsupportedFeatureError
+from longthink.errors import UnsupportedFeatureError, UnsupportedModelError
 from longthink.hf.attention import mark
 from longthink.hf.binding import ModelBinding, outside_inference
 from longthink.hf.columns import Columns
@@ -33,7 +33,7 @@ class PagedLayer(CacheLayerMixin):
         self.slots = slots
         self.text = text
         self.binding = binding
-        self.columns = 0
+        self.columns = self._new = 0
         self.pending = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -43,12 +43,16 @@ class PagedLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Return the new keys, marked: the attention function appends them, as it has the queries too."""
-        self.pending = True
+        self.pending, self._new = True, key_states.shape[2]
         return mark(key_states, self), value_states
 
     @torch.compiler.disable
     def check_call(self, module: Any, dropout: float, use_cache: bool | None) -> None:
         """Raise if the output would be wrong, before anything is appended."""
+        if not self.pending:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} attends twice to the keys of one layer: such attention is not supported"
+            )
         self.pending = False
         self.binding.check_module(module)
         if dropout:
@@ -56,11 +60,7 @@ class PagedLayer(CacheLayerMixin):
                 f"attention dropout ({dropout}) in training mode cannot be used with a bounded cache: call "
                 "model.eval()"
             )
-        if use_cache is False:
-            raise UnsupportedFeatureError(
-                "use_cache=False cannot be used with a longthink cache: pass use_cache=True (it may come from "
-                "model.generation_config or model.config)"
-            )
+        self.binding.check_use_cache(use_cache, again=0 < self.columns < self._new)
         self.pending = True
 
     @torch.compiler.disable
@@ -79,7 +79,11 @@ class PagedLayer(CacheLayerMixin):
         lengths = self.text.begin(self.columns, valid, query.shape[2], seen)
         if lengths is not None:
             self.slots.rewind(lengths)
-        out = self.slots.attend(query, key, value, valid, scaling)
+        with torch.no_grad():
+            # The cache must not keep the graphs of all texts, and without them gradients would be wrong.
+            out = self.slots.attend(query, key, value, valid, scaling)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
+            out = _NoGradient.apply(out, query)  # type: ignore[no-untyped-call]
         self.columns += query.shape[2]
         self.is_initialized = True
         return out
@@ -126,3 +130,17 @@ class PagedLayer(CacheLayerMixin):
             raise UnsupportedFeatureError(
                 f"a bounded cache cannot be cropped by {tokens_to_remove} tokens: evicted tokens cannot be restored"
             )
+
+
+class _NoGradient(torch.autograd.Function):
+    """Refuses the backward pass, through whatever is computed from the output."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, query: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise UnsupportedFeatureError(
+            "gradients cannot be computed through a longthink cache: train with use_cache=False and no cache of ours"
+        )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from longthink.errors import UnsupportedModelError
+from longthink.hf.probe import undisturbed
 
 # Config fields that, when set, mean attention other than plain softmax over all keys.
 _UNSUPPORTED_CONFIG = {
@@ -19,7 +21,6 @@ _UNSUPPORTED_CONFIG = {
     "add_cross_attention": "cross-attention",
 }
 _UNSUPPORTED_MODULE = {"sinks": "attention sinks", "sliding_window": "sliding-window layers"}
-_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -77,14 +78,76 @@ def _unsupported(model: PreTrainedModel) -> str | None:
     return None
 
 
-def rope_frequencies(model: PreTrainedModel) -> Tensor | None:
-    """RoPE frequencies, radians per position, D / 2; None if keys cannot be rotated after the fact."""
+def text_tokens(model: PreTrainedModel, count: int) -> Tensor:
+    """Token ids that stand for text in any model, shape (count,): evenly spread, without those of special meaning."""
     config = model.config.get_text_config(decoder=True)
-    if "mrope_section" in (getattr(config, "rope_parameters", None) or {}):
-        return None  # image tokens have three-dimensional positions, unlike slots of the cache
-    for module in model.modules():
-        if hasattr(module, "inv_freq"):
-            head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-            varies = getattr(module, "rope_type", "default") in _LENGTH_DEPENDENT_ROPE
-            return None if varies or 2 * len(module.inv_freq) != head_dim else module.inv_freq
+    special = set[int]()
+    for name, value in [*vars(config).items(), *vars(model.config).items()]:
+        if name.endswith(("token_id", "token_index")):
+            special.update(value if isinstance(value, list) else [value])
+    vocabulary = model.get_input_embeddings().num_embeddings
+    plain = [token for token in range(min(vocabulary, 4096)) if token not in special] or [0]
+    # A fixed sequence without a short period.
+    ids = [plain[(7 + 31 * i * (i + 3)) % len(plain)] for i in range(count)]
+    return torch.tensor(ids, device=model.device)
+
+
+def text_limit(model: PreTrainedModel) -> int | None:
+    """Columns of text beyond which keys that are in a cache are of no use to the model; None for models without.
+
+    Such models, with RoPE of type longrope, rotate keys in another way as soon as a text is longer than that; and
+    ``model.generate`` then drops the cache.
+    """
+    config = model.config.get_text_config(decoder=True)
+    for parameters in (vars(model.config), vars(config), getattr(config, "rope_parameters", None) or {}):
+        limit = parameters.get("original_max_position_embeddings")
+        if isinstance(limit, int) and (_drops_cache(model, limit) or _changes_rope(model, limit)):
+            return limit
     return None
+
+
+class _FullCache(DynamicCache):
+    """A cache that says it holds a text."""
+
+    def __init__(self, columns: int) -> None:
+        super().__init__()
+        self._columns = columns
+
+    def __bool__(self) -> bool:
+        return True
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self._columns
+
+
+def _drops_cache(model: PreTrainedModel, limit: int) -> bool:
+    cache = _FullCache(limit)
+    ids = torch.zeros(1, limit + 1, dtype=torch.int64, device=model.device)
+    try:
+        inputs = model.prepare_inputs_for_generation(
+            ids, past_key_values=cache, next_sequence_length=1, use_cache=True, is_first_iteration=False
+        )
+    except Exception:
+        return True
+    return inputs.get("past_key_values") is not cache
+
+
+def _changes_rope(model: PreTrainedModel, limit: int) -> bool:
+    """Whether the angles of position 1 depend on whether a position beyond the limit is there."""
+    for module in model.modules():
+        frequencies = getattr(module, "inv_freq", None)
+        if not isinstance(frequencies, Tensor) or getattr(module, "rope_type", "default") in (
+            "default",
+            "dynamic",
+        ):
+            continue
+        device = frequencies.device
+        short, long = (torch.tensor([[1, last]], device=device) for last in (2, limit))
+        with undisturbed(model):
+            try:
+                cosines = [module(torch.zeros(1, 2, 1, device=device), ids)[0][:, 0] for ids in (short, long)]
+            except Exception:
+                return True
+        if not torch.equal(*cosines):
+            return True
+    return False

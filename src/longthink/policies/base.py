@@ -342,7 +342,8 @@ class ShiftsKeys(Protocol):
     def shift_keys(self, table: PageTable, keys_BKND: Tensor, inv_freq_D: Tensor) -> Tensor:
         """Keys to read in this step, from the keys as they were written (rotated by RoPE).
 
-        `inv_freq_D` holds the rotation per position of each of the D / 2 frequency pairs.
+        Keys come in the half-split layout, whatever the model's is: features i and i + D / 2 are a pair, and
+        `inv_freq_D` holds the rotation of each pair per position, 0 where there is none.
         """
         ...
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -12,6 +13,8 @@ from typing import Any
 
 from longthink.errors import DataError, needs_extra
 from longthink.lab.evaluate.answers import stated_answer
+
+_log = logging.getLogger(__name__)
 
 QUESTION_FIELDS = ("question", "problem", "prompt")
 ANSWER_FIELDS = ("final_answer", "answer", "ground_truth", "solution")
@@ -74,9 +77,14 @@ def read_file(path: Path) -> list[Item]:
 
 
 def to_items(records: Records, task: str, fields: Fields | None = None) -> list[Item]:
-    """Turn records into problems; without `fields` the names are found in the first record."""
+    """Turn records into problems; without `fields` the names are found in the first record.
+
+    A question that is there twice is two problems, and a warning is logged.
+    """
     items: list[Item] = []
     seen: dict[str, str] = {}
+    asked: dict[str, str] = {}
+    repeated: list[tuple[str, str]] = []
     for place, record in records:
         fields = fields or _detect(place, record)
         item = _item(place, record, task, fields)
@@ -86,10 +94,20 @@ def to_items(records: Records, task: str, fields: Fields | None = None) -> list[
             )
         if item.id in seen:  # the same question twice, without an identifier to tell them apart
             item = replace(item, id=f"{item.id}-{len(items)}")
+        if item.question in asked:
+            repeated.append((place, asked[item.question]))
+        asked.setdefault(item.question, place)
         seen[item.id] = place
         items.append(item)
     if not items:
         raise DataError("no problems found; expected at least one")
+    if repeated:
+        _log.warning(
+            "%d of %d problems ask a question that was asked before, first %s (as %s); each of them counts",
+            len(repeated),
+            len(items),
+            *repeated[0],
+        )
     return items
 
 
