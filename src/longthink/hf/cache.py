@@ -23,6 +23,7 @@ from longthink.config import DEFAULT_POLICY, KV_DTYPES, Budget, check_choice, ch
 from longthink.errors import BudgetError, CacheStateError, UnsupportedFeatureError, UnsupportedModelError
 from longthink.hf.binding import ModelBinding, outside_inference
 from longthink.hf.columns import Columns
+from longthink.hf.contents import CacheContents
 from longthink.hf.layer import PagedLayer
 from longthink.hf.rotation import rotations
 from longthink.hf.self_check import self_check
@@ -31,16 +32,14 @@ from longthink.policies import (
     Dense,
     Policy,
     ShiftsKeys,
-    grows,
     make_policy,
     needs_budget,
     policy_budget,
     policy_spec,
-    policy_to_dict,
 )
 
 
-class PagedCache(Cache):
+class PagedCache(CacheContents, Cache):
     """Bounded KV cache for one model; use `make_cache` to create one.
 
     While it is open, the model's attention goes through longthink (other caches still work); `close` restores the
@@ -233,17 +232,7 @@ class PagedCache(Cache):
             "transformers' own cache"
         )
 
-    @property
-    def columns(self) -> int:
-        """Columns of text seen, including padding."""
-        return self.layers[0].columns
-
     # For `DecodeStep`, which does not use `update` -----------------------------------------------------------
-
-    @property
-    def rows(self) -> int:
-        """Number of rows; 0 before the prompt."""
-        return len(self.layers[0].slots.length_B)
 
     @property
     def sizes(self) -> tuple[tuple[torch.Size, int], ...]:
@@ -311,85 +300,6 @@ class PagedCache(Cache):
         self.batch_select_indices(torch.tensor(rows))
         for layer in self.layers:
             layer.slots.release()
-
-    @property
-    def bound_tokens(self) -> int | None:
-        """Most tokens that a bounded layer may hold in a row, in whole pages; None if no layer is bounded.
-
-        With a decode budget it grows by the prompt of each turn, and by nothing else.
-        """
-        bounds = [layer.slots.bound_tokens for layer in self.layers]
-        return max((bound for bound in bounds if bound is not None), default=None)
-
-    # Contents -----------------------------------------------------------------------------------------------
-
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes allocated for keys and values, all layers."""
-        return sum(layer.slots.kv_bytes for layer in self.layers)
-
-    @property
-    def metadata_bytes(self) -> int:
-        """Bytes allocated for positions, representatives and stamps, all layers."""
-        return sum(layer.slots.metadata_bytes for layer in self.layers)
-
-    @property
-    def dense_kv_bytes(self) -> int:
-        """Bytes that a dense cache would take for all tokens seen, all layers."""
-        return sum(layer.slots.dense_kv_bytes for layer in self.layers)
-
-    @property
-    def break_even_tokens(self) -> int | None:
-        """Length of text (tokens of a row) from which this cache takes no more bytes than a dense one.
-
-        The slots of a bounded layer are allocated in full with the prompt, so on shorter texts `kv_bytes` is above
-        `dense_kv_bytes`. None before the prompt, and for policies that evict nothing.
-        """
-        bounded = [layer.slots for layer in self.layers if not grows(layer.slots.policy)]
-        dense = sum(slots.dense_kv_bytes for slots in bounded)
-        if not dense:
-            return None
-        # Bytes of all rows over the bytes of one token in each row, rounded up.
-        tokens = int(bounded[0].length_B.sum())
-        return -(-sum(slots.kv_bytes for slots in bounded) * tokens // (dense * self.rows))
-
-    @property
-    def num_evicted(self) -> int:
-        """Tokens seen and evicted, summed over layers, rows and KV heads."""
-        return sum(layer.slots.num_evicted for layer in self.layers)
-
-    def row_dense_kv_bytes(self, row: int) -> int:
-        """`dense_kv_bytes` of one row."""
-        return sum(layer.slots.row_dense_kv_bytes(row) for layer in self.layers)
-
-    def row_evicted(self, row: int) -> int:
-        """`num_evicted` of one row."""
-        return sum(layer.slots.row_evicted(row) for layer in self.layers)
-
-    def resident_positions(self, layer: int) -> list[list[list[int]]]:
-        """Logical positions (not counting padding) that a layer holds: a sorted list per row and KV head."""
-        return self.layers[layer].slots.resident_positions()
-
-    def summary(self) -> dict[str, Any]:
-        """Policy, budget and sizes, ready for JSON."""
-        return {
-            "policy": policy_to_dict(self.policy),
-            "budget": None if self.budget is None else self.budget.budget,
-            "decode_budget": None if self.budget is None else self.budget.decode_budget,
-            "kv_dtype": self.kv_dtype,
-            "columns": self.columns,
-            "kv_bytes": self.kv_bytes,
-            "metadata_bytes": self.metadata_bytes,
-            "dense_kv_bytes": self.dense_kv_bytes,
-            "num_evicted": self.num_evicted,
-        }
-
-    def __repr__(self) -> str:
-        brief_repr = self.summary() | {
-            "policy": policy_spec(self.policy),
-            "break_even_tokens": self.break_even_tokens,
-        }
-        return f"PagedCache({', '.join(f'{k}={v!r}' for k, v in brief_repr.items() if v is not None)})"
 
 
 def make_cache(

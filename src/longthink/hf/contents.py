@@ -1,0 +1,105 @@
+"""What a `PagedCache` holds: bytes, tokens and positions, summed over its layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from longthink.config import Budget
+from longthink.policies import Policy, grows, policy_spec, policy_to_dict
+
+
+class CacheContents:
+    """Read-only figures of a `PagedCache`."""
+
+    layers: Any
+    policy: Policy
+    budget: Budget | None
+    kv_dtype: str | None
+
+    @property
+    def columns(self) -> int:
+        """Columns of text seen, including padding."""
+        seen: int = self.layers[0].columns
+        return seen
+
+    @property
+    def rows(self) -> int:
+        """Number of rows, 0 before the prompt."""
+        return len(self.layers[0].slots.length_B)
+
+    @property
+    def bound_tokens(self) -> int | None:
+        """Most tokens that a bounded layer may hold in a row, in whole pages; None if no layer is bounded.
+
+        With a decode budget it grows by the prompt of each turn, and by nothing else.
+        """
+        bounds = [layer.slots.bound_tokens for layer in self.layers]
+        return max((bound for bound in bounds if bound is not None), default=None)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes allocated for keys and values, all layers."""
+        return sum(layer.slots.kv_bytes for layer in self.layers)
+
+    @property
+    def metadata_bytes(self) -> int:
+        """Bytes allocated for positions, representatives and stamps, all layers."""
+        return sum(layer.slots.metadata_bytes for layer in self.layers)
+
+    @property
+    def dense_kv_bytes(self) -> int:
+        """Bytes that a dense cache would take for all tokens seen, all layers."""
+        return sum(layer.slots.dense_kv_bytes for layer in self.layers)
+
+    @property
+    def break_even_tokens(self) -> int | None:
+        """Length of text (tokens of a row) from which this cache takes no more bytes than a dense one.
+
+        The slots of a bounded layer are allocated in full with the prompt, so on shorter texts `kv_bytes` is above
+        `dense_kv_bytes`. None before the prompt, and for policies that evict nothing.
+        """
+        bounded = [layer.slots for layer in self.layers if not grows(layer.slots.policy)]
+        dense = sum(slots.dense_kv_bytes for slots in bounded)
+        if not dense:
+            return None
+        # Bytes of all rows over the bytes of one token in each row, rounded up.
+        tokens = int(bounded[0].length_B.sum())
+        return -(-sum(slots.kv_bytes for slots in bounded) * tokens // (dense * self.rows))
+
+    @property
+    def num_evicted(self) -> int:
+        """Tokens seen and evicted, summed over layers, rows and KV heads."""
+        return sum(layer.slots.num_evicted for layer in self.layers)
+
+    def row_dense_kv_bytes(self, row: int) -> int:
+        """`dense_kv_bytes` of one row."""
+        return sum(layer.slots.row_dense_kv_bytes(row) for layer in self.layers)
+
+    def row_evicted(self, row: int) -> int:
+        """`num_evicted` of one row."""
+        return sum(layer.slots.row_evicted(row) for layer in self.layers)
+
+    def resident_positions(self, layer: int) -> list[list[list[int]]]:
+        """Logical positions (not counting padding) that a layer holds: a sorted list per row and KV head."""
+        return self.layers[layer].slots.resident_positions()
+
+    def summary(self) -> dict[str, Any]:
+        """Policy, budget and sizes, ready for JSON."""
+        return {
+            "policy": policy_to_dict(self.policy),
+            "budget": None if self.budget is None else self.budget.budget,
+            "decode_budget": None if self.budget is None else self.budget.decode_budget,
+            "kv_dtype": self.kv_dtype,
+            "columns": self.columns,
+            "kv_bytes": self.kv_bytes,
+            "metadata_bytes": self.metadata_bytes,
+            "dense_kv_bytes": self.dense_kv_bytes,
+            "num_evicted": self.num_evicted,
+        }
+
+    def __repr__(self) -> str:
+        figures = self.summary() | {
+            "policy": policy_spec(self.policy),
+            "break_even_tokens": self.break_even_tokens,
+        }
+        return f"PagedCache({', '.join(f'{k}={v!r}' for k, v in figures.items() if v is not None)})"
