@@ -14,11 +14,12 @@ from longthink.cache.rows import PromptPages, RowCounts
 from longthink.errors import BudgetError
 from tests.oracle.harness import Call, Case, calls
 from tests.oracle.test_equalities import assert_same, feed, rows_of
+from tests.oracle.test_sinks_inside_the_cache import InsideCache
 
 T, X = True, False  # a token, padding
 TURN = ((T, T, X, T, T, T, T), (X, X, X, T, X, T, T), (X, X, X, X, X, X, X))
 """Padding inside and in front, and a row without any token."""
-SHAPE = dict(prompts=(9, 3, 6), then=(18, TURN, 30), kv_heads=2, group=2)
+SHAPE = dict(prompts=(9, 3, 7), then=(18, TURN, 30), kv_heads=2, group=2)
 PAGE = {"page_size": 4}
 MILESTONE = PAGE | {"young": 4, "keep": 0.5, "alpha": 0.2}
 
@@ -289,3 +290,40 @@ def test_slots_in_use_are_not_freed_after_a_rewind() -> None:
     layer.release()
     close(feed(layer, made[14:]), feed(plain, made[14:]))
     assert layer.resident_positions() == plain.resident_positions()
+
+
+# Keys that are shifted --------------------------------------------------------------------------------------------
+
+SINKS = InsideCache("streaming_llm", {"sinks": 4}, budget=9, prompts=(2,), then=(((T,) * 6,), 40), kv_heads=2)
+
+
+@pytest.mark.parametrize("sizes", [[1] * 6, [2, 4], [5, 1]], ids=str)
+def test_first_tokens_may_come_in_a_later_turn(sizes: list[int]) -> None:
+    before, turn, after = parts(SINKS)
+    whole, chunked = SINKS.make_layer(), SINKS.make_layer()
+    feed(whole, before)
+    feed(chunked, before)
+    out_BHQD = turn.attend(whole, None)
+    close(feed(chunked, pieces(turn, sizes)), out_BHQD)
+    # With a fixed budget and no prompt to protect, the turn is a number of decode steps.
+    plain = SINKS.make_layer()
+    feed(plain, before)
+    first, *others = pieces(turn, [1] * 6)
+    close(feed(plain, [replace(first, announces=0), *others]), out_BHQD)
+    after_BHQD = feed(whole, after)
+    close(feed(chunked, after), after_BHQD)
+    close(feed(plain, after), after_BHQD)
+    assert whole.num_evicted > 20
+
+
+@pytest.mark.parametrize("length", [1, 3, 4])
+def test_a_row_that_is_cut_inside_its_first_tokens_reads_them_as_written(length: int) -> None:
+    case = replace(SINKS, prompts=(4,))
+    before, turn, after = parts(case)
+    rewound, plain = case.make_layer(), case.make_layer()
+    feed(rewound, [*before, *after])
+    rewound.rewind([length])
+    feed(plain, [rows_of(before[0], [0])])
+    plain.rewind([length])
+    close(turn.attend(rewound, None), turn.attend(plain, None))
+    close(feed(rewound, after), feed(plain, after))
