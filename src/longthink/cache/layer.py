@@ -20,14 +20,7 @@ from longthink.cache.store import SlotStore
 from longthink.cache.turn import read_turn
 from longthink.config import Budget
 from longthink.errors import BudgetError, CacheStateError, UnsupportedModelError
-from longthink.policies import (
-    NEEDS,
-    Policy,
-    ShiftsKeys,
-    grows,
-    needs_budget,
-    policy_spec,
-)
+from longthink.policies import NEEDS, Policy, ShiftsKeys, grows, needs_budget, policy_spec
 
 
 class LayerCache(CacheStats):
