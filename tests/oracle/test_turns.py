@@ -11,14 +11,17 @@ import torch
 
 from longthink.cache import LayerCache
 from longthink.cache.rows import PromptPages, RowCounts
+from longthink.config import Budget
 from longthink.errors import BudgetError
+from longthink.policies import Milestone
 from tests.oracle.harness import Call, Case, calls
 from tests.oracle.test_equalities import assert_same, feed, rows_of
+from tests.oracle.test_sinks_inside_the_cache import InsideCache
 
 T, X = True, False  # a token, padding
 TURN = ((T, T, X, T, T, T, T), (X, X, X, T, X, T, T), (X, X, X, X, X, X, X))
 """Padding inside and in front, and a row without any token."""
-SHAPE = dict(prompts=(9, 3, 6), then=(18, TURN, 30), kv_heads=2, group=2)
+SHAPE = dict(prompts=(9, 3, 7), then=(18, TURN, 30), kv_heads=2, group=2)
 PAGE = {"page_size": 4}
 MILESTONE = PAGE | {"young": 4, "keep": 0.5, "alpha": 0.2}
 
@@ -255,6 +258,16 @@ def test_pages_of_prompts() -> None:
     assert pages.before(9) == pages
 
 
+def test_slots_that_moved_tokens_take_after_a_rewind_count() -> None:
+    """A policy may have scattered what is left over more slots than the text has pages."""
+    rows = RowCounts(Milestone(page_size=4), Budget(decode_budget=40))
+    rows.add_prompt([4], [11])
+    rows.lengths = [200]
+    rows.rewind([16], [9])
+    assert rows.slots_needed([9]) == [12]
+    assert [rows.add_token() for _ in range(9)] == [False, None, None, None, False, None, None, None, True]
+
+
 @pytest.mark.parametrize("turn", [False, True])
 def test_a_rewind_far_back_endangers_no_prompt(turn: bool) -> None:
     """What is left of milestone's keepers stands in more slots than the text has pages."""
@@ -276,16 +289,38 @@ def test_a_rewind_far_back_endangers_no_prompt(turn: bool) -> None:
         assert set(range(length - 1 - (length - 1) % 4, length)) - set(range(early)) <= set(kept)
 
 
-def test_slots_in_use_are_not_freed_after_a_rewind() -> None:
-    one = ((T,) * 8,)
-    case = Case("recency", {}, decode_budget=4, prompts=(4,), then=(9, one, 2, one, 9))
-    made = list(calls(case))
-    layer, plain = case.make_layer(), case.make_layer()
-    for cache in (layer, plain):
-        feed(cache, made[:12])
-        # The first turn is dropped, and the cap is smaller with the next.
-        cache.rewind([13])
-        feed(cache, made[12:14])
-    layer.release()
-    close(feed(layer, made[14:]), feed(plain, made[14:]))
-    assert layer.resident_positions() == plain.resident_positions()
+# Keys that are shifted --------------------------------------------------------------------------------------------
+
+SINKS = InsideCache("streaming_llm", {"sinks": 4}, budget=9, prompts=(2,), then=(((T,) * 6,), 40), kv_heads=2)
+
+
+@pytest.mark.parametrize("sizes", [[1] * 6, [2, 4], [5, 1]], ids=str)
+def test_first_tokens_may_come_in_a_later_turn(sizes: list[int]) -> None:
+    before, turn, after = parts(SINKS)
+    whole, chunked = SINKS.make_layer(), SINKS.make_layer()
+    feed(whole, before)
+    feed(chunked, before)
+    out_BHQD = turn.attend(whole, None)
+    close(feed(chunked, pieces(turn, sizes)), out_BHQD)
+    # With a fixed budget and no prompt to protect, the turn is a number of decode steps.
+    plain = SINKS.make_layer()
+    feed(plain, before)
+    first, *others = pieces(turn, [1] * 6)
+    close(feed(plain, [replace(first, announces=0), *others]), out_BHQD)
+    after_BHQD = feed(whole, after)
+    close(feed(chunked, after), after_BHQD)
+    close(feed(plain, after), after_BHQD)
+    assert whole.num_evicted > 20
+
+
+@pytest.mark.parametrize("length", [1, 3, 4])
+def test_a_row_that_is_cut_inside_its_first_tokens_reads_them_as_written(length: int) -> None:
+    case = replace(SINKS, prompts=(4,))
+    before, turn, after = parts(case)
+    rewound, plain = case.make_layer(), case.make_layer()
+    feed(rewound, [*before, *after])
+    rewound.rewind([length])
+    feed(plain, [rows_of(before[0], [0])])
+    plain.rewind([length])
+    close(turn.attend(rewound, None), turn.attend(plain, None))
+    close(feed(rewound, after), feed(plain, after))

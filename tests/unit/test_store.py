@@ -84,3 +84,41 @@ def test_opening_a_slot_leaves_nothing_of_its_old_page(store):
     assert store.table.state["page"][0].tolist() == [[3, 0, 3, 3], [0, 3, 3, 3]]
     assert set(held(store, 1, 0)) == set(range(12))
     assert store.table.state["page"][1].tolist() == [[3] * 4] * 2
+
+
+def test_a_prompt_marks_the_pages_from_its_beginning_on_where_it_has_tokens(store):
+    store.table.now_B.fill_(12)
+    store.mark_prompt([6, 12])
+    assert store.user_BKP[0].tolist() == [[0, 1, 1, 0]] * 2
+    assert not store.user_BKP[1].any()
+
+
+def test_cutting_the_end_leaves_the_rest_and_the_place_of_the_next_token(store):
+    store.table.now_B.fill_(12)
+    store.table.state["page"] += 3
+    store.mark_prompt([0, 0])
+    store.truncate([6, 12])
+    assert set(held(store, 0, 1)) == set(range(6))
+    assert set(held(store, 1, 1)) == set(range(12))
+    assert store.tail_BK.tolist() == [[1, 1], [2, 2]]
+    assert store.table.now_B.tolist() == [6, 12]
+    assert store.user_BKP[0].tolist() == [[1, 1, 0, 0]] * 2
+    assert store.table.state["page"][0].tolist() == [[3, 3, 0, 0]] * 2
+    assert not store.table.state["token"][0, :, 6:].any()
+    assert store.user_BKP[1].tolist() == [[1, 1, 1, 0]] * 2
+
+
+def test_the_tail_is_empty_where_its_page_is_gone(store):
+    """The page of the next token was evicted; another slot holds a token of it, but not in its place."""
+    store.table.now_B.fill_(12)
+    store.move(Moves(torch.tensor([5]).expand(2, 2, 1), torch.tensor([0]).expand(2, 2, 1)))
+    store.table.position_BKS[:, :, 4:8] = -1
+    store.truncate([6, 6])
+    assert {slot: content[0] for slot, content in held(store, 0, 0).items()} == {0: 5, 1: 1, 2: 2, 3: 3}
+    assert store.tail_BK.tolist() == [[1, 1], [1, 1]]
+
+
+def test_slots_in_use_are_not_released(store):
+    store.table.position_BKS[:, :, :4] = -1
+    store.release(1)
+    assert store.pages == 3

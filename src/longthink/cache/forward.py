@@ -58,13 +58,13 @@ def fast_forward(layer: LayerCache, tokens: int, *, heads: int, generator: torch
     rows = len(layer.rows.lengths)
     layer.select_rows(torch.tensor([0]))
     queried_BHSD = store.keys_BKSD[:, :1].expand(-1, heads, -1, -1)
-    drawn = [
+    query, key, value = (
         random_like(like, tokens - jump, generator)
         for like in (queried_BHSD, store.keys_BKSD, store.values_BKSD)
-    ]
+    )
     for i in range(tokens - jump):
-        query, key, value = (tensor[:, :, i : i + 1] for tensor in drawn)
-        layer.attend(query, key, value)
+        one = slice(i, i + 1)
+        layer.attend(query[:, :, one], key[:, :, one], value[:, :, one])
     if jump:
         _advance_positions(layer, store, jump)
     layer.select_rows(torch.zeros(rows, dtype=torch.int64))
