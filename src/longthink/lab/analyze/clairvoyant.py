@@ -1,12 +1,7 @@
 """The limits of any policy: Belady's rule, and the true optimum.
 
-Belady's rule (evict what is used again last) is optimal if a miss brings the page back. Here an evicted page is gone,
-so the rule may evict a page with many later uses instead of one with a single early use. The optimum for that case is
-an assignment problem: every page that is born when all slots are full evicts one page that was born before it, no
-page is evicted twice, and evicting page p in step t costs all the attention that p would have got from t on. Any
-choice of distinct victims is a possible run of a cache and vice versa, so the cheapest assignment bounds all policies
-with pages of that size, one table per KV head and the same budget.
-
+Belady's rule (evict what is used again last) is optimal if a miss brings the page back; here an evicted page is gone.
+The optimum for that case is an assignment problem: see `optimal_recall`.
 Shape suffixes: L layers, K KV heads, C budgets, B = C * L rows, N tokens, P page slots, Q prompt columns.
 """
 
@@ -33,15 +28,7 @@ NEVER = torch.iinfo(torch.int32).max
 
 
 class Future:
-    """The next use of each page, updated while a trace is replayed.
-
-    Parameters
-    ----------
-    page_size
-        A multiple of the trace's.
-    use
-        See `Rules`.
-    """
+    """The next use of each page, updated while a trace is replayed. `page_size` is a multiple of the trace's."""
 
     def __init__(self, trace: Trace, page_size: int, use: float) -> None:
         header = trace.header
@@ -129,14 +116,10 @@ class Belady(Policy, TrimsPrompt):
 def optimal_recall(lost_NN: NDArray[np.float64], prompt: int, slots: int) -> tuple[float, NDArray[np.int64]]:
     """Return the least attention that one page table can lose, and the page evicted at each birth (-1: none).
 
-    Parameters
-    ----------
-    lost_NN
-        Attention that page p (column) gets from the birth of page n (row) on.
-    prompt
-        Pages of the prompt: all are born before the first step, so they can be evicted in any order.
-    slots
-        Pages that can be held.
+    Every page born when all slots are full evicts one born before it, no page is evicted twice, and evicting page p
+    at the birth of page n costs ``lost_NN[n, p]``, the attention that p would have got from then on. Any choice of
+    distinct victims is a possible run of a cache and vice versa, so the cheapest assignment bounds all policies with
+    pages of that size, one table per KV head and the same budget. Pages of the prompt go in any order.
     """
     with needs_extra("analyze"):
         from scipy.optimize import linear_sum_assignment
@@ -153,13 +136,7 @@ def optimal_recall(lost_NN: NDArray[np.float64], prompt: int, slots: int) -> tup
 
 
 class OptimalRun:
-    """Accumulates a trace's attention by page, and finds the optimum for any number of slots.
-
-    Attributes
-    ----------
-    page_size
-        As requested, or larger if there would be too many pages.
-    """
+    """Accumulates a trace's attention by page, and finds the optimum. Too many pages: larger ones than requested."""
 
     def __init__(self, trace: Trace, page_size: int) -> None:
         header = self.header = trace.header

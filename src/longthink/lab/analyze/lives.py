@@ -18,7 +18,7 @@ NEVER = -1
 
 
 class PageClass(IntEnum):
-    """Class of a page, defined in `Rules`; the first that fits counts."""
+    """Classes defined in `Rules`; the first that fits counts."""
 
     LAZY = 0
     SINK = 1
@@ -28,7 +28,7 @@ class PageClass(IntEnum):
 
 
 class MapClass(IntEnum):
-    """Class of a map; see `map_classes`."""
+    """See `map_classes`."""
 
     SINK_LIKE = 0
     MILESTONE = 1
@@ -38,54 +38,28 @@ class MapClass(IntEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Lives:
-    """The life of every page in every map. Steps are positions of the reading token; -1 means never.
-
-    Attributes
-    ----------
-    birth_P
-        First step in which the page could be used.
-    uses_MP, first_MP, last_MP
-        Number of uses, first and last use.
-    far_last_MP
-        Last use while it was not near.
-    gap_MP
-        Longest rest between two uses, or between birth and first use (steps).
-    mass_MP
-        Total attention.
-    read_MP, near_MP
-        Attention in the steps that used it, and the part of that while it was near.
-    half_MP
-        Steps from birth until it had got half of its attention (half-life).
-    end
-        Last step of the trace.
-    """
+    """The life of every page in every map. Steps are positions of the reading token; -1 means never."""
 
     header: Header
     rules: Rules
-    birth_P: NDArray[np.int64]
+    birth_P: NDArray[np.int64]  # first step in which the page could be used
     uses_MP: NDArray[np.int64]
     first_MP: NDArray[np.int64]
     last_MP: NDArray[np.int64]
-    far_last_MP: NDArray[np.int64]
-    gap_MP: NDArray[np.int64]
-    mass_MP: NDArray[np.float64]
-    read_MP: NDArray[np.float64]
-    near_MP: NDArray[np.float64]
-    half_MP: NDArray[np.int64]
-    end: int
+    far_last_MP: NDArray[np.int64]  # last use while not near
+    gap_MP: NDArray[np.int64]  # longest rest between uses, or birth and first use
+    mass_MP: NDArray[np.float64]  # total attention
+    read_MP: NDArray[np.float64]  # attention in the steps that used it
+    near_MP: NDArray[np.float64]  # the part of that while near
+    half_MP: NDArray[np.int64]  # steps from birth to half of its attention
+    end: int  # last step of the trace
 
     @property
     def classes_MP(self) -> NDArray[np.int64]:
-        """`PageClass` of each page in each map."""
         rules = self.rules
         age_P = self.end + 1 - self.birth_P
         often = (self.uses_MP >= rules.sink * age_P) & (age_P > rules.gap)
-        conditions = [
-            self.uses_MP == 0,
-            often,
-            self.far_last_MP == NEVER,
-            self.gap_MP > rules.gap,
-        ]
+        conditions = [self.uses_MP == 0, often, self.far_last_MP == NEVER, self.gap_MP > rules.gap]
         order = [PageClass.LAZY, PageClass.SINK, PageClass.LOCAL, PageClass.PHOENIX]
         return np.select(conditions, order, PageClass.MILESTONE)
 
@@ -96,7 +70,6 @@ class Lives:
 
     @property
     def is_image_P(self) -> NDArray[np.bool_]:
-        """Pages that hold an image token."""
         found = np.zeros(len(self.birth_P), dtype=bool)
         found[np.array(self.header.image, dtype=int) // self.header.page_size] = True
         return found

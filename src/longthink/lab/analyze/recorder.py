@@ -27,23 +27,12 @@ from longthink.lab.analyze.store import CHUNK_STEPS, PROMPT, Header, TraceStore,
 from longthink.policies import Dense, PageTable, Step
 
 MAX_PAGE_SIZE = 32
-TOP = 64
-"""Default number of pages stored per head and step."""
+TOP = 64  # default number of pages stored per head and step
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """One problem to record.
-
-    Attributes
-    ----------
-    task, problem
-        Identify the problem in a store.
-    inputs
-        Arguments of the model: ``input_ids`` of one row, and for images the output of the processor.
-    max_new_tokens
-        Token limit.
-    """
+    """One problem to record. `inputs` are the model's arguments, for images the output of the processor."""
 
     task: str
     problem: str
@@ -166,10 +155,8 @@ def record(
 
     Parameters
     ----------
-    model, tokenizer
-        The transformers objects; for images, the tokenizer of the model's processor.
-    folder
-        See `TraceStore`.
+    tokenizer
+        For images, the tokenizer of the model's processor.
     page_size
         Tokens per page of the trace, 1 to 32. Policies can be replayed if their page size is a multiple.
     top
@@ -178,8 +165,6 @@ def record(
         Also store queries, keys and values, for policies that read them (small models; page size 1).
     name, describe
         The model's name, and other facts about it to store.
-    on_step
-        Called in each decode step with the prompt and the number of new tokens.
 
     Raises
     ------
@@ -195,12 +180,7 @@ def record(
     if vectors and page_size != 1:
         raise ValueError(f"page_size={page_size} must be 1 to store vectors: they belong to tokens")
     check_model(model)
-    settings = {
-        "model": name or type(model).__name__,
-        "page_size": page_size,
-        "top": top,
-        "vectors": vectors,
-    }
+    settings = {"model": name or type(model).__name__, "page_size": page_size, "top": top, "vectors": vectors}
     store = TraceStore(folder, settings)
     for prompt in prompts:
         path = store.path(prompt.task, prompt.problem)

@@ -16,23 +16,11 @@ _DRAWS = 1000  # there are many intervals
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """A share and its 95 % interval over problems.
+    """The share of a class and its 95 % bootstrap interval over problems, which is None with a single problem."""
 
-    Attributes
-    ----------
-    scope
-        ``model``, a task, ``layer 0`` or ``layer 0 head 1``.
-    part
-        ``all``, ``prompt`` or ``decode`` pages, ``image`` or ``text`` pages of the prompt, or ``maps``.
-    name
-        The class, in lower case.
-    share, low, high
-        Mean over problems and its bootstrap interval; the latter None with a single problem.
-    """
-
-    scope: str
-    part: str
-    name: str
+    scope: str  # ``model``, a task, ``layer 0`` or ``layer 0 head 1``
+    part: str  # ``all``, ``prompt``, ``decode``, ``image`` or ``text`` (of the prompt) pages, or ``maps``
+    name: str  # the class
     share: float
     low: float | None
     high: float | None
@@ -89,19 +77,11 @@ def _of_problem(lives: Lives) -> dict[tuple[str, str, str], float]:
 
 @dataclass(frozen=True, kw_only=True)
 class TypicalText:
-    """A text that pages of a class have.
-
-    Attributes
-    ----------
-    count
-        Pages with this text that are of the class in at least one map.
-    lift
-        Its frequency among them, relative to its frequency among all pages of the same part.
-    """
+    """A text that pages of a class have."""
 
     text: str
-    count: int
-    lift: float
+    count: int  # pages with it that are of the class in at least one map
+    lift: float  # its frequency among them, relative to all pages
 
 
 def telling_texts(
@@ -129,7 +109,6 @@ def telling_texts(
 
 
 def page_texts(lives: Lives) -> list[str]:
-    """Return the text of each page."""
     header = lives.header
     size, texts = header.page_size, header.texts
     glue = "" if any(text[:1].isspace() for text in texts) or size == 1 else " "

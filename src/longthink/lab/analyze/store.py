@@ -24,54 +24,33 @@ with needs_extra("analyze"):
     import pyarrow as pa
     from pyarrow import parquet
 
-MARKER = "longthink-trace"
-"""File that marks a folder of traces; it holds format, model and settings as JSON."""
+MARKER = "longthink-trace"  # file that marks a folder of traces; it holds format, model and settings as JSON
 FORMAT = 1
-PROMPT = -1
-"""`now` of the rows that hold the prompt."""
-CHUNK_STEPS = 64
-"""Decode steps per chunk; only one chunk is held in memory."""
+PROMPT = -1  # `now` of the rows that hold the prompt.
+CHUNK_STEPS = 64  # decode steps per chunk; only one chunk is held in memory
 _VECTORS = ("query", "key", "value")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What is known of one recorded problem.
-
-    Attributes
-    ----------
-    prompt_tokens
-        Tokens of the prompt (images included).
-    token_ids, texts
-        All tokens, prompt first, and the text of each. The last one was never fed to the model, so it has no step.
-    image
-        Positions of image tokens.
-    scaling
-        Factor on q.k.
-    page_size, top, vectors
-        Settings of the recording: see `longthink.lab.analyze.recorder.record`.
-    model
-        See `Loaded.describe`.
-    finish
-        ``stop`` or ``length``.
-    """
+    """What is known of one recorded problem."""
 
     task: str
     problem: str
-    prompt_tokens: int
-    token_ids: tuple[int, ...]
+    prompt_tokens: int  # images included
+    token_ids: tuple[int, ...]  # prompt first; the last was never fed, so it has no step
     texts: tuple[str, ...]
-    image: tuple[int, ...] = ()
+    image: tuple[int, ...] = ()  # positions of image tokens
     layers: int
     heads: int
     kv_heads: int
     head_dim: int
-    scaling: float
+    scaling: float  # factor on q.k
     page_size: int
     top: int
     vectors: bool
-    model: dict[str, Any] = field(default_factory=dict)
-    finish: str = "length"
+    model: dict[str, Any] = field(default_factory=dict)  # see `Loaded.describe`
+    finish: str = "length"  # ``stop`` or ``length``
 
     @property
     def steps(self) -> range:
@@ -80,7 +59,6 @@ class Header:
 
     @property
     def pages(self) -> int:
-        """Number of pages."""
         return -(-self.steps.stop // self.page_size)
 
     @classmethod
@@ -96,25 +74,13 @@ class Header:
 
 @dataclass(frozen=True)
 class TraceStep:
-    """One decode step of all layers.
+    """One decode step of all layers. Vectors are those of the new token (all for the prompt), layers first."""
 
-    Attributes
-    ----------
-    now
-        Position of the reading token; -1 for the prompt.
-    head, page, mass
-        Entries: ``layer * heads + head`` (KV heads for the prompt), page, and attention mass.
-    rest
-        Mass of each head on pages without an entry.
-    query, key, value
-        Vectors of the new token (all tokens for the prompt), layers first, or None.
-    """
-
-    now: int
-    head: NDArray[np.int64]
+    now: int  # position of the reading token; -1 for the prompt
+    head: NDArray[np.int64]  # ``layer * heads + head`` (KV heads for the prompt)
     page: NDArray[np.int32]
     mass: NDArray[np.float32]
-    rest: NDArray[np.float32]
+    rest: NDArray[np.float32]  # mass of each head on pages without an entry
     query: NDArray[np.float32] | None = None
     key: NDArray[np.float32] | None = None
     value: NDArray[np.float32] | None = None
@@ -139,7 +105,6 @@ class Trace:
             ) from error
 
     def prompt(self) -> TraceStep:
-        """Return what is recorded of the prompt."""
         return next(self._read(first_only=True))
 
     def steps(self) -> Iterator[TraceStep]:
@@ -191,17 +156,7 @@ def _flat(column: Any) -> tuple[NDArray[Any], NDArray[np.int64]]:
 class TraceStore:
     """The traces in a folder: all of one model, recorded with the same settings.
 
-    Parameters
-    ----------
-    folder
-        Created if `settings` are given.
-    settings
-        Model and settings to record with; None opens an existing folder.
-
-    Raises
-    ------
-    TraceError
-        If the folder holds something else, is missing, or was recorded with other settings.
+    With `settings` to record with, the folder is created; without, it must exist. `TraceError` says what is wrong.
     """
 
     def __init__(self, folder: Path | str, settings: Mapping[str, Any] | None = None) -> None:
@@ -227,7 +182,6 @@ class TraceStore:
             remove_stale(self.folder)
 
     def path(self, task: str, problem: str) -> Path:
-        """Return the file of a problem, whether it exists or not."""
         digest = hashlib.sha256(f"{task}\0{problem}".encode()).hexdigest()[:20]
         return self.folder / f"{digest}.parquet"
 
@@ -248,13 +202,7 @@ def _natural(name: str) -> tuple[int, str]:
 
 
 class TraceWriter:
-    """Writes the file of one trace in chunks; complete after `close`. Use it in a ``with`` block.
-
-    Parameters
-    ----------
-    vectors
-        Whether steps come with vectors.
-    """
+    """Writes the file of one trace in chunks; complete after `close`. Use it in a ``with`` block."""
 
     def __init__(self, path: Path, *, vectors: bool) -> None:
         lists = {"counts": pa.int32(), "pages": pa.int32(), "mass": pa.float16(), "rest": pa.float16()}
@@ -280,19 +228,16 @@ class TraceWriter:
         self._rows: dict[str, list[Any]] = {name: [] for name in self._schema.names}
 
     def add(self, now: int, layer: int, **lists: NDArray[Any]) -> None:
-        """Add one step of one layer."""
         for name, value in ({"now": now, "layer": layer} | lists).items():
             self._rows[name].append(value)
 
     def flush(self) -> None:
-        """Write the added steps as a chunk."""
         if self._rows["now"]:
             arrays = [_column(self._rows[one.name], one.type) for one in self._schema]
             self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
             self._rows = {name: [] for name in self._schema.names}
 
     def close(self, header: Header) -> None:
-        """Write the last chunk and the header."""
         self.flush()
         self._writer.add_key_value_metadata({"longthink": header.to_json()})
         self._writer.close()

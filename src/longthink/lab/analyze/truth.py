@@ -14,27 +14,14 @@ from longthink.reasoner.reads import NeededToken, needed_tokens
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """Tokens found by the analysis against tokens needed by the worked solution.
+    """Tokens found by the analysis against tokens needed by the worked solution."""
 
-    Attributes
-    ----------
-    part
-        ``prompt`` (facts and rules) or ``decode`` (results).
-    found, needed, both
-        Tokens that some map uses beyond their neighbourhood; tokens that the solution reads beyond theirs; tokens in
-        both sets.
-    ends
-        Tokens in both whose last use is exactly the last step that needs them.
-    kinds
-        Tokens found that are milestones, or phoenixes, in the map that used them last.
-    """
-
-    part: str
-    found: int
-    needed: int
+    part: str  # ``prompt`` (facts and rules) or ``decode`` (results)
+    found: int  # that some map uses beyond their neighbourhood
+    needed: int  # that the solution reads beyond theirs
     both: int
-    ends: int
-    kinds: dict[str, int]
+    ends: int  # in both, with the last use in the last step that needs them
+    kinds: dict[str, int]  # found ones by class in the map that used them last
 
     @property
     def precision(self) -> float:
@@ -46,7 +33,6 @@ class Agreement:
 
 
 def total(parts: Sequence[Agreement]) -> Agreement:
-    """Sum over problems."""
     first, *_ = parts
     counts = {name: sum(getattr(one, name) for one in parts) for name in ("found", "needed", "both", "ends")}
     kinds = {name: sum(one.kinds[name] for one in parts) for name in first.kinds}

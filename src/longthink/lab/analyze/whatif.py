@@ -1,11 +1,8 @@
 """What-if analysis: any policy at any budget on a recorded trace, without decoding again.
 
-Policies and page tables are those of decoding (`longthink.cache.replay`); only the attention comes from the trace. It
-is the attention of the dense run (teacher forcing): a policy that evicts something still sees the queries of a model
-that has not lost it. Recall says what was lost, not how the text would have continued.
-
-Shape suffixes: C budgets, L layers, K KV heads, G query heads per KV head, H query heads, M = L * H maps, N tokens,
-T decode steps, D head dim.
+The attention is that of the dense run (teacher forcing): a policy that evicts something still sees the queries of a
+model that has not lost it. Recall says what was lost, not how the text would have continued. Shapes: C budgets, L
+layers, K KV heads, G query heads each, H query heads, M = L * H maps, N tokens, T decode steps, D head dim.
 """
 
 from __future__ import annotations
@@ -51,23 +48,10 @@ def what_if(
     clairvoyant: bool = True,
     on_step: Callable[[int], None] = lambda step: None,
 ) -> list[Replay]:
-    """Replay policies at budgets over one trace, all in one pass.
+    """Replay policies at budgets over one trace, all in one pass; those that need no budget once.
 
-    Parameters
-    ----------
-    budgets
-        Every policy that needs a budget is replayed at each; the others once.
-    rules
-        What counts as a use and as near.
-    clairvoyant
-        Also replay Belady's rule and the optimum, at each budget, with the smallest page size of the policies.
-    on_step
-        Called with the number of steps replayed so far.
-
-    Raises
-    ------
-    TraceError
-        If the trace lacks what a policy needs, or is damaged.
+    With `clairvoyant` also Belady's rule and the optimum, with the smallest page size of the policies. `on_step` gets
+    the number of steps replayed so far. `TraceError` if the trace lacks what a policy needs, or is damaged.
     """
     rules = rules or Rules()
     for policy in policies:
@@ -111,7 +95,6 @@ class _Vectors(NamedTuple):
     value_LKD: Tensor
 
     def without(self) -> _Vectors:
-        """The attention alone."""
         return _Vectors(self.attention_LKGN, *(one[..., :0] for one in self[1:]))
 
 
@@ -227,7 +210,6 @@ class _Run:
             gone[c, torch.tensor(layers)[layer], table, token[begins].long() // size] = step
 
     def replays(self) -> Iterable[Replay]:
-        """Yield the result at each budget."""
         header, steps = self.trace.header, max(1, len(self.trace.header.steps))
         for budget in self.budgets:
             known = _names(self.trace, self.name, budget, self.policy.page_size)

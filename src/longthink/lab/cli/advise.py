@@ -116,13 +116,11 @@ def _grade_all(
 
 
 def _is_right(graded: dict[str, dict[str, Any]], one: Advice, loss: float) -> bool:
-    """Whether an advice was graded, and is right as often as Dense within the loss."""
     mine = graded.get(_key(one))
     return mine is not None and mine["share"] >= graded[DENSE]["share"] - loss
 
 
 def _grade(one: Advice | None, problems: Problems, model: Model, recording: Recording) -> dict[str, Any]:
-    """Count right answers of an advice, or of Dense, on the recorded problems."""
     from longthink.lab.evaluate.plan import Plan
     from longthink.lab.evaluate.run import run_sweep
     from longthink.lab.evaluate.summary import summarize

@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from longthink.lab.analyze.recorder import Prompt
     from longthink.models import Loaded
 
-Files = Annotated[list[Path] | None, Parameter(negative="")]
-"""Files, each with a flag of its own."""
+Files = Annotated[list[Path] | None, Parameter(negative="")]  # files, each with a flag of its own
 Classes = Annotated[
     Path | None,
     Parameter(
@@ -63,7 +62,6 @@ class Problems:
 
     @property
     def names(self) -> list[str]:
-        """Names of the tasks."""
         return [name.strip() for name in self.tasks.split(",") if name.strip()]
 
     def prompts(self, loaded: "Loaded") -> "Iterator[Prompt]":

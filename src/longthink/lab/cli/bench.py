@@ -42,39 +42,28 @@ class BenchOptions(BudgetOptions, ModelOptions):
 
     model: str = RANDOM
     """Hub id or folder of a model, "reasoner", or a random model: random: and its shape."""
-
     policies: str = "dense,raas,quest,h2o,streaming_llm,recency,random"
     """Policies to measure, separated by commas; options after colons, such as raas:r=0.25."""
-
     baselines: str = ",".join(BASELINES)
     """Dense caches of transformers to compare with, separated by commas."""
-
     lengths: str = "1024,2048,4096,8192,16384,32768"
     """Decoded tokens at which to measure, separated by commas."""
-
     fast_forward: bool = True
     """Fill the caches with random data up to each length instead of decoding."""
-
     kv_dtype: str | None = None
     """Number format of keys and values under a policy: bfloat16, float16 or float32 [default: the model's own]."""
-
     prompt: int = 128
     """Tokens of each prompt; they are random."""
-
     rows: int = 1
     """Batch size."""
-
     threads: int = 1
     """CPU threads."""
-
     out: Path | None = None
     """Result store to add the rows to; "longthink report" draws it."""
-
     json: Switch = False
     """Print one JSON document instead of the tables."""
 
     def plan(self, **more: Any) -> Plan:
-        """Return what to measure."""
         policies = policy_specs(self.policies) if self.policies else []
         return Plan(
             model=self.model,
@@ -100,7 +89,6 @@ class JctOptions(BenchOptions):
 
     repeats: int = 5
     """Timed blocks of 32 steps of each cache at each length."""
-
     compile: Switch = False
     """Measure each policy with a compiled decode step as well."""
 
@@ -112,10 +100,8 @@ class MemoryOptions(BenchOptions):
 
     baselines: str = "dynamic,static"
     """Dense caches of transformers to compare with, separated by commas."""
-
     lengths: str = "512,1024,2048"
     """Decoded tokens at which to measure, separated by commas."""
-
     fast_forward: bool = False
     """Fill the caches with random data up to each length instead of decoding."""
 
@@ -202,7 +188,6 @@ def open_store(folder: Path | None) -> ResultStore | None:
 
 
 def conditions() -> dict[str, Any]:
-    """Return software, hardware and load of a run, ready for JSON."""
     return {
         **{name: os.environ.get(name) for name in PASSIVE},
         "versions": versions(),
@@ -212,23 +197,14 @@ def conditions() -> dict[str, Any]:
 
 
 def load() -> float | None:
-    """Return the load average of the last minute; None where the system has none."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def words(text: str) -> list[str]:
-    """Split a comma-separated option."""
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def integers(field: str, text: str) -> tuple[int, ...]:
-    """Parse a comma-separated option of integers.
-
-    Raises
-    ------
-    ValueError
-        If a word is not an integer.
-    """
     numbers = []
     for word in words(text):
         try:

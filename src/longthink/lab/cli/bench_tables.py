@@ -12,18 +12,11 @@ from longthink.cli.terminal import out_console, size_text, visible, write_table
 if TYPE_CHECKING:
     from longthink.lab.results.records import Measurement
 
-HF = "hf "
-"""Prefix of the names of transformers' own caches."""
+HF = "hf "  # prefix of the names of transformers' own caches
 
 
 def print_table(title: str, columns: Mapping[str, bool], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table on standard output.
-
-    Parameters
-    ----------
-    columns
-        Names, and whether a column is text (left-aligned).
-    """
+    """Print a table; `columns` says which are text (left-aligned)."""
     kinds = {name: "words" if is_text else "formatted" for name, is_text in columns.items()}
     write_table(Table(title=title, columns=kinds, rows=[list(row) for row in rows]))
 
@@ -46,7 +39,6 @@ def print_measurements(rows: Sequence[Measurement], conditions: dict[str, Any]) 
 
 
 def _by_length(title: str, rows: Sequence[Measurement], cell: Callable[[Measurement], str]) -> None:
-    """Print a table with a row for each system and a column for each length."""
     lengths = sorted({row.decode_tokens for row in rows})
     lines = []
     for system in dict.fromkeys(row.system for row in rows):

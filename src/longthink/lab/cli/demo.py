@@ -45,20 +45,15 @@ class DemoOptions(ProblemOptions, BudgetOptions):
 
     size: SizeName = "xl"
     """Length of the chain of thought."""
-
     seed: int = 1
     """Seed of the problem."""
-
     policies: str = POLICIES
     """Policies to compare, separated by commas; options after colons, such as dense,raas:r=0.25."""
-
     png: Path = Path("longthink-demo.png")
     """Where to save the picture."""
-
     workers: int | None = None
     """Policies that run at the same time, each in a process with a model of its own [default: the number of cores].
     With 1 nothing disturbs the measured times."""
-
     json: Switch = False
     """Print one JSON document instead of the tables."""
 

@@ -20,8 +20,7 @@ from longthink.lab.cli.eval_view import print_summaries, watching
 if TYPE_CHECKING:
     from longthink.lab.evaluate.sweep import Sweep
 
-DEFAULT_OUT = "results"
-"""Default folder of the store."""
+DEFAULT_OUT = "results"  # default folder of the store
 
 
 @Parameter(name="*", group=Group("Problems", sort_key=0))
@@ -104,7 +103,6 @@ _PROBLEMS, _POLICIES, _MODEL, _DECODING, _RUN = (
 
 
 def given(*groups: Any) -> dict[str, Any]:
-    """Return the settings that were given on the command line, by name."""
     values = {field.name: getattr(group, field.name) for group in groups for field in fields(group)}
     values = {
         name: value for name, value in values.items() if value is not None and name not in ("config", "json")

@@ -18,13 +18,11 @@ if TYPE_CHECKING:
     from longthink.lab.evaluate.summary import Summary
     from longthink.lab.evaluate.sweep import Sweep, Tally
 
-MAX_ROWS = 12
-"""Configurations shown at a time: those in progress first."""
+MAX_ROWS = 12  # configurations shown at a time: those in progress first
 
 
 @contextmanager
 def watching(sweep: Sweep) -> Iterator[None]:
-    """Show the progress of a sweep while the ``with`` block runs."""
     started = time.monotonic()
     if not is_terminal(sys.stderr):
         next_line = started + FIRST_LINE_S
@@ -50,7 +48,6 @@ def watching(sweep: Sweep) -> Iterator[None]:
 
 
 def progress_line(total: Tally, seconds: float) -> str:
-    """Return samples done, accuracy and time left as one line."""
     parts = [f"{total.total - total.left}/{total.total} samples"]
     if total.made:
         minutes, rest = divmod(int(total.left * seconds / total.made), 60)

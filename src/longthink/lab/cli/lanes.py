@@ -24,8 +24,7 @@ from longthink.lab.processes import Child, Parent, serve
 if TYPE_CHECKING:
     from longthink.models import Loaded
 
-Helper = Child
-"""A process that runs policies beside this one."""
+Helper = Child  # A process that runs policies beside this one.
 Shown = Callable[[Runner], AbstractContextManager[Callable[[], None]]]
 """Opens the display of a run; the context's value is called after every change."""
 
@@ -57,17 +56,7 @@ def helpers(count: int) -> Iterator[list[Helper]]:
 def race(
     runners: Sequence[Runner], loaded: Loaded, course: Course, helping: Sequence[Helper], shown: Shown
 ) -> int:
-    """Run every policy, in all processes at once, and return how many processes ran one.
-
-    Parameters
-    ----------
-    runners
-        The policies; each runner is filled while it runs.
-    loaded
-        The model of this process.
-    shown
-        Called in the thread that follows a run.
-    """
+    """Run every policy, in all processes at once; return how many ran one. A run is followed in `shown`."""
     waiting = deque(runners)
     useful: set[int] = set()
     threads = [
@@ -98,7 +87,6 @@ def _next(waiting: deque[Runner]) -> Runner | None:
 
 
 def _follow(helper: Helper, waiting: deque[Runner], course: Course, shown: Shown, useful: set[int]) -> None:
-    """Give a helper one policy after another, and fill the runners with its reports."""
     try:
         helper.receive()
     except Exception:

@@ -36,7 +36,6 @@ def _extent(panels: Sequence[Panel]) -> tuple[int, int]:
 
 
 def save_png(panels: Sequence[Panel], path: Path, *, title: str) -> None:
-    """Write the picture to ``path``; needs matplotlib."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -101,7 +100,6 @@ def render(panels: Sequence[Panel], console: Console, *, rows: int = 18) -> list
 
 
 def _framed(panel: Panel, body: list[Text], positions: int, steps: int) -> list[Text]:
-    """Return one panel: its title, its rows with a scale of positions, and a scale of steps."""
     width = len(body[0])
     lines = [Text(f"{'':6}{text[:width]:{width}}") for text in (panel.name, panel.verdict)]
     lines[0].stylize("bold")

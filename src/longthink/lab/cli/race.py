@@ -101,7 +101,6 @@ def run_policy(
 
 
 def outcome(runner: Runner, problem: Problem, solution: list[int]) -> Outcome:
-    """Judge a finished run against the problem and the token ids of its worked solution."""
     from longthink.reasoner import grade
 
     decoded = runner.decoded

@@ -33,7 +33,6 @@ def trace(*, problems: Problems = _PROBLEMS, model: Model = _MODEL, recording: R
 
 
 def record_traces(problems: Problems, recording: Recording, loaded: Loaded) -> TraceStore:
-    """Record the problems that the folder does not have yet."""
     from longthink.lab.analyze.recorder import record
 
     total = 0

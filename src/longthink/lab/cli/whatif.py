@@ -93,7 +93,6 @@ def what_if(traces: Path, /, *, options: WhatIfOptions = _DEFAULTS) -> int:
 
 
 def _right_answers(store: ResultStore, model: str) -> dict[Any, float]:
-    """Share of right answers of each task, problem, policy and budget."""
     rows = store.query(
         "SELECT task, problem, policy, budget, decode_budget, avg(correct::INT) AS share FROM samples "
         "WHERE model = ? GROUP BY ALL",
@@ -120,13 +119,6 @@ def _print_correlations(correlations: Sequence[Correlation]) -> None:
 
 
 def budget_list(budgets: str | None, decode_budgets: str | None) -> list[Budget]:
-    """Return the budgets of two lists of numbers.
-
-    Raises
-    ------
-    ValueError
-        If there is none, or one is not a number.
-    """
     from longthink.config import Budget
 
     def numbers(name: str, text: str | None) -> list[int]:

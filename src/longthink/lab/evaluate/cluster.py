@@ -19,10 +19,8 @@ from longthink.lab.evaluate.sweep import Sweep
 from longthink.lab.evaluate.workers import Workers
 from longthink.lab.results.records import Sample
 
-LOCAL = "local"
-"""Address that starts a cluster on this machine for the time of the sweep."""
-BATCHES = 4
-"""Maximum size of a shard, in batches."""
+LOCAL = "local"  # address that starts a cluster on this machine for the time of the sweep
+BATCHES = 4  # maximum size of a shard, in batches
 _CONNECT_S = 10.0
 
 

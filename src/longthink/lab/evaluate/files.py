@@ -24,48 +24,28 @@ Records = Iterator[tuple[str, Mapping[str, Any]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One problem.
-
-    Attributes
-    ----------
-    id
-        Identifier within the task: its own, else the first digits of the SHA-256 of the question; the seed of a
-        built-in problem.
-    question, gold
-        The question and the right final answer; for built-in tasks the whole prompt, and words such as ``cow: 55``.
-    steps
-        Tokens of the worked solution of a built-in problem, else None.
-    """
+    """One problem; `is_builtin` ones are graded exactly, and their prompt is used as it is."""
 
     task: str
-    id: str
-    question: str
-    gold: str
-    steps: int | None = None
+    id: str  # its own, else of the SHA-256 of the question; the seed of a built-in problem
+    question: str  # for built-in tasks the whole prompt
+    gold: str  # right final answer; for built-in tasks words such as ``cow: 55``
+    steps: int | None = None  # tokens of the worked solution of a built-in problem
 
     @property
     def is_builtin(self) -> bool:
-        """Whether the prompt is used as it is and the answer graded exactly."""
         return self.steps is not None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fields:
-    """Names of the fields to read; ``id`` is None where there is none."""
-
     question: str
     answer: str
     id: str | None
 
 
 def read_file(path: Path) -> list[Item]:
-    """Read the problems of a ``.jsonl`` or ``.parquet`` file; the task is named after the file.
-
-    Raises
-    ------
-    DataError
-        If the file is of another kind or a field is missing or unusable; the message names file and line or row.
-    """
+    """Read the problems of a ``.jsonl`` or ``.parquet`` file; the task is named after the file."""
     if path.suffix == ".jsonl":
         return to_items(_json_lines(path), path.stem)
     if path.suffix == ".parquet":
@@ -124,7 +104,6 @@ def _item(place: str, record: Mapping[str, Any], task: str, fields: Fields) -> I
 
 
 def _text(place: str, record: Mapping[str, Any], field: str) -> str:
-    """Return a field as text, stripped."""
     if field not in record:
         raise DataError(f"{place}: field {field!r} is missing; expected text or a number")
     value = record[field]

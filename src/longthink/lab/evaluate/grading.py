@@ -16,8 +16,7 @@ from longthink.reasoner.task import final_value
 
 MAX_ANSWER = 1000
 """Longest answer or gold answer that computer algebra gets (characters); longer ones are compared as text only."""
-TAIL = 1000
-"""Characters at the end of a text that are searched for phrases such as "the answer is"."""
+TAIL = 1000  # characters at the end of a text that are searched for phrases such as "the answer is"
 
 _START_S = 120.0
 # Differences without meaning: spacing and sizing commands, "$", a final full stop.
@@ -36,12 +35,8 @@ class Verdict:
 class Grader:
     """Grades texts with math-verify, in a child process that is started when needed and replaced when it fails.
 
-    Use it in a ``with`` block, from one thread at a time.
-
-    Parameters
-    ----------
-    seconds, memory_mib
-        Limits for one answer (seconds; MiB of address space); answers that exceed them count as wrong.
+    Use it in a ``with`` block, from one thread at a time. Answers that exceed a limit (seconds; MiB of address space)
+    count as wrong.
     """
 
     def __init__(self, *, seconds: float = 10.0, memory_mib: int = 2048) -> None:
@@ -63,13 +58,6 @@ class Grader:
         The text after the last ``</think>`` is searched first, then the whole text; in each the last ``\boxed{}``,
         else a line ``#### 18`` or ``A: 18``; without one, the end of the text for "the answer is". The text of a
         built-in problem must end with the exact words of the gold answer.
-
-        Raises
-        ------
-        MissingExtraError
-            If math-verify is not installed.
-        GraderError
-            If the process cannot be started.
         """
         if item.is_builtin:
             answer = final_value(text)
@@ -86,7 +74,6 @@ class Grader:
         return self._ask(answer, parts[0][-TAIL:], item.gold)
 
     def close(self) -> None:
-        """End the process. The next answer starts another."""
         if self._child is not None:
             child, self._child = self._child, None
             child.close()
@@ -129,5 +116,5 @@ class Grader:
 
 
 def _plain(answer: str) -> str:
-    """Return an answer without differences in style, for comparison as text."""
+    """Strip differences in style, for comparison as text."""
     return _STYLE.sub("", answer.replace("dfrac", "frac").replace("tfrac", "frac"))

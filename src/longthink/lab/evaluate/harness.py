@@ -1,7 +1,7 @@
 """A model ``longthink`` for lm-evaluation-harness: generation on a bounded cache.
 
-The harness's registry is not open to other packages, so its own command does not know ``longthink``: the command
-``longthink lm-eval`` registers the model first. In Python it is enough to import this module.
+The harness's registry is not open to other packages: ``longthink lm-eval`` registers the model, and so does an import
+of this module.
 """
 
 from __future__ import annotations
@@ -35,31 +35,10 @@ _PASSED_ON = (
 
 @register_model("longthink")
 class LongthinkLM(HFLM):
-    """A Hugging Face model that generates with a KV cache of a fixed budget.
+    """A Hugging Face model that generates with a KV cache of a fixed budget; its arguments: docs/tasks.md.
 
     Tasks that score given text (``loglikelihood``) are refused: one pass over a text evicts nothing, so the policy
-    would have no effect.
-
-    Parameters
-    ----------
-    pretrained, revision, device, dtype
-        See `longthink.models.load_model`; ``cuda:0`` means the first accelerator, or the CPU if there is none.
-    policy, budget, decode_budget
-        See `longthink.generate`.
-    batch_size
-        Rows decoded in one batch.
-    **options
-        Options of the harness's model ``hf``: see `_PASSED_ON`.
-
-    Attributes
-    ----------
-    kv_bytes_peak
-        Largest number of bytes that any batch has allocated for keys and values.
-
-    Raises
-    ------
-    ValueError
-        If an argument is unknown or out of range, before anything is loaded.
+    would have no effect. ``cuda:0`` means the first accelerator, or the CPU if there is none.
     """
 
     def __init__(
@@ -108,7 +87,6 @@ class LongthinkLM(HFLM):
     def _model_generate(
         self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
     ) -> Tensor:
-        """Generate for one left-padded batch of prompts, with a fresh cache."""
         # Transformers warns of a temperature when decoding is greedy.
         if not generation_kwargs.get("do_sample"):
             generation_kwargs.pop("temperature", None)
@@ -137,7 +115,6 @@ class LongthinkLM(HFLM):
     loglikelihood_rolling = loglikelihood
 
     def get_model_info(self) -> dict[str, Any]:
-        """Return facts about the model for the results file."""
         return {
             "model_num_parameters": self.model.num_parameters(),
             "model_dtype": self.model.dtype,
@@ -150,7 +127,7 @@ class LongthinkLM(HFLM):
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the harness's own command with these arguments, the words after ``lm_eval``."""
+    """Run the harness's own command with the words after ``lm_eval``."""
     from lm_eval.__main__ import cli_evaluate
 
     # It reads nothing but the process's own arguments.

@@ -19,8 +19,7 @@ from longthink.policies import Policy, make_policy, needs_budget, policy_spec, p
 
 BUILTIN_ROWS = 32
 """Default batch size for the built-in model, which is so small that it gains from many rows."""
-ROWS = 8
-"""Default batch size for other models."""
+ROWS = 8  # default batch size for other models
 
 
 class Identity(NamedTuple):
@@ -50,8 +49,6 @@ class Cell:
 
 
 class Unit(NamedTuple):
-    """One sample to make."""
-
     cell: Cell
     item: Item
     sample: int
@@ -72,32 +69,9 @@ class Unit(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A sweep: every policy at every budget on every task.
+    """Every policy at every budget on every task; `BudgetError` if a policy has none, or too small a one.
 
-    Parameters
-    ----------
-    model, revision, device, dtype
-        See `longthink.models.load_model`.
-    tasks, data, count, choose, seed
-        See `load_tasks`.
-    policies, budgets, decode_budgets
-        Such as ``raas:r=0.25``; tokens kept per layer, in total and on top of the prompt. Policies that keep
-        everything run once.
-    sampling_seeds
-        Seeds of sampling and of random policies. Anything deterministic runs with the first one only.
-    samples, temperature, top_p, top_k
-        Samples per problem and seed, and how tokens are chosen; temperature 0 is greedy.
-    max_new_tokens
-        Token limit of an answer; None for each task's own.
-    rows
-        Batch size of each process; None for `BUILTIN_ROWS` or `ROWS`.
-
-    Raises
-    ------
-    ValueError
-        If a value is out of range.
-    BudgetError
-        If a policy needs a budget and there is none, or not even a prompt of one token fits.
+    Policies that keep everything run once, and anything deterministic with the first of the `sampling_seeds` only.
     """
 
     model: str = REASONER
@@ -110,15 +84,15 @@ class Plan:
     choose: str = "first"
     seed: int = 0
     policies: tuple[str, ...] = ("dense",)
-    budgets: tuple[int, ...] = ()
-    decode_budgets: tuple[int, ...] = ()
-    sampling_seeds: tuple[int, ...] = (0,)
-    samples: int = 1
-    temperature: float = 0.0
+    budgets: tuple[int, ...] = ()  # tokens kept per layer
+    decode_budgets: tuple[int, ...] = ()  # the same on top of the prompt
+    sampling_seeds: tuple[int, ...] = (0,)  # of sampling and of random policies
+    samples: int = 1  # per problem and seed
+    temperature: float = 0.0  # 0 is greedy
     top_p: float | None = None
     top_k: int | None = None
-    max_new_tokens: int | None = None
-    rows: int | None = None
+    max_new_tokens: int | None = None  # None for each task's own
+    rows: int | None = None  # batch size of each process; None for `BUILTIN_ROWS` or `ROWS`
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
@@ -146,7 +120,6 @@ class Plan:
 
     @property
     def batch_size(self) -> int:
-        """Samples decoded in one batch by each process."""
         return self.rows or (BUILTIN_ROWS if self.model == REASONER else ROWS)
 
     @cached_property
@@ -184,7 +157,6 @@ class Plan:
         return load_tasks(self.tasks, data=data, count=self.count, choose=self.choose, seed=self.seed)
 
     def cells(self, tasks: Sequence[Task]) -> list[tuple[Cell, Task]]:
-        """Return all configurations, in the order in which they run."""
         return [
             (Cell(policy=policy, cache=cache, task=task.name, seed=seed,
                   max_new_tokens=self.max_new_tokens or task.max_new_tokens), task)

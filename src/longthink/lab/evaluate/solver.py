@@ -1,7 +1,4 @@
-"""Making samples: a model decodes units, and a grader judges the answers.
-
-As a program this is a worker process of `longthink.lab.evaluate.workers.ProcessWorkers`.
-"""
+"""Making samples: a model decodes units, a grader judges the answers. As a program a worker of `ProcessWorkers`."""
 
 from __future__ import annotations
 
@@ -109,7 +106,6 @@ class Solver:
 
 
 def _work(parent: Parent) -> None:
-    """Make samples until the driver ends this process."""
     values, number = parent.receive()
     plan, count = Plan.from_json(values), torch.cuda.device_count()
     device = f"cuda:{number % count}" if plan.device == "auto" and count else plan.device

@@ -19,21 +19,7 @@ _FIELDS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """One policy at one budget on one task.
-
-    Attributes
-    ----------
-    accuracy, low, high
-        pass@1 (mean over problems of the share of right samples) and its Wilson 95 % interval with the problems as
-        trials.
-    majority
-        Share of problems whose most frequent answer is right; None with one sample per problem.
-    tokens, kv_bytes_peak, dense_kv_bytes
-        Means over samples.
-    truncated, no_room, nan
-        Samples that hit the token limit, whose prompt did not fit, and in which the model produced NaN. The last two
-        count as wrong.
-    """
+    """One policy at one budget on one task."""
 
     task: str
     policy: str
@@ -41,16 +27,16 @@ class Summary:
     decode_budget: int | None
     problems: int
     samples: int
-    accuracy: float
-    low: float
+    accuracy: float  # pass@1: mean over problems of the share of right samples
+    low: float  # Wilson 95 % interval with problems as trials
     high: float
-    majority: float | None
-    tokens: float
-    truncated: int
-    no_room: int
+    majority: float | None  # problems whose most frequent answer is right; None with one sample each
+    tokens: float  # mean
+    truncated: int  # hit the token limit
+    no_room: int  # counts as wrong, as does NaN
     nan: int
-    kv_bytes_peak: float
-    dense_kv_bytes: float
+    kv_bytes_peak: float  # mean
+    dense_kv_bytes: float  # mean
 
 
 def summarize(store: ResultStore, configs: Sequence[str]) -> list[Summary]:
@@ -95,8 +81,7 @@ def _summary(rows: list[dict[str, Any]]) -> Summary:
 def majority_is_right(samples: Sequence[dict[str, Any]]) -> bool:
     """Return whether the most frequent answer is right; of equally frequent ones the earliest counts.
 
-    All right answers are one answer, whatever their form; wrong ones are distinguished by their text. Samples without
-    an answer have no vote.
+    All right answers are one, whatever their form; wrong ones differ by their text. No answer, no vote.
     """
     votes = Counter(
         "right" if row["correct"] else f"wrong: {row['answer']}" for row in samples if row["answer"]

@@ -26,7 +26,6 @@ class Coordinator:
 
     @property
     def left(self) -> int:
-        """Units that are not finished."""
         return len(self._in_flight) + sum(map(len, self._pending.values()))
 
     def assign(self, worker: int) -> CacheConfig | None:
@@ -48,7 +47,6 @@ class Coordinator:
         return unit
 
     def finish(self, unit: Unit) -> None:
-        """Mark a unit as finished; `KeyError` if it was not in flight."""
         del self._in_flight[unit]
 
     def lose(self, worker: int) -> list[Unit]:
@@ -72,7 +70,6 @@ class Tally:
 
     @property
     def left(self) -> int:
-        """Samples still to be made."""
         return self.total - self.stored - self.made
 
     def __add__(self, other: Tally) -> Tally:
@@ -84,16 +81,7 @@ class Tally:
 class Sweep:
     """The driver of a sweep: hands out work and stores what comes back, wherever the workers run.
 
-    Parameters
-    ----------
-    plan, tasks
-        What to do, and the plan's problem sets (`Plan.load_tasks`).
-    store
-        Holds the finished samples.
-    report
-        Called with the sweep at the start and after every sample.
-    say
-        Called with a line for the user, such as that a worker died.
+    `report` is called at the start and after every sample, `say` with lines for the user, such as that a worker died.
     """
 
     plan: Plan
@@ -110,18 +98,15 @@ class Sweep:
 
     @property
     def configs(self) -> list[str]:
-        """Hashes of all configurations."""
         assert self.identity is not None
         return [self.plan.setup(cell, self.identity).config_hash for cell, _ in self.cells]
 
     @property
     def is_complete(self) -> bool:
-        """Whether every sample is stored."""
         return self.identity is not None and self.coordinator.left == 0
 
     @property
     def total(self) -> Tally:
-        """The tallies of all configurations together."""
         return sum(self.tallies.values(), Tally())
 
     def begin(self, identity: Identity) -> None:

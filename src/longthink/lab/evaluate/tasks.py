@@ -17,11 +17,9 @@ from longthink.reasoner.task import SIZES, make_problem
 
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
 """Appended to each problem."""
-BUILTIN = "reasoner"
-"""First part of the names of the built-in tasks."""
+BUILTIN = "reasoner"  # first part of the names of the built-in tasks
 DEFAULT_SIZE = "m"
-FILE_MAX_NEW_TOKENS = 32768
-"""Default token limit for problem files, about which nothing is known."""
+FILE_MAX_NEW_TOKENS = 32768  # default token limit for problem files, about which nothing is known
 
 _MAX_SEED = 10**9
 # Slightly more than the worked solution: a model that does not stop is wrong, and the limit must show it.
@@ -38,10 +36,7 @@ class Task:
 
 
 def prompt_text(item: Item, tokenizer: Any) -> str:
-    """Return the prompt: the problem and the instruction to box the answer, in the chat template if there is one.
-
-    A built-in problem stays as it is.
-    """
+    """Return the prompt: the problem and, unless built in, the instruction, in the chat template if there is one."""
     if item.is_builtin:
         return item.question
     text = f"{item.question}\n\n{INSTRUCTION}"
@@ -68,13 +63,10 @@ def load_tasks(
     choose: str = "first",
     seed: int = 0,
 ) -> list[Task]:
-    """Load problem sets by name.
+    """Load problem sets by name; docs/tasks.md lists them.
 
     Parameters
     ----------
-    names
-        ``gsm8k``, ``math500``, ``aime24``, ``aime25``, ``aime`` (1983 to 2024), ``reasoner/<size>/<profile>``
-        (``reasoner/<size>``: all profiles; ``reasoner``: size m), or the stem of a file in `data`.
     data
         Problem files (``.jsonl``, ``.parquet``). Each is a task named by its stem, and replaces a set of that name on
         the Hub; files that `names` does not mention come last.
@@ -84,13 +76,6 @@ def load_tasks(
         ``first``, or ``random`` (by `seed`; a larger count extends the choice of a smaller one).
     seed
         Seed of the random choice. Built-in problems take consecutive seeds from here, or random ones.
-
-    Raises
-    ------
-    ValueError
-        If a name is unknown, no task is named, or a number is out of range.
-    DataError, OSError
-        If a file or a set from the Hub cannot be used.
     """
     check_choice("choose", choose, ("first", "random"))
     check_int("seed", seed, 0)
@@ -112,7 +97,6 @@ def _known(files: Iterable[str]) -> str:
 
 
 def _expand(name: str, files: dict[str, Path]) -> list[str]:
-    """Return the full names that a short one stands for."""
     if name in files or name in SOURCES:
         return [name]
     first, *rest = name.split("/")

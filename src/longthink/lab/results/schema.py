@@ -40,7 +40,6 @@ def arrow_schema(table: str) -> pa.Schema:
 
 
 def sql_columns(table: str) -> str:
-    """Return the column declarations of a table for DuckDB."""
     return ", ".join(f'"{name}" {_SQL[kind]}' for name, (kind, _) in columns(table).items())
 
 
@@ -76,14 +75,9 @@ def _checked(field: str, value: Any, kind: type, optional: bool) -> Any:
 
 
 def check_schema(table: str, found: pa.Schema, file: str) -> None:
-    """Raise unless a file's columns are those of the table.
+    """Raise `ResultStoreError` with every fault unless a file's columns are those of the table.
 
     Optional columns may be missing: files written before a field was added stay readable.
-
-    Raises
-    ------
-    ResultStoreError
-        Naming the file and every fault.
     """
     wanted = arrow_schema(table)
     faults = [f"unknown column {name!r}" for name in found.names if name not in wanted.names]

@@ -25,11 +25,9 @@ with needs_extra("eval"):
     import pyarrow as pa
     from pyarrow import parquet
 
-MARKER = "longthink-store"
-"""File that marks a folder as a store; it holds the version of the format."""
+MARKER = "longthink-store"  # file that marks a folder as a store; it holds the version of the format
 FORMAT = "1"
-FILE_ROWS = 20_000
-"""Compaction leaves files with this many rows alone."""
+FILE_ROWS = 20_000  # compaction leaves files with this many rows alone
 
 _GENERATION = re.compile(r"(.*)-g(\d+)")
 
@@ -37,12 +35,8 @@ _GENERATION = re.compile(r"(.*)-g(\d+)")
 class ResultStore:
     """The records in a folder: ``FOLDER/samples/*.parquet`` and ``FOLDER/measurements/*.parquet``.
 
-    File names sort in the order of writing. Needs a file system with POSIX file locks.
-
-    Parameters
-    ----------
-    create
-        Whether to create the folder; otherwise a missing store is an error.
+    File names sort in the order of writing. Needs a file system with POSIX file locks. Unless `create`, a missing
+    store is an error.
 
     Raises
     ------
@@ -102,10 +96,7 @@ class ResultStore:
     def query(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[dict[str, Any]]:
         """Run a DuckDB query over the views ``samples`` and ``measurements``, with each record once; return its rows.
 
-        Parameters
-        ----------
-        parameters
-            Values for each ``?`` in the query, or by name for ``$name``.
+        `parameters` are values for each ``?`` in the query, or by name for ``$name``.
 
         Raises
         ------
