@@ -33,13 +33,9 @@ class Child:
     """
 
     def __init__(
-        self,
-        module: str,
-        *arguments: str,
-        env: Mapping[str, str] | None = None,
-        quiet: bool = False,
+        self, module: str, *arguments: str, env: Mapping[str, str] | None = None, quiet: bool = False,
         inbox: queue.SimpleQueue[tuple[Child, bytes]] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._inbox = queue.SimpleQueue() if inbox is None else inbox
         with _interrupts_blocked():
             self._process = subprocess.Popen(

@@ -36,14 +36,11 @@ class Shape:
 
 def shape_of(model: Any, headers: Sequence[Header]) -> Shape:
     return Shape(
-        layers=headers[0].layers,
-        kv_heads=headers[0].kv_heads,
-        head_dim=headers[0].head_dim,
-        dtype=model.dtype,
-        weights=sum(parameter.nbytes for parameter in model.parameters()),
+        layers=headers[0].layers, kv_heads=headers[0].kv_heads, head_dim=headers[0].head_dim,
+        dtype=model.dtype, weights=sum(parameter.nbytes for parameter in model.parameters()),
         prompt=round(sum(header.prompt_tokens for header in headers) / len(headers)),
         tokens=max(len(header.token_ids) for header in headers),
-    )
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

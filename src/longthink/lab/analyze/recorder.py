@@ -70,13 +70,9 @@ class _Tape:
     """Passes what the layers report to the writer; holds at most `CHUNK_STEPS` steps."""
 
     def __init__(
-        self,
-        writer: TraceWriter,
-        page_size: int,
-        top: int,
-        vectors: bool,
+        self, writer: TraceWriter, page_size: int, top: int, vectors: bool,
         on_step: Callable[[int], None] = lambda tokens: None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.writer, self.on_step = writer, on_step
         self.page_size, self.top, self.vectors = page_size, top, vectors
         self.kv_heads = self.head_dim = 0
@@ -136,18 +132,10 @@ def _plain(tensor: Tensor) -> NDArray[np.float32]:
 
 
 def record(
-    model: Any,
-    tokenizer: Any,
-    prompts: Iterable[Prompt],
-    folder: Path | str,
-    *,
-    page_size: int = 1,
-    top: int = TOP,
-    vectors: bool = False,
-    name: str | None = None,
-    describe: Mapping[str, Any] | None = None,
+    model: Any, tokenizer: Any, prompts: Iterable[Prompt], folder: Path | str, *, page_size: int = 1,
+    top: int = TOP, vectors: bool = False, name: str | None = None, describe: Mapping[str, Any] | None = None,
     on_step: Callable[[Prompt, int], None] = lambda prompt, tokens: None,
-) -> TraceStore:
+) -> TraceStore:  # fmt: skip
     """Decode prompts greedily with Dense and store what every head read in every step.
 
     Problems that the folder has already are skipped, so the same call continues after an interruption. Only the
@@ -197,34 +185,19 @@ def _decode(model: Any, tokenizer: Any, prompt: Prompt, tape: _Tape) -> Header:
     inputs: dict[str, Any] = {key: value.to(model.device) for key, value in prompt.inputs.items()}
     with PagedCache(model, Recording(tape=tape), None, batch_size=1) as cache:
         row = generate(
-            model,
-            inputs.pop("input_ids"),
-            inputs.pop("attention_mask", None),
-            past_key_values=cache,
-            max_new_tokens=prompt.max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            **inputs,
-        )
+            model, inputs.pop("input_ids"), inputs.pop("attention_mask", None), past_key_values=cache,
+            max_new_tokens=prompt.max_new_tokens, do_sample=False, num_beams=1, **inputs,
+        )  # fmt: skip
     tokens = row[0].tolist()
     ends = model.generation_config.eos_token_id
     stopped = tokens[-1] in ([ends] if isinstance(ends, int) else ends or [])
     images = {getattr(model.config, field, None) for field in ("image_token_id", "video_token_id")} - {None}
     config = model.config.get_text_config(decoder=True)
     return Header(
-        task=prompt.task,
-        problem=prompt.problem,
-        prompt_tokens=prompt.inputs["input_ids"].shape[1],
-        token_ids=tuple(tokens),
-        texts=tuple(tokenizer.decode([token]) for token in tokens),
-        image=tuple(i for i, token in enumerate(tokens) if token in images),
-        layers=config.num_hidden_layers,
-        heads=config.num_attention_heads,
-        kv_heads=tape.kv_heads,
-        head_dim=tape.head_dim,
-        scaling=tape.scaling,
-        page_size=tape.page_size,
-        top=tape.top,
-        vectors=tape.vectors,
+        task=prompt.task, problem=prompt.problem, prompt_tokens=prompt.inputs["input_ids"].shape[1],
+        token_ids=tuple(tokens), texts=tuple(tokenizer.decode([token]) for token in tokens),
+        image=tuple(i for i, token in enumerate(tokens) if token in images), layers=config.num_hidden_layers,
+        heads=config.num_attention_heads, kv_heads=tape.kv_heads, head_dim=tape.head_dim,
+        scaling=tape.scaling, page_size=tape.page_size, top=tape.top, vectors=tape.vectors,
         finish="stop" if stopped else "length",
-    )
+    )  # fmt: skip

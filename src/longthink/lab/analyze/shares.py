@@ -85,12 +85,9 @@ class TypicalText:
 
 
 def telling_texts(
-    all_lives: Sequence[Lives],
-    which: PageClass = PageClass.MILESTONE,
-    *,
-    part: str = "decode",
+    all_lives: Sequence[Lives], which: PageClass = PageClass.MILESTONE, *, part: str = "decode",
     count: int = 12,
-) -> list[TypicalText]:
+) -> list[TypicalText]:  # fmt: skip
     """Return the most frequent texts of a class among the pages of a part, ``decode`` or ``prompt``."""
     mine: Counter[str] = Counter()
     everything: Counter[str] = Counter()

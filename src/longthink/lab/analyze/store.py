@@ -131,13 +131,10 @@ class Trace:
                 part[name] = values[offsets[first] : offsets[first + header.layers]]
             counts = part["counts"]
             yield TraceStep(
-                now=int(now[first]),
-                head=np.repeat(np.arange(len(counts)), counts),
-                page=part["pages"],
-                mass=part["mass"].astype(np.float32),
-                rest=part["rest"].astype(np.float32),
+                now=int(now[first]), head=np.repeat(np.arange(len(counts)), counts), page=part["pages"],
+                mass=part["mass"].astype(np.float32), rest=part["rest"].astype(np.float32),
                 **self._vectors(part),
-            )
+            )  # fmt: skip
 
     def _vectors(self, part: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
         header = self.header
@@ -217,14 +214,10 @@ class TraceWriter:
         encodings = {"pages": "DELTA_BINARY_PACKED", "counts": "DELTA_BINARY_PACKED"}
         encodings |= {name: "BYTE_STREAM_SPLIT" for name in lists if name not in encodings}
         self._writer = parquet.ParquetWriter(
-            path,
-            self._schema,
-            compression="zstd",
-            use_dictionary=False,
-            write_statistics=False,
+            path, self._schema, compression="zstd", use_dictionary=False, write_statistics=False,
             write_page_checksum=True,
             column_encoding={f"{name}.list.element": encoding for name, encoding in encodings.items()},
-        )
+        )  # fmt: skip
         self._rows: dict[str, list[Any]] = {name: [] for name in self._schema.names}
 
     def add(self, now: int, layer: int, **lists: NDArray[Any]) -> None:

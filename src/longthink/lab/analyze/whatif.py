@@ -40,14 +40,9 @@ def check_replayable(policy: Policy, trace: Trace) -> None:
 
 
 def what_if(
-    trace: Trace,
-    policies: Sequence[Policy],
-    budgets: Sequence[Budget],
-    *,
-    rules: Rules | None = None,
-    clairvoyant: bool = True,
-    on_step: Callable[[int], None] = lambda step: None,
-) -> list[Replay]:
+    trace: Trace, policies: Sequence[Policy], budgets: Sequence[Budget], *, rules: Rules | None = None,
+    clairvoyant: bool = True, on_step: Callable[[int], None] = lambda step: None,
+) -> list[Replay]:  # fmt: skip
     """Replay policies at budgets over one trace, all in one pass; those that need no budget once.
 
     With `clairvoyant` also Belady's rule and the optimum, with the smallest page size of the policies. `on_step` gets
@@ -220,27 +215,19 @@ class _Run:
             maps_M, gone = (self.sum_CM[i] / steps).astype(np.float32), self.gone_CLKP[i]
             regrets = (gone >= 0) & (self.future.last_LKP[..., : gone.shape[-1]] >= gone)
             yield Replay(
-                **known,
-                recall=float(maps_M.mean()),
-                worst=float(maps_M.min()),
+                **known, recall=float(maps_M.mean()), worst=float(maps_M.min()),
                 lookups=float(self.looked_C[i] / self.lookups) if self.lookups else 1.0,
-                curve_T=self.curve_CT[i],
-                maps_M=maps_M,
-                evictions=int((gone >= 0).sum()),
-                regrets=int(regrets.sum()),
-                gone_LKN=gone.numpy(),
-            )
+                curve_T=self.curve_CT[i], maps_M=maps_M, evictions=int((gone >= 0).sum()),
+                regrets=int(regrets.sum()), gone_LKN=gone.numpy(),
+            )  # fmt: skip
 
 
 def _names(trace: Trace, policy: str, budget: Budget | None, page_size: int) -> dict[str, Any]:
     return {
-        "task": trace.header.task,
-        "problem": trace.header.problem,
-        "policy": policy,
+        "task": trace.header.task, "problem": trace.header.problem, "policy": policy,
         "budget": None if budget is None else budget.budget,
-        "decode_budget": None if budget is None else budget.decode_budget,
-        "page_size": page_size,
-    }
+        "decode_budget": None if budget is None else budget.decode_budget, "page_size": page_size,
+    }  # fmt: skip
 
 
 def _optimal(trace: Trace, optima: OptimalRun, budget: Budget) -> Replay:

@@ -54,12 +54,9 @@ _DEFAULTS, _PROBLEMS, _MODEL, _RECORDING = AdviseOptions(), Problems(), Model(),
 
 
 def advise(
-    *,
-    options: AdviseOptions = _DEFAULTS,
-    problems: Problems = _PROBLEMS,
-    model: Model = _MODEL,
+    *, options: AdviseOptions = _DEFAULTS, problems: Problems = _PROBLEMS, model: Model = _MODEL,
     recording: Recording = _RECORDING,
-) -> int:
+) -> int:  # fmt: skip
     """Find the policy and the smallest budget that keep what a model reads.
 
     Records a few problems, unless --out has them already, and replays policies at rising budgets.

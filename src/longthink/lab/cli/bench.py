@@ -66,20 +66,12 @@ class BenchOptions(BudgetOptions, ModelOptions):
     def plan(self, **more: Any) -> Plan:
         policies = policy_specs(self.policies) if self.policies else []
         return Plan(
-            model=self.model,
-            device=self.device,
-            dtype=self.dtype,
-            policies=tuple(dict.fromkeys(policies)),
+            model=self.model, device=self.device, dtype=self.dtype, policies=tuple(dict.fromkeys(policies)),
             baselines=tuple(dict.fromkeys(words(self.baselines))),
             budget=Budget(**(self.given_budget or {"budget": DEFAULT_BUDGET})),
-            lengths=integers("lengths", self.lengths),
-            prompt=self.prompt,
-            rows=self.rows,
-            threads=self.threads,
-            kv_dtype=self.kv_dtype,
-            fast_forward=self.fast_forward,
-            **more,
-        )
+            lengths=integers("lengths", self.lengths), prompt=self.prompt, rows=self.rows,
+            threads=self.threads, kv_dtype=self.kv_dtype, fast_forward=self.fast_forward, **more,
+        )  # fmt: skip
 
 
 @Parameter(name="*")
@@ -145,12 +137,9 @@ def memory(*, options: MemoryOptions = _MEMORY) -> int:
 
 
 def _run(
-    measure: Callable[[Report], Iterator[Measurement]],
-    work: AbstractContextManager[Task],
-    plan: Plan,
-    store: ResultStore | None,
-    options: BenchOptions,
-) -> int:
+    measure: Callable[[Report], Iterator[Measurement]], work: AbstractContextManager[Task], plan: Plan,
+    store: ResultStore | None, options: BenchOptions,
+) -> int:  # fmt: skip
     """Measure, store each row at once, and print all of them, also after an interrupt."""
     rows: list[Measurement] = []
     setup = {"budget": str(plan.budget), "threads": plan.threads, "fast_forwarded": plan.fast_forward}

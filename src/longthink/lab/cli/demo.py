@@ -135,12 +135,8 @@ def _race(runners: list[Runner], loaded: Loaded, course: Course, helping: list[H
 
     def table() -> RichTable:
         columns = {
-            "policy": "text",
-            "tokens": "count",
-            "ms/token": "ms",
-            "KV cache": "size",
-            "text": "formatted",
-        }
+            "policy": "text", "tokens": "count", "ms/token": "ms", "KV cache": "size", "text": "formatted",
+        }  # fmt: skip
         rows = [[r.name, r.tokens, r.ms, r.held.get("kv_bytes"), one_line(r.tail)[-24:]] for r in runners]
         return Table(columns=columns, rows=rows).rich()
 

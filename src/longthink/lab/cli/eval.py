@@ -113,13 +113,9 @@ def given(*groups: Any) -> dict[str, Any]:
 
 
 def evaluate(
-    *,
-    problems: ProblemFlags = _PROBLEMS,
-    policies: PolicyFlags = _POLICIES,
-    model: ModelFlags = _MODEL,
-    decoding: DecodingFlags = _DECODING,
-    run: RunFlags = _RUN,
-) -> int:
+    *, problems: ProblemFlags = _PROBLEMS, policies: PolicyFlags = _POLICIES, model: ModelFlags = _MODEL,
+    decoding: DecodingFlags = _DECODING, run: RunFlags = _RUN,
+) -> int:  # fmt: skip
     """Measure the accuracy of policies at budgets on problem sets.
 
     Every sample is stored as soon as it is complete; after an interruption the same command makes what is missing.

@@ -58,14 +58,9 @@ class Outcome:
 
 
 def run_policy(
-    runner: Runner,
-    loaded: Loaded,
-    inputs: dict[str, Any],
-    budget: dict[str, Any],
-    *,
-    limit: int,
+    runner: Runner, loaded: Loaded, inputs: dict[str, Any], budget: dict[str, Any], *, limit: int,
     on_change: Callable[[], None],
-) -> None:
+) -> None:  # fmt: skip
     """Decode at most ``limit`` tokens greedily, and update ``runner`` after each, before calling ``on_change``.
 
     ``inputs`` is the encoded prompt, ``budget`` the budget arguments of ``make_cache`` for policies that need one.

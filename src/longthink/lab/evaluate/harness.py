@@ -42,17 +42,10 @@ class LongthinkLM(HFLM):
     """
 
     def __init__(
-        self,
-        pretrained: str,
-        policy: str | Policy = DEFAULT_POLICY,
-        budget: int | None = None,
-        decode_budget: int | None = None,
-        revision: str | None = None,
-        device: str = _ANY_DEVICE,
-        dtype: str = "auto",
-        batch_size: int | str = 1,
-        **options: Any,
-    ) -> None:
+        self, pretrained: str, policy: str | Policy = DEFAULT_POLICY, budget: int | None = None,
+        decode_budget: int | None = None, revision: str | None = None, device: str = _ANY_DEVICE,
+        dtype: str = "auto", batch_size: int | str = 1, **options: Any,
+    ) -> None:  # fmt: skip
         unknown = sorted(options.keys() - set(_PASSED_ON))
         if unknown:
             raise ValueError(
@@ -92,17 +85,10 @@ class LongthinkLM(HFLM):
             generation_kwargs.pop("temperature", None)
         stopping = stop_sequences_criteria(self.tokenizer, stop, context.shape[1], context.shape[0])
         output = generate(
-            self.model,
-            context,
-            generation_kwargs.pop("attention_mask"),
-            policy=self.policy,
-            **self._budget_arguments,
-            max_length=max_length,
-            stopping_criteria=stopping,
-            pad_token_id=self.tokenizer.pad_token_id,
-            return_dict_in_generate=True,
-            **generation_kwargs,
-        )
+            self.model, context, generation_kwargs.pop("attention_mask"), policy=self.policy,
+            **self._budget_arguments, max_length=max_length, stopping_criteria=stopping,
+            pad_token_id=self.tokenizer.pad_token_id, return_dict_in_generate=True, **generation_kwargs,
+        )  # fmt: skip
         self.kv_bytes_peak = max(self.kv_bytes_peak, output.past_key_values.kv_bytes)
         return output.sequences
 

@@ -166,20 +166,12 @@ class Plan:
 
     def setup(self, cell: Cell, identity: Identity) -> Setup:
         return Setup(
-            model=self.model,
-            revision=identity.revision,
-            dtype=identity.dtype,
-            policy=cell.policy,
+            model=self.model, revision=identity.revision, dtype=identity.dtype, policy=cell.policy,
             switches=json.dumps(policy_to_dict(make_policy(cell.cache.policy)), sort_keys=True),
-            budget=cell.cache.budget,
-            decode_budget=cell.cache.decode_budget,
-            task=cell.task,
-            seed=cell.seed,
-            temperature=float(self.temperature),
-            top_p=None if self.top_p is None else float(self.top_p),
-            top_k=self.top_k,
-            max_new_tokens=cell.max_new_tokens,
-        )
+            budget=cell.cache.budget, decode_budget=cell.cache.decode_budget, task=cell.task, seed=cell.seed,
+            temperature=float(self.temperature), top_p=None if self.top_p is None else float(self.top_p),
+            top_k=self.top_k, max_new_tokens=cell.max_new_tokens,
+        )  # fmt: skip
 
 
 def _cache(policy: Policy, budget: Budget | None, seed: int) -> CacheConfig:

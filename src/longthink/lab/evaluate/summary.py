@@ -63,19 +63,13 @@ def _summary(rows: list[dict[str, Any]]) -> Summary:
     finishes = Counter(row["finish"] for row in rows)
     return Summary(
         **{name: rows[0][name] for name in ("task", "policy", "budget", "decode_budget")},
-        problems=len(problems),
-        samples=len(rows),
-        accuracy=fmean(shares),
-        low=low,
-        high=high,
+        problems=len(problems), samples=len(rows), accuracy=fmean(shares), low=low, high=high,
         majority=fmean(map(majority_is_right, problems.values())) if several else None,
-        tokens=fmean(row["generated_tokens"] for row in rows),
-        truncated=finishes["length"],
-        no_room=finishes["no_room"],
-        nan=finishes["nan"],
+        tokens=fmean(row["generated_tokens"] for row in rows), truncated=finishes["length"],
+        no_room=finishes["no_room"], nan=finishes["nan"],
         kv_bytes_peak=fmean(row["kv_bytes_peak"] for row in rows),
         dense_kv_bytes=fmean(row["dense_kv_bytes"] for row in rows),
-    )
+    )  # fmt: skip
 
 
 def majority_is_right(samples: Sequence[dict[str, Any]]) -> bool:

@@ -56,13 +56,9 @@ def prompt_ids(item: Item, tokenizer: Any) -> list[int]:
 
 
 def load_tasks(
-    names: Sequence[str],
-    *,
-    data: Sequence[Path] = (),
-    count: int | None = None,
-    choose: str = "first",
+    names: Sequence[str], *, data: Sequence[Path] = (), count: int | None = None, choose: str = "first",
     seed: int = 0,
-) -> list[Task]:
+) -> list[Task]:  # fmt: skip
     """Load problem sets by name; docs/tasks.md lists them.
 
     Parameters
