@@ -10,9 +10,8 @@ import torch
 
 from longthink.cache.store import SlotStore
 from longthink.config import Budget, check_choice, check_range
-from longthink.lab.analyze.replays import CLAIRVOYANT
+from longthink.lab.analyze.replays import CLAIRVOYANT, Mean
 from longthink.lab.analyze.store import Header
-from longthink.lab.analyze.summary import Mean
 from longthink.policies import Policy, grows, make_policy
 
 MEASURES = ("lookups", "recall")
@@ -20,8 +19,6 @@ MEASURES = ("lookups", "recall")
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What the memory of a model and its requests depends on."""
-
     layers: int
     kv_heads: int
     head_dim: int
@@ -77,8 +74,7 @@ def advise(
         kept = getattr(row, measure)
         if row.policy in CLAIRVOYANT or kept is None or row.no_room or kept < 1 - loss:
             continue
-        policy = make_policy(row.policy)
-        if grows(policy):
+        if grows(policy := make_policy(row.policy)):
             continue
         budget = Budget(budget=row.budget, decode_budget=row.decode_budget)
         kv_bytes, metadata_bytes = request_bytes(policy, budget, shape)

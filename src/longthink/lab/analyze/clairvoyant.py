@@ -58,7 +58,6 @@ class Future:
         self.last_LKP.view(-1)[torch.from_numpy(cell)] = torch.from_numpy(time)
 
     def pass_by(self, now: int) -> None:
-        """Move past the uses of a step."""
         part = slice(self._bounds[now], self._bounds[now + 1])
         self.next_LKP.view(-1)[self._cell[part]] = self._following[part]
 
@@ -68,11 +67,7 @@ def used_pages(trace: Trace, step: TraceStep, page_size: int, use: float) -> NDA
     header = trace.header
     pages, merge = -(-header.steps.stop // page_size), page_size // header.page_size
     cell = step.head * pages + step.page // merge
-    mass = np.bincount(cell, step.mass, minlength=0) if merge > 1 else None
-    if mass is not None:
-        used = np.nonzero(mass > use)[0]
-    else:
-        used = cell[step.mass > use]
+    used = np.nonzero(np.bincount(cell, step.mass) > use)[0] if merge > 1 else cell[step.mass > use]
     return np.unique(used // pages // (header.heads // header.kv_heads) * pages + used % pages)
 
 
@@ -97,10 +92,8 @@ class Belady(Policy, TrimsPrompt):
         # All tokens of a page have the same next use; the page number breaks ties.
         worth = -next_BKQ * self.future.shape[2] + page_BQ[:, None]
         pages = worth[..., :: self.page_size]
-        rank = pages.argsort(-1, descending=True).argsort(-1)
-        return (rank < cap_B[:, None, None]).repeat_interleave(self.page_size, -1)[
-            ..., : position_BQ.shape[1]
-        ]
+        kept = pages.argsort(-1, descending=True).argsort(-1) < cap_B[:, None, None]
+        return kept.repeat_interleave(self.page_size, -1)[..., : position_BQ.shape[1]]
 
     @override
     def worth(self, table: PageTable) -> Tensor:
@@ -108,8 +101,7 @@ class Belady(Policy, TrimsPrompt):
 
     def _next(self, page_BKP: Tensor) -> Tensor:
         next_LKP = self.future.next_LKP
-        layers = len(next_LKP)
-        next_BKP = next_LKP.expand(len(page_BKP) // layers, *next_LKP.shape).flatten(0, 1)
+        next_BKP = next_LKP.expand(len(page_BKP) // len(next_LKP), *next_LKP.shape).flatten(0, 1)
         return next_BKP.gather(2, page_BKP.clamp(min=0).long())
 
 
@@ -150,13 +142,9 @@ class OptimalRun:
 
     def add(self, step: TraceStep, scale_M: NDArray[np.float32]) -> None:
         """Add a step; `scale_M` normalizes each map's recorded attention."""
-        group = self.header.heads // self.header.kv_heads
-        pages = self._mass.shape[-1]
-        page = step.page * self.header.page_size // self.page_size
-        cell = step.head // group * pages + page
-        found = np.bincount(
-            cell, step.mass * scale_M[step.head] / group, minlength=self._mass.shape[0] * pages
-        )
+        group, (tables, pages) = self.header.heads // self.header.kv_heads, self._mass.shape[:2]
+        cell = step.head // group * pages + step.page * self.header.page_size // self.page_size
+        found = np.bincount(cell, step.mass * scale_M[step.head] / group, minlength=tables * pages)
         self._mass[:, step.now // self.page_size] += found.reshape(-1, pages).astype(np.float32)
 
     def solve(self, slots: int) -> tuple[float, NDArray[np.float32], NDArray[np.int32]]:
@@ -170,8 +158,9 @@ class OptimalRun:
             lost = self._mass[table, ::-1].cumsum(0)[::-1].astype(np.float64)
             return optimal_recall(lost, prompt, slots)[1]
 
-        # The search releases the interpreter's lock.
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        with ThreadPoolExecutor(
+            torch.get_num_threads()
+        ) as pool:  # the search releases the interpreter's lock
             found = pool.map(victims_of, range(tables))
         for table, victims in enumerate(found):
             for born in np.nonzero(victims >= 0)[0].tolist():

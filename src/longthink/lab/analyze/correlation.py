@@ -39,11 +39,8 @@ def correlate(replays: Sequence[Replay], correct: Mapping[Key, float], *, seed: 
     """
     found = {one.key: one for one in replays if not one.note and one.policy != OPTIMUM and one.key in correct}
     cells = list(dict.fromkeys(key[2:] for key in found))
-    problems = [
-        problem
-        for problem in dict.fromkeys(key[:2] for key in found)
-        if all((*problem, *cell) in found for cell in cells)
-    ]
+    problems = dict.fromkeys(key[:2] for key in found)
+    problems = [problem for problem in problems if all((*problem, *cell) in found for cell in cells)]
     if len(cells) < 3 or not problems:
         raise TraceError(
             f"{len(cells)} policies at budgets were replayed and decoded on {len(problems)} problems: a correlation "
@@ -72,8 +69,7 @@ def correlate(replays: Sequence[Replay], correct: Mapping[Key, float], *, seed: 
 def _ahead(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
     if not first.size or not second.size:
         return float("nan")
-    more, same = first[:, None] > second, first[:, None] == second
-    return float(more.mean() + 0.5 * same.mean())
+    return float((first[:, None] > second).mean() + 0.5 * (first[:, None] == second).mean())
 
 
 def _spearman(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:

@@ -28,8 +28,6 @@ class PageClass(IntEnum):
 
 
 class MapClass(IntEnum):
-    """See `map_classes`."""
-
     SINK_LIKE = 0
     MILESTONE = 1
     PHOENIX = 2
@@ -65,7 +63,6 @@ class Lives:
 
     @property
     def is_prompt_P(self) -> NDArray[np.bool_]:
-        """Pages that hold a token of the prompt."""
         return np.arange(len(self.birth_P)) * self.header.page_size < self.header.prompt_tokens
 
     @property
@@ -77,12 +74,9 @@ class Lives:
 
 def read_lives(trace: Trace, rules: Rules | None = None) -> Lives:
     """Return the life of every page. Reads the trace twice, step by step; memory holds pages, not steps."""
-    rules = rules or Rules()
-    header = trace.header
-    size, maps = header.page_size, header.layers * header.heads
-    pages = header.pages
-    birth_P = np.maximum(np.arange(pages) * size, header.prompt_tokens)
-    shape = (maps, pages)
+    rules, header = rules or Rules(), trace.header
+    size, shape = header.page_size, (header.layers * header.heads, header.pages)
+    birth_P = np.maximum(np.arange(header.pages) * size, header.prompt_tokens)
     uses, gap, half = (np.zeros(shape, dtype=np.int64) for _ in range(3))
     first, last, far_last = (np.full(shape, NEVER) for _ in range(3))
     mass, read, near, so_far = (np.zeros(shape) for _ in range(4))
@@ -103,9 +97,8 @@ def read_lives(trace: Trace, rules: Rules | None = None) -> Lives:
     open_MP = np.ones(shape, dtype=bool)
     for step in trace.steps():
         so_far[step.head, step.page] += step.mass
-        done = open_MP[step.head, step.page] & (
-            so_far[step.head, step.page] >= 0.5 * mass[step.head, step.page]
-        )
+        cells = (step.head, step.page)
+        done = open_MP[cells] & (so_far[cells] >= 0.5 * mass[cells])
         cells = (step.head[done], step.page[done])
         half[cells] = step.now - birth_P[cells[1]]
         open_MP[cells] = False
@@ -124,12 +117,8 @@ def map_classes(lives: Lives) -> NDArray[np.int64]:
     """
     near, milestones, phoenixes = read_shares(lives).T
     far = milestones + phoenixes
-    conditions = [
-        near + far == 0,
-        far <= lives.rules.far,
-        milestones > lives.rules.majority * far,
-        phoenixes > lives.rules.majority * far,
-    ]
+    most = lives.rules.majority * far
+    conditions = [near + far == 0, far <= lives.rules.far, milestones > most, phoenixes > most]
     order = [MapClass.MIXED, MapClass.SINK_LIKE, MapClass.MILESTONE, MapClass.PHOENIX]
     return np.select(conditions, order, MapClass.MIXED)
 
@@ -142,8 +131,6 @@ def read_shares(lives: Lives) -> NDArray[np.float64]:
     """
     classes, far = lives.classes_MP, lives.read_MP - lives.near_MP
     total = np.maximum(lives.read_MP.sum(1), 1e-30)
-    sinks, milestones, phoenixes = (
-        (far * (classes == which)).sum(1)
-        for which in (PageClass.SINK, PageClass.MILESTONE, PageClass.PHOENIX)
-    )
+    kinds = (PageClass.SINK, PageClass.MILESTONE, PageClass.PHOENIX)
+    sinks, milestones, phoenixes = ((far * (classes == which)).sum(1) for which in kinds)
     return np.stack([lives.near_MP.sum(1) + sinks, milestones, phoenixes], 1) / total[:, None]

@@ -84,9 +84,9 @@ class _Tape:
         found = self._entries(mass_BKS[0, :, :tokens], top=0)
         vectors = {}
         if self.vectors:
-            none = np.zeros(0, np.float32)
             kept = {"key": table.keys_BKSD, "value": table.values_BKSD}
-            vectors = {"query": none} | {name: _plain(of[0, :, :tokens]) for name, of in kept.items()}
+            vectors = {name: _plain(of[0, :, :tokens]) for name, of in kept.items()}
+            vectors["query"] = np.zeros(0, np.float32)
         self.writer.add(PROMPT, layer, **found, **vectors)
         self.kv_heads, self.head_dim = table.keys_BKSD.shape[1], table.keys_BKSD.shape[3]
 
@@ -99,8 +99,7 @@ class _Tape:
             new = {"key": table.keys_BKSD[0, :, now], "value": table.values_BKSD[0, :, now]}
             vectors = {name: _plain(of) for name, of in ({"query": step.query_BKGD[0]} | new).items()}
         if layer == 0:
-            # Now the chunk before this step is complete in all layers.
-            if self._steps % CHUNK_STEPS == 0:
+            if self._steps % CHUNK_STEPS == 0:  # the chunk before this step is complete in all layers
                 self.writer.flush()
             self._steps += 1
             self.on_step(self._steps)
@@ -156,12 +155,8 @@ def record(
 
     Raises
     ------
-    UnsupportedModelError
-        If longthink does not support the model.
-    TraceError
-        If the folder holds something else, or traces with other settings.
-    ValueError
-        If an argument is out of range.
+    UnsupportedModelError, TraceError, ValueError
+        If the model is not supported, the folder holds something else, or an argument is out of range.
     """
     check_int("page_size", page_size, 1, MAX_PAGE_SIZE)
     check_int("top", top, 0)

@@ -1,4 +1,4 @@
-"""Results of replays, and the Parquet file with the traces that stores them."""
+"""Results of replays, their means over problems, and the Parquet file with the traces that stores them."""
 
 from __future__ import annotations
 
@@ -86,3 +86,42 @@ def load_replays(store: TraceStore) -> tuple[list[Replay], Rules]:
         return [Replay(**row) for row in rows], rules
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise TraceError(f"{path} is damaged or outdated; delete it and replay again: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mean:
+    """What one policy at one budget kept: means over `problems`, None where a value has no meaning.
+
+    The prompts of `no_room` other problems do not fit; they are in no mean.
+    """
+
+    policy: str
+    budget: int | None
+    decode_budget: int | None
+    page_size: int
+    problems: int
+    no_room: int
+    recall: float | None
+    worst: float | None
+    lookups: float | None
+    evictions: float | None
+    regrets: float | None
+
+
+def means(replays: Sequence[Replay]) -> list[Mean]:
+    groups: dict[tuple[str, int | None, int | None], list[Replay]] = {}
+    for one in replays:
+        groups.setdefault((one.policy, one.budget, one.decode_budget), []).append(one)
+    rows = []
+    for (policy, budget, decode_budget), group in groups.items():
+        ran = [one for one in group if not one.note]
+        values: dict[str, float | None] = {}
+        for name in ("recall", "worst", "lookups", "evictions", "regrets"):
+            # The optimum is found per KV head, and serves no step in particular.
+            known = ran and (policy != OPTIMUM or name in ("recall", "evictions"))
+            values[name] = sum(getattr(one, name) for one in ran) / len(ran) if known else None
+        rows.append(
+            Mean(policy=policy, budget=budget, decode_budget=decode_budget, page_size=group[0].page_size,
+                 problems=len(ran), no_room=len(group) - len(ran), **values)
+        )  # fmt: skip
+    return rows

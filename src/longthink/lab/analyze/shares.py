@@ -28,21 +28,20 @@ class Share:
 
 
 def share_table(all_lives: Iterable[Lives]) -> list[Share]:
-    """Return the shares of page classes and map classes: of the model, each task, each layer and each head."""
     found: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     for lives in all_lives:
         for key, share in _of_problem(lives).items():
             found[key].append(share)
-    return [_share(*key, shares) for key, shares in found.items()]
-
-
-def _share(scope: str, part: str, name: str, shares: list[float]) -> Share:
-    mean, low, high = mean_with_interval(shares)
-    return Share(scope=scope, part=part, name=name, share=mean, low=low, high=high, problems=len(shares))
+    table = []
+    for (scope, part, name), shares in found.items():
+        share, low, high = mean_with_interval(shares)
+        table.append(
+            Share(scope=scope, part=part, name=name, share=share, low=low, high=high, problems=len(shares))
+        )
+    return table
 
 
 def mean_with_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
-    """Return the mean over problems and its 95 % bootstrap interval, which is None with a single problem."""
     spread = paired_bootstrap([0.0] * len(values), values, draws=_DRAWS)
     return (spread.mean, spread.low, spread.high) if len(values) > 1 else (spread.mean, None, None)
 
@@ -53,11 +52,8 @@ def _of_problem(lives: Lives) -> dict[tuple[str, str, str], float]:
     layer_M, head_M = np.divmod(np.arange(len(maps_M)), header.heads)
     scopes = {"model": layer_M >= 0, header.task: layer_M >= 0}
     scopes |= {f"layer {i}": layer_M == i for i in range(header.layers)}
-    scopes |= {
-        f"layer {i} head {j}": (layer_M == i) & (head_M == j)
-        for i in range(header.layers)
-        for j in range(header.heads)
-    }
+    for i, j in np.ndindex(header.layers, header.heads):
+        scopes[f"layer {i} head {j}"] = (layer_M == i) & (head_M == j)
     prompt_P, image_P = lives.is_prompt_P, lives.is_image_P
     parts = {"all": prompt_P | True, "prompt": prompt_P, "decode": ~prompt_P}
     if image_P.any():
@@ -77,8 +73,6 @@ def _of_problem(lives: Lives) -> dict[tuple[str, str, str], float]:
 
 @dataclass(frozen=True, kw_only=True)
 class TypicalText:
-    """A text that pages of a class have."""
-
     text: str
     count: int  # pages with it that are of the class in at least one map
     lift: float  # its frequency among them, relative to all pages
@@ -88,9 +82,7 @@ def telling_texts(
     all_lives: Sequence[Lives], which: PageClass = PageClass.MILESTONE, *, part: str = "decode",
     count: int = 12,
 ) -> list[TypicalText]:  # fmt: skip
-    """Return the most frequent texts of a class among the pages of a part, ``decode`` or ``prompt``."""
-    mine: Counter[str] = Counter()
-    everything: Counter[str] = Counter()
+    mine, everything = Counter[str](), Counter[str]()
     for lives in all_lives:
         texts = page_texts(lives)
         of_class_P = (lives.classes_MP == which).any(0)

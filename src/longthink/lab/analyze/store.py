@@ -33,8 +33,6 @@ _VECTORS = ("query", "key", "value")
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What is known of one recorded problem."""
-
     task: str
     problem: str
     prompt_tokens: int  # images included
@@ -95,20 +93,17 @@ class Trace:
 
     @classmethod
     def open(cls, path: Path) -> Trace:
-        """Open a file; `TraceError` if it is not a trace or is damaged."""
         try:
             metadata = parquet.read_metadata(path).metadata or {}
             return cls(path, Header.from_json(metadata[b"longthink"].decode()))
         except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
-            raise TraceError(
-                f"{path} is not a trace or is damaged: {' '.join(str(error).split())}"
-            ) from error
+            reason = " ".join(str(error).split())
+            raise TraceError(f"{path} is not a trace or is damaged: {reason}") from error
 
     def prompt(self) -> TraceStep:
         return next(self._read(first_only=True))
 
     def steps(self) -> Iterator[TraceStep]:
-        """Yield the decode steps in order; one chunk is in memory at a time."""
         return (step for step in self._read() if step.now != PROMPT)
 
     def _read(self, first_only: bool = False) -> Iterator[TraceStep]:
@@ -122,13 +117,11 @@ class Trace:
     def _unpack(self, rows: Any) -> Iterator[TraceStep]:
         header = self.header
         now = rows.column("now").to_numpy()
-        columns = {
-            name: _flat(rows.column(name)) for name in rows.column_names if name not in ("now", "layer")
-        }
+        lists = [name for name in rows.column_names if name not in ("now", "layer")]
+        columns = {name: _flat(rows.column(name)) for name in lists}
         for first in range(0, len(now), header.layers):
-            part = {}
-            for name, (values, offsets) in columns.items():
-                part[name] = values[offsets[first] : offsets[first + header.layers]]
+            after = first + header.layers
+            part = {name: values[at[first] : at[after]] for name, (values, at) in columns.items()}
             counts = part["counts"]
             yield TraceStep(
                 now=int(now[first]), head=np.repeat(np.arange(len(counts)), counts), page=part["pages"],
@@ -144,7 +137,6 @@ class Trace:
 
 
 def _flat(column: Any) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """Return the values of a list column, and the offsets of its rows."""
     array = column.combine_chunks()
     chunk = array.chunk(0) if hasattr(array, "chunk") else array
     return chunk.values.to_numpy(zero_copy_only=False), chunk.offsets.to_numpy()
@@ -170,10 +162,10 @@ class TraceStore:
         if self.settings.pop("format", None) != FORMAT:
             raise TraceError(f"{self.folder} holds traces of another format: allowed is {FORMAT}")
         if settings is not None and self.settings != dict(settings):
-            names = {*settings, *self.settings}
-            changed = sorted(name for name in names if settings.get(name) != self.settings.get(name))
+            names = sorted({*settings, *self.settings})
+            changed = ", ".join(name for name in names if settings.get(name) != self.settings.get(name))
             raise TraceError(
-                f"{self.folder} was recorded with other settings ({', '.join(changed)}): give another folder"
+                f"{self.folder} was recorded with other settings ({changed}): give another folder"
             )
         if settings is not None:
             remove_stale(self.folder)
@@ -183,7 +175,6 @@ class TraceStore:
         return self.folder / f"{digest}.parquet"
 
     def traces(self) -> list[Trace]:
-        """Return all complete traces by task and problem; `TraceError` if there is none or one is damaged."""
         found = [Trace.open(path) for path in sorted(self.folder.glob("*.parquet")) if path.name[0] != "."]
         if not found:
             raise TraceError(f"{self.folder} holds no complete trace yet")
@@ -204,13 +195,10 @@ class TraceWriter:
     def __init__(self, path: Path, *, vectors: bool) -> None:
         lists = {"counts": pa.int32(), "pages": pa.int32(), "mass": pa.float16(), "rest": pa.float16()}
         lists |= {name: pa.float32() for name in _VECTORS} if vectors else {}
-        self._schema = pa.schema(
-            [
-                ("now", pa.int32()),
-                ("layer", pa.int16()),
-                *((name, pa.list_(of)) for name, of in lists.items()),
-            ]
-        )
+        columns = {"now": pa.int32(), "layer": pa.int16()} | {
+            name: pa.list_(of) for name, of in lists.items()
+        }
+        self._schema = pa.schema(list(columns.items()))
         encodings = {"pages": "DELTA_BINARY_PACKED", "counts": "DELTA_BINARY_PACKED"}
         encodings |= {name: "BYTE_STREAM_SPLIT" for name in lists if name not in encodings}
         self._writer = parquet.ParquetWriter(

@@ -63,19 +63,9 @@ def _agreement(lives: Lives, part: str, needed: list[NeededToken], map_index: in
     mine_P = lives.is_prompt_P == (part == "prompt")
     last_P, kind_P = last_MP.max(0), classes_MP[last_MP.argmax(0), np.arange(last_MP.shape[1])]
     found = set(np.nonzero(mine_P & (last_P != NEVER))[0].tolist())
-    ends = {
-        token.position: token.reads[-1]
-        for token in needed
-        if mine_P[token.position] and token.reads[-1] - token.position > lives.rules.local
-    }
-    return Agreement(
-        part=part,
-        found=len(found),
-        needed=len(ends),
-        both=len(found & ends.keys()),
-        ends=sum(int(last_P[position]) == ends[position] for position in found & ends.keys()),
-        kinds={
-            one.name.lower(): sum(int(kind_P[position] == one) for position in found)
-            for one in (PageClass.MILESTONE, PageClass.PHOENIX)
-        },
-    )
+    ends = {one.position: one.reads[-1] for one in needed if mine_P[one.position]}
+    ends = {position: end for position, end in ends.items() if end - position > lives.rules.local}
+    both, classes = found & ends.keys(), (PageClass.MILESTONE, PageClass.PHOENIX)
+    kinds = {one.name.lower(): sum(int(kind_P[position] == one) for position in found) for one in classes}
+    met = sum(int(last_P[position]) == ends[position] for position in both)
+    return Agreement(part=part, found=len(found), needed=len(ends), both=len(both), ends=met, kinds=kinds)

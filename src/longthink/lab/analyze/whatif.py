@@ -48,10 +48,9 @@ def what_if(
     With `clairvoyant` also Belady's rule and the optimum, with the smallest page size of the policies. `on_step` gets
     the number of steps replayed so far. `TraceError` if the trace lacks what a policy needs, or is damaged.
     """
-    rules = rules or Rules()
+    rules, header = rules or Rules(), trace.header
     for policy in policies:
         check_replayable(policy, trace)
-    header = trace.header
     future = Future(trace, header.page_size, rules.use)
     runs = [_Run(trace, policy, budgets, future) for policy in policies]
     sizes = [policy.page_size for policy in policies if needs_budget(policy)] or [header.page_size]
@@ -101,19 +100,15 @@ def _vectors(trace: Trace, step: TraceStep, grid: Tensor) -> tuple[_Vectors, NDA
     grid[:, : step.now + 1] = 0
     grid[head, token] = torch.from_numpy(step.mass * scale_M[step.head])
     shape = (header.layers, header.kv_heads, -1, step.now + 1)
+    recorded = ((header.heads, step.query), (header.kv_heads, step.key), (header.kv_heads, step.value))
     query, key, value = (
         torch.zeros(header.layers, heads, 0) if made is None else torch.from_numpy(made)
-        for heads, made in (
-            (header.heads, step.query),
-            (header.kv_heads, step.key),
-            (header.kv_heads, step.value),
-        )
+        for heads, made in recorded
     )
     return _Vectors(grid[:, : step.now + 1].reshape(shape), query, key, value), scale_M
 
 
 def _lookups(step: TraceStep, page_size: int, rules: Rules) -> NDArray[np.bool_]:
-    """Return which maps use a page that is not near."""
     far = (step.mass > rules.use) & (step.now - ((step.page + 1) * page_size - 1) > rules.local)
     found = np.zeros(len(step.rest), dtype=bool)
     found[step.head[far]] = True
@@ -121,8 +116,6 @@ def _lookups(step: TraceStep, page_size: int, rules: Rules) -> NDArray[np.bool_]
 
 
 class _Run:
-    """One policy at several budgets, and its counts."""
-
     def __init__(self, trace: Trace, policy: Policy, budgets: Sequence[Budget], future: Future) -> None:
         header = trace.header
         self.trace, self.policy, self.future = trace, policy, future
@@ -132,11 +125,8 @@ class _Run:
         groups: dict[Policy, list[int]] = {}
         for layer in range(header.layers):
             groups.setdefault(policy.for_layer(layer), []).append(layer)
-        self.parts = [
-            (layers, ReplayedLayers(mine, self.fits, len(layers)))
-            for mine, layers in groups.items()
-            if self.fits
-        ]
+        parts = groups.items() if self.fits else ()
+        self.parts = [(layers, ReplayedLayers(mine, self.fits, len(layers))) for mine, layers in parts]
         budgets_left, maps = len(self.fits), header.layers * header.heads
         self.curve_CT = np.zeros((budgets_left, len(header.steps)), dtype=np.float32)
         self.sum_CM, self.looked_C = np.zeros((budgets_left, maps)), np.zeros(budgets_left)
@@ -146,9 +136,9 @@ class _Run:
         self.before: list[Tensor | None] = [None] * len(self.parts)
 
     def _has_room(self, budget: Budget | None) -> bool:
-        prompt = self.trace.header.prompt_tokens
         if budget is None or grows(self.policy):
             return True
+        prompt = self.trace.header.prompt_tokens
         return budget.pages(prompt, self.policy.page_size) >= self.policy.required_pages(prompt)
 
     def begin(self, prompt: TraceStep) -> None:

@@ -31,8 +31,6 @@ _BUDGETS = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
 @Parameter(name="*", group=Group("Advice", sort_key=0))
 @dataclass(frozen=True, kw_only=True)
 class AdviseOptions:
-    """Options of ``longthink advise`` beside those of ``longthink trace``."""
-
     policies: str | None = None
     """Policies [default: recency, h2o, raas; with vectors also milestone]."""
     decode_budgets: str | None = None
@@ -63,7 +61,7 @@ def advise(
     """
     from longthink.lab.analyze.advice import advise as rank
     from longthink.lab.analyze.advice import shape_of
-    from longthink.lab.analyze.summary import means
+    from longthink.lab.analyze.replays import means
 
     rules, loaded = read_rules(options.classes), load_model(model)
     headers = [trace.header for trace in record_traces(problems, recording, loaded).traces()]
@@ -101,7 +99,6 @@ def _key(one: Advice) -> str:
 def _grade_all(
     found: Sequence[Advice], loss: float, problems: Problems, model: Model, recording: Recording
 ) -> dict[str, dict[str, Any]]:
-    """Grade Dense, and each policy at rising budgets until it is right as often as Dense within the loss."""
     graded = {DENSE: _grade(None, problems, model, recording)}
     done = set()
     for one in found:

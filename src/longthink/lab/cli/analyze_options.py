@@ -47,8 +47,6 @@ class Model(ModelOptions):
 @Parameter(name="*", group=Group("Problems", sort_key=1))
 @dataclass(frozen=True, kw_only=True)
 class Problems:
-    """Which problems the model solves."""
-
     tasks: str = "reasoner"
     """gsm8k, math500, aime24, aime25, aime, reasoner/SIZE/PROFILE, or the name of a file given with --data."""
     data: Files = None
@@ -87,8 +85,6 @@ class Problems:
 @Parameter(name="*", group=Group("Recording", sort_key=3))
 @dataclass(frozen=True, kw_only=True)
 class Recording:
-    """What is recorded, and where."""
-
     page_size: int = 1
     """Tokens per page, 1 to 32."""
     top: int = 64

@@ -77,8 +77,6 @@ class BenchOptions(BudgetOptions, ModelOptions):
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class JctOptions(BenchOptions):
-    """Options of ``longthink bench jct``."""
-
     repeats: int = 5
     """Timed blocks of 32 steps of each cache at each length."""
     compile: Switch = False
@@ -88,8 +86,6 @@ class JctOptions(BenchOptions):
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class MemoryOptions(BenchOptions):
-    """Options of ``longthink bench memory``."""
-
     baselines: str = "dynamic,static"
     """Dense caches of transformers to compare with, separated by commas."""
     lengths: str = "512,1024,2048"
@@ -98,8 +94,7 @@ class MemoryOptions(BenchOptions):
     """Fill the caches with random data up to each length instead of decoding."""
 
 
-_JCT = JctOptions()
-_MEMORY = MemoryOptions()
+_JCT, _MEMORY = JctOptions(), MemoryOptions()
 
 
 @bench_app.command
@@ -140,7 +135,6 @@ def _run(
     measure: Callable[[Report], Iterator[Measurement]], work: AbstractContextManager[Task], plan: Plan,
     store: ResultStore | None, options: BenchOptions,
 ) -> int:  # fmt: skip
-    """Measure, store each row at once, and print all of them, also after an interrupt."""
     rows: list[Measurement] = []
     setup = {"budget": str(plan.budget), "threads": plan.threads, "fast_forwarded": plan.fast_forward}
     setup |= conditions()
@@ -161,7 +155,7 @@ def _run(
 
         write_json({"conditions": setup, "rows": [to_row(row) for row in rows]})
     elif rows:
-        from longthink.lab.cli.bench_tables import print_measurements
+        from longthink.lab.cli.tables import print_measurements
 
         print_measurements(rows, setup)
     return code
@@ -177,12 +171,8 @@ def open_store(folder: Path | None) -> ResultStore | None:
 
 
 def conditions() -> dict[str, Any]:
-    return {
-        **{name: os.environ.get(name) for name in PASSIVE},
-        "versions": versions(),
-        "hardware": hardware(),
-        "load_before": load(),
-    }
+    waits = {name: os.environ.get(name) for name in PASSIVE}
+    return waits | {"versions": versions(), "hardware": hardware(), "load_before": load()}
 
 
 def load() -> float | None:

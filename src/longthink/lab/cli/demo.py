@@ -26,8 +26,7 @@ from longthink.config import Budget, check_int
 from longthink.environment import cores, versions
 from longthink.lab.cli.lanes import Course, Helper, helpers, race
 from longthink.lab.cli.picture import Panel, render, save_png
-from longthink.lab.cli.race import ENDS, Outcome, Runner, outcome
-from longthink.lab.cli.residents import ResidentLog
+from longthink.lab.cli.race import ENDS, Outcome, ResidentLog, Runner, outcome
 
 if TYPE_CHECKING:
     from longthink.models import Loaded
@@ -41,8 +40,6 @@ DECODE_BUDGET = 768
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions(ProblemOptions, BudgetOptions):
-    """Options of ``longthink demo``."""
-
     size: SizeName = "xl"
     """Length of the chain of thought."""
     seed: int = 1
@@ -123,8 +120,6 @@ def demo(*, options: DemoOptions = _DEFAULTS) -> int:
 
 
 def _race(runners: list[Runner], loaded: Loaded, course: Course, helping: list[Helper]) -> int:
-    """Run all policies, with a live table on a terminal and plain lines elsewhere; return how many ran at a time."""
-
     @contextmanager
     def lines(runner: Runner) -> Iterator[Callable[[], None]]:
         with progress(runner.name, total=course.limit, unit="tokens") as task:

@@ -41,8 +41,6 @@ class ProblemFlags:
 @Parameter(name="*", group=Group("Policies", sort_key=1))
 @dataclass(frozen=True, kw_only=True)
 class PolicyFlags:
-    """What is compared."""
-
     policies: str | None = None
     """Such as dense,raas:r=0.25 [default: dense]."""
     budgets: str | None = None
@@ -54,8 +52,6 @@ class PolicyFlags:
 @Parameter(name="*", group=Group("Model", sort_key=2))
 @dataclass(frozen=True, kw_only=True)
 class ModelFlags:
-    """Which model."""
-
     model: str | None = None
     """Hub id or local folder [default: reasoner, the built-in one]."""
     device: str | None = None
@@ -67,8 +63,6 @@ class ModelFlags:
 @Parameter(name="*", group=Group("Decoding", sort_key=3))
 @dataclass(frozen=True, kw_only=True)
 class DecodingFlags:
-    """How answers are decoded."""
-
     temperature: float | None = None
     """Softmax temperature [default: 0, greedy]."""
     samples: int | None = None
@@ -82,8 +76,6 @@ class DecodingFlags:
 @Parameter(name="*", group=Group("Run", sort_key=4))
 @dataclass(frozen=True, kw_only=True)
 class RunFlags:
-    """Where and with what it runs."""
-
     config: Path | None = None
     """YAML or TOML file with any of these settings and the less common ones (docs/evaluation.md); flags take
     precedence."""

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from longthink.cli.decode import Decoded
 from longthink.cli.prompts import encode_prompt
-from longthink.lab.cli.race import Runner, run_policy
-from longthink.lab.cli.residents import ResidentLog
+from longthink.lab.cli.race import ResidentLog, Runner, run_policy
 from longthink.lab.processes import Child, Parent, serve
 
 if TYPE_CHECKING:
@@ -42,7 +41,6 @@ class Course:
 
 @contextmanager
 def helpers(count: int) -> Iterator[list[Helper]]:
-    """Start helpers, which begin to load the model, and end them with the ``with`` block."""
     started: list[Helper] = []
     try:
         for _ in range(count):
@@ -140,7 +138,6 @@ def _reports(parent: Parent, runner: Runner) -> Iterator[Callable[[], None]]:
 
 
 def _live(runner: Runner) -> dict[str, Any]:
-    """What changes all the time, and is small."""
     return {name: getattr(runner, name) for name in ("tokens", "tail", "ms", "held")}
 
 

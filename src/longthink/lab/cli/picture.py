@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-from longthink.lab.cli.residents import Grid, ResidentLog, pooled
+from longthink.lab.cli.race import Grid, ResidentLog, pooled
 
 _EVICTED, _PROMPT = "#dcdcdc", "#c44e00"
 _RAMP_ON_DARK = ((0x00, 0x22, 0x4E), (0x57, 0x5C, 0x6D), (0xA6, 0x9D, 0x75), (0xFD, 0xE7, 0x37))

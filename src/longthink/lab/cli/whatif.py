@@ -19,10 +19,9 @@ from longthink.lab.cli.tables import budget_text, policy_table
 if TYPE_CHECKING:
     from longthink.config import Budget
     from longthink.lab.analyze.correlation import Correlation
-    from longthink.lab.analyze.replays import Replay
+    from longthink.lab.analyze.replays import Mean, Replay
     from longthink.lab.analyze.rules import Rules
     from longthink.lab.analyze.store import Trace
-    from longthink.lab.analyze.summary import Mean
     from longthink.lab.results.store import ResultStore
     from longthink.policies import Policy
 
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class WhatIfOptions:
-    """Options of ``longthink what-if``."""
-
     policies: str = "recency,h2o:pin_prompt=True,raas:score=exact,random"
     """Policies, separated by commas. Those that look at keys need a trace recorded --with-vectors."""
     budgets: str | None = None
@@ -65,9 +62,8 @@ def what_if(traces: Path, /, *, options: WhatIfOptions = _DEFAULTS) -> int:
         Folder written by "longthink trace".
     """
     from longthink.lab.analyze.correlation import correlate
-    from longthink.lab.analyze.replays import load_replays, save_replays
+    from longthink.lab.analyze.replays import load_replays, means, save_replays
     from longthink.lab.analyze.store import TraceStore
-    from longthink.lab.analyze.summary import means
     from longthink.lab.results.store import ResultStore
 
     policies, budgets = policy_list(options.policies), budget_list(options.budgets, options.decode_budgets)
@@ -137,7 +133,6 @@ def budget_list(budgets: str | None, decode_budgets: str | None) -> list[Budget]
 def replay_all(
     folder: Path, policies: Sequence[Policy], budgets: Sequence[Budget], rules: Rules, *, clairvoyant: bool
 ) -> list[Replay]:
-    """Replay policies at budgets over all traces of a folder, with progress."""
     from longthink.lab.analyze.store import TraceStore
     from longthink.lab.analyze.whatif import check_replayable, what_if
 

@@ -30,10 +30,8 @@ def find(text: str) -> str | None:
     """Return the answer that a text announces with words such as "the answer is", or None."""
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
-    configs = (
-        LatexExtractionConfig(try_extract_without_anchor=False, boxed_match_priority=-1),
-        ExprExtractionConfig(try_extract_without_anchor=False),
-    )
+    latex = LatexExtractionConfig(try_extract_without_anchor=False, boxed_match_priority=-1)
+    configs = (latex, ExprExtractionConfig(try_extract_without_anchor=False))
     found = parse(text, extraction_config=configs, parsing_timeout=None)
     # The expression comes before the text that it was read from.
     return next((part.strip() for part in reversed(found) if isinstance(part, str)), None)

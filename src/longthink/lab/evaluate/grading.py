@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Self
 
 from longthink.config import check_int, check_range
 from longthink.errors import GraderError, needs_extra
@@ -32,7 +32,7 @@ class Verdict:
     note: str | None = None
 
 
-class Grader:
+class Grader(AbstractContextManager["Grader"]):
     """Grades texts with math-verify, in a child process that is started when needed and replaced when it fails.
 
     Use it in a ``with`` block, from one thread at a time. Answers that exceed a limit (seconds; MiB of address space)
@@ -42,12 +42,8 @@ class Grader:
     def __init__(self, *, seconds: float = 10.0, memory_mib: int = 2048) -> None:
         check_range("seconds", seconds, 0.01)
         check_int("memory_mib", memory_mib, 256)
-        self._seconds = seconds
-        self._memory_mib = memory_mib
+        self._seconds, self._memory_mib = seconds, memory_mib
         self._child: Child | None = None
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
@@ -98,9 +94,8 @@ class Grader:
         with needs_extra("eval"):
             if find_spec("math_verify") is None:  # the child imports it
                 raise ModuleNotFoundError(name="math_verify")
-        child = Child(
-            "longthink.lab.evaluate.grader_process", str(self._seconds), str(self._memory_mib), quiet=True
-        )
+        limits = (str(self._seconds), str(self._memory_mib))
+        child = Child("longthink.lab.evaluate.grader_process", *limits, quiet=True)
         try:
             child.receive(_START_S)
         except ChildDied as death:

@@ -46,8 +46,7 @@ class LongthinkLM(HFLM):
         decode_budget: int | None = None, revision: str | None = None, device: str = _ANY_DEVICE,
         dtype: str = "auto", batch_size: int | str = 1, **options: Any,
     ) -> None:  # fmt: skip
-        unknown = sorted(options.keys() - set(_PASSED_ON))
-        if unknown:
+        if unknown := sorted(options.keys() - set(_PASSED_ON)):
             raise ValueError(
                 f"{unknown[0]}={options[unknown[0]]!r} is unknown to the model longthink: allowed are pretrained, "
                 f"policy, budget, decode_budget, revision, device, dtype, batch_size, {', '.join(_PASSED_ON)}"
@@ -62,12 +61,10 @@ class LongthinkLM(HFLM):
         make_cache(self._loaded.model, policy=self.policy, **self._budget_arguments).close()
         # It warns that a preloaded model may ignore arguments; ours are used or refused.
         logger = logging.getLogger(HFLM.__module__)
-        level = logger.level
+        level, (model, tokenizer) = logger.level, (self._loaded.model, self._loaded.tokenizer)
         logger.setLevel(logging.ERROR)
         try:
-            super().__init__(
-                pretrained=self._loaded.model, tokenizer=self._loaded.tokenizer, batch_size=rows, **options
-            )
+            super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=rows, **options)
         finally:
             logger.setLevel(level)
 
@@ -80,8 +77,7 @@ class LongthinkLM(HFLM):
     def _model_generate(
         self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
     ) -> Tensor:
-        # Transformers warns of a temperature when decoding is greedy.
-        if not generation_kwargs.get("do_sample"):
+        if not generation_kwargs.get("do_sample"):  # transformers warns of a temperature then
             generation_kwargs.pop("temperature", None)
         stopping = stop_sequences_criteria(self.tokenizer, stop, context.shape[1], context.shape[0])
         output = generate(

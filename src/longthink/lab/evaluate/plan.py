@@ -99,9 +99,8 @@ class Plan:
         check_sampling(self.temperature, self.top_p, self.top_k)
         check_int("samples", self.samples, 1)
         if self.samples > 1 and self.temperature == 0:
-            raise ValueError(
-                f"samples={self.samples} needs a temperature above 0: greedy samples are identical"
-            )
+            fault = "needs a temperature above 0: greedy samples are identical"
+            raise ValueError(f"samples={self.samples} {fault}")
         for name in ("max_new_tokens", "rows"):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), 1)
@@ -124,7 +123,6 @@ class Plan:
 
     @cached_property
     def caches(self) -> list[tuple[str, int, CacheConfig]]:
-        """Policy as requested, seed and cache of every cell of a task."""
         found = []
         for text in dict.fromkeys(self.policies):
             policy = make_policy(text)
@@ -139,16 +137,14 @@ class Plan:
             return [None]
         budgets = [Budget(budget=value) for value in self.budgets]
         budgets += [Budget(decode_budget=value) for value in self.decode_budgets]
+        name, required = policy_spec(policy), policy.required_pages(1)
         if not budgets:
-            raise BudgetError(
-                f"policy {policy_spec(policy)!r} needs a budget: give budgets or decode_budgets"
-            )
-        required = policy.required_pages(1)
+            raise BudgetError(f"policy {name!r} needs a budget: give budgets or decode_budgets")
         for budget in budgets:
             if budget.pages(1, policy.page_size) < required:
+                allowed = f">= {required * policy.page_size}"
                 raise BudgetError(
-                    f"{budget} is too small for policy {policy_spec(policy)!r} with any prompt: allowed is >= "
-                    f"{required * policy.page_size}"
+                    f"{budget} is too small for policy {name!r} with any prompt: allowed is {allowed}"
                 )
         return list(budgets)
 

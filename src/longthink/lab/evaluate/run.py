@@ -16,10 +16,8 @@ def run_sweep(sweep: Sweep, *, workers: int | None = None, ray: str | None = Non
     tasks at a time. `SweepError` if all workers die; the same call goes on from what is stored.
     """
     if ray is not None:
-        from longthink.lab.evaluate.cluster import (
-            RayWorkers,
-            connected,
-        )  # imports transformers, like `_run_here`
+        # Imports transformers, like `_run_here`.
+        from longthink.lab.evaluate.cluster import RayWorkers, connected
 
         with connected(ray) as module:
             RayWorkers(sweep, module, workers).run()

@@ -11,16 +11,9 @@ from typing import Any
 from longthink.lab.results.statistics import wilson
 from longthink.lab.results.store import ResultStore
 
-_FIELDS = (
-    "task, policy, budget, decode_budget, problem, seed, sample, correct, answer, finish, generated_tokens, "
-    "kv_bytes_peak, dense_kv_bytes"
-)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """One policy at one budget on one task."""
-
     task: str
     policy: str
     budget: int | None
@@ -40,10 +33,9 @@ class Summary:
 
 
 def summarize(store: ResultStore, configs: Sequence[str]) -> list[Summary]:
-    """Summarize some configurations (`Setup.config_hash`), in their order."""
     order = {config: i for i, config in enumerate(configs)}
     found = store.query(
-        f"SELECT config, {_FIELDS} FROM samples WHERE config IN (SELECT unnest($configs)) ORDER BY seed, sample",
+        "SELECT * EXCLUDE (text) FROM samples WHERE config IN (SELECT unnest($configs)) ORDER BY seed, sample",
         {"configs": list(configs)},
     )
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
@@ -77,7 +69,6 @@ def majority_is_right(samples: Sequence[dict[str, Any]]) -> bool:
 
     All right answers are one, whatever their form; wrong ones differ by their text. No answer, no vote.
     """
-    votes = Counter(
-        "right" if row["correct"] else f"wrong: {row['answer']}" for row in samples if row["answer"]
-    )
+    given = [row for row in samples if row["answer"]]
+    votes = Counter("right" if row["correct"] else f"wrong: {row['answer']}" for row in given)
     return bool(votes) and votes.most_common(1)[0][0] == "right"

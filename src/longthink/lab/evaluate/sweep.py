@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import astuple, dataclass, field
@@ -38,7 +39,6 @@ class Coordinator:
         return cache
 
     def take(self, worker: int) -> Unit | None:
-        """Give a worker the next unit of its cache, or None if none is pending."""
         pending = self._pending[self._assigned[worker]]
         if not pending:
             return None
@@ -73,8 +73,7 @@ class Tally:
         return self.total - self.stored - self.made
 
     def __add__(self, other: Tally) -> Tally:
-        pairs = zip(astuple(self), astuple(other), strict=True)
-        return Tally(*(mine + theirs for mine, theirs in pairs))
+        return Tally(*map(operator.add, astuple(self), astuple(other)))
 
 
 @dataclass
@@ -126,8 +125,7 @@ class Sweep:
         return Coordinator(self._missing(self.identity))
 
     def _missing(self, identity: Identity) -> Iterator[Unit]:
-        # Otherwise thousands of small files would be read once per cell.
-        self.store.compact()
+        self.store.compact()  # otherwise thousands of small files would be read once per cell
         for cell, task in self.cells:
             done = self.store.done(self.plan.setup(cell, identity).config_hash)
             tally = self.tallies[cell] = Tally(total=len(task.items) * self.plan.samples)
@@ -139,14 +137,12 @@ class Sweep:
                         yield Unit(cell, item, sample)
 
     def assign(self, worker: int) -> CacheConfig | None:
-        """See `Coordinator.assign`; None also before the model's identity is known."""
         return None if self.identity is None else self.coordinator.assign(worker)
 
     def take(self, worker: int) -> Unit | None:
         return self.coordinator.take(worker)
 
     def finish(self, unit: Unit, sample: Sample) -> None:
-        """Store a sample; it is on disk when this returns."""
         self.store.add(sample)
         self.coordinator.finish(unit)
         tally = self.tallies[unit.cell]
@@ -155,10 +151,8 @@ class Sweep:
         self.report(self)
 
     def lose(self, worker: int, reason: str) -> list[Unit]:
-        """Record the death of a worker; return its units in flight, which others will get."""
         self.lost_workers += 1
         units = self.coordinator.lose(worker) if self.identity else []
-        self.say(
-            f"worker {worker + 1} died ({reason}): {len(units)} samples in flight are done again by others"
-        )
+        fate = f"{len(units)} samples in flight are done again by others"
+        self.say(f"worker {worker + 1} died ({reason}): {fate}")
         return units

@@ -6,14 +6,52 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from longthink.config import check_choice, check_int
-from longthink.errors import DataError
-from longthink.lab.evaluate.files import Item, read_file
-from longthink.lab.evaluate.hub import SOURCES, read_hub
+from longthink.errors import DataError, needs_extra
+from longthink.lab.evaluate.files import Fields, Item, read_file, to_items
 from longthink.reasoner.profiles import PROFILES
 from longthink.reasoner.task import SIZES, make_problem
+
+
+class Source(NamedTuple):
+    """A problem set on the Hub: arguments of ``load_dataset``, its columns, and the default token limit."""
+
+    dataset: str
+    config: str | None
+    split: str
+    fields: Fields
+    max_new_tokens: int
+
+
+SOURCES: dict[str, Source] = {
+    "gsm8k": Source("openai/gsm8k", "main", "test", Fields("question", "answer", None), 8192),
+    "math500": Source(
+        "HuggingFaceH4/MATH-500", None, "test", Fields("problem", "answer", "unique_id"), 16384
+    ),
+    "aime24": Source("HuggingFaceH4/aime_2024", None, "train", Fields("problem", "answer", "id"), 32768),
+    "aime25": Source("math-ai/aime25", None, "test", Fields("problem", "answer", "id"), 32768),
+    # 1983 to 2024, the same set as in lm-evaluation-harness
+    "aime": Source("gneubig/aime-1983-2024", None, "train", Fields("Question", "Answer", "ID"), 32768),
+}
+"""Problem sets by task name."""
+
+
+def read_hub(name: str) -> list[Item]:
+    source = SOURCES[name]
+    with needs_extra("eval"):
+        from datasets import load_dataset
+    where = f"task {name!r}, data set {source.dataset}"
+    try:
+        table = load_dataset(source.dataset, source.config, split=source.split)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        remedy = "(or give a copy: --data FILE.jsonl or FILE.parquet)"
+        raise DataError(f"{where} cannot be loaded: {reason} {remedy}") from error
+    records = ((f"{where}, row {number}", record) for number, record in enumerate(table, 1))
+    return to_items(records, name, source.fields)
+
 
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
 """Appended to each problem."""
@@ -42,9 +80,8 @@ def prompt_text(item: Item, tokenizer: Any) -> str:
     text = f"{item.question}\n\n{INSTRUCTION}"
     if not tokenizer.chat_template:
         return text
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-    )
+    chat = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
 
 
 def prompt_ids(item: Item, tokenizer: Any) -> list[int]:

@@ -22,7 +22,6 @@ _INT64 = range(-(2**63), 2**63)
 
 @cache
 def columns(table: str) -> dict[str, tuple[type, bool]]:
-    """Return the type of every column of a table and whether it may be None."""
     hints = get_type_hints(TABLES[table])
     found = {}
     for field in fields(TABLES[table]):

@@ -1,8 +1,8 @@
 """Append-only store of records: Parquet files in a folder, read with DuckDB.
 
-``add`` writes one new file and never touches another, so any number of processes may add at the same time. Records
-are identified by their key; the first one written counts, wherever copies may lie. That also makes compaction safe:
-the merged file is complete on disk before the files that it replaces are deleted; until then their rows are copies.
+``add`` writes one new file and never touches another, so any number of processes may add at the same time. The first
+record with a key counts, wherever copies may lie. That also makes compaction safe: the merged file is complete on
+disk before the files that it replaces are deleted; until then their rows are copies.
 """
 
 from __future__ import annotations
@@ -35,13 +35,8 @@ _GENERATION = re.compile(r"(.*)-g(\d+)")
 class ResultStore:
     """The records in a folder: ``FOLDER/samples/*.parquet`` and ``FOLDER/measurements/*.parquet``.
 
-    File names sort in the order of writing. Needs a file system with POSIX file locks. Unless `create`, a missing
-    store is an error.
-
-    Raises
-    ------
-    ResultStoreError
-        If the folder holds something else, has another format, or is missing and must not be created.
+    File names sort in the order of writing. Needs a file system with POSIX file locks. `ResultStoreError` if the
+    folder holds something else, has another format, or is missing and not to be created.
     """
 
     def __init__(self, folder: Path | str, *, create: bool = True) -> None:
@@ -74,10 +69,7 @@ class ResultStore:
     def add(self, *records: Record) -> None:
         """Add records, one file per table; they are on disk when this returns.
 
-        Raises
-        ------
-        ResultStoreError
-            If one of them is not a record or has a value of the wrong type; nothing is added then.
+        `ResultStoreError` if one of them is not a record or has a value of the wrong type; nothing is added then.
         """
         rows: dict[str, list[dict[str, Any]]] = {}
         for record in records:
@@ -96,12 +88,8 @@ class ResultStore:
     def query(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[dict[str, Any]]:
         """Run a DuckDB query over the views ``samples`` and ``measurements``, with each record once; return its rows.
 
-        `parameters` are values for each ``?`` in the query, or by name for ``$name``.
-
-        Raises
-        ------
-        ResultStoreError
-            If a file of the store is damaged or of another kind; the message names it.
+        `parameters` are values for each ``?`` in the query, or by name for ``$name``. `ResultStoreError` names a file
+        that is damaged or of another kind.
         """
         # The lock keeps compaction from deleting files between listing and reading them.
         with (
@@ -145,14 +133,9 @@ class ResultStore:
         return sorted(path.absolute() for path in found if not path.name.startswith("."))
 
     def compact(self) -> None:
-        """Merge small files into large ones, keeping each record once.
+        """Merge small files into large ones, keeping each record once; a damaged file and those after it stay.
 
         A kill at any moment loses and duplicates nothing. Other processes may add meanwhile; queries wait.
-
-        Raises
-        ------
-        ResultStoreError
-            If a file is damaged or of another kind; that file and those after it stay as they are.
         """
         with self._lock(exclusive=True):
             for table in TABLES:
@@ -182,7 +165,6 @@ class ResultStore:
 
     @contextmanager
     def _lock(self, *, exclusive: bool) -> Iterator[None]:
-        """Lock the marker file; the lock ends with the process."""
         import fcntl
 
         with (self.folder / MARKER).open() as marker:
@@ -191,7 +173,6 @@ class ResultStore:
 
 
 def _replace(paths: list[Path], parts: list[pa.Table]) -> None:
-    """Replace consecutive files by one that takes their place in the order of names."""
     if len(paths) == 1:
         return
     # The first file's name and a number sort behind that file, and before all that follow the last one.
