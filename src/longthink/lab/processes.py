@@ -39,12 +39,9 @@ class Child:
         self._inbox = queue.SimpleQueue() if inbox is None else inbox
         with _interrupts_blocked():
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", module, *arguments],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL if quiet else None,
-                env=os.environ | dict(env or {}),
-            )
+                [sys.executable, "-P", "-m", module, *arguments], env=os.environ | dict(env or {}),
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL if quiet else None,
+            )  # fmt: skip
         assert self._process.stdin is not None and self._process.stdout is not None
         self._to, self._from = self._process.stdin, self._process.stdout
         self._reader = threading.Thread(target=self._read, daemon=True)

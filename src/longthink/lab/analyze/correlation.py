@@ -39,8 +39,8 @@ def correlate(replays: Sequence[Replay], correct: Mapping[Key, float], *, seed: 
     """
     found = {one.key: one for one in replays if not one.note and one.policy != OPTIMUM and one.key in correct}
     cells = list(dict.fromkeys(key[2:] for key in found))
-    problems = dict.fromkeys(key[:2] for key in found)
-    problems = [problem for problem in problems if all((*problem, *cell) in found for cell in cells)]
+    asked = dict.fromkeys(key[:2] for key in found)
+    problems = [problem for problem in asked if all((*problem, *cell) in found for cell in cells)]
     if len(cells) < 3 or not problems:
         raise TraceError(
             f"{len(cells)} policies at budgets were replayed and decoded on {len(problems)} problems: a correlation "

@@ -99,8 +99,7 @@ def _key(one: Advice) -> str:
 def _grade_all(
     found: Sequence[Advice], loss: float, problems: Problems, model: Model, recording: Recording
 ) -> dict[str, dict[str, Any]]:
-    graded = {DENSE: _grade(None, problems, model, recording)}
-    done = set()
+    graded, done = {DENSE: _grade(None, problems, model, recording)}, set()
     for one in found:
         if one.row.policy not in done:
             graded[_key(one)] = _grade(one, problems, model, recording)
@@ -145,10 +144,8 @@ def _grade(one: Advice | None, problems: Problems, model: Model, recording: Reco
 def _print(best: Sequence[Advice], graded: dict[str, dict[str, Any]], options: AdviseOptions) -> None:
     if not best:
         also = " and is right as often as Dense within the loss" if options.accuracy else ""
-        write_text(
-            f"No policy keeps {1 - options.loss:.1%} of {options.measure}{also} at any of the budgets: raise --loss, "
-            "or name larger --decode-budgets\n"
-        )
+        kept, remedy = f"{1 - options.loss:.1%}", "raise --loss, or name larger --decode-budgets"
+        write_text(f"No policy keeps {kept} of {options.measure}{also} at any of the budgets: {remedy}\n")
         return
     first = best[0]
     text = (

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Group, Parameter
 
-from longthink.cli.options import ModelOptions, Switch
+from longthink.cli.options import ModelOptions, Switch, words
 from longthink.cli.terminal import note
 from longthink.lab.analyze.rules import Rules
 from longthink.models import REASONER
@@ -60,7 +60,7 @@ class Problems:
 
     @property
     def names(self) -> list[str]:
-        return [name.strip() for name in self.tasks.split(",") if name.strip()]
+        return words(self.tasks)
 
     def prompts(self, loaded: "Loaded") -> "Iterator[Prompt]":
         """Yield the problems as prompts for the model; skip those that its context has no room for."""

@@ -14,7 +14,7 @@ from cyclopts import App, Parameter
 
 from longthink.cli.app import PASSIVE
 from longthink.cli.errors import EXIT_INTERRUPTED
-from longthink.cli.options import BudgetOptions, ModelOptions, Switch, policy_specs
+from longthink.cli.options import BudgetOptions, ModelOptions, Switch, policy_specs, words
 from longthink.cli.progress import Task, progress
 from longthink.cli.terminal import note, write_json
 from longthink.config import Budget
@@ -177,10 +177,6 @@ def conditions() -> dict[str, Any]:
 
 def load() -> float | None:
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
-
-
-def words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def integers(field: str, text: str) -> tuple[int, ...]:

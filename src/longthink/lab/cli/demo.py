@@ -93,10 +93,8 @@ def demo(*, options: DemoOptions = _DEFAULTS) -> int:
         limit = len(solution) + len(solution) // 10 + 2
         workers = _race(runners, loaded, Course(prompt=problem.prompt, budget=budget, limit=limit), helping)
     results = [(runner, outcome(runner, problem, solution)) for runner in runners]
-    panels = [
-        Panel(name=one.name, verdict=f"{end.verdict}, {size_text(one.held['kv_bytes'])}", log=one.log)
-        for one, end in results
-    ]
+    verdicts = [f"{end.verdict}, {size_text(one.held['kv_bytes'])}" for one, end in results]
+    panels = [Panel(one.name, text, one.log) for one, text in zip(runners, verdicts, strict=True)]
     clock.append(time.perf_counter())
     picture = None
     if find_spec("matplotlib") is None:
@@ -130,8 +128,12 @@ def _race(runners: list[Runner], loaded: Loaded, course: Course, helping: list[H
 
     def table() -> RichTable:
         columns = {
-            "policy": "text", "tokens": "count", "ms/token": "ms", "KV cache": "size", "text": "formatted",
-        }  # fmt: skip
+            "policy": "text",
+            "tokens": "count",
+            "ms/token": "ms",
+            "KV cache": "size",
+            "text": "formatted",
+        }
         rows = [[r.name, r.tokens, r.ms, r.held.get("kv_bytes"), one_line(r.tail)[-24:]] for r in runners]
         return Table(columns=columns, rows=rows).rich()
 

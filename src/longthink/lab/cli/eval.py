@@ -119,8 +119,7 @@ def evaluate(
 
     from_file = {} if run.config is None else read_settings(run.config.expanduser())
     plan, settings = make_plan(from_file | given(problems, policies, model, decoding, run))
-    workers = settings.get("workers")
-    if workers is not None:
+    if (workers := settings.get("workers")) is not None:
         check_int("workers", workers, 1)
     # Problem sets first: if they cannot be read, no empty store must stay.
     tasks = plan.load_tasks()
@@ -130,16 +129,14 @@ def evaluate(
         with watching(sweep):
             run_sweep(sweep, workers=workers, ray=settings.get("ray"))
     except KeyboardInterrupt:
-        note(
-            f"interrupted: {sweep.total.made} samples were made and are stored; the same command goes on from there"
-        )
+        made = f"{sweep.total.made} samples were made and are stored"
+        note(f"interrupted: {made}; the same command goes on from there")
         code = EXIT_INTERRUPTED
     if sweep.identity is not None:
         _show(sweep, run.json)
     died = f"; {sweep.lost_workers} workers died on the way" if sweep.lost_workers else ""
-    note(
-        f"{sweep.total.made} samples made, {sweep.total.stored} were there, all in {sweep.store.folder}{died}"
-    )
+    total = sweep.total
+    note(f"{total.made} samples made, {total.stored} were there, all in {sweep.store.folder}{died}")
     return code
 
 
@@ -152,14 +149,6 @@ def _show(sweep: "Sweep", as_json: bool) -> None:
         return
     total = sweep.total
     outcome = {"stored": total.stored, "made": total.made, "lost_workers": sweep.lost_workers}
-    write_json(
-        {
-            "plan": asdict(sweep.plan),
-            "store": str(sweep.store.folder),
-            "complete": sweep.is_complete,
-            "outcome": outcome,
-            "rows": [asdict(row) for row in rows],
-            "versions": versions(),
-            "hardware": hardware(),
-        }
-    )
+    document = {"plan": asdict(sweep.plan), "store": str(sweep.store.folder), "complete": sweep.is_complete}
+    document |= {"outcome": outcome, "rows": [asdict(row) for row in rows]}
+    write_json(document | {"versions": versions(), "hardware": hardware()})

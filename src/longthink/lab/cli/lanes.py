@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -41,14 +41,8 @@ class Course:
 
 @contextmanager
 def helpers(count: int) -> Iterator[list[Helper]]:
-    started: list[Helper] = []
-    try:
-        for _ in range(count):
-            started.append(Helper("longthink.lab.cli.lanes"))
-        yield started
-    finally:
-        for child in started:
-            child.close()
+    with ExitStack() as stack:
+        yield [stack.enter_context(closing(Helper("longthink.lab.cli.lanes"))) for _ in range(count)]
 
 
 def race(
@@ -57,12 +51,11 @@ def race(
     """Run every policy, in all processes at once; return how many ran one. A run is followed in `shown`."""
     waiting = deque(runners)
     useful: set[int] = set()
-    threads = [
-        threading.Thread(target=_follow, args=(helper, waiting, course, shown, useful), daemon=True)
-        for helper in helping
-    ]
-    for thread in threads:
-        thread.start()
+    threads = []
+    for helper in helping:
+        args = (helper, waiting, course, shown, useful)
+        threads.append(threading.Thread(target=_follow, args=args, daemon=True))
+        threads[-1].start()
     while waiting:
         _run_waiting(waiting, loaded, course, shown)
         for thread in threads:

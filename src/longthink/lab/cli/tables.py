@@ -35,10 +35,12 @@ def print_table(title: str, columns: Mapping[str, bool], rows: Iterable[Sequence
 
 def print_measurements(rows: Sequence[Measurement], conditions: dict[str, Any]) -> None:
     if rows[0].kind == "jct":
-        _by_length("milliseconds per token, after this many decoded tokens", rows, _milliseconds)
-        _by_length(
-            "seconds to decode this many tokens, with the prompt", rows, lambda row: f"{row.seconds:.1f}"
+        each, whole = (
+            "milliseconds per token, after this many decoded tokens",
+            "seconds to decode this many tokens",
         )
+        _by_length(each, rows, lambda row: f"{row.ms_per_token:.2f}")
+        _by_length(f"{whole}, with the prompt", rows, lambda row: f"{row.seconds:.1f}")
     _by_length("keys and values", rows, lambda row: size_text(row.kv_bytes))
     if rows[0].kind == "memory":
         _by_length("other tensors of the cache", rows, lambda row: size_text(row.metadata_bytes))
@@ -56,10 +58,6 @@ def _by_length(title: str, rows: Sequence[Measurement], cell: Callable[[Measurem
         at = {row.decode_tokens: cell(row) for row in rows if row.system == system}
         lines.append([system, *(at.get(length, "-") for length in lengths)])
     print_table(title, {"cache": True} | {str(length): False for length in lengths}, lines)
-
-
-def _milliseconds(row: Measurement) -> str:
-    return f"{row.ms_per_token:.2f}"
 
 
 def _comparison(rows: Sequence[Measurement]) -> list[str]:

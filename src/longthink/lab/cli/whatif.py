@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cyclopts import Parameter
 
-from longthink.cli.options import Switch, policy_list
+from longthink.cli.options import Switch, policy_list, words
 from longthink.cli.progress import progress
 from longthink.cli.terminal import write_json, write_table, write_text
 from longthink.lab.cli.analyze_options import Classes, read_rules
@@ -72,15 +72,11 @@ def what_if(traces: Path, /, *, options: WhatIfOptions = _DEFAULTS) -> int:
     found = replay_all(traces, policies, budgets, rules, clairvoyant=not options.no_clairvoyant)
     store = TraceStore(traces.expanduser())
     save_replays(store, found, rules)
-    rows = means(found)
-    correlations = []
+    rows, correlations = means(found), []
     if answers is not None:  # includes earlier replays with the same rules
         correlations = correlate(load_replays(store)[0], _right_answers(answers, store.settings["model"]))
     if options.json:
-        tables = {
-            "rows": [asdict(row) for row in rows],
-            "correlations": [asdict(one) for one in correlations],
-        }
+        tables = {"rows": [*map(asdict, rows)], "correlations": [*map(asdict, correlations)]}
         write_json({"rules": asdict(rules)} | tables)
     else:
         _print_means(rows)
@@ -89,11 +85,8 @@ def what_if(traces: Path, /, *, options: WhatIfOptions = _DEFAULTS) -> int:
 
 
 def _right_answers(store: ResultStore, model: str) -> dict[Any, float]:
-    rows = store.query(
-        "SELECT task, problem, policy, budget, decode_budget, avg(correct::INT) AS share FROM samples "
-        "WHERE model = ? GROUP BY ALL",
-        (model,),
-    )
+    shares = "SELECT task, problem, policy, budget, decode_budget, avg(correct::INT) AS share FROM samples"
+    rows = store.query(f"{shares} WHERE model = ? GROUP BY ALL", (model,))
     return {tuple(row.values())[:-1]: row["share"] for row in rows}
 
 
@@ -119,7 +112,7 @@ def budget_list(budgets: str | None, decode_budgets: str | None) -> list[Budget]
 
     def numbers(name: str, text: str | None) -> list[int]:
         try:
-            return [int(part) for part in (text or "").split(",") if part.strip()]
+            return [int(word) for word in words(text or "")]
         except ValueError:
             raise ValueError(f"{name}={text!r} must be numbers separated by commas") from None
 

@@ -35,7 +35,8 @@ class Summary:
 def summarize(store: ResultStore, configs: Sequence[str]) -> list[Summary]:
     order = {config: i for i, config in enumerate(configs)}
     found = store.query(
-        "SELECT * EXCLUDE (text) FROM samples WHERE config IN (SELECT unnest($configs)) ORDER BY seed, sample",
+        "SELECT config, task, policy, budget, decode_budget, problem, correct, answer, finish, generated_tokens, "
+        "kv_bytes_peak, dense_kv_bytes FROM samples WHERE config IN (SELECT unnest($configs)) ORDER BY seed, sample",
         {"configs": list(configs)},
     )
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}

@@ -33,9 +33,8 @@ def columns(table: str) -> dict[str, tuple[type, bool]]:
 
 def arrow_schema(table: str) -> pa.Schema:
     types = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
-    return pa.schema(
-        [pa.field(name, types[kind], optional) for name, (kind, optional) in columns(table).items()]
-    )
+    fields = [pa.field(name, types[kind], optional) for name, (kind, optional) in columns(table).items()]
+    return pa.schema(fields)
 
 
 def sql_columns(table: str) -> str:
@@ -45,9 +44,8 @@ def sql_columns(table: str) -> str:
 def checked_row(record: Record) -> dict[str, Any]:
     """Return the fields of a record by name; `ResultStoreError` names a value that is not of its field's type."""
     if type(record) not in TABLES.values():
-        raise ResultStoreError(
-            f"{type(record).__name__} is not a record: allowed are {', '.join(c.__name__ for c in TABLES.values())}"
-        )
+        allowed = ", ".join(kind.__name__ for kind in TABLES.values())
+        raise ResultStoreError(f"{type(record).__name__} is not a record: allowed are {allowed}")
     row = to_row(record)
     for name, (kind, optional) in columns(record.table).items():
         row[name] = _checked(f"{type(record).__name__}.{name}", row[name], kind, optional)

@@ -72,8 +72,7 @@ class ResultStore:
         `ResultStoreError` if one of them is not a record or has a value of the wrong type; nothing is added then.
         """
         rows: dict[str, list[dict[str, Any]]] = {}
-        for record in records:
-            row = checked_row(record)
+        for record, row in zip(records, map(checked_row, records), strict=True):
             rows.setdefault(record.table, []).append(row)
         for table, values in rows.items():
             (self.folder / table).mkdir(exist_ok=True)  # tools such as git drop empty folders
@@ -92,10 +91,8 @@ class ResultStore:
         that is damaged or of another kind.
         """
         # The lock keeps compaction from deleting files between listing and reading them.
-        with (
-            self._lock(exclusive=False),
-            duckdb.connect(config={"autoinstall_known_extensions": False}) as link,
-        ):
+        offline = {"autoinstall_known_extensions": False}
+        with self._lock(exclusive=False), duckdb.connect(config=offline) as link:
             for table in TABLES:
                 self._make_view(link, table)
             cursor = link.execute(sql, parameters if isinstance(parameters, Mapping) else list(parameters))
@@ -103,7 +100,12 @@ class ResultStore:
             return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
 
     def _make_view(self, link: duckdb.DuckDBPyConnection, table: str) -> None:
-        files = self._verify(table)
+        files = self._files(table)
+        for path in [path for path in files if path not in self._verified]:  # each is read once to check it
+            with _reading(path, table) as file:
+                for _ in file.iter_batches():
+                    pass
+            self._verified.add(path)
         link.execute(f"CREATE TABLE none_of_{table} ({sql_columns(table)})")
         source = f"SELECT * FROM none_of_{table}"
         if files:
@@ -116,17 +118,6 @@ class ResultStore:
                 f"QUALIFY row_number() OVER (PARTITION BY {key} ORDER BY filename, file_row_number) = 1"
             )
         link.execute(f"CREATE VIEW {table} AS {source}")
-
-    def _verify(self, table: str) -> list[Path]:
-        """Return the files of a table in order; each is read once to check it."""
-        files = self._files(table)
-        for path in files:
-            if path not in self._verified:
-                with _reading(path, table) as file:
-                    for _ in file.iter_batches():
-                        pass
-                self._verified.add(path)
-        return files
 
     def _files(self, table: str) -> list[Path]:
         found = (self.folder / table).glob("*.parquet")
@@ -154,9 +145,8 @@ class ResultStore:
                 break
             with _reading(path, table) as file:
                 rows = file.read()
-            keys = list(zip(*(rows.column(name).to_pylist() for name in TABLES[table].key), strict=True))
             is_first = []
-            for key in keys:
+            for key in zip(*(rows.column(name).to_pylist() for name in TABLES[table].key), strict=True):
                 is_first.append(key not in seen)
                 seen.add(key)
             parts.append(rows.filter(is_first))
