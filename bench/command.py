@@ -16,7 +16,7 @@ from longthink.cli.errors import guarded
 from longthink.cli.table import Table
 from longthink.cli.text import for_markdown
 from longthink.lab.cli.bench import conditions
-from longthink.lab.cli.bench_tables import print_table
+from longthink.lab.cli.tables import print_table
 
 
 def run(command: Callable[..., int], module: str, words: Sequence[str] | None = None) -> int:

@@ -6,8 +6,7 @@ import torch
 from longthink.config import Budget
 from longthink.hf import make_cache
 from longthink.lab.analyze.advice import Shape, advise, request_bytes
-from longthink.lab.analyze.replays import Replay
-from longthink.lab.analyze.summary import Mean, means
+from longthink.lab.analyze.replays import Mean, Replay, means
 from longthink.policies import make_policy
 from tests.models import build
 

@@ -13,8 +13,7 @@ import pytest
 from longthink.cli.decode import Decoded
 from longthink.lab.cli import lanes
 from longthink.lab.cli.lanes import Course, race
-from longthink.lab.cli.race import Runner
-from longthink.lab.cli.residents import ResidentLog
+from longthink.lab.cli.race import ResidentLog, Runner
 from longthink.lab.processes import ChildDied
 from longthink.policies import make_policy
 

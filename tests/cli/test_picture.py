@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from longthink.lab.cli.picture import Panel, render, save_png
-from longthink.lab.cli.residents import ResidentLog, pooled
+from longthink.lab.cli.race import ResidentLog, pooled
 from tests.cli.test_demo import is_picture
 
 

@@ -6,8 +6,7 @@ import pytest
 from datasets import Dataset
 
 from longthink.errors import DataError, MissingExtraError
-from longthink.lab.evaluate.hub import SOURCES
-from longthink.lab.evaluate.tasks import INSTRUCTION, load_tasks, prompt_ids, prompt_text
+from longthink.lab.evaluate.tasks import INSTRUCTION, SOURCES, load_tasks, prompt_ids, prompt_text
 from longthink.reasoner import SIZES, grade, load_reasoner, make_problem
 from tests.evaluate.data import write_lines
 

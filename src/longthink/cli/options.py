@@ -108,6 +108,11 @@ class ProblemOptions:
     """Seed of the problem, and of sampling."""
 
 
+def words(text: str) -> list[str]:
+    """Split a comma-separated option."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
 def policy_list(text: str) -> "list[Policy]":
     """Return the policies of a list such as ``dense,raas:r=0.25``.
 
@@ -118,7 +123,7 @@ def policy_list(text: str) -> "list[Policy]":
     """
     from longthink.policies import make_policy
 
-    policies = [make_policy(spec.strip()) for spec in text.split(",") if spec.strip()]
+    policies = [make_policy(spec) for spec in words(text)]
     if not policies:
         raise ValueError("policies is empty: name at least one")
     return policies

@@ -1,10 +1,7 @@
 """Child processes that exchange JSON with this one, one value a line, over their standard input and output.
 
-`Child` is the parent's end, `serve` the child's. JSON over plain pipes rather than `multiprocessing`: its connections
-pickle, and its spawn method runs the caller's main module a second time.
-
-A child dies with its parent, however the parent ends: its input closes, and that ends it. Ctrl-C reaches only the
-parent, which decides what becomes of its children.
+Plain pipes rather than `multiprocessing`: its connections pickle, and its spawn method runs the caller's main module
+a second time. A child dies with its parent, whose end closes its input. Ctrl-C reaches only the parent.
 """
 
 from __future__ import annotations
@@ -29,37 +26,22 @@ class ChildDied(Exception):
 
 
 class Child:
-    """A child process that runs a module, in which `serve` is called.
+    """Runs ``python -m module``, which calls `serve`, in a child process; the current folder is not on its path.
 
-    Parameters
-    ----------
-    module, arguments
-        What ``python -m`` runs. The current folder is not on its path.
-    env
-        Environment variables on top of this process's own.
-    quiet
-        Drop the child's standard error.
-    inbox
-        Queue that several children share, to wait for any of them: it gets pairs of a child and what `parse` reads.
+    `env` comes on top of this process's variables, `quiet` drops standard error, and several children may share an
+    `inbox`, to wait for any of them: it gets pairs of a child and what `parse` reads.
     """
 
     def __init__(
-        self,
-        module: str,
-        *arguments: str,
-        env: Mapping[str, str] | None = None,
-        quiet: bool = False,
+        self, module: str, *arguments: str, env: Mapping[str, str] | None = None, quiet: bool = False,
         inbox: queue.SimpleQueue[tuple[Child, bytes]] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._inbox = queue.SimpleQueue() if inbox is None else inbox
         with _interrupts_blocked():
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", module, *arguments],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL if quiet else None,
-                env=os.environ | dict(env or {}),
-            )
+                [sys.executable, "-P", "-m", module, *arguments], env=os.environ | dict(env or {}),
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL if quiet else None,
+            )  # fmt: skip
         assert self._process.stdin is not None and self._process.stdout is not None
         self._to, self._from = self._process.stdin, self._process.stdout
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -84,14 +66,9 @@ class Child:
             raise TimeoutError from None
 
     def parse(self, line: bytes) -> Any:
-        """Return the message in a line of the inbox.
+        """Return the message in a line of the inbox; `ChildDied` if it ended.
 
-        Raises
-        ------
-        ChildDied
-            If the child has ended.
-        Exception
-            The error that ended `serve`, in its own type where that is a built-in one or one of longthink's.
+        The error that ended `serve` is raised in its own type where that is a built-in one or one of longthink's.
         """
         if not line.endswith(b"\n"):
             code = self._process.wait()
@@ -103,11 +80,9 @@ class Child:
 
     @property
     def pid(self) -> int:
-        """The child's process id."""
         return self._process.pid
 
     def close(self) -> None:
-        """Kill the child."""
         self._process.kill()
         self._process.wait()
         with suppress(BrokenPipeError):  # messages that it had not read
@@ -153,11 +128,9 @@ class Parent:
         os._exit(1)  # the parent is gone
 
     def receive(self) -> Any:
-        """Wait for the next message."""
         return self._inbox.get()
 
     def send(self, message: Any) -> None:
-        """Send a message."""
         print(json.dumps(message), file=self._messages, flush=True)
 
 

@@ -10,9 +10,8 @@ import torch
 
 from longthink.cache.store import SlotStore
 from longthink.config import Budget, check_choice, check_range
-from longthink.lab.analyze.replays import CLAIRVOYANT
+from longthink.lab.analyze.replays import CLAIRVOYANT, Mean
 from longthink.lab.analyze.store import Header
-from longthink.lab.analyze.summary import Mean
 from longthink.policies import Policy, grows, make_policy
 
 MEASURES = ("lookups", "recall")
@@ -20,95 +19,50 @@ MEASURES = ("lookups", "recall")
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What the memory of a model and its requests depends on.
-
-    Attributes
-    ----------
-    layers, kv_heads, head_dim, dtype
-        Of the KV cache.
-    weights
-        Bytes of the model's weights.
-    prompt, tokens
-        Mean tokens of a prompt, and tokens of the longest text with its prompt.
-    """
-
     layers: int
     kv_heads: int
     head_dim: int
     dtype: torch.dtype
-    weights: int
-    prompt: int
-    tokens: int
+    weights: int  # bytes
+    prompt: int  # tokens, mean
+    tokens: int  # of the longest text, prompt included
 
     def kv_bytes(self, tokens: int) -> int:
-        """Keys and values of a number of tokens, in all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim * self.dtype.itemsize * tokens
 
 
 def shape_of(model: Any, headers: Sequence[Header]) -> Shape:
-    """Return the shape of a model whose traces have these headers."""
     return Shape(
-        layers=headers[0].layers,
-        kv_heads=headers[0].kv_heads,
-        head_dim=headers[0].head_dim,
-        dtype=model.dtype,
-        weights=sum(parameter.nbytes for parameter in model.parameters()),
+        layers=headers[0].layers, kv_heads=headers[0].kv_heads, head_dim=headers[0].head_dim,
+        dtype=model.dtype, weights=sum(parameter.nbytes for parameter in model.parameters()),
         prompt=round(sum(header.prompt_tokens for header in headers) / len(headers)),
         tokens=max(len(header.token_ids) for header in headers),
-    )
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Advice:
-    """A policy at a budget, and its cost.
+    """A policy at a budget, and its cost: bytes of one request, and requests that fit in memory at a time."""
 
-    Attributes
-    ----------
-    row, kept
-        The means of its replays, and the measure among them that was asked for.
-    kv_bytes, metadata_bytes
-        Keys and values of one request, and what the policy stores with them (positions, stamps, bounds).
-    dense_kv_bytes
-        Keys and values of one request with everything kept, at the longest text.
-    requests, dense_requests
-        Requests that fit in memory at a time, bounded and dense.
-    """
-
-    row: Mean
-    kept: float
+    row: Mean  # means of its replays
+    kept: float  # the measure among them that was asked for
     kv_bytes: int
-    metadata_bytes: int
-    dense_kv_bytes: int
+    metadata_bytes: int  # positions, stamps, bounds
+    dense_kv_bytes: int  # everything kept, at the longest text
     requests: int
     dense_requests: int
 
     @property
     def bytes(self) -> int:
-        """Memory of a request."""
         return self.kv_bytes + self.metadata_bytes
 
 
 def advise(
     rows: Sequence[Mean], shape: Shape, *, loss: float = 0.02, measure: str = "lookups", memory: int
 ) -> list[Advice]:
-    """Return what is within the loss, sorted by memory, then by what is kept.
+    """Return what loses at most a share `loss` of a measure in `memory` bytes, by memory, then by what is kept.
 
-    Policies that grow with the text or know the future are left out, and so are budgets with no room for some of the
-    prompts.
-
-    Parameters
-    ----------
-    loss
-        Share that may be lost of what Dense reads.
-    measure
-        ``lookups`` or ``recall``.
-    memory
-        Memory of the GPU for weights and caches (bytes).
-
-    Raises
-    ------
-    ValueError
-        If an argument is out of range.
+    Policies that grow with the text or know the future are left out, and so are budgets with no room for some prompt.
     """
     check_range("loss", loss, 0.0, 1.0)
     check_choice("measure", measure, MEASURES)
@@ -120,8 +74,7 @@ def advise(
         kept = getattr(row, measure)
         if row.policy in CLAIRVOYANT or kept is None or row.no_room or kept < 1 - loss:
             continue
-        policy = make_policy(row.policy)
-        if grows(policy):
+        if grows(policy := make_policy(row.policy)):
             continue
         budget = Budget(budget=row.budget, decode_budget=row.decode_budget)
         kv_bytes, metadata_bytes = request_bytes(policy, budget, shape)
@@ -135,7 +88,7 @@ def advise(
 
 
 def request_bytes(policy: Policy, budget: Budget, shape: Shape) -> tuple[int, int]:
-    """Return the bytes of one request's cache: keys and values, and everything else.
+    """Return the bytes of one request's keys and values, and of the rest of its cache.
 
     The slots are those that decoding would allocate, on the meta device; growing layers count at the longest text.
     """

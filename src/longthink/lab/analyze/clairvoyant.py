@@ -1,12 +1,7 @@
 """The limits of any policy: Belady's rule, and the true optimum.
 
-Belady's rule (evict what is used again last) is optimal if a miss brings the page back. Here an evicted page is gone,
-so the rule may evict a page with many later uses instead of one with a single early use. The optimum for that case is
-an assignment problem: every page that is born when all slots are full evicts one page that was born before it, no
-page is evicted twice, and evicting page p in step t costs all the attention that p would have got from t on. Any
-choice of distinct victims is a possible run of a cache and vice versa, so the cheapest assignment bounds all policies
-with pages of that size, one table per KV head and the same budget.
-
+Belady's rule (evict what is used again last) is optimal if a miss brings the page back; here an evicted page is gone.
+The optimum for that case is an assignment problem: see `optimal_recall`.
 Shape suffixes: L layers, K KV heads, C budgets, B = C * L rows, N tokens, P page slots, Q prompt columns.
 """
 
@@ -33,15 +28,7 @@ NEVER = torch.iinfo(torch.int32).max
 
 
 class Future:
-    """The next use of each page, updated while a trace is replayed.
-
-    Parameters
-    ----------
-    page_size
-        A multiple of the trace's.
-    use
-        See `Rules`.
-    """
+    """The next use of each page, updated while a trace is replayed. `page_size` is a multiple of the trace's."""
 
     def __init__(self, trace: Trace, page_size: int, use: float) -> None:
         header = trace.header
@@ -71,7 +58,6 @@ class Future:
         self.last_LKP.view(-1)[torch.from_numpy(cell)] = torch.from_numpy(time)
 
     def pass_by(self, now: int) -> None:
-        """Move past the uses of a step."""
         part = slice(self._bounds[now], self._bounds[now + 1])
         self.next_LKP.view(-1)[self._cell[part]] = self._following[part]
 
@@ -81,11 +67,7 @@ def used_pages(trace: Trace, step: TraceStep, page_size: int, use: float) -> NDA
     header = trace.header
     pages, merge = -(-header.steps.stop // page_size), page_size // header.page_size
     cell = step.head * pages + step.page // merge
-    mass = np.bincount(cell, step.mass, minlength=0) if merge > 1 else None
-    if mass is not None:
-        used = np.nonzero(mass > use)[0]
-    else:
-        used = cell[step.mass > use]
+    used = np.nonzero(np.bincount(cell, step.mass) > use)[0] if merge > 1 else cell[step.mass > use]
     return np.unique(used // pages // (header.heads // header.kv_heads) * pages + used % pages)
 
 
@@ -110,10 +92,8 @@ class Belady(Policy, TrimsPrompt):
         # All tokens of a page have the same next use; the page number breaks ties.
         worth = -next_BKQ * self.future.shape[2] + page_BQ[:, None]
         pages = worth[..., :: self.page_size]
-        rank = pages.argsort(-1, descending=True).argsort(-1)
-        return (rank < cap_B[:, None, None]).repeat_interleave(self.page_size, -1)[
-            ..., : position_BQ.shape[1]
-        ]
+        kept = pages.argsort(-1, descending=True).argsort(-1) < cap_B[:, None, None]
+        return kept.repeat_interleave(self.page_size, -1)[..., : position_BQ.shape[1]]
 
     @override
     def worth(self, table: PageTable) -> Tensor:
@@ -121,22 +101,17 @@ class Belady(Policy, TrimsPrompt):
 
     def _next(self, page_BKP: Tensor) -> Tensor:
         next_LKP = self.future.next_LKP
-        layers = len(next_LKP)
-        next_BKP = next_LKP.expand(len(page_BKP) // layers, *next_LKP.shape).flatten(0, 1)
+        next_BKP = next_LKP.expand(len(page_BKP) // len(next_LKP), *next_LKP.shape).flatten(0, 1)
         return next_BKP.gather(2, page_BKP.clamp(min=0).long())
 
 
 def optimal_recall(lost_NN: NDArray[np.float64], prompt: int, slots: int) -> tuple[float, NDArray[np.int64]]:
     """Return the least attention that one page table can lose, and the page evicted at each birth (-1: none).
 
-    Parameters
-    ----------
-    lost_NN
-        Attention that page p (column) gets from the birth of page n (row) on.
-    prompt
-        Pages of the prompt: all are born before the first step, so they can be evicted in any order.
-    slots
-        Pages that can be held.
+    Every page born when all slots are full evicts one born before it, no page is evicted twice, and evicting page p
+    at the birth of page n costs ``lost_NN[n, p]``, the attention that p would have got from then on. Any choice of
+    distinct victims is a possible run of a cache and vice versa, so the cheapest assignment bounds all policies with
+    pages of that size, one table per KV head and the same budget. Pages of the prompt go in any order.
     """
     with needs_extra("analyze"):
         from scipy.optimize import linear_sum_assignment
@@ -153,13 +128,7 @@ def optimal_recall(lost_NN: NDArray[np.float64], prompt: int, slots: int) -> tup
 
 
 class OptimalRun:
-    """Accumulates a trace's attention by page, and finds the optimum for any number of slots.
-
-    Attributes
-    ----------
-    page_size
-        As requested, or larger if there would be too many pages.
-    """
+    """Accumulates a trace's attention by page, and finds the optimum. Too many pages: larger ones than requested."""
 
     def __init__(self, trace: Trace, page_size: int) -> None:
         header = self.header = trace.header
@@ -173,13 +142,9 @@ class OptimalRun:
 
     def add(self, step: TraceStep, scale_M: NDArray[np.float32]) -> None:
         """Add a step; `scale_M` normalizes each map's recorded attention."""
-        group = self.header.heads // self.header.kv_heads
-        pages = self._mass.shape[-1]
-        page = step.page * self.header.page_size // self.page_size
-        cell = step.head // group * pages + page
-        found = np.bincount(
-            cell, step.mass * scale_M[step.head] / group, minlength=self._mass.shape[0] * pages
-        )
+        group, (tables, pages) = self.header.heads // self.header.kv_heads, self._mass.shape[:2]
+        cell = step.head // group * pages + step.page * self.header.page_size // self.page_size
+        found = np.bincount(cell, step.mass * scale_M[step.head] / group, minlength=tables * pages)
         self._mass[:, step.now // self.page_size] += found.reshape(-1, pages).astype(np.float32)
 
     def solve(self, slots: int) -> tuple[float, NDArray[np.float32], NDArray[np.int32]]:
@@ -193,8 +158,9 @@ class OptimalRun:
             lost = self._mass[table, ::-1].cumsum(0)[::-1].astype(np.float64)
             return optimal_recall(lost, prompt, slots)[1]
 
-        # The search releases the interpreter's lock.
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        with ThreadPoolExecutor(
+            torch.get_num_threads()
+        ) as pool:  # the search releases the interpreter's lock
             found = pool.map(victims_of, range(tables))
         for table, victims in enumerate(found):
             for born in np.nonzero(victims >= 0)[0].tolist():

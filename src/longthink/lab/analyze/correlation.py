@@ -11,61 +11,36 @@ from numpy.typing import NDArray
 from longthink.errors import TraceError, needs_extra
 from longthink.lab.analyze.replays import OPTIMUM, Replay
 
-Key = tuple[str, str, str, int | None, int | None]
-"""Task, problem, policy, budget, decode budget."""
+Key = tuple[str, str, str, int | None, int | None]  # task, problem, policy, budget, decode budget
 MEASURES = ("recall", "lookups", "regrets")
 _DRAWS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Correlation:
-    """Spearman's rank correlation of a measure with the share of right answers, over policies at budgets.
+    """Spearman's rank correlation of a measure with the share of right answers, over policies at budgets (cells).
 
-    Attributes
-    ----------
-    measure
-        ``recall``, ``lookups`` or ``regrets``.
-    rho, low, high
-        The correlation and its 95 % bootstrap interval over problems, which are independent draws; the cells of one
-        policy are not. NaN if all cells are equal.
-    ahead
-        Share of pairs of a right and a wrong answer in which the right one has more of the measure, ties counting
-        half (area under the ROC curve); NaN if all answers are right or all wrong.
-    cells, problems
-        Policies at budgets, and problems on which every one of them was replayed and decoded.
+    The 95 % bootstrap interval is over problems, which are independent draws; the cells of one policy are not.
     """
 
     measure: str
-    rho: float
+    rho: float  # NaN if all cells are equal
     low: float
     high: float
-    ahead: float
+    ahead: float  # pairs in which the right answer has more than the wrong one (area under the ROC curve)
     cells: int
-    problems: int
+    problems: int  # on which every cell was replayed and decoded
 
 
 def correlate(replays: Sequence[Replay], correct: Mapping[Key, float], *, seed: int = 0) -> list[Correlation]:
-    """Return the correlation of each measure with right answers.
+    """Return the correlation of each measure with `correct`, the share of right answers of each key.
 
-    Parameters
-    ----------
-    replays
-        Those without an answer, and the optimum, do not count.
-    correct
-        Share of right answers (0 or 1 with one sample) of each problem, policy and budget.
-
-    Raises
-    ------
-    TraceError
-        If fewer than three policies at budgets were both replayed and decoded on the same problems.
+    Replays without an answer, and the optimum, do not count. `TraceError` if fewer than three cells are left.
     """
     found = {one.key: one for one in replays if not one.note and one.policy != OPTIMUM and one.key in correct}
     cells = list(dict.fromkeys(key[2:] for key in found))
-    problems = [
-        problem
-        for problem in dict.fromkeys(key[:2] for key in found)
-        if all((*problem, *cell) in found for cell in cells)
-    ]
+    asked = dict.fromkeys(key[:2] for key in found)
+    problems = [problem for problem in asked if all((*problem, *cell) in found for cell in cells)]
     if len(cells) < 3 or not problems:
         raise TraceError(
             f"{len(cells)} policies at budgets were replayed and decoded on {len(problems)} problems: a correlation "
@@ -92,11 +67,9 @@ def correlate(replays: Sequence[Replay], correct: Mapping[Key, float], *, seed: 
 
 
 def _ahead(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
-    """Share of pairs in which the first value is larger, ties counting half."""
     if not first.size or not second.size:
         return float("nan")
-    more, same = first[:, None] > second, first[:, None] == second
-    return float(more.mean() + 0.5 * same.mean())
+    return float((first[:, None] > second).mean() + 0.5 * (first[:, None] == second).mean())
 
 
 def _spearman(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:

@@ -18,7 +18,7 @@ NEVER = -1
 
 
 class PageClass(IntEnum):
-    """Class of a page, defined in `Rules`; the first that fits counts."""
+    """Classes defined in `Rules`; the first that fits counts."""
 
     LAZY = 0
     SINK = 1
@@ -28,8 +28,6 @@ class PageClass(IntEnum):
 
 
 class MapClass(IntEnum):
-    """Class of a map; see `map_classes`."""
-
     SINK_LIKE = 0
     MILESTONE = 1
     PHOENIX = 2
@@ -38,65 +36,37 @@ class MapClass(IntEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Lives:
-    """The life of every page in every map. Steps are positions of the reading token; -1 means never.
-
-    Attributes
-    ----------
-    birth_P
-        First step in which the page could be used.
-    uses_MP, first_MP, last_MP
-        Number of uses, first and last use.
-    far_last_MP
-        Last use while it was not near.
-    gap_MP
-        Longest rest between two uses, or between birth and first use (steps).
-    mass_MP
-        Total attention.
-    read_MP, near_MP
-        Attention in the steps that used it, and the part of that while it was near.
-    half_MP
-        Steps from birth until it had got half of its attention (half-life).
-    end
-        Last step of the trace.
-    """
+    """The life of every page in every map. Steps are positions of the reading token; -1 means never."""
 
     header: Header
     rules: Rules
-    birth_P: NDArray[np.int64]
+    birth_P: NDArray[np.int64]  # first step in which the page could be used
     uses_MP: NDArray[np.int64]
     first_MP: NDArray[np.int64]
     last_MP: NDArray[np.int64]
-    far_last_MP: NDArray[np.int64]
-    gap_MP: NDArray[np.int64]
-    mass_MP: NDArray[np.float64]
-    read_MP: NDArray[np.float64]
-    near_MP: NDArray[np.float64]
-    half_MP: NDArray[np.int64]
-    end: int
+    far_last_MP: NDArray[np.int64]  # last use while not near
+    gap_MP: NDArray[np.int64]  # longest rest between uses, or birth and first use
+    mass_MP: NDArray[np.float64]  # total attention
+    read_MP: NDArray[np.float64]  # attention in the steps that used it
+    near_MP: NDArray[np.float64]  # the part of that while near
+    half_MP: NDArray[np.int64]  # steps from birth to half of its attention
+    end: int  # last step of the trace
 
     @property
     def classes_MP(self) -> NDArray[np.int64]:
-        """`PageClass` of each page in each map."""
         rules = self.rules
         age_P = self.end + 1 - self.birth_P
         often = (self.uses_MP >= rules.sink * age_P) & (age_P > rules.gap)
-        conditions = [
-            self.uses_MP == 0,
-            often,
-            self.far_last_MP == NEVER,
-            self.gap_MP > rules.gap,
-        ]
+        conditions = [self.uses_MP == 0, often, self.far_last_MP == NEVER, self.gap_MP > rules.gap]
         order = [PageClass.LAZY, PageClass.SINK, PageClass.LOCAL, PageClass.PHOENIX]
         return np.select(conditions, order, PageClass.MILESTONE)
 
     @property
     def is_prompt_P(self) -> NDArray[np.bool_]:
-        """Pages that hold a token of the prompt."""
         return np.arange(len(self.birth_P)) * self.header.page_size < self.header.prompt_tokens
 
     @property
     def is_image_P(self) -> NDArray[np.bool_]:
-        """Pages that hold an image token."""
         found = np.zeros(len(self.birth_P), dtype=bool)
         found[np.array(self.header.image, dtype=int) // self.header.page_size] = True
         return found
@@ -104,12 +74,9 @@ class Lives:
 
 def read_lives(trace: Trace, rules: Rules | None = None) -> Lives:
     """Return the life of every page. Reads the trace twice, step by step; memory holds pages, not steps."""
-    rules = rules or Rules()
-    header = trace.header
-    size, maps = header.page_size, header.layers * header.heads
-    pages = header.pages
-    birth_P = np.maximum(np.arange(pages) * size, header.prompt_tokens)
-    shape = (maps, pages)
+    rules, header = rules or Rules(), trace.header
+    size, shape = header.page_size, (header.layers * header.heads, header.pages)
+    birth_P = np.maximum(np.arange(header.pages) * size, header.prompt_tokens)
     uses, gap, half = (np.zeros(shape, dtype=np.int64) for _ in range(3))
     first, last, far_last = (np.full(shape, NEVER) for _ in range(3))
     mass, read, near, so_far = (np.zeros(shape) for _ in range(4))
@@ -130,9 +97,8 @@ def read_lives(trace: Trace, rules: Rules | None = None) -> Lives:
     open_MP = np.ones(shape, dtype=bool)
     for step in trace.steps():
         so_far[step.head, step.page] += step.mass
-        done = open_MP[step.head, step.page] & (
-            so_far[step.head, step.page] >= 0.5 * mass[step.head, step.page]
-        )
+        cells = (step.head, step.page)
+        done = open_MP[cells] & (so_far[cells] >= 0.5 * mass[cells])
         cells = (step.head[done], step.page[done])
         half[cells] = step.now - birth_P[cells[1]]
         open_MP[cells] = False
@@ -151,12 +117,8 @@ def map_classes(lives: Lives) -> NDArray[np.int64]:
     """
     near, milestones, phoenixes = read_shares(lives).T
     far = milestones + phoenixes
-    conditions = [
-        near + far == 0,
-        far <= lives.rules.far,
-        milestones > lives.rules.majority * far,
-        phoenixes > lives.rules.majority * far,
-    ]
+    most = lives.rules.majority * far
+    conditions = [near + far == 0, far <= lives.rules.far, milestones > most, phoenixes > most]
     order = [MapClass.MIXED, MapClass.SINK_LIKE, MapClass.MILESTONE, MapClass.PHOENIX]
     return np.select(conditions, order, MapClass.MIXED)
 
@@ -169,8 +131,6 @@ def read_shares(lives: Lives) -> NDArray[np.float64]:
     """
     classes, far = lives.classes_MP, lives.read_MP - lives.near_MP
     total = np.maximum(lives.read_MP.sum(1), 1e-30)
-    sinks, milestones, phoenixes = (
-        (far * (classes == which)).sum(1)
-        for which in (PageClass.SINK, PageClass.MILESTONE, PageClass.PHOENIX)
-    )
+    kinds = (PageClass.SINK, PageClass.MILESTONE, PageClass.PHOENIX)
+    sinks, milestones, phoenixes = ((far * (classes == which)).sum(1) for which in kinds)
     return np.stack([lives.near_MP.sum(1) + sinks, milestones, phoenixes], 1) / total[:, None]

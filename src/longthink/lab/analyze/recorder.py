@@ -27,23 +27,12 @@ from longthink.lab.analyze.store import CHUNK_STEPS, PROMPT, Header, TraceStore,
 from longthink.policies import Dense, PageTable, Step
 
 MAX_PAGE_SIZE = 32
-TOP = 64
-"""Default number of pages stored per head and step."""
+TOP = 64  # default number of pages stored per head and step
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """One problem to record.
-
-    Attributes
-    ----------
-    task, problem
-        Identify the problem in a store.
-    inputs
-        Arguments of the model: ``input_ids`` of one row, and for images the output of the processor.
-    max_new_tokens
-        Token limit.
-    """
+    """One problem to record. `inputs` are the model's arguments, for images the output of the processor."""
 
     task: str
     problem: str
@@ -81,13 +70,9 @@ class _Tape:
     """Passes what the layers report to the writer; holds at most `CHUNK_STEPS` steps."""
 
     def __init__(
-        self,
-        writer: TraceWriter,
-        page_size: int,
-        top: int,
-        vectors: bool,
+        self, writer: TraceWriter, page_size: int, top: int, vectors: bool,
         on_step: Callable[[int], None] = lambda tokens: None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.writer, self.on_step = writer, on_step
         self.page_size, self.top, self.vectors = page_size, top, vectors
         self.kv_heads = self.head_dim = 0
@@ -99,9 +84,9 @@ class _Tape:
         found = self._entries(mass_BKS[0, :, :tokens], top=0)
         vectors = {}
         if self.vectors:
-            none = np.zeros(0, np.float32)
             kept = {"key": table.keys_BKSD, "value": table.values_BKSD}
-            vectors = {"query": none} | {name: _plain(of[0, :, :tokens]) for name, of in kept.items()}
+            vectors = {name: _plain(of[0, :, :tokens]) for name, of in kept.items()}
+            vectors["query"] = np.zeros(0, np.float32)
         self.writer.add(PROMPT, layer, **found, **vectors)
         self.kv_heads, self.head_dim = table.keys_BKSD.shape[1], table.keys_BKSD.shape[3]
 
@@ -114,8 +99,7 @@ class _Tape:
             new = {"key": table.keys_BKSD[0, :, now], "value": table.values_BKSD[0, :, now]}
             vectors = {name: _plain(of) for name, of in ({"query": step.query_BKGD[0]} | new).items()}
         if layer == 0:
-            # Now the chunk before this step is complete in all layers.
-            if self._steps % CHUNK_STEPS == 0:
+            if self._steps % CHUNK_STEPS == 0:  # the chunk before this step is complete in all layers
                 self.writer.flush()
             self._steps += 1
             self.on_step(self._steps)
@@ -147,18 +131,10 @@ def _plain(tensor: Tensor) -> NDArray[np.float32]:
 
 
 def record(
-    model: Any,
-    tokenizer: Any,
-    prompts: Iterable[Prompt],
-    folder: Path | str,
-    *,
-    page_size: int = 1,
-    top: int = TOP,
-    vectors: bool = False,
-    name: str | None = None,
-    describe: Mapping[str, Any] | None = None,
+    model: Any, tokenizer: Any, prompts: Iterable[Prompt], folder: Path | str, *, page_size: int = 1,
+    top: int = TOP, vectors: bool = False, name: str | None = None, describe: Mapping[str, Any] | None = None,
     on_step: Callable[[Prompt, int], None] = lambda prompt, tokens: None,
-) -> TraceStore:
+) -> TraceStore:  # fmt: skip
     """Decode prompts greedily with Dense and store what every head read in every step.
 
     Problems that the folder has already are skipped, so the same call continues after an interruption. Only the
@@ -166,10 +142,8 @@ def record(
 
     Parameters
     ----------
-    model, tokenizer
-        The transformers objects; for images, the tokenizer of the model's processor.
-    folder
-        See `TraceStore`.
+    tokenizer
+        For images, the tokenizer of the model's processor.
     page_size
         Tokens per page of the trace, 1 to 32. Policies can be replayed if their page size is a multiple.
     top
@@ -178,29 +152,18 @@ def record(
         Also store queries, keys and values, for policies that read them (small models; page size 1).
     name, describe
         The model's name, and other facts about it to store.
-    on_step
-        Called in each decode step with the prompt and the number of new tokens.
 
     Raises
     ------
-    UnsupportedModelError
-        If longthink does not support the model.
-    TraceError
-        If the folder holds something else, or traces with other settings.
-    ValueError
-        If an argument is out of range.
+    UnsupportedModelError, TraceError, ValueError
+        If the model is not supported, the folder holds something else, or an argument is out of range.
     """
     check_int("page_size", page_size, 1, MAX_PAGE_SIZE)
     check_int("top", top, 0)
     if vectors and page_size != 1:
         raise ValueError(f"page_size={page_size} must be 1 to store vectors: they belong to tokens")
     check_model(model)
-    settings = {
-        "model": name or type(model).__name__,
-        "page_size": page_size,
-        "top": top,
-        "vectors": vectors,
-    }
+    settings = {"model": name or type(model).__name__, "page_size": page_size, "top": top, "vectors": vectors}
     store = TraceStore(folder, settings)
     for prompt in prompts:
         path = store.path(prompt.task, prompt.problem)
@@ -217,34 +180,19 @@ def _decode(model: Any, tokenizer: Any, prompt: Prompt, tape: _Tape) -> Header:
     inputs: dict[str, Any] = {key: value.to(model.device) for key, value in prompt.inputs.items()}
     with PagedCache(model, Recording(tape=tape), None, batch_size=1) as cache:
         row = generate(
-            model,
-            inputs.pop("input_ids"),
-            inputs.pop("attention_mask", None),
-            past_key_values=cache,
-            max_new_tokens=prompt.max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            **inputs,
-        )
+            model, inputs.pop("input_ids"), inputs.pop("attention_mask", None), past_key_values=cache,
+            max_new_tokens=prompt.max_new_tokens, do_sample=False, num_beams=1, **inputs,
+        )  # fmt: skip
     tokens = row[0].tolist()
     ends = model.generation_config.eos_token_id
     stopped = tokens[-1] in ([ends] if isinstance(ends, int) else ends or [])
     images = {getattr(model.config, field, None) for field in ("image_token_id", "video_token_id")} - {None}
     config = model.config.get_text_config(decoder=True)
     return Header(
-        task=prompt.task,
-        problem=prompt.problem,
-        prompt_tokens=prompt.inputs["input_ids"].shape[1],
-        token_ids=tuple(tokens),
-        texts=tuple(tokenizer.decode([token]) for token in tokens),
-        image=tuple(i for i, token in enumerate(tokens) if token in images),
-        layers=config.num_hidden_layers,
-        heads=config.num_attention_heads,
-        kv_heads=tape.kv_heads,
-        head_dim=tape.head_dim,
-        scaling=tape.scaling,
-        page_size=tape.page_size,
-        top=tape.top,
-        vectors=tape.vectors,
+        task=prompt.task, problem=prompt.problem, prompt_tokens=prompt.inputs["input_ids"].shape[1],
+        token_ids=tuple(tokens), texts=tuple(tokenizer.decode([token]) for token in tokens),
+        image=tuple(i for i, token in enumerate(tokens) if token in images), layers=config.num_hidden_layers,
+        heads=config.num_attention_heads, kv_heads=tape.kv_heads, head_dim=tape.head_dim,
+        scaling=tape.scaling, page_size=tape.page_size, top=tape.top, vectors=tape.vectors,
         finish="stop" if stopped else "length",
-    )
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Results of replays, and the Parquet file with the traces that stores them."""
+"""Results of replays, their means over problems, and the Parquet file with the traces that stores them."""
 
 from __future__ import annotations
 
@@ -26,46 +26,27 @@ _ARRAYS = {"curve_T": np.float32, "maps_M": np.float32, "gone_LKN": np.int32}
 
 @dataclass(frozen=True, kw_only=True)
 class Replay:
-    """What one policy at one budget would have kept of one trace.
-
-    Attributes
-    ----------
-    recall, worst
-        Share of the recorded dense attention that falls on what is read: mean over steps, layers and query heads; and
-        of the map that keeps least.
-    lookups
-        Recall over look-ups only: steps in which a map uses a page that is not near (1 if there are none).
-    evictions, regrets
-        Pages of the trace that were evicted, summed over layers and KV heads; and those of them used afterwards.
-    page_size
-        Tokens per page of the policy.
-    note
-        Why there is no result, such as a prompt that does not fit; the other values are then NaN, 0 or empty.
-    curve_T, maps_M
-        Recall of each step (mean over maps), and of each map (mean over steps).
-    gone_LKN
-        Step in which each page of the trace was evicted, -1 for never; K is 1 where one table serves a layer.
-    """
+    """What one policy at one budget would have kept of one trace; NaN, 0 or empty if `note` says why not."""
 
     task: str
     problem: str
     policy: str
     budget: int | None
     decode_budget: int | None
-    recall: float = float("nan")
-    worst: float = float("nan")
-    lookups: float = float("nan")
-    evictions: int = 0
-    regrets: int = 0
-    page_size: int = 1
+    recall: float = float("nan")  # share of the dense attention on what is read
+    worst: float = float("nan")  # recall of the map that keeps least
+    lookups: float = float("nan")  # recall over steps in which a map uses a page that is not near
+    evictions: int = 0  # pages of the trace, summed over layers and KV heads
+    regrets: int = 0  # those of them used afterwards
+    page_size: int = 1  # of the policy
     note: str = ""
     curve_T: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
     maps_M: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
+    # Step in which each page of the trace was evicted, -1 for never; K is 1 where one table serves a layer.
     gone_LKN: NDArray[np.int32] = field(default_factory=lambda: np.zeros((0, 0, 0), np.int32))
 
     @property
     def key(self) -> tuple[str, str, str, int | None, int | None]:
-        """Identifies the replay: task, problem, policy and budget."""
         return (self.task, self.problem, self.policy, self.budget, self.decode_budget)
 
 
@@ -92,13 +73,7 @@ def save_replays(store: TraceStore, replays: Sequence[Replay], rules: Rules) -> 
 
 
 def load_replays(store: TraceStore) -> tuple[list[Replay], Rules]:
-    """Return all stored replays and the rules they were made with; no replays and the defaults if there is no file.
-
-    Raises
-    ------
-    TraceError
-        If the file is damaged.
-    """
+    """Return all stored replays and their rules; none, and the defaults, if there is no file."""
     path = store.folder / FOLDER / FILE
     if not path.exists():
         return [], Rules()
@@ -111,3 +86,42 @@ def load_replays(store: TraceStore) -> tuple[list[Replay], Rules]:
         return [Replay(**row) for row in rows], rules
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise TraceError(f"{path} is damaged or outdated; delete it and replay again: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mean:
+    """What one policy at one budget kept: means over `problems`, None where a value has no meaning.
+
+    The prompts of `no_room` other problems do not fit; they are in no mean.
+    """
+
+    policy: str
+    budget: int | None
+    decode_budget: int | None
+    page_size: int
+    problems: int
+    no_room: int
+    recall: float | None
+    worst: float | None
+    lookups: float | None
+    evictions: float | None
+    regrets: float | None
+
+
+def means(replays: Sequence[Replay]) -> list[Mean]:
+    groups: dict[tuple[str, int | None, int | None], list[Replay]] = {}
+    for one in replays:
+        groups.setdefault((one.policy, one.budget, one.decode_budget), []).append(one)
+    rows = []
+    for (policy, budget, decode_budget), group in groups.items():
+        ran = [one for one in group if not one.note]
+        values: dict[str, float | None] = {}
+        for name in ("recall", "worst", "lookups", "evictions", "regrets"):
+            # The optimum is found per KV head, and serves no step in particular.
+            known = ran and (policy != OPTIMUM or name in ("recall", "evictions"))
+            values[name] = sum(getattr(one, name) for one in ran) / len(ran) if known else None
+        rows.append(
+            Mean(policy=policy, budget=budget, decode_budget=decode_budget, page_size=group[0].page_size,
+                 problems=len(ran), no_room=len(group) - len(ran), **values)
+        )  # fmt: skip
+    return rows

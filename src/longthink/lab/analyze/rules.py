@@ -18,27 +18,14 @@ class Rules:
     - phoenix: used after more than `gap` steps without use (since its birth, if never used before).
     - milestone: the others: used beyond its neighbourhood, without a long rest. Pages that are used up to the end of
       the text count, although their later life is unknown.
-
-    Parameters
-    ----------
-    use
-        Share of a head's attention.
-    local, gap
-        Tokens, steps.
-    sink
-        Share of steps.
-    far
-        A map is sink-like unless more than this share of its uses goes to milestones and phoenixes.
-    majority
-        Share of those that makes it a map of one of the two.
     """
 
-    use: float = 0.5
-    local: int = 32
-    gap: int = 128
-    sink: float = 0.5
-    far: float = 0.1
-    majority: float = 0.67
+    use: float = 0.5  # share of a head's attention
+    local: int = 32  # tokens
+    gap: int = 128  # steps
+    sink: float = 0.5  # share of steps
+    far: float = 0.1  # a map with at most this share of uses of milestones and phoenixes is sink-like
+    majority: float = 0.67  # share of those that makes it a map of one of the two
 
     def __post_init__(self) -> None:
         check_int("local", self.local, 0)

@@ -16,23 +16,11 @@ _DRAWS = 1000  # there are many intervals
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """A share and its 95 % interval over problems.
+    """The share of a class and its 95 % bootstrap interval over problems, which is None with a single problem."""
 
-    Attributes
-    ----------
-    scope
-        ``model``, a task, ``layer 0`` or ``layer 0 head 1``.
-    part
-        ``all``, ``prompt`` or ``decode`` pages, ``image`` or ``text`` pages of the prompt, or ``maps``.
-    name
-        The class, in lower case.
-    share, low, high
-        Mean over problems and its bootstrap interval; the latter None with a single problem.
-    """
-
-    scope: str
-    part: str
-    name: str
+    scope: str  # ``model``, a task, ``layer 0`` or ``layer 0 head 1``
+    part: str  # ``all``, ``prompt``, ``decode``, ``image`` or ``text`` (of the prompt) pages, or ``maps``
+    name: str  # the class
     share: float
     low: float | None
     high: float | None
@@ -40,21 +28,20 @@ class Share:
 
 
 def share_table(all_lives: Iterable[Lives]) -> list[Share]:
-    """Return the shares of page classes and map classes: of the model, each task, each layer and each head."""
     found: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     for lives in all_lives:
         for key, share in _of_problem(lives).items():
             found[key].append(share)
-    return [_share(*key, shares) for key, shares in found.items()]
-
-
-def _share(scope: str, part: str, name: str, shares: list[float]) -> Share:
-    mean, low, high = mean_with_interval(shares)
-    return Share(scope=scope, part=part, name=name, share=mean, low=low, high=high, problems=len(shares))
+    table = []
+    for (scope, part, name), shares in found.items():
+        share, low, high = mean_with_interval(shares)
+        table.append(
+            Share(scope=scope, part=part, name=name, share=share, low=low, high=high, problems=len(shares))
+        )
+    return table
 
 
 def mean_with_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
-    """Return the mean over problems and its 95 % bootstrap interval, which is None with a single problem."""
     spread = paired_bootstrap([0.0] * len(values), values, draws=_DRAWS)
     return (spread.mean, spread.low, spread.high) if len(values) > 1 else (spread.mean, None, None)
 
@@ -65,11 +52,8 @@ def _of_problem(lives: Lives) -> dict[tuple[str, str, str], float]:
     layer_M, head_M = np.divmod(np.arange(len(maps_M)), header.heads)
     scopes = {"model": layer_M >= 0, header.task: layer_M >= 0}
     scopes |= {f"layer {i}": layer_M == i for i in range(header.layers)}
-    scopes |= {
-        f"layer {i} head {j}": (layer_M == i) & (head_M == j)
-        for i in range(header.layers)
-        for j in range(header.heads)
-    }
+    for i, j in np.ndindex(header.layers, header.heads):
+        scopes[f"layer {i} head {j}"] = (layer_M == i) & (head_M == j)
     prompt_P, image_P = lives.is_prompt_P, lives.is_image_P
     parts = {"all": prompt_P | True, "prompt": prompt_P, "decode": ~prompt_P}
     if image_P.any():
@@ -89,31 +73,16 @@ def _of_problem(lives: Lives) -> dict[tuple[str, str, str], float]:
 
 @dataclass(frozen=True, kw_only=True)
 class TypicalText:
-    """A text that pages of a class have.
-
-    Attributes
-    ----------
-    count
-        Pages with this text that are of the class in at least one map.
-    lift
-        Its frequency among them, relative to its frequency among all pages of the same part.
-    """
-
     text: str
-    count: int
-    lift: float
+    count: int  # pages with it that are of the class in at least one map
+    lift: float  # its frequency among them, relative to all pages
 
 
 def telling_texts(
-    all_lives: Sequence[Lives],
-    which: PageClass = PageClass.MILESTONE,
-    *,
-    part: str = "decode",
+    all_lives: Sequence[Lives], which: PageClass = PageClass.MILESTONE, *, part: str = "decode",
     count: int = 12,
-) -> list[TypicalText]:
-    """Return the most frequent texts of a class among the pages of a part, ``decode`` or ``prompt``."""
-    mine: Counter[str] = Counter()
-    everything: Counter[str] = Counter()
+) -> list[TypicalText]:  # fmt: skip
+    mine, everything = Counter[str](), Counter[str]()
     for lives in all_lives:
         texts = page_texts(lives)
         of_class_P = (lives.classes_MP == which).any(0)
@@ -129,7 +98,6 @@ def telling_texts(
 
 
 def page_texts(lives: Lives) -> list[str]:
-    """Return the text of each page."""
     header = lives.header
     size, texts = header.page_size, header.texts
     glue = "" if any(text[:1].isspace() for text in texts) or size == 1 else " "

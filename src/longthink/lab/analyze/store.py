@@ -24,54 +24,31 @@ with needs_extra("analyze"):
     import pyarrow as pa
     from pyarrow import parquet
 
-MARKER = "longthink-trace"
-"""File that marks a folder of traces; it holds format, model and settings as JSON."""
+MARKER = "longthink-trace"  # file that marks a folder of traces; it holds format, model and settings as JSON
 FORMAT = 1
-PROMPT = -1
-"""`now` of the rows that hold the prompt."""
-CHUNK_STEPS = 64
-"""Decode steps per chunk; only one chunk is held in memory."""
+PROMPT = -1  # `now` of the rows that hold the prompt.
+CHUNK_STEPS = 64  # decode steps per chunk; only one chunk is held in memory
 _VECTORS = ("query", "key", "value")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What is known of one recorded problem.
-
-    Attributes
-    ----------
-    prompt_tokens
-        Tokens of the prompt (images included).
-    token_ids, texts
-        All tokens, prompt first, and the text of each. The last one was never fed to the model, so it has no step.
-    image
-        Positions of image tokens.
-    scaling
-        Factor on q.k.
-    page_size, top, vectors
-        Settings of the recording: see `longthink.lab.analyze.recorder.record`.
-    model
-        See `Loaded.describe`.
-    finish
-        ``stop`` or ``length``.
-    """
-
     task: str
     problem: str
-    prompt_tokens: int
-    token_ids: tuple[int, ...]
+    prompt_tokens: int  # images included
+    token_ids: tuple[int, ...]  # prompt first; the last was never fed, so it has no step
     texts: tuple[str, ...]
-    image: tuple[int, ...] = ()
+    image: tuple[int, ...] = ()  # positions of image tokens
     layers: int
     heads: int
     kv_heads: int
     head_dim: int
-    scaling: float
+    scaling: float  # factor on q.k
     page_size: int
     top: int
     vectors: bool
-    model: dict[str, Any] = field(default_factory=dict)
-    finish: str = "length"
+    model: dict[str, Any] = field(default_factory=dict)  # see `Loaded.describe`
+    finish: str = "length"  # ``stop`` or ``length``
 
     @property
     def steps(self) -> range:
@@ -80,7 +57,6 @@ class Header:
 
     @property
     def pages(self) -> int:
-        """Number of pages."""
         return -(-self.steps.stop // self.page_size)
 
     @classmethod
@@ -96,25 +72,13 @@ class Header:
 
 @dataclass(frozen=True)
 class TraceStep:
-    """One decode step of all layers.
+    """One decode step of all layers. Vectors are those of the new token (all for the prompt), layers first."""
 
-    Attributes
-    ----------
-    now
-        Position of the reading token; -1 for the prompt.
-    head, page, mass
-        Entries: ``layer * heads + head`` (KV heads for the prompt), page, and attention mass.
-    rest
-        Mass of each head on pages without an entry.
-    query, key, value
-        Vectors of the new token (all tokens for the prompt), layers first, or None.
-    """
-
-    now: int
-    head: NDArray[np.int64]
+    now: int  # position of the reading token; -1 for the prompt
+    head: NDArray[np.int64]  # ``layer * heads + head`` (KV heads for the prompt)
     page: NDArray[np.int32]
     mass: NDArray[np.float32]
-    rest: NDArray[np.float32]
+    rest: NDArray[np.float32]  # mass of each head on pages without an entry
     query: NDArray[np.float32] | None = None
     key: NDArray[np.float32] | None = None
     value: NDArray[np.float32] | None = None
@@ -129,21 +93,17 @@ class Trace:
 
     @classmethod
     def open(cls, path: Path) -> Trace:
-        """Open a file; `TraceError` if it is not a trace or is damaged."""
         try:
             metadata = parquet.read_metadata(path).metadata or {}
             return cls(path, Header.from_json(metadata[b"longthink"].decode()))
         except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
-            raise TraceError(
-                f"{path} is not a trace or is damaged: {' '.join(str(error).split())}"
-            ) from error
+            reason = " ".join(str(error).split())
+            raise TraceError(f"{path} is not a trace or is damaged: {reason}") from error
 
     def prompt(self) -> TraceStep:
-        """Return what is recorded of the prompt."""
         return next(self._read(first_only=True))
 
     def steps(self) -> Iterator[TraceStep]:
-        """Yield the decode steps in order; one chunk is in memory at a time."""
         return (step for step in self._read() if step.now != PROMPT)
 
     def _read(self, first_only: bool = False) -> Iterator[TraceStep]:
@@ -157,22 +117,17 @@ class Trace:
     def _unpack(self, rows: Any) -> Iterator[TraceStep]:
         header = self.header
         now = rows.column("now").to_numpy()
-        columns = {
-            name: _flat(rows.column(name)) for name in rows.column_names if name not in ("now", "layer")
-        }
+        lists = [name for name in rows.column_names if name not in ("now", "layer")]
+        columns = {name: _flat(rows.column(name)) for name in lists}
         for first in range(0, len(now), header.layers):
-            part = {}
-            for name, (values, offsets) in columns.items():
-                part[name] = values[offsets[first] : offsets[first + header.layers]]
+            after = first + header.layers
+            part = {name: values[at[first] : at[after]] for name, (values, at) in columns.items()}
             counts = part["counts"]
             yield TraceStep(
-                now=int(now[first]),
-                head=np.repeat(np.arange(len(counts)), counts),
-                page=part["pages"],
-                mass=part["mass"].astype(np.float32),
-                rest=part["rest"].astype(np.float32),
+                now=int(now[first]), head=np.repeat(np.arange(len(counts)), counts), page=part["pages"],
+                mass=part["mass"].astype(np.float32), rest=part["rest"].astype(np.float32),
                 **self._vectors(part),
-            )
+            )  # fmt: skip
 
     def _vectors(self, part: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
         header = self.header
@@ -182,7 +137,6 @@ class Trace:
 
 
 def _flat(column: Any) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """Return the values of a list column, and the offsets of its rows."""
     array = column.combine_chunks()
     chunk = array.chunk(0) if hasattr(array, "chunk") else array
     return chunk.values.to_numpy(zero_copy_only=False), chunk.offsets.to_numpy()
@@ -191,17 +145,7 @@ def _flat(column: Any) -> tuple[NDArray[Any], NDArray[np.int64]]:
 class TraceStore:
     """The traces in a folder: all of one model, recorded with the same settings.
 
-    Parameters
-    ----------
-    folder
-        Created if `settings` are given.
-    settings
-        Model and settings to record with; None opens an existing folder.
-
-    Raises
-    ------
-    TraceError
-        If the folder holds something else, is missing, or was recorded with other settings.
+    With `settings` to record with, the folder is created; without, it must exist. `TraceError` says what is wrong.
     """
 
     def __init__(self, folder: Path | str, settings: Mapping[str, Any] | None = None) -> None:
@@ -218,21 +162,19 @@ class TraceStore:
         if self.settings.pop("format", None) != FORMAT:
             raise TraceError(f"{self.folder} holds traces of another format: allowed is {FORMAT}")
         if settings is not None and self.settings != dict(settings):
-            names = {*settings, *self.settings}
-            changed = sorted(name for name in names if settings.get(name) != self.settings.get(name))
+            names = sorted({*settings, *self.settings})
+            changed = ", ".join(name for name in names if settings.get(name) != self.settings.get(name))
             raise TraceError(
-                f"{self.folder} was recorded with other settings ({', '.join(changed)}): give another folder"
+                f"{self.folder} was recorded with other settings ({changed}): give another folder"
             )
         if settings is not None:
             remove_stale(self.folder)
 
     def path(self, task: str, problem: str) -> Path:
-        """Return the file of a problem, whether it exists or not."""
         digest = hashlib.sha256(f"{task}\0{problem}".encode()).hexdigest()[:20]
         return self.folder / f"{digest}.parquet"
 
     def traces(self) -> list[Trace]:
-        """Return all complete traces by task and problem; `TraceError` if there is none or one is damaged."""
         found = [Trace.open(path) for path in sorted(self.folder.glob("*.parquet")) if path.name[0] != "."]
         if not found:
             raise TraceError(f"{self.folder} holds no complete trace yet")
@@ -248,51 +190,35 @@ def _natural(name: str) -> tuple[int, str]:
 
 
 class TraceWriter:
-    """Writes the file of one trace in chunks; complete after `close`. Use it in a ``with`` block.
-
-    Parameters
-    ----------
-    vectors
-        Whether steps come with vectors.
-    """
+    """Writes the file of one trace in chunks; complete after `close`. Use it in a ``with`` block."""
 
     def __init__(self, path: Path, *, vectors: bool) -> None:
         lists = {"counts": pa.int32(), "pages": pa.int32(), "mass": pa.float16(), "rest": pa.float16()}
         lists |= {name: pa.float32() for name in _VECTORS} if vectors else {}
-        self._schema = pa.schema(
-            [
-                ("now", pa.int32()),
-                ("layer", pa.int16()),
-                *((name, pa.list_(of)) for name, of in lists.items()),
-            ]
-        )
+        columns = {"now": pa.int32(), "layer": pa.int16()} | {
+            name: pa.list_(of) for name, of in lists.items()
+        }
+        self._schema = pa.schema(list(columns.items()))
         encodings = {"pages": "DELTA_BINARY_PACKED", "counts": "DELTA_BINARY_PACKED"}
         encodings |= {name: "BYTE_STREAM_SPLIT" for name in lists if name not in encodings}
         self._writer = parquet.ParquetWriter(
-            path,
-            self._schema,
-            compression="zstd",
-            use_dictionary=False,
-            write_statistics=False,
+            path, self._schema, compression="zstd", use_dictionary=False, write_statistics=False,
             write_page_checksum=True,
             column_encoding={f"{name}.list.element": encoding for name, encoding in encodings.items()},
-        )
+        )  # fmt: skip
         self._rows: dict[str, list[Any]] = {name: [] for name in self._schema.names}
 
     def add(self, now: int, layer: int, **lists: NDArray[Any]) -> None:
-        """Add one step of one layer."""
         for name, value in ({"now": now, "layer": layer} | lists).items():
             self._rows[name].append(value)
 
     def flush(self) -> None:
-        """Write the added steps as a chunk."""
         if self._rows["now"]:
             arrays = [_column(self._rows[one.name], one.type) for one in self._schema]
             self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
             self._rows = {name: [] for name in self._schema.names}
 
     def close(self, header: Header) -> None:
-        """Write the last chunk and the header."""
         self.flush()
         self._writer.add_key_value_metadata({"longthink": header.to_json()})
         self._writer.close()

@@ -14,27 +14,14 @@ from longthink.reasoner.reads import NeededToken, needed_tokens
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """Tokens found by the analysis against tokens needed by the worked solution.
+    """Tokens found by the analysis against tokens needed by the worked solution."""
 
-    Attributes
-    ----------
-    part
-        ``prompt`` (facts and rules) or ``decode`` (results).
-    found, needed, both
-        Tokens that some map uses beyond their neighbourhood; tokens that the solution reads beyond theirs; tokens in
-        both sets.
-    ends
-        Tokens in both whose last use is exactly the last step that needs them.
-    kinds
-        Tokens found that are milestones, or phoenixes, in the map that used them last.
-    """
-
-    part: str
-    found: int
-    needed: int
+    part: str  # ``prompt`` (facts and rules) or ``decode`` (results)
+    found: int  # that some map uses beyond their neighbourhood
+    needed: int  # that the solution reads beyond theirs
     both: int
-    ends: int
-    kinds: dict[str, int]
+    ends: int  # in both, with the last use in the last step that needs them
+    kinds: dict[str, int]  # found ones by class in the map that used them last
 
     @property
     def precision(self) -> float:
@@ -46,7 +33,6 @@ class Agreement:
 
 
 def total(parts: Sequence[Agreement]) -> Agreement:
-    """Sum over problems."""
     first, *_ = parts
     counts = {name: sum(getattr(one, name) for one in parts) for name in ("found", "needed", "both", "ends")}
     kinds = {name: sum(one.kinds[name] for one in parts) for name in first.kinds}
@@ -77,19 +63,9 @@ def _agreement(lives: Lives, part: str, needed: list[NeededToken], map_index: in
     mine_P = lives.is_prompt_P == (part == "prompt")
     last_P, kind_P = last_MP.max(0), classes_MP[last_MP.argmax(0), np.arange(last_MP.shape[1])]
     found = set(np.nonzero(mine_P & (last_P != NEVER))[0].tolist())
-    ends = {
-        token.position: token.reads[-1]
-        for token in needed
-        if mine_P[token.position] and token.reads[-1] - token.position > lives.rules.local
-    }
-    return Agreement(
-        part=part,
-        found=len(found),
-        needed=len(ends),
-        both=len(found & ends.keys()),
-        ends=sum(int(last_P[position]) == ends[position] for position in found & ends.keys()),
-        kinds={
-            one.name.lower(): sum(int(kind_P[position] == one) for position in found)
-            for one in (PageClass.MILESTONE, PageClass.PHOENIX)
-        },
-    )
+    ends = {one.position: one.reads[-1] for one in needed if mine_P[one.position]}
+    ends = {position: end for position, end in ends.items() if end - position > lives.rules.local}
+    both, classes = found & ends.keys(), (PageClass.MILESTONE, PageClass.PHOENIX)
+    kinds = {one.name.lower(): sum(int(kind_P[position] == one) for position in found) for one in classes}
+    met = sum(int(last_P[position]) == ends[position] for position in both)
+    return Agreement(part=part, found=len(found), needed=len(ends), both=len(both), ends=met, kinds=kinds)

@@ -1,11 +1,8 @@
 """What-if analysis: any policy at any budget on a recorded trace, without decoding again.
 
-Policies and page tables are those of decoding (`longthink.cache.replay`); only the attention comes from the trace. It
-is the attention of the dense run (teacher forcing): a policy that evicts something still sees the queries of a model
-that has not lost it. Recall says what was lost, not how the text would have continued.
-
-Shape suffixes: C budgets, L layers, K KV heads, G query heads per KV head, H query heads, M = L * H maps, N tokens,
-T decode steps, D head dim.
+The attention is that of the dense run (teacher forcing): a policy that evicts something still sees the queries of a
+model that has not lost it. Recall says what was lost, not how the text would have continued. Shapes: C budgets, L
+layers, K KV heads, G query heads each, H query heads, M = L * H maps, N tokens, T decode steps, D head dim.
 """
 
 from __future__ import annotations
@@ -43,36 +40,17 @@ def check_replayable(policy: Policy, trace: Trace) -> None:
 
 
 def what_if(
-    trace: Trace,
-    policies: Sequence[Policy],
-    budgets: Sequence[Budget],
-    *,
-    rules: Rules | None = None,
-    clairvoyant: bool = True,
-    on_step: Callable[[int], None] = lambda step: None,
-) -> list[Replay]:
-    """Replay policies at budgets over one trace, all in one pass.
+    trace: Trace, policies: Sequence[Policy], budgets: Sequence[Budget], *, rules: Rules | None = None,
+    clairvoyant: bool = True, on_step: Callable[[int], None] = lambda step: None,
+) -> list[Replay]:  # fmt: skip
+    """Replay policies at budgets over one trace, all in one pass; those that need no budget once.
 
-    Parameters
-    ----------
-    budgets
-        Every policy that needs a budget is replayed at each; the others once.
-    rules
-        What counts as a use and as near.
-    clairvoyant
-        Also replay Belady's rule and the optimum, at each budget, with the smallest page size of the policies.
-    on_step
-        Called with the number of steps replayed so far.
-
-    Raises
-    ------
-    TraceError
-        If the trace lacks what a policy needs, or is damaged.
+    With `clairvoyant` also Belady's rule and the optimum, with the smallest page size of the policies. `on_step` gets
+    the number of steps replayed so far. `TraceError` if the trace lacks what a policy needs, or is damaged.
     """
-    rules = rules or Rules()
+    rules, header = rules or Rules(), trace.header
     for policy in policies:
         check_replayable(policy, trace)
-    header = trace.header
     future = Future(trace, header.page_size, rules.use)
     runs = [_Run(trace, policy, budgets, future) for policy in policies]
     sizes = [policy.page_size for policy in policies if needs_budget(policy)] or [header.page_size]
@@ -111,7 +89,6 @@ class _Vectors(NamedTuple):
     value_LKD: Tensor
 
     def without(self) -> _Vectors:
-        """The attention alone."""
         return _Vectors(self.attention_LKGN, *(one[..., :0] for one in self[1:]))
 
 
@@ -123,19 +100,15 @@ def _vectors(trace: Trace, step: TraceStep, grid: Tensor) -> tuple[_Vectors, NDA
     grid[:, : step.now + 1] = 0
     grid[head, token] = torch.from_numpy(step.mass * scale_M[step.head])
     shape = (header.layers, header.kv_heads, -1, step.now + 1)
+    recorded = ((header.heads, step.query), (header.kv_heads, step.key), (header.kv_heads, step.value))
     query, key, value = (
         torch.zeros(header.layers, heads, 0) if made is None else torch.from_numpy(made)
-        for heads, made in (
-            (header.heads, step.query),
-            (header.kv_heads, step.key),
-            (header.kv_heads, step.value),
-        )
+        for heads, made in recorded
     )
     return _Vectors(grid[:, : step.now + 1].reshape(shape), query, key, value), scale_M
 
 
 def _lookups(step: TraceStep, page_size: int, rules: Rules) -> NDArray[np.bool_]:
-    """Return which maps use a page that is not near."""
     far = (step.mass > rules.use) & (step.now - ((step.page + 1) * page_size - 1) > rules.local)
     found = np.zeros(len(step.rest), dtype=bool)
     found[step.head[far]] = True
@@ -143,8 +116,6 @@ def _lookups(step: TraceStep, page_size: int, rules: Rules) -> NDArray[np.bool_]
 
 
 class _Run:
-    """One policy at several budgets, and its counts."""
-
     def __init__(self, trace: Trace, policy: Policy, budgets: Sequence[Budget], future: Future) -> None:
         header = trace.header
         self.trace, self.policy, self.future = trace, policy, future
@@ -154,11 +125,8 @@ class _Run:
         groups: dict[Policy, list[int]] = {}
         for layer in range(header.layers):
             groups.setdefault(policy.for_layer(layer), []).append(layer)
-        self.parts = [
-            (layers, ReplayedLayers(mine, self.fits, len(layers)))
-            for mine, layers in groups.items()
-            if self.fits
-        ]
+        parts = groups.items() if self.fits else ()
+        self.parts = [(layers, ReplayedLayers(mine, self.fits, len(layers))) for mine, layers in parts]
         budgets_left, maps = len(self.fits), header.layers * header.heads
         self.curve_CT = np.zeros((budgets_left, len(header.steps)), dtype=np.float32)
         self.sum_CM, self.looked_C = np.zeros((budgets_left, maps)), np.zeros(budgets_left)
@@ -168,9 +136,9 @@ class _Run:
         self.before: list[Tensor | None] = [None] * len(self.parts)
 
     def _has_room(self, budget: Budget | None) -> bool:
-        prompt = self.trace.header.prompt_tokens
         if budget is None or grows(self.policy):
             return True
+        prompt = self.trace.header.prompt_tokens
         return budget.pages(prompt, self.policy.page_size) >= self.policy.required_pages(prompt)
 
     def begin(self, prompt: TraceStep) -> None:
@@ -227,7 +195,6 @@ class _Run:
             gone[c, torch.tensor(layers)[layer], table, token[begins].long() // size] = step
 
     def replays(self) -> Iterable[Replay]:
-        """Yield the result at each budget."""
         header, steps = self.trace.header, max(1, len(self.trace.header.steps))
         for budget in self.budgets:
             known = _names(self.trace, self.name, budget, self.policy.page_size)
@@ -238,27 +205,19 @@ class _Run:
             maps_M, gone = (self.sum_CM[i] / steps).astype(np.float32), self.gone_CLKP[i]
             regrets = (gone >= 0) & (self.future.last_LKP[..., : gone.shape[-1]] >= gone)
             yield Replay(
-                **known,
-                recall=float(maps_M.mean()),
-                worst=float(maps_M.min()),
+                **known, recall=float(maps_M.mean()), worst=float(maps_M.min()),
                 lookups=float(self.looked_C[i] / self.lookups) if self.lookups else 1.0,
-                curve_T=self.curve_CT[i],
-                maps_M=maps_M,
-                evictions=int((gone >= 0).sum()),
-                regrets=int(regrets.sum()),
-                gone_LKN=gone.numpy(),
-            )
+                curve_T=self.curve_CT[i], maps_M=maps_M, evictions=int((gone >= 0).sum()),
+                regrets=int(regrets.sum()), gone_LKN=gone.numpy(),
+            )  # fmt: skip
 
 
 def _names(trace: Trace, policy: str, budget: Budget | None, page_size: int) -> dict[str, Any]:
     return {
-        "task": trace.header.task,
-        "problem": trace.header.problem,
-        "policy": policy,
+        "task": trace.header.task, "problem": trace.header.problem, "policy": policy,
         "budget": None if budget is None else budget.budget,
-        "decode_budget": None if budget is None else budget.decode_budget,
-        "page_size": page_size,
-    }
+        "decode_budget": None if budget is None else budget.decode_budget, "page_size": page_size,
+    }  # fmt: skip
 
 
 def _optimal(trace: Trace, optima: OptimalRun, budget: Budget) -> Replay:

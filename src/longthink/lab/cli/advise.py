@@ -31,8 +31,6 @@ _BUDGETS = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
 @Parameter(name="*", group=Group("Advice", sort_key=0))
 @dataclass(frozen=True, kw_only=True)
 class AdviseOptions:
-    """Options of ``longthink advise`` beside those of ``longthink trace``."""
-
     policies: str | None = None
     """Policies [default: recency, h2o, raas; with vectors also milestone]."""
     decode_budgets: str | None = None
@@ -54,19 +52,16 @@ _DEFAULTS, _PROBLEMS, _MODEL, _RECORDING = AdviseOptions(), Problems(), Model(),
 
 
 def advise(
-    *,
-    options: AdviseOptions = _DEFAULTS,
-    problems: Problems = _PROBLEMS,
-    model: Model = _MODEL,
+    *, options: AdviseOptions = _DEFAULTS, problems: Problems = _PROBLEMS, model: Model = _MODEL,
     recording: Recording = _RECORDING,
-) -> int:
+) -> int:  # fmt: skip
     """Find the policy and the smallest budget that keep what a model reads.
 
     Records a few problems, unless --out has them already, and replays policies at rising budgets.
     """
     from longthink.lab.analyze.advice import advise as rank
     from longthink.lab.analyze.advice import shape_of
-    from longthink.lab.analyze.summary import means
+    from longthink.lab.analyze.replays import means
 
     rules, loaded = read_rules(options.classes), load_model(model)
     headers = [trace.header for trace in record_traces(problems, recording, loaded).traces()]
@@ -104,9 +99,7 @@ def _key(one: Advice) -> str:
 def _grade_all(
     found: Sequence[Advice], loss: float, problems: Problems, model: Model, recording: Recording
 ) -> dict[str, dict[str, Any]]:
-    """Grade Dense, and each policy at rising budgets until it is right as often as Dense within the loss."""
-    graded = {DENSE: _grade(None, problems, model, recording)}
-    done = set()
+    graded, done = {DENSE: _grade(None, problems, model, recording)}, set()
     for one in found:
         if one.row.policy not in done:
             graded[_key(one)] = _grade(one, problems, model, recording)
@@ -116,13 +109,11 @@ def _grade_all(
 
 
 def _is_right(graded: dict[str, dict[str, Any]], one: Advice, loss: float) -> bool:
-    """Whether an advice was graded, and is right as often as Dense within the loss."""
     mine = graded.get(_key(one))
     return mine is not None and mine["share"] >= graded[DENSE]["share"] - loss
 
 
 def _grade(one: Advice | None, problems: Problems, model: Model, recording: Recording) -> dict[str, Any]:
-    """Count right answers of an advice, or of Dense, on the recorded problems."""
     from longthink.lab.evaluate.plan import Plan
     from longthink.lab.evaluate.run import run_sweep
     from longthink.lab.evaluate.summary import summarize
@@ -153,10 +144,8 @@ def _grade(one: Advice | None, problems: Problems, model: Model, recording: Reco
 def _print(best: Sequence[Advice], graded: dict[str, dict[str, Any]], options: AdviseOptions) -> None:
     if not best:
         also = " and is right as often as Dense within the loss" if options.accuracy else ""
-        write_text(
-            f"No policy keeps {1 - options.loss:.1%} of {options.measure}{also} at any of the budgets: raise --loss, "
-            "or name larger --decode-budgets\n"
-        )
+        kept, remedy = f"{1 - options.loss:.1%}", "raise --loss, or name larger --decode-budgets"
+        write_text(f"No policy keeps {kept} of {options.measure}{also} at any of the budgets: {remedy}\n")
         return
     first = best[0]
     text = (

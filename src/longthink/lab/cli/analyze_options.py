@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Group, Parameter
 
-from longthink.cli.options import ModelOptions, Switch
+from longthink.cli.options import ModelOptions, Switch, words
 from longthink.cli.terminal import note
 from longthink.lab.analyze.rules import Rules
 from longthink.models import REASONER
@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from longthink.lab.analyze.recorder import Prompt
     from longthink.models import Loaded
 
-Files = Annotated[list[Path] | None, Parameter(negative="")]
-"""Files, each with a flag of its own."""
+Files = Annotated[list[Path] | None, Parameter(negative="")]  # files, each with a flag of its own
 Classes = Annotated[
     Path | None,
     Parameter(
@@ -48,8 +47,6 @@ class Model(ModelOptions):
 @Parameter(name="*", group=Group("Problems", sort_key=1))
 @dataclass(frozen=True, kw_only=True)
 class Problems:
-    """Which problems the model solves."""
-
     tasks: str = "reasoner"
     """gsm8k, math500, aime24, aime25, aime, reasoner/SIZE/PROFILE, or the name of a file given with --data."""
     data: Files = None
@@ -63,8 +60,7 @@ class Problems:
 
     @property
     def names(self) -> list[str]:
-        """Names of the tasks."""
-        return [name.strip() for name in self.tasks.split(",") if name.strip()]
+        return words(self.tasks)
 
     def prompts(self, loaded: "Loaded") -> "Iterator[Prompt]":
         """Yield the problems as prompts for the model; skip those that its context has no room for."""
@@ -89,8 +85,6 @@ class Problems:
 @Parameter(name="*", group=Group("Recording", sort_key=3))
 @dataclass(frozen=True, kw_only=True)
 class Recording:
-    """What is recorded, and where."""
-
     page_size: int = 1
     """Tokens per page, 1 to 32."""
     top: int = 64

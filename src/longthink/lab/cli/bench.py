@@ -14,7 +14,7 @@ from cyclopts import App, Parameter
 
 from longthink.cli.app import PASSIVE
 from longthink.cli.errors import EXIT_INTERRUPTED
-from longthink.cli.options import BudgetOptions, ModelOptions, Switch, policy_specs
+from longthink.cli.options import BudgetOptions, ModelOptions, Switch, policy_specs, words
 from longthink.cli.progress import Task, progress
 from longthink.cli.terminal import note, write_json
 from longthink.config import Budget
@@ -42,65 +42,43 @@ class BenchOptions(BudgetOptions, ModelOptions):
 
     model: str = RANDOM
     """Hub id or folder of a model, "reasoner", or a random model: random: and its shape."""
-
     policies: str = "dense,raas,quest,h2o,streaming_llm,recency,random"
     """Policies to measure, separated by commas; options after colons, such as raas:r=0.25."""
-
     baselines: str = ",".join(BASELINES)
     """Dense caches of transformers to compare with, separated by commas."""
-
     lengths: str = "1024,2048,4096,8192,16384,32768"
     """Decoded tokens at which to measure, separated by commas."""
-
     fast_forward: bool = True
     """Fill the caches with random data up to each length instead of decoding."""
-
     kv_dtype: str | None = None
     """Number format of keys and values under a policy: bfloat16, float16 or float32 [default: the model's own]."""
-
     prompt: int = 128
     """Tokens of each prompt; they are random."""
-
     rows: int = 1
     """Batch size."""
-
     threads: int = 1
     """CPU threads."""
-
     out: Path | None = None
     """Result store to add the rows to; "longthink report" draws it."""
-
     json: Switch = False
     """Print one JSON document instead of the tables."""
 
     def plan(self, **more: Any) -> Plan:
-        """Return what to measure."""
         policies = policy_specs(self.policies) if self.policies else []
         return Plan(
-            model=self.model,
-            device=self.device,
-            dtype=self.dtype,
-            policies=tuple(dict.fromkeys(policies)),
+            model=self.model, device=self.device, dtype=self.dtype, policies=tuple(dict.fromkeys(policies)),
             baselines=tuple(dict.fromkeys(words(self.baselines))),
             budget=Budget(**(self.given_budget or {"budget": DEFAULT_BUDGET})),
-            lengths=integers("lengths", self.lengths),
-            prompt=self.prompt,
-            rows=self.rows,
-            threads=self.threads,
-            kv_dtype=self.kv_dtype,
-            fast_forward=self.fast_forward,
-            **more,
-        )
+            lengths=integers("lengths", self.lengths), prompt=self.prompt, rows=self.rows,
+            threads=self.threads, kv_dtype=self.kv_dtype, fast_forward=self.fast_forward, **more,
+        )  # fmt: skip
 
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class JctOptions(BenchOptions):
-    """Options of ``longthink bench jct``."""
-
     repeats: int = 5
     """Timed blocks of 32 steps of each cache at each length."""
-
     compile: Switch = False
     """Measure each policy with a compiled decode step as well."""
 
@@ -108,20 +86,15 @@ class JctOptions(BenchOptions):
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class MemoryOptions(BenchOptions):
-    """Options of ``longthink bench memory``."""
-
     baselines: str = "dynamic,static"
     """Dense caches of transformers to compare with, separated by commas."""
-
     lengths: str = "512,1024,2048"
     """Decoded tokens at which to measure, separated by commas."""
-
     fast_forward: bool = False
     """Fill the caches with random data up to each length instead of decoding."""
 
 
-_JCT = JctOptions()
-_MEMORY = MemoryOptions()
+_JCT, _MEMORY = JctOptions(), MemoryOptions()
 
 
 @bench_app.command
@@ -159,13 +132,9 @@ def memory(*, options: MemoryOptions = _MEMORY) -> int:
 
 
 def _run(
-    measure: Callable[[Report], Iterator[Measurement]],
-    work: AbstractContextManager[Task],
-    plan: Plan,
-    store: ResultStore | None,
-    options: BenchOptions,
-) -> int:
-    """Measure, store each row at once, and print all of them, also after an interrupt."""
+    measure: Callable[[Report], Iterator[Measurement]], work: AbstractContextManager[Task], plan: Plan,
+    store: ResultStore | None, options: BenchOptions,
+) -> int:  # fmt: skip
     rows: list[Measurement] = []
     setup = {"budget": str(plan.budget), "threads": plan.threads, "fast_forwarded": plan.fast_forward}
     setup |= conditions()
@@ -186,7 +155,7 @@ def _run(
 
         write_json({"conditions": setup, "rows": [to_row(row) for row in rows]})
     elif rows:
-        from longthink.lab.cli.bench_tables import print_measurements
+        from longthink.lab.cli.tables import print_measurements
 
         print_measurements(rows, setup)
     return code
@@ -202,33 +171,15 @@ def open_store(folder: Path | None) -> ResultStore | None:
 
 
 def conditions() -> dict[str, Any]:
-    """Return software, hardware and load of a run, ready for JSON."""
-    return {
-        **{name: os.environ.get(name) for name in PASSIVE},
-        "versions": versions(),
-        "hardware": hardware(),
-        "load_before": load(),
-    }
+    waits = {name: os.environ.get(name) for name in PASSIVE}
+    return waits | {"versions": versions(), "hardware": hardware(), "load_before": load()}
 
 
 def load() -> float | None:
-    """Return the load average of the last minute; None where the system has none."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
-def words(text: str) -> list[str]:
-    """Split a comma-separated option."""
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
 def integers(field: str, text: str) -> tuple[int, ...]:
-    """Parse a comma-separated option of integers.
-
-    Raises
-    ------
-    ValueError
-        If a word is not an integer.
-    """
     numbers = []
     for word in words(text):
         try:

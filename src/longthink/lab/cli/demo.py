@@ -26,8 +26,7 @@ from longthink.config import Budget, check_int
 from longthink.environment import cores, versions
 from longthink.lab.cli.lanes import Course, Helper, helpers, race
 from longthink.lab.cli.picture import Panel, render, save_png
-from longthink.lab.cli.race import ENDS, Outcome, Runner, outcome
-from longthink.lab.cli.residents import ResidentLog
+from longthink.lab.cli.race import ENDS, Outcome, ResidentLog, Runner, outcome
 
 if TYPE_CHECKING:
     from longthink.models import Loaded
@@ -41,24 +40,17 @@ DECODE_BUDGET = 768
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions(ProblemOptions, BudgetOptions):
-    """Options of ``longthink demo``."""
-
     size: SizeName = "xl"
     """Length of the chain of thought."""
-
     seed: int = 1
     """Seed of the problem."""
-
     policies: str = POLICIES
     """Policies to compare, separated by commas; options after colons, such as dense,raas:r=0.25."""
-
     png: Path = Path("longthink-demo.png")
     """Where to save the picture."""
-
     workers: int | None = None
     """Policies that run at the same time, each in a process with a model of its own [default: the number of cores].
     With 1 nothing disturbs the measured times."""
-
     json: Switch = False
     """Print one JSON document instead of the tables."""
 
@@ -101,10 +93,8 @@ def demo(*, options: DemoOptions = _DEFAULTS) -> int:
         limit = len(solution) + len(solution) // 10 + 2
         workers = _race(runners, loaded, Course(prompt=problem.prompt, budget=budget, limit=limit), helping)
     results = [(runner, outcome(runner, problem, solution)) for runner in runners]
-    panels = [
-        Panel(name=one.name, verdict=f"{end.verdict}, {size_text(one.held['kv_bytes'])}", log=one.log)
-        for one, end in results
-    ]
+    verdicts = [f"{end.verdict}, {size_text(one.held['kv_bytes'])}" for one, end in results]
+    panels = [Panel(one.name, text, one.log) for one, text in zip(runners, verdicts, strict=True)]
     clock.append(time.perf_counter())
     picture = None
     if find_spec("matplotlib") is None:
@@ -128,8 +118,6 @@ def demo(*, options: DemoOptions = _DEFAULTS) -> int:
 
 
 def _race(runners: list[Runner], loaded: Loaded, course: Course, helping: list[Helper]) -> int:
-    """Run all policies, with a live table on a terminal and plain lines elsewhere; return how many ran at a time."""
-
     @contextmanager
     def lines(runner: Runner) -> Iterator[Callable[[], None]]:
         with progress(runner.name, total=course.limit, unit="tokens") as task:

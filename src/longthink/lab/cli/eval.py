@@ -20,8 +20,7 @@ from longthink.lab.cli.eval_view import print_summaries, watching
 if TYPE_CHECKING:
     from longthink.lab.evaluate.sweep import Sweep
 
-DEFAULT_OUT = "results"
-"""Default folder of the store."""
+DEFAULT_OUT = "results"  # default folder of the store
 
 
 @Parameter(name="*", group=Group("Problems", sort_key=0))
@@ -42,8 +41,6 @@ class ProblemFlags:
 @Parameter(name="*", group=Group("Policies", sort_key=1))
 @dataclass(frozen=True, kw_only=True)
 class PolicyFlags:
-    """What is compared."""
-
     policies: str | None = None
     """Such as dense,raas:r=0.25 [default: dense]."""
     budgets: str | None = None
@@ -55,8 +52,6 @@ class PolicyFlags:
 @Parameter(name="*", group=Group("Model", sort_key=2))
 @dataclass(frozen=True, kw_only=True)
 class ModelFlags:
-    """Which model."""
-
     model: str | None = None
     """Hub id or local folder [default: reasoner, the built-in one]."""
     device: str | None = None
@@ -68,8 +63,6 @@ class ModelFlags:
 @Parameter(name="*", group=Group("Decoding", sort_key=3))
 @dataclass(frozen=True, kw_only=True)
 class DecodingFlags:
-    """How answers are decoded."""
-
     temperature: float | None = None
     """Softmax temperature [default: 0, greedy]."""
     samples: int | None = None
@@ -83,8 +76,6 @@ class DecodingFlags:
 @Parameter(name="*", group=Group("Run", sort_key=4))
 @dataclass(frozen=True, kw_only=True)
 class RunFlags:
-    """Where and with what it runs."""
-
     config: Path | None = None
     """YAML or TOML file with any of these settings and the less common ones (docs/evaluation.md); flags take
     precedence."""
@@ -104,7 +95,6 @@ _PROBLEMS, _POLICIES, _MODEL, _DECODING, _RUN = (
 
 
 def given(*groups: Any) -> dict[str, Any]:
-    """Return the settings that were given on the command line, by name."""
     values = {field.name: getattr(group, field.name) for group in groups for field in fields(group)}
     values = {
         name: value for name, value in values.items() if value is not None and name not in ("config", "json")
@@ -115,13 +105,9 @@ def given(*groups: Any) -> dict[str, Any]:
 
 
 def evaluate(
-    *,
-    problems: ProblemFlags = _PROBLEMS,
-    policies: PolicyFlags = _POLICIES,
-    model: ModelFlags = _MODEL,
-    decoding: DecodingFlags = _DECODING,
-    run: RunFlags = _RUN,
-) -> int:
+    *, problems: ProblemFlags = _PROBLEMS, policies: PolicyFlags = _POLICIES, model: ModelFlags = _MODEL,
+    decoding: DecodingFlags = _DECODING, run: RunFlags = _RUN,
+) -> int:  # fmt: skip
     """Measure the accuracy of policies at budgets on problem sets.
 
     Every sample is stored as soon as it is complete; after an interruption the same command makes what is missing.
@@ -133,8 +119,7 @@ def evaluate(
 
     from_file = {} if run.config is None else read_settings(run.config.expanduser())
     plan, settings = make_plan(from_file | given(problems, policies, model, decoding, run))
-    workers = settings.get("workers")
-    if workers is not None:
+    if (workers := settings.get("workers")) is not None:
         check_int("workers", workers, 1)
     # Problem sets first: if they cannot be read, no empty store must stay.
     tasks = plan.load_tasks()
@@ -144,16 +129,14 @@ def evaluate(
         with watching(sweep):
             run_sweep(sweep, workers=workers, ray=settings.get("ray"))
     except KeyboardInterrupt:
-        note(
-            f"interrupted: {sweep.total.made} samples were made and are stored; the same command goes on from there"
-        )
+        made = f"{sweep.total.made} samples were made and are stored"
+        note(f"interrupted: {made}; the same command goes on from there")
         code = EXIT_INTERRUPTED
     if sweep.identity is not None:
         _show(sweep, run.json)
     died = f"; {sweep.lost_workers} workers died on the way" if sweep.lost_workers else ""
-    note(
-        f"{sweep.total.made} samples made, {sweep.total.stored} were there, all in {sweep.store.folder}{died}"
-    )
+    total = sweep.total
+    note(f"{total.made} samples made, {total.stored} were there, all in {sweep.store.folder}{died}")
     return code
 
 
@@ -166,14 +149,6 @@ def _show(sweep: "Sweep", as_json: bool) -> None:
         return
     total = sweep.total
     outcome = {"stored": total.stored, "made": total.made, "lost_workers": sweep.lost_workers}
-    write_json(
-        {
-            "plan": asdict(sweep.plan),
-            "store": str(sweep.store.folder),
-            "complete": sweep.is_complete,
-            "outcome": outcome,
-            "rows": [asdict(row) for row in rows],
-            "versions": versions(),
-            "hardware": hardware(),
-        }
-    )
+    document = {"plan": asdict(sweep.plan), "store": str(sweep.store.folder), "complete": sweep.is_complete}
+    document |= {"outcome": outcome, "rows": [asdict(row) for row in rows]}
+    write_json(document | {"versions": versions(), "hardware": hardware()})

@@ -18,13 +18,11 @@ if TYPE_CHECKING:
     from longthink.lab.evaluate.summary import Summary
     from longthink.lab.evaluate.sweep import Sweep, Tally
 
-MAX_ROWS = 12
-"""Configurations shown at a time: those in progress first."""
+MAX_ROWS = 12  # configurations shown at a time: those in progress first
 
 
 @contextmanager
 def watching(sweep: Sweep) -> Iterator[None]:
-    """Show the progress of a sweep while the ``with`` block runs."""
     started = time.monotonic()
     if not is_terminal(sys.stderr):
         next_line = started + FIRST_LINE_S
@@ -50,7 +48,6 @@ def watching(sweep: Sweep) -> Iterator[None]:
 
 
 def progress_line(total: Tally, seconds: float) -> str:
-    """Return samples done, accuracy and time left as one line."""
     parts = [f"{total.total - total.left}/{total.total} samples"]
     if total.made:
         minutes, rest = divmod(int(total.left * seconds / total.made), 60)
@@ -78,26 +75,16 @@ def _progress_table(sweep: Sweep, seconds: float) -> Table:
 
 def print_summaries(rows: Sequence[Summary]) -> None:
     """Print the results; columns that say nothing about any row are left out."""
-    optional = {
-        "majority": ["" if row.majority is None else f"{row.majority:.1%}" for row in rows],
-        "no room": [str(row.no_room or "") for row in rows],
-        "NaN": [str(row.nan or "") for row in rows],
-    }
-    shown = {heading: cells for heading, cells in optional.items() if any(cells)}
+    majority = ["" if row.majority is None else f"{row.majority:.1%}" for row in rows]
+    shown = {"majority": majority, "no room": [str(row.no_room or "") for row in rows]}
+    shown["NaN"] = [str(row.nan or "") for row in rows]
+    shown = {heading: cells for heading, cells in shown.items() if any(cells)}
     table = [
-        [
-            row.policy,
-            budget_text(row.budget, row.decode_budget),
-            row.task,
-            str(row.problems),
-            f"{row.accuracy:.1%}",
-            f"{100 * row.low:.0f}-{row.high:.0%}",
-            f"{row.tokens:.0f}",
-            f"{row.truncated / row.samples:.0%}",
-            *(cells[i] for cells in shown.values()),
-        ]
+        [row.policy, budget_text(row.budget, row.decode_budget), row.task, str(row.problems),
+         f"{row.accuracy:.1%}", f"{100 * row.low:.0f}-{row.high:.0%}", f"{row.tokens:.0f}",
+         f"{row.truncated / row.samples:.0%}", *(cells[i] for cells in shown.values())]
         for i, row in enumerate(rows)
-    ]
+    ]  # fmt: skip
     headings = ("policy", "budget", "task", "n", "right", "interval", "tokens", "cut", *shown)
     caption = "right: pass@1, with Wilson 95 % interval; cut: share of answers that hit the token limit"
     write_table(policy_table(headings, table, caption=caption))

@@ -31,10 +31,7 @@ def lm_eval(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True)]) ->
 
 
 def _check_budget(arguments: Sequence[str]) -> None:
-    """Refuse a policy and a budget that do not suit each other, before the harness loads for a minute.
-
-    What cannot be read here, such as a configuration file, is left to the harness.
-    """
+    """Refuse a policy and a budget that do not suit each other, before the harness loads for a minute."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--model", "-M")
     parser.add_argument("--model_args", "-a", nargs="*", action="extend", default=[])
@@ -55,7 +52,6 @@ def _check_budget(arguments: Sequence[str]) -> None:
 
 
 def _model_values(words: Sequence[str]) -> dict[str, Any]:
-    """Read ``a=1,b=2``, in one word or several, or a JSON object."""
     text = ",".join(words).strip()
     if text.startswith("{"):
         return dict(json.loads(text))

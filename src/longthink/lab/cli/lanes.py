@@ -10,22 +10,20 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from longthink.cli.decode import Decoded
 from longthink.cli.prompts import encode_prompt
-from longthink.lab.cli.race import Runner, run_policy
-from longthink.lab.cli.residents import ResidentLog
+from longthink.lab.cli.race import ResidentLog, Runner, run_policy
 from longthink.lab.processes import Child, Parent, serve
 
 if TYPE_CHECKING:
     from longthink.models import Loaded
 
-Helper = Child
-"""A process that runs policies beside this one."""
+Helper = Child  # A process that runs policies beside this one.
 Shown = Callable[[Runner], AbstractContextManager[Callable[[], None]]]
 """Opens the display of a run; the context's value is called after every change."""
 
@@ -43,39 +41,21 @@ class Course:
 
 @contextmanager
 def helpers(count: int) -> Iterator[list[Helper]]:
-    """Start helpers, which begin to load the model, and end them with the ``with`` block."""
-    started: list[Helper] = []
-    try:
-        for _ in range(count):
-            started.append(Helper("longthink.lab.cli.lanes"))
-        yield started
-    finally:
-        for child in started:
-            child.close()
+    with ExitStack() as stack:
+        yield [stack.enter_context(closing(Helper("longthink.lab.cli.lanes"))) for _ in range(count)]
 
 
 def race(
     runners: Sequence[Runner], loaded: Loaded, course: Course, helping: Sequence[Helper], shown: Shown
 ) -> int:
-    """Run every policy, in all processes at once, and return how many processes ran one.
-
-    Parameters
-    ----------
-    runners
-        The policies; each runner is filled while it runs.
-    loaded
-        The model of this process.
-    shown
-        Called in the thread that follows a run.
-    """
+    """Run every policy, in all processes at once; return how many ran one. A run is followed in `shown`."""
     waiting = deque(runners)
     useful: set[int] = set()
-    threads = [
-        threading.Thread(target=_follow, args=(helper, waiting, course, shown, useful), daemon=True)
-        for helper in helping
-    ]
-    for thread in threads:
-        thread.start()
+    threads = []
+    for helper in helping:
+        args = (helper, waiting, course, shown, useful)
+        threads.append(threading.Thread(target=_follow, args=args, daemon=True))
+        threads[-1].start()
     while waiting:
         _run_waiting(waiting, loaded, course, shown)
         for thread in threads:
@@ -98,7 +78,6 @@ def _next(waiting: deque[Runner]) -> Runner | None:
 
 
 def _follow(helper: Helper, waiting: deque[Runner], course: Course, shown: Shown, useful: set[int]) -> None:
-    """Give a helper one policy after another, and fill the runners with its reports."""
     try:
         helper.receive()
     except Exception:
@@ -152,7 +131,6 @@ def _reports(parent: Parent, runner: Runner) -> Iterator[Callable[[], None]]:
 
 
 def _live(runner: Runner) -> dict[str, Any]:
-    """What changes all the time, and is small."""
     return {name: getattr(runner, name) for name in ("tokens", "tail", "ms", "held")}
 
 

@@ -7,8 +7,8 @@ that hold the token, in the colours of "cividis", a map for colour-blind readers
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from rich.color import Color
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-from longthink.lab.cli.residents import Grid, ResidentLog, pooled
+from longthink.lab.cli.race import Grid, ResidentLog, pooled
 
 _EVICTED, _PROMPT = "#dcdcdc", "#c44e00"
 _RAMP_ON_DARK = ((0x00, 0x22, 0x4E), (0x57, 0x5C, 0x6D), (0xA6, 0x9D, 0x75), (0xFD, 0xE7, 0x37))
@@ -24,8 +24,7 @@ _EVICTED_ON_DARK, _NOT_WRITTEN = (0x3A, 0x3A, 0x3A), (0, 0, 0)
 _FRAME = "dark_orange3"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Panel:
+class Panel(NamedTuple):
     name: str
     verdict: str
     log: ResidentLog
@@ -36,7 +35,6 @@ def _extent(panels: Sequence[Panel]) -> tuple[int, int]:
 
 
 def save_png(panels: Sequence[Panel], path: Path, *, title: str) -> None:
-    """Write the picture to ``path``; needs matplotlib."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -60,14 +58,11 @@ def save_png(panels: Sequence[Panel], path: Path, *, title: str) -> None:
         axis.set_title(f"{panel.name}\n{panel.verdict}", fontsize="medium", parse_math=False)
         axis.set(xlim=(0, steps), ylim=(0, positions), xlabel="decode step (tokens)")
     axes[0].set_ylabel("position in the text (tokens)")
-    figure.colorbar(
-        image, ax=list(axes), label="share of page tables (layer, KV head) holding the token", pad=0.01
-    )
-    legend = [
-        Patch(facecolor=_EVICTED, label="evicted everywhere"),
-        Patch(facecolor="white", edgecolor="#999999", label="not written yet"),
-    ]
-    axes[0].legend(handles=legend, loc="upper left", fontsize="small", framealpha=1.0)
+    label = "share of page tables (layer, KV head) holding the token"
+    figure.colorbar(image, ax=list(axes), label=label, pad=0.01)
+    evicted = Patch(facecolor=_EVICTED, label="evicted everywhere")
+    empty = Patch(facecolor="white", edgecolor="#999999", label="not written yet")
+    axes[0].legend(handles=[evicted, empty], loc="upper left", fontsize="small", framealpha=1.0)
     figure.suptitle(title, parse_math=False)
     figure.savefig(path, format="png")
 
@@ -87,11 +82,8 @@ def render(panels: Sequence[Panel], console: Console, *, rows: int = 18) -> list
     for panel in panels:
         grid = pooled(panel.log, rows=cells, columns=width, positions=positions, steps=steps)
         blocks.append(_framed(panel, draw(grid[::-1]), positions, steps))
-    lines = [
-        Text("  ").join(parts)
-        for start in range(0, len(blocks), side_by_side)
-        for parts in zip(*blocks[start : start + side_by_side], strict=True)
-    ]
+    rows_of_blocks = [blocks[i : i + side_by_side] for i in range(0, len(blocks), side_by_side)]
+    lines = [Text("  ").join(parts) for row in rows_of_blocks for parts in zip(*row, strict=True)]
     axes = Text(f"{'':6}up: position in the text   right: decode step   ").append("┃", _FRAME)
     (samples,) = draw(np.tile([0.0, 0.1, 0.4, 0.7, 1.0], (cells // rows, 1)))
     key = Text.assemble(
@@ -101,7 +93,6 @@ def render(panels: Sequence[Panel], console: Console, *, rows: int = 18) -> list
 
 
 def _framed(panel: Panel, body: list[Text], positions: int, steps: int) -> list[Text]:
-    """Return one panel: its title, its rows with a scale of positions, and a scale of steps."""
     width = len(body[0])
     lines = [Text(f"{'':6}{text[:width]:{width}}") for text in (panel.name, panel.verdict)]
     lines[0].stylize("bold")

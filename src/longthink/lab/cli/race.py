@@ -1,4 +1,4 @@
-"""How one policy runs in the demo, and how well it did."""
+"""How one policy runs in the demo, which tokens its cache held over time, and how well it did."""
 
 from __future__ import annotations
 
@@ -8,16 +8,58 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from longthink.cli.decode import Decoded, decode
-from longthink.lab.cli.residents import ResidentLog
 
 if TYPE_CHECKING:
+    from longthink.hf import PagedCache
     from longthink.models import Loaded
     from longthink.policies import Policy
     from longthink.reasoner import Problem
 
+Grid = NDArray[np.float64]
 SAMPLES = 150  # of the resident tokens, over the whole text
 ENDS = 100  # tokens that count as "early" (after the first) and as "late"
+
+
+@dataclass
+class ResidentLog:
+    """Samples of what a cache holds: ``steps`` are their decode steps, ``prompt`` is the prompt's length."""
+
+    prompt: int
+    steps: list[int] = field(default_factory=list)
+    _samples: list[Grid] = field(default_factory=list)
+
+    def sample(self, cache: PagedCache, step: int) -> None:
+        held = [head for layer in range(len(cache.layers)) for head in cache.resident_positions(layer)[0]]
+        positions = np.concatenate([np.asarray(head, dtype=np.int64) for head in held])
+        self.steps.append(step)
+        self._samples.append(np.bincount(positions, minlength=cache.get_seq_length()) / len(held))
+
+    def share_YX(self) -> Grid:
+        """Return the share of page tables (layer and KV head) that hold a position; NaN before it is written."""
+        grid = np.full((max(map(len, self._samples), default=0), len(self._samples)), np.nan)
+        for x, sample in enumerate(self._samples):
+            grid[: len(sample), x] = sample
+        return grid
+
+
+def pooled(log: ResidentLog, *, rows: int, columns: int, positions: int, steps: int) -> Grid:
+    """Return a log as ``rows`` x ``columns`` cells that span ``positions`` tokens and ``steps`` decode steps.
+
+    A cell is the mean over its positions at its last sample, NaN before they are written and after the text's end.
+    """
+    share_YX = log.share_YX()
+    start_X = np.arange(columns) * steps / columns
+    sample_X = np.searchsorted(log.steps, start_X + steps / columns, side="right") - 1
+    shown_X = (sample_X >= 0) & (start_X < log.steps[-1])
+    picked_YX = np.full((positions, columns), np.nan)
+    picked_YX[: len(share_YX), shown_X] = share_YX[:, sample_X[shown_X]]
+    member_RY = (np.arange(positions) * rows // positions == np.arange(rows)[:, None]).astype(float)
+    with np.errstate(invalid="ignore"):
+        return (member_RY @ np.nan_to_num(picked_YX)) / (member_RY @ ~np.isnan(picked_YX))
 
 
 @dataclass
@@ -58,14 +100,9 @@ class Outcome:
 
 
 def run_policy(
-    runner: Runner,
-    loaded: Loaded,
-    inputs: dict[str, Any],
-    budget: dict[str, Any],
-    *,
-    limit: int,
+    runner: Runner, loaded: Loaded, inputs: dict[str, Any], budget: dict[str, Any], *, limit: int,
     on_change: Callable[[], None],
-) -> None:
+) -> None:  # fmt: skip
     """Decode at most ``limit`` tokens greedily, and update ``runner`` after each, before calling ``on_change``.
 
     ``inputs`` is the encoded prompt, ``budget`` the budget arguments of ``make_cache`` for policies that need one.
@@ -94,14 +131,14 @@ def run_policy(
                 clock = time.perf_counter()
             on_change()
 
-        greedy: dict[str, Any] = {"max_new_tokens": limit, "do_sample": False, "num_beams": 1}
-        model, tokenizer = loaded.model, loaded.tokenizer
-        runner.decoded = decode(model, tokenizer, inputs, cache, on_text=on_text, on_step=on_step, **greedy)
+        runner.decoded = decode(
+            loaded.model, loaded.tokenizer, inputs, cache, on_text=on_text, on_step=on_step,
+            max_new_tokens=limit, do_sample=False, num_beams=1,
+        )  # fmt: skip
         sample()
 
 
 def outcome(runner: Runner, problem: Problem, solution: list[int]) -> Outcome:
-    """Judge a finished run against the problem and the token ids of its worked solution."""
     from longthink.reasoner import grade
 
     decoded = runner.decoded

@@ -33,7 +33,6 @@ def trace(*, problems: Problems = _PROBLEMS, model: Model = _MODEL, recording: R
 
 
 def record_traces(problems: Problems, recording: Recording, loaded: Loaded) -> TraceStore:
-    """Record the problems that the folder does not have yet."""
     from longthink.lab.analyze.recorder import record
 
     total = 0
@@ -45,14 +44,7 @@ def record_traces(problems: Problems, recording: Recording, loaded: Loaded) -> T
             task.advance_to(total, f"{prompt.task} {prompt.problem}: {tokens}")
 
         return record(
-            loaded.model,
-            loaded.tokenizer,
-            problems.prompts(loaded),
-            recording.out.expanduser(),
-            page_size=recording.page_size,
-            top=recording.top,
-            vectors=recording.with_vectors,
-            name=loaded.name,
-            describe=loaded.describe() | {"revision": loaded.revision},
-            on_step=on_step,
-        )
+            loaded.model, loaded.tokenizer, problems.prompts(loaded), recording.out.expanduser(),
+            page_size=recording.page_size, top=recording.top, vectors=recording.with_vectors,
+            name=loaded.name, describe=loaded.describe() | {"revision": loaded.revision}, on_step=on_step,
+        )  # fmt: skip

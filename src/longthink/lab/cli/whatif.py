@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cyclopts import Parameter
 
-from longthink.cli.options import Switch, policy_list
+from longthink.cli.options import Switch, policy_list, words
 from longthink.cli.progress import progress
 from longthink.cli.terminal import write_json, write_table, write_text
 from longthink.lab.cli.analyze_options import Classes, read_rules
@@ -19,10 +19,9 @@ from longthink.lab.cli.tables import budget_text, policy_table
 if TYPE_CHECKING:
     from longthink.config import Budget
     from longthink.lab.analyze.correlation import Correlation
-    from longthink.lab.analyze.replays import Replay
+    from longthink.lab.analyze.replays import Mean, Replay
     from longthink.lab.analyze.rules import Rules
     from longthink.lab.analyze.store import Trace
-    from longthink.lab.analyze.summary import Mean
     from longthink.lab.results.store import ResultStore
     from longthink.policies import Policy
 
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class WhatIfOptions:
-    """Options of ``longthink what-if``."""
-
     policies: str = "recency,h2o:pin_prompt=True,raas:score=exact,random"
     """Policies, separated by commas. Those that look at keys need a trace recorded --with-vectors."""
     budgets: str | None = None
@@ -65,9 +62,8 @@ def what_if(traces: Path, /, *, options: WhatIfOptions = _DEFAULTS) -> int:
         Folder written by "longthink trace".
     """
     from longthink.lab.analyze.correlation import correlate
-    from longthink.lab.analyze.replays import load_replays, save_replays
+    from longthink.lab.analyze.replays import load_replays, means, save_replays
     from longthink.lab.analyze.store import TraceStore
-    from longthink.lab.analyze.summary import means
     from longthink.lab.results.store import ResultStore
 
     policies, budgets = policy_list(options.policies), budget_list(options.budgets, options.decode_budgets)
@@ -76,15 +72,11 @@ def what_if(traces: Path, /, *, options: WhatIfOptions = _DEFAULTS) -> int:
     found = replay_all(traces, policies, budgets, rules, clairvoyant=not options.no_clairvoyant)
     store = TraceStore(traces.expanduser())
     save_replays(store, found, rules)
-    rows = means(found)
-    correlations = []
+    rows, correlations = means(found), []
     if answers is not None:  # includes earlier replays with the same rules
         correlations = correlate(load_replays(store)[0], _right_answers(answers, store.settings["model"]))
     if options.json:
-        tables = {
-            "rows": [asdict(row) for row in rows],
-            "correlations": [asdict(one) for one in correlations],
-        }
+        tables = {"rows": [*map(asdict, rows)], "correlations": [*map(asdict, correlations)]}
         write_json({"rules": asdict(rules)} | tables)
     else:
         _print_means(rows)
@@ -93,12 +85,8 @@ def what_if(traces: Path, /, *, options: WhatIfOptions = _DEFAULTS) -> int:
 
 
 def _right_answers(store: ResultStore, model: str) -> dict[Any, float]:
-    """Share of right answers of each task, problem, policy and budget."""
-    rows = store.query(
-        "SELECT task, problem, policy, budget, decode_budget, avg(correct::INT) AS share FROM samples "
-        "WHERE model = ? GROUP BY ALL",
-        (model,),
-    )
+    shares = "SELECT task, problem, policy, budget, decode_budget, avg(correct::INT) AS share FROM samples"
+    rows = store.query(f"{shares} WHERE model = ? GROUP BY ALL", (model,))
     return {tuple(row.values())[:-1]: row["share"] for row in rows}
 
 
@@ -120,18 +108,11 @@ def _print_correlations(correlations: Sequence[Correlation]) -> None:
 
 
 def budget_list(budgets: str | None, decode_budgets: str | None) -> list[Budget]:
-    """Return the budgets of two lists of numbers.
-
-    Raises
-    ------
-    ValueError
-        If there is none, or one is not a number.
-    """
     from longthink.config import Budget
 
     def numbers(name: str, text: str | None) -> list[int]:
         try:
-            return [int(part) for part in (text or "").split(",") if part.strip()]
+            return [int(word) for word in words(text or "")]
         except ValueError:
             raise ValueError(f"{name}={text!r} must be numbers separated by commas") from None
 
@@ -145,7 +126,6 @@ def budget_list(budgets: str | None, decode_budgets: str | None) -> list[Budget]
 def replay_all(
     folder: Path, policies: Sequence[Policy], budgets: Sequence[Budget], rules: Rules, *, clairvoyant: bool
 ) -> list[Replay]:
-    """Replay policies at budgets over all traces of a folder, with progress."""
     from longthink.lab.analyze.store import TraceStore
     from longthink.lab.analyze.whatif import check_replayable, what_if
 

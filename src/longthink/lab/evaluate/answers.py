@@ -33,7 +33,6 @@ def last_box(text: str) -> str | None:
 
 
 def last_answer_line(text: str) -> str | None:
-    """Return what follows ``####`` or ``A:`` on the last line that begins with one, without thousands separators."""
     found = None
     for line in _ANSWER_LINE.finditer(text):
         found = line[1].strip() or found
@@ -41,11 +40,9 @@ def last_answer_line(text: str) -> str | None:
 
 
 def stated_answer(text: str) -> str | None:
-    r"""Return the last marked answer of a text: a ``\boxed{}``, else a line with ``####`` or ``A:``."""
     return last_box(text) or last_answer_line(text)
 
 
 def parts_to_read(text: str) -> list[str]:
-    """Return the parts to search for an answer, in order: the text after a thinking block, then the whole text."""
     _, end, after = text.rpartition(_END_OF_THINKING)
     return [after, text] if end and after.strip() else [text]

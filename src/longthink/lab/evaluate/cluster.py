@@ -17,12 +17,9 @@ from longthink.lab.evaluate.plan import CacheConfig, Identity, Plan, Unit
 from longthink.lab.evaluate.solver import Solver
 from longthink.lab.evaluate.sweep import Sweep
 from longthink.lab.evaluate.workers import Workers
-from longthink.lab.results.records import Sample
 
-LOCAL = "local"
-"""Address that starts a cluster on this machine for the time of the sweep."""
-BATCHES = 4
-"""Maximum size of a shard, in batches."""
+LOCAL = "local"  # address that starts a cluster on this machine for the time of the sweep
+BATCHES = 4  # maximum size of a shard, in batches
 _CONNECT_S = 10.0
 
 
@@ -73,11 +70,9 @@ class RayWorkers(Workers):
         resources = ray.cluster_resources()
         gpus = int(resources.get("GPU", 0)) if sweep.plan.device != "cpu" else 0
         self._slots = count or max(1, gpus or int(resources.get("CPU", 1)))
-        self._task = ray.remote(
-            num_cpus=1, num_gpus=1 if gpus else 0, max_retries=0, num_returns="streaming"
-        )(_shard)
-        # Streams of results, with their slot and units.
-        self._running: dict[Any, tuple[int, list[Unit]]] = {}
+        options: dict[str, Any] = {"num_cpus": 1, "num_gpus": 1 if gpus else 0, "max_retries": 0}
+        self._task = ray.remote(num_returns="streaming", **options)(_shard)
+        self._running: dict[Any, tuple[int, list[Unit]]] = {}  # streams of results, with their slot and units
         self.idle = list(range(1, self._slots))
         self._submit(0, None, [])  # a shard without units reports which model it is
 
@@ -119,10 +114,7 @@ class RayWorkers(Workers):
                 self.sweep.finish(units[number], sample)
 
 
-def _shard(
-    plan: Plan, cache: CacheConfig | None, units: list[Unit]
-) -> Iterator[Identity | tuple[int, Sample]]:
-    """Ray task: yield the model's identity, then number and sample of each unit when it is finished."""
+def _shard(plan: Plan, cache: CacheConfig | None, units: list[Unit]) -> Iterator[Any]:
     solver = _solver(plan)
     yield solver.identity
     if cache is not None:
@@ -133,5 +125,4 @@ def _shard(
 
 @cached
 def _solver(plan: Plan) -> Solver:
-    """Keep the model for the next shard of the same process."""
     return Solver(plan)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from longthink.errors import DataError, needs_extra
 from longthink.lab.evaluate.answers import stated_answer
@@ -27,53 +27,30 @@ Records = Iterator[tuple[str, Mapping[str, Any]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One problem.
-
-    Attributes
-    ----------
-    id
-        Identifier within the task: its own, else the first digits of the SHA-256 of the question; the seed of a
-        built-in problem.
-    question, gold
-        The question and the right final answer; for built-in tasks the whole prompt, and words such as ``cow: 55``.
-    steps
-        Tokens of the worked solution of a built-in problem, else None.
-    """
+    """One problem; `is_builtin` ones are graded exactly, and their prompt is used as it is."""
 
     task: str
-    id: str
-    question: str
-    gold: str
-    steps: int | None = None
+    id: str  # its own, else of the SHA-256 of the question; the seed of a built-in problem
+    question: str  # for built-in tasks the whole prompt
+    gold: str  # right final answer; for built-in tasks words such as ``cow: 55``
+    steps: int | None = None  # tokens of the worked solution of a built-in problem
 
     @property
     def is_builtin(self) -> bool:
-        """Whether the prompt is used as it is and the answer graded exactly."""
         return self.steps is not None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Fields:
-    """Names of the fields to read; ``id`` is None where there is none."""
-
+class Fields(NamedTuple):
     question: str
     answer: str
     id: str | None
 
 
 def read_file(path: Path) -> list[Item]:
-    """Read the problems of a ``.jsonl`` or ``.parquet`` file; the task is named after the file.
-
-    Raises
-    ------
-    DataError
-        If the file is of another kind or a field is missing or unusable; the message names file and line or row.
-    """
-    if path.suffix == ".jsonl":
-        return to_items(_json_lines(path), path.stem)
-    if path.suffix == ".parquet":
-        return to_items(_parquet_rows(path), path.stem)
-    raise DataError(f"{path}: its name ends in {path.suffix!r}; expected a .jsonl or .parquet file")
+    readers = {".jsonl": _json_lines, ".parquet": _parquet_rows}
+    if path.suffix not in readers:
+        raise DataError(f"{path}: its name ends in {path.suffix!r}; expected a .jsonl or .parquet file")
+    return to_items(readers[path.suffix](path), path.stem)
 
 
 def to_items(records: Records, task: str, fields: Fields | None = None) -> list[Item]:
@@ -89,9 +66,8 @@ def to_items(records: Records, task: str, fields: Fields | None = None) -> list[
         fields = fields or _detect(place, record)
         item = _item(place, record, task, fields)
         if fields.id is not None and item.id in seen:
-            raise DataError(
-                f"{place}: {fields.id}={item.id!r} is also at {seen[item.id]}; expected unique values"
-            )
+            twin = seen[item.id]
+            raise DataError(f"{place}: {fields.id}={item.id!r} is also at {twin}; expected unique values")
         if item.id in seen:  # the same question twice, without an identifier to tell them apart
             item = replace(item, id=f"{item.id}-{len(items)}")
         if item.question in asked:
@@ -124,7 +100,7 @@ def _detect(place: str, record: Mapping[str, Any]) -> Fields:
             f"{place}: no field holds the {missing}; expected one of {', '.join(wanted)}, "
             f"found {', '.join(record) or 'none'}"
         )
-    return Fields(question=question, answer=answer, id=find(ID_FIELDS))
+    return Fields(question, answer, find(ID_FIELDS))
 
 
 def _item(place: str, record: Mapping[str, Any], task: str, fields: Fields) -> Item:
@@ -135,14 +111,12 @@ def _item(place: str, record: Mapping[str, Any], task: str, fields: Fields) -> I
             f"{place}: field {fields.answer!r} states no final answer; "
             "expected \\boxed{...}, or a line that begins with #### or A:"
         )
-    known = hashlib.sha256(question.encode()).hexdigest()[:12] if fields.id is None else None
-    return Item(
-        task=task, id=known or _text(place, record, fields.id or ""), question=question, gold=gold or answer
-    )
+    digest = hashlib.sha256(question.encode()).hexdigest()[:12]
+    name = digest if fields.id is None else _text(place, record, fields.id)
+    return Item(task=task, id=name, question=question, gold=gold or answer)
 
 
 def _text(place: str, record: Mapping[str, Any], field: str) -> str:
-    """Return a field as text, stripped."""
     if field not in record:
         raise DataError(f"{place}: field {field!r} is missing; expected text or a number")
     value = record[field]
@@ -156,9 +130,8 @@ def _text(place: str, record: Mapping[str, Any], field: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise DataError(
-            f"{place}: field {field!r} has half of a surrogate pair; expected valid Unicode"
-        ) from error
+        fault = "has half of a surrogate pair; expected valid Unicode"
+        raise DataError(f"{place}: field {field!r} {fault}") from error
     return text
 
 
@@ -182,9 +155,8 @@ def _json_lines(path: Path) -> Records:
             if not line:
                 continue
             if not isinstance(record, dict):
-                raise DataError(
-                    f"{place}: {_json_type(record)}, not an object; expected one JSON object a line"
-                )
+                kind = _json_type(record)
+                raise DataError(f"{place}: {kind}, not an object; expected one JSON object a line")
             empty = False
             yield place, record
     if empty:

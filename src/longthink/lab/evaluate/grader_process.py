@@ -12,8 +12,7 @@ from typing import Any
 
 from longthink.lab.processes import Parent, serve
 
-_ORPHAN_S = 5.0
-"""Time for the parent to kill a stuck process before it ends itself (seconds)."""
+_ORPHAN_S = 5.0  # time for the parent to kill a stuck process before it ends itself (seconds)
 _NUMERALS = frozenset(
     "half third quarter dozen hundred thousand million billion trillion percent percentage factorial squared cubed "
     "times plus minus over divided mod and".split()
@@ -21,7 +20,6 @@ _NUMERALS = frozenset(
 
 
 def compare(answer: str, gold: str) -> bool:
-    """Return whether an answer equals the gold answer mathematically."""
     from math_verify import verify
 
     # Its own time limits use signals and let the computation go on.
@@ -32,10 +30,8 @@ def find(text: str) -> str | None:
     """Return the answer that a text announces with words such as "the answer is", or None."""
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
-    configs = (
-        LatexExtractionConfig(try_extract_without_anchor=False, boxed_match_priority=-1),
-        ExprExtractionConfig(try_extract_without_anchor=False),
-    )
+    latex = LatexExtractionConfig(try_extract_without_anchor=False, boxed_match_priority=-1)
+    configs = (latex, ExprExtractionConfig(try_extract_without_anchor=False))
     found = parse(text, extraction_config=configs, parsing_timeout=None)
     # The expression comes before the text that it was read from.
     return next((part.strip() for part in reversed(found) if isinstance(part, str)), None)

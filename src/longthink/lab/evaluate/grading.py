@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Self
 
 from longthink.config import check_int, check_range
 from longthink.errors import GraderError, needs_extra
@@ -16,8 +16,7 @@ from longthink.reasoner.task import final_value
 
 MAX_ANSWER = 1000
 """Longest answer or gold answer that computer algebra gets (characters); longer ones are compared as text only."""
-TAIL = 1000
-"""Characters at the end of a text that are searched for phrases such as "the answer is"."""
+TAIL = 1000  # characters at the end of a text that are searched for phrases such as "the answer is"
 
 _START_S = 120.0
 # Differences without meaning: spacing and sizing commands, "$", a final full stop.
@@ -33,26 +32,18 @@ class Verdict:
     note: str | None = None
 
 
-class Grader:
+class Grader(AbstractContextManager["Grader"]):
     """Grades texts with math-verify, in a child process that is started when needed and replaced when it fails.
 
-    Use it in a ``with`` block, from one thread at a time.
-
-    Parameters
-    ----------
-    seconds, memory_mib
-        Limits for one answer (seconds; MiB of address space); answers that exceed them count as wrong.
+    Use it in a ``with`` block, from one thread at a time. Answers that exceed a limit (seconds; MiB of address space)
+    count as wrong.
     """
 
     def __init__(self, *, seconds: float = 10.0, memory_mib: int = 2048) -> None:
         check_range("seconds", seconds, 0.01)
         check_int("memory_mib", memory_mib, 256)
-        self._seconds = seconds
-        self._memory_mib = memory_mib
+        self._seconds, self._memory_mib = seconds, memory_mib
         self._child: Child | None = None
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
@@ -63,13 +54,6 @@ class Grader:
         The text after the last ``</think>`` is searched first, then the whole text; in each the last ``\boxed{}``,
         else a line ``#### 18`` or ``A: 18``; without one, the end of the text for "the answer is". The text of a
         built-in problem must end with the exact words of the gold answer.
-
-        Raises
-        ------
-        MissingExtraError
-            If math-verify is not installed.
-        GraderError
-            If the process cannot be started.
         """
         if item.is_builtin:
             answer = final_value(text)
@@ -86,7 +70,6 @@ class Grader:
         return self._ask(answer, parts[0][-TAIL:], item.gold)
 
     def close(self) -> None:
-        """End the process. The next answer starts another."""
         if self._child is not None:
             child, self._child = self._child, None
             child.close()
@@ -111,9 +94,8 @@ class Grader:
         with needs_extra("eval"):
             if find_spec("math_verify") is None:  # the child imports it
                 raise ModuleNotFoundError(name="math_verify")
-        child = Child(
-            "longthink.lab.evaluate.grader_process", str(self._seconds), str(self._memory_mib), quiet=True
-        )
+        limits = (str(self._seconds), str(self._memory_mib))
+        child = Child("longthink.lab.evaluate.grader_process", *limits, quiet=True)
         try:
             child.receive(_START_S)
         except ChildDied as death:
@@ -129,5 +111,5 @@ class Grader:
 
 
 def _plain(answer: str) -> str:
-    """Return an answer without differences in style, for comparison as text."""
+    """Strip differences in style, for comparison as text."""
     return _STYLE.sub("", answer.replace("dfrac", "frac").replace("tfrac", "frac"))

@@ -1,7 +1,7 @@
 """A model ``longthink`` for lm-evaluation-harness: generation on a bounded cache.
 
-The harness's registry is not open to other packages, so its own command does not know ``longthink``: the command
-``longthink lm-eval`` registers the model first. In Python it is enough to import this module.
+The harness's registry is not open to other packages: ``longthink lm-eval`` registers the model, and so does an import
+of this module.
 """
 
 from __future__ import annotations
@@ -35,47 +35,18 @@ _PASSED_ON = (
 
 @register_model("longthink")
 class LongthinkLM(HFLM):
-    """A Hugging Face model that generates with a KV cache of a fixed budget.
+    """A Hugging Face model that generates with a KV cache of a fixed budget; its arguments: docs/tasks.md.
 
     Tasks that score given text (``loglikelihood``) are refused: one pass over a text evicts nothing, so the policy
-    would have no effect.
-
-    Parameters
-    ----------
-    pretrained, revision, device, dtype
-        See `longthink.models.load_model`; ``cuda:0`` means the first accelerator, or the CPU if there is none.
-    policy, budget, decode_budget
-        See `longthink.generate`.
-    batch_size
-        Rows decoded in one batch.
-    **options
-        Options of the harness's model ``hf``: see `_PASSED_ON`.
-
-    Attributes
-    ----------
-    kv_bytes_peak
-        Largest number of bytes that any batch has allocated for keys and values.
-
-    Raises
-    ------
-    ValueError
-        If an argument is unknown or out of range, before anything is loaded.
+    would have no effect. ``cuda:0`` means the first accelerator, or the CPU if there is none.
     """
 
     def __init__(
-        self,
-        pretrained: str,
-        policy: str | Policy = DEFAULT_POLICY,
-        budget: int | None = None,
-        decode_budget: int | None = None,
-        revision: str | None = None,
-        device: str = _ANY_DEVICE,
-        dtype: str = "auto",
-        batch_size: int | str = 1,
-        **options: Any,
-    ) -> None:
-        unknown = sorted(options.keys() - set(_PASSED_ON))
-        if unknown:
+        self, pretrained: str, policy: str | Policy = DEFAULT_POLICY, budget: int | None = None,
+        decode_budget: int | None = None, revision: str | None = None, device: str = _ANY_DEVICE,
+        dtype: str = "auto", batch_size: int | str = 1, **options: Any,
+    ) -> None:  # fmt: skip
+        if unknown := sorted(options.keys() - set(_PASSED_ON)):
             raise ValueError(
                 f"{unknown[0]}={options[unknown[0]]!r} is unknown to the model longthink: allowed are pretrained, "
                 f"policy, budget, decode_budget, revision, device, dtype, batch_size, {', '.join(_PASSED_ON)}"
@@ -90,12 +61,10 @@ class LongthinkLM(HFLM):
         make_cache(self._loaded.model, policy=self.policy, **self._budget_arguments).close()
         # It warns that a preloaded model may ignore arguments; ours are used or refused.
         logger = logging.getLogger(HFLM.__module__)
-        level = logger.level
+        level, (model, tokenizer) = logger.level, (self._loaded.model, self._loaded.tokenizer)
         logger.setLevel(logging.ERROR)
         try:
-            super().__init__(
-                pretrained=self._loaded.model, tokenizer=self._loaded.tokenizer, batch_size=rows, **options
-            )
+            super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=rows, **options)
         finally:
             logger.setLevel(level)
 
@@ -108,23 +77,14 @@ class LongthinkLM(HFLM):
     def _model_generate(
         self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
     ) -> Tensor:
-        """Generate for one left-padded batch of prompts, with a fresh cache."""
-        # Transformers warns of a temperature when decoding is greedy.
-        if not generation_kwargs.get("do_sample"):
+        if not generation_kwargs.get("do_sample"):  # transformers warns of a temperature then
             generation_kwargs.pop("temperature", None)
         stopping = stop_sequences_criteria(self.tokenizer, stop, context.shape[1], context.shape[0])
         output = generate(
-            self.model,
-            context,
-            generation_kwargs.pop("attention_mask"),
-            policy=self.policy,
-            **self._budget_arguments,
-            max_length=max_length,
-            stopping_criteria=stopping,
-            pad_token_id=self.tokenizer.pad_token_id,
-            return_dict_in_generate=True,
-            **generation_kwargs,
-        )
+            self.model, context, generation_kwargs.pop("attention_mask"), policy=self.policy,
+            **self._budget_arguments, max_length=max_length, stopping_criteria=stopping,
+            pad_token_id=self.tokenizer.pad_token_id, return_dict_in_generate=True, **generation_kwargs,
+        )  # fmt: skip
         self.kv_bytes_peak = max(self.kv_bytes_peak, output.past_key_values.kv_bytes)
         return output.sequences
 
@@ -137,7 +97,6 @@ class LongthinkLM(HFLM):
     loglikelihood_rolling = loglikelihood
 
     def get_model_info(self) -> dict[str, Any]:
-        """Return facts about the model for the results file."""
         return {
             "model_num_parameters": self.model.num_parameters(),
             "model_dtype": self.model.dtype,
@@ -150,7 +109,7 @@ class LongthinkLM(HFLM):
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the harness's own command with these arguments, the words after ``lm_eval``."""
+    """Run the harness's own command with the words after ``lm_eval``."""
     from lm_eval.__main__ import cli_evaluate
 
     # It reads nothing but the process's own arguments.

@@ -19,8 +19,7 @@ from longthink.policies import Policy, make_policy, needs_budget, policy_spec, p
 
 BUILTIN_ROWS = 32
 """Default batch size for the built-in model, which is so small that it gains from many rows."""
-ROWS = 8
-"""Default batch size for other models."""
+ROWS = 8  # default batch size for other models
 
 
 class Identity(NamedTuple):
@@ -50,8 +49,6 @@ class Cell:
 
 
 class Unit(NamedTuple):
-    """One sample to make."""
-
     cell: Cell
     item: Item
     sample: int
@@ -72,32 +69,9 @@ class Unit(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A sweep: every policy at every budget on every task.
+    """Every policy at every budget on every task; `BudgetError` if a policy has none, or too small a one.
 
-    Parameters
-    ----------
-    model, revision, device, dtype
-        See `longthink.models.load_model`.
-    tasks, data, count, choose, seed
-        See `load_tasks`.
-    policies, budgets, decode_budgets
-        Such as ``raas:r=0.25``; tokens kept per layer, in total and on top of the prompt. Policies that keep
-        everything run once.
-    sampling_seeds
-        Seeds of sampling and of random policies. Anything deterministic runs with the first one only.
-    samples, temperature, top_p, top_k
-        Samples per problem and seed, and how tokens are chosen; temperature 0 is greedy.
-    max_new_tokens
-        Token limit of an answer; None for each task's own.
-    rows
-        Batch size of each process; None for `BUILTIN_ROWS` or `ROWS`.
-
-    Raises
-    ------
-    ValueError
-        If a value is out of range.
-    BudgetError
-        If a policy needs a budget and there is none, or not even a prompt of one token fits.
+    Policies that keep everything run once, and anything deterministic with the first of the `sampling_seeds` only.
     """
 
     model: str = REASONER
@@ -110,24 +84,23 @@ class Plan:
     choose: str = "first"
     seed: int = 0
     policies: tuple[str, ...] = ("dense",)
-    budgets: tuple[int, ...] = ()
-    decode_budgets: tuple[int, ...] = ()
-    sampling_seeds: tuple[int, ...] = (0,)
-    samples: int = 1
-    temperature: float = 0.0
+    budgets: tuple[int, ...] = ()  # tokens kept per layer
+    decode_budgets: tuple[int, ...] = ()  # the same on top of the prompt
+    sampling_seeds: tuple[int, ...] = (0,)  # of sampling and of random policies
+    samples: int = 1  # per problem and seed
+    temperature: float = 0.0  # 0 is greedy
     top_p: float | None = None
     top_k: int | None = None
-    max_new_tokens: int | None = None
-    rows: int | None = None
+    max_new_tokens: int | None = None  # None for each task's own
+    rows: int | None = None  # batch size of each process; None for `BUILTIN_ROWS` or `ROWS`
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         check_sampling(self.temperature, self.top_p, self.top_k)
         check_int("samples", self.samples, 1)
         if self.samples > 1 and self.temperature == 0:
-            raise ValueError(
-                f"samples={self.samples} needs a temperature above 0: greedy samples are identical"
-            )
+            fault = "needs a temperature above 0: greedy samples are identical"
+            raise ValueError(f"samples={self.samples} {fault}")
         for name in ("max_new_tokens", "rows"):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), 1)
@@ -146,12 +119,10 @@ class Plan:
 
     @property
     def batch_size(self) -> int:
-        """Samples decoded in one batch by each process."""
         return self.rows or (BUILTIN_ROWS if self.model == REASONER else ROWS)
 
     @cached_property
     def caches(self) -> list[tuple[str, int, CacheConfig]]:
-        """Policy as requested, seed and cache of every cell of a task."""
         found = []
         for text in dict.fromkeys(self.policies):
             policy = make_policy(text)
@@ -166,16 +137,14 @@ class Plan:
             return [None]
         budgets = [Budget(budget=value) for value in self.budgets]
         budgets += [Budget(decode_budget=value) for value in self.decode_budgets]
+        name, required = policy_spec(policy), policy.required_pages(1)
         if not budgets:
-            raise BudgetError(
-                f"policy {policy_spec(policy)!r} needs a budget: give budgets or decode_budgets"
-            )
-        required = policy.required_pages(1)
+            raise BudgetError(f"policy {name!r} needs a budget: give budgets or decode_budgets")
         for budget in budgets:
             if budget.pages(1, policy.page_size) < required:
+                allowed = f">= {required * policy.page_size}"
                 raise BudgetError(
-                    f"{budget} is too small for policy {policy_spec(policy)!r} with any prompt: allowed is >= "
-                    f"{required * policy.page_size}"
+                    f"{budget} is too small for policy {name!r} with any prompt: allowed is {allowed}"
                 )
         return list(budgets)
 
@@ -184,7 +153,6 @@ class Plan:
         return load_tasks(self.tasks, data=data, count=self.count, choose=self.choose, seed=self.seed)
 
     def cells(self, tasks: Sequence[Task]) -> list[tuple[Cell, Task]]:
-        """Return all configurations, in the order in which they run."""
         return [
             (Cell(policy=policy, cache=cache, task=task.name, seed=seed,
                   max_new_tokens=self.max_new_tokens or task.max_new_tokens), task)
@@ -194,20 +162,12 @@ class Plan:
 
     def setup(self, cell: Cell, identity: Identity) -> Setup:
         return Setup(
-            model=self.model,
-            revision=identity.revision,
-            dtype=identity.dtype,
-            policy=cell.policy,
+            model=self.model, revision=identity.revision, dtype=identity.dtype, policy=cell.policy,
             switches=json.dumps(policy_to_dict(make_policy(cell.cache.policy)), sort_keys=True),
-            budget=cell.cache.budget,
-            decode_budget=cell.cache.decode_budget,
-            task=cell.task,
-            seed=cell.seed,
-            temperature=float(self.temperature),
-            top_p=None if self.top_p is None else float(self.top_p),
-            top_k=self.top_k,
-            max_new_tokens=cell.max_new_tokens,
-        )
+            budget=cell.cache.budget, decode_budget=cell.cache.decode_budget, task=cell.task, seed=cell.seed,
+            temperature=float(self.temperature), top_p=None if self.top_p is None else float(self.top_p),
+            top_k=self.top_k, max_new_tokens=cell.max_new_tokens,
+        )  # fmt: skip
 
 
 def _cache(policy: Policy, budget: Budget | None, seed: int) -> CacheConfig:

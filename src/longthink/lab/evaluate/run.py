@@ -10,28 +10,14 @@ from longthink.lab.evaluate.workers import ProcessWorkers
 
 
 def run_sweep(sweep: Sweep, *, workers: int | None = None, ray: str | None = None) -> None:
-    """Make every sample that is missing.
+    """Make every sample that is missing, with a model in each of `workers` processes or on a Ray cluster.
 
-    Parameters
-    ----------
-    workers
-        Processes with a model each; 1 or None works in this process. With Ray: the number of tasks at a time, None
-        for as many as the cluster has room for.
-    ray
-        Address of a Ray cluster, ``auto``, or ``local`` for one that ends with the sweep; None works on this machine.
-
-    Raises
-    ------
-    SweepError
-        If the workers die or the cluster cannot be reached; the same call goes on from what is stored.
-    MissingExtraError
-        If Ray is needed and not installed.
+    `ray` is an address, ``auto``, or ``local`` for a cluster that ends with the sweep; `workers` then limits its
+    tasks at a time. `SweepError` if all workers die; the same call goes on from what is stored.
     """
     if ray is not None:
-        from longthink.lab.evaluate.cluster import (
-            RayWorkers,
-            connected,
-        )  # imports transformers, like `_run_here`
+        # Imports transformers, like `_run_here`.
+        from longthink.lab.evaluate.cluster import RayWorkers, connected
 
         with connected(ray) as module:
             RayWorkers(sweep, module, workers).run()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import tomllib
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -18,13 +19,7 @@ SWEEP_SETTINGS = [field.name for field in fields(Plan)] + list(RUN_SETTINGS)
 
 
 def read_settings(path: Path, known: Collection[str] = SWEEP_SETTINGS) -> dict[str, Any]:
-    """Read a YAML or TOML file; ``-`` and ``_`` in names are the same.
-
-    Raises
-    ------
-    ValueError
-        If the file is of another kind, cannot be parsed, or has a key that is not `known`.
-    """
+    """Read a YAML or TOML file; ``-`` and ``_`` in names are the same, and unknown ones a `ValueError`."""
     if path.suffix not in (".toml", ".yaml", ".yml"):
         raise ValueError(f"{str(path)!r} must end in .yaml, .yml or .toml")
     text = path.read_text(encoding="utf-8")
@@ -56,13 +51,7 @@ def _checked(path: Path, key: str, known: Collection[str]) -> str:
 
 
 def make_plan(values: Mapping[str, Any]) -> tuple[Plan, dict[str, Any]]:
-    """Return the plan and the other settings; lists may be lists, single values or text with commas.
-
-    Raises
-    ------
-    ValueError
-        If a value has the wrong type or is out of range.
-    """
+    """Return the plan and the other settings; lists may be lists, single values or text with commas."""
     types = get_type_hints(Plan) | RUN_SETTINGS
     converted = {name: _convert(name, value, types[name]) for name, value in values.items()}
     run = {name: converted.pop(name) for name in RUN_SETTINGS if name in converted}
@@ -82,10 +71,8 @@ def _convert(name: str, value: Any, wanted: Any) -> Any:
 
 def _scalar(name: str, value: Any, kind: type) -> Any:
     if kind is int and isinstance(value, str):
-        try:
+        with suppress(ValueError):
             return int(value)
-        except ValueError:
-            pass
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or isinstance(value, bool):

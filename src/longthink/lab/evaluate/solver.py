@@ -1,12 +1,10 @@
-"""Making samples: a model decodes units, and a grader judges the answers.
-
-As a program this is a worker process of `longthink.lab.evaluate.workers.ProcessWorkers`.
-"""
+"""Making samples: a model decodes units, a grader judges the answers. As a program a worker of `ProcessWorkers`."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 
 import torch
@@ -21,23 +19,18 @@ from longthink.lab.results.records import Sample, to_row
 from longthink.models import load_model
 
 
-class Solver:
+class Solver(AbstractContextManager["Solver"]):
     """The model of a plan in this process; `device` replaces the plan's. Use it in a ``with`` block."""
 
     def __init__(self, plan: Plan, device: str | None = None) -> None:
         self.plan = plan
-        self.loaded = load_model(
-            plan.model, device=device or plan.device, dtype=plan.dtype, revision=plan.revision
-        )
+        place = device or plan.device
+        self.loaded = load_model(plan.model, device=place, dtype=plan.dtype, revision=plan.revision)
         dtype = str(self.loaded.model.dtype).removeprefix("torch.")
         self.identity = Identity(revision=self.loaded.revision, dtype=dtype)
         self._sampling = Sampling(temperature=plan.temperature, top_p=plan.top_p, top_k=plan.top_k)
         self._grader = Grader()
-        self._versions = json.dumps(versions())
-        self._hardware = json.dumps(hardware())
-
-    def __enter__(self) -> Solver:
-        return self
+        self._versions, self._hardware = json.dumps(versions()), json.dumps(hardware())
 
     def __exit__(self, *exception: object) -> None:
         self._grader.close()
@@ -48,11 +41,10 @@ class Solver:
 
         def requests() -> Iterator[Request]:
             for unit in units:
-                request = self._request(unit)
-                if request is None:
-                    too_long.append(unit)
-                else:
+                if (request := self._request(unit)) is not None:
                     yield request
+                else:
+                    too_long.append(unit)
 
         with Engine(
             self.loaded.model, policy=cache.policy, budget=cache.budget, decode_budget=cache.decode_budget,
@@ -66,50 +58,34 @@ class Solver:
             yield unit, self._sample(Finished(request=request, tokens=(), finish="no_room"))
 
     def _request(self, unit: Unit) -> Request | None:
-        """Return the request of a unit, limited by the model's context, or None if the prompt fills it."""
         tokens = prompt_ids(unit.item, self.loaded.tokenizer)
         limit = unit.cell.max_new_tokens
         if self.loaded.context is not None:
             limit = min(limit, self.loaded.context - len(tokens))
         if limit < 1:
             return None
-        return Request(
-            key=unit.key, tokens=tuple(tokens), max_new_tokens=limit, sampling=self._sampling, tag=unit
-        )
+        ids, sampling = tuple(tokens), self._sampling
+        return Request(key=unit.key, tokens=ids, max_new_tokens=limit, sampling=sampling, tag=unit)
 
     def _sample(self, done: Finished) -> Sample:
         unit: Unit = done.request.tag
         text = self.loaded.tokenizer.decode(list(done.tokens), skip_special_tokens=True)
         verdict = self._grader.grade(unit.item, text)
         setup = self.plan.setup(unit.cell, self.identity)
+        # After NaN or without room for the prompt there is no answer, whatever the text says.
+        correct = verdict.correct and done.finish in ("stop", "length")
         return Sample(
-            **to_row(setup),
-            config=setup.config_hash,
-            problem=unit.item.id,
-            sample=unit.sample,
-            prompt_tokens=len(done.request.tokens),
-            generated_tokens=len(done.tokens),
-            text=text,
-            answer=verdict.answer,
-            gold=unit.item.gold,
-            # After NaN or without room for the prompt there is no answer, whatever the text says.
-            correct=verdict.correct and done.finish in ("stop", "length"),
-            finish=done.finish,
-            ms_per_token_early=done.ms_per_token_early,
-            ms_per_token_late=done.ms_per_token_late,
-            seconds=done.seconds,
-            rows=done.rows,
-            kv_bytes_peak=done.kv_bytes_peak,
-            dense_kv_bytes=done.dense_kv_bytes,
-            evicted=done.evicted,
-            versions=self._versions,
-            hardware=self._hardware,
-            created=datetime.now(UTC).isoformat(timespec="milliseconds"),
-        )
+            **to_row(setup), config=setup.config_hash, problem=unit.item.id, sample=unit.sample,
+            prompt_tokens=len(done.request.tokens), generated_tokens=len(done.tokens), text=text,
+            answer=verdict.answer, gold=unit.item.gold, correct=correct, finish=done.finish,
+            ms_per_token_early=done.ms_per_token_early, ms_per_token_late=done.ms_per_token_late,
+            seconds=done.seconds, rows=done.rows, kv_bytes_peak=done.kv_bytes_peak,
+            dense_kv_bytes=done.dense_kv_bytes, evicted=done.evicted, versions=self._versions,
+            hardware=self._hardware, created=datetime.now(UTC).isoformat(timespec="milliseconds"),
+        )  # fmt: skip
 
 
 def _work(parent: Parent) -> None:
-    """Make samples until the driver ends this process."""
     values, number = parent.receive()
     plan, count = Plan.from_json(values), torch.cuda.device_count()
     device = f"cuda:{number % count}" if plan.device == "auto" and count else plan.device
@@ -118,12 +94,10 @@ def _work(parent: Parent) -> None:
     def units() -> Iterator[Unit]:
         while True:
             parent.send(["take"])
-            taken = parent.receive()
-            if taken is None:
+            if (taken := parent.receive()) is None:
                 return
-            number, values = taken
-            unit = Unit.from_json(values)
-            numbers[unit] = number
+            unit = Unit.from_json(taken[1])
+            numbers[unit] = taken[0]
             yield unit
 
     with Solver(plan, device) as solver:

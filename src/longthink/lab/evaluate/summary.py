@@ -11,53 +11,32 @@ from typing import Any
 from longthink.lab.results.statistics import wilson
 from longthink.lab.results.store import ResultStore
 
-_FIELDS = (
-    "task, policy, budget, decode_budget, problem, seed, sample, correct, answer, finish, generated_tokens, "
-    "kv_bytes_peak, dense_kv_bytes"
-)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """One policy at one budget on one task.
-
-    Attributes
-    ----------
-    accuracy, low, high
-        pass@1 (mean over problems of the share of right samples) and its Wilson 95 % interval with the problems as
-        trials.
-    majority
-        Share of problems whose most frequent answer is right; None with one sample per problem.
-    tokens, kv_bytes_peak, dense_kv_bytes
-        Means over samples.
-    truncated, no_room, nan
-        Samples that hit the token limit, whose prompt did not fit, and in which the model produced NaN. The last two
-        count as wrong.
-    """
-
     task: str
     policy: str
     budget: int | None
     decode_budget: int | None
     problems: int
     samples: int
-    accuracy: float
-    low: float
+    accuracy: float  # pass@1: mean over problems of the share of right samples
+    low: float  # Wilson 95 % interval with problems as trials
     high: float
-    majority: float | None
-    tokens: float
-    truncated: int
-    no_room: int
+    majority: float | None  # problems whose most frequent answer is right; None with one sample each
+    tokens: float  # mean
+    truncated: int  # hit the token limit
+    no_room: int  # counts as wrong, as does NaN
     nan: int
-    kv_bytes_peak: float
-    dense_kv_bytes: float
+    kv_bytes_peak: float  # mean
+    dense_kv_bytes: float  # mean
 
 
 def summarize(store: ResultStore, configs: Sequence[str]) -> list[Summary]:
-    """Summarize some configurations (`Setup.config_hash`), in their order."""
     order = {config: i for i, config in enumerate(configs)}
     found = store.query(
-        f"SELECT config, {_FIELDS} FROM samples WHERE config IN (SELECT unnest($configs)) ORDER BY seed, sample",
+        "SELECT config, task, policy, budget, decode_budget, problem, correct, answer, finish, generated_tokens, "
+        "kv_bytes_peak, dense_kv_bytes FROM samples WHERE config IN (SELECT unnest($configs)) ORDER BY seed, sample",
         {"configs": list(configs)},
     )
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
@@ -77,28 +56,20 @@ def _summary(rows: list[dict[str, Any]]) -> Summary:
     finishes = Counter(row["finish"] for row in rows)
     return Summary(
         **{name: rows[0][name] for name in ("task", "policy", "budget", "decode_budget")},
-        problems=len(problems),
-        samples=len(rows),
-        accuracy=fmean(shares),
-        low=low,
-        high=high,
+        problems=len(problems), samples=len(rows), accuracy=fmean(shares), low=low, high=high,
         majority=fmean(map(majority_is_right, problems.values())) if several else None,
-        tokens=fmean(row["generated_tokens"] for row in rows),
-        truncated=finishes["length"],
-        no_room=finishes["no_room"],
-        nan=finishes["nan"],
+        tokens=fmean(row["generated_tokens"] for row in rows), truncated=finishes["length"],
+        no_room=finishes["no_room"], nan=finishes["nan"],
         kv_bytes_peak=fmean(row["kv_bytes_peak"] for row in rows),
         dense_kv_bytes=fmean(row["dense_kv_bytes"] for row in rows),
-    )
+    )  # fmt: skip
 
 
 def majority_is_right(samples: Sequence[dict[str, Any]]) -> bool:
     """Return whether the most frequent answer is right; of equally frequent ones the earliest counts.
 
-    All right answers are one answer, whatever their form; wrong ones are distinguished by their text. Samples without
-    an answer have no vote.
+    All right answers are one, whatever their form; wrong ones differ by their text. No answer, no vote.
     """
-    votes = Counter(
-        "right" if row["correct"] else f"wrong: {row['answer']}" for row in samples if row["answer"]
-    )
+    given = [row for row in samples if row["answer"]]
+    votes = Counter("right" if row["correct"] else f"wrong: {row['answer']}" for row in given)
     return bool(votes) and votes.most_common(1)[0][0] == "right"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import astuple, dataclass, field
@@ -26,7 +27,6 @@ class Coordinator:
 
     @property
     def left(self) -> int:
-        """Units that are not finished."""
         return len(self._in_flight) + sum(map(len, self._pending.values()))
 
     def assign(self, worker: int) -> CacheConfig | None:
@@ -39,7 +39,6 @@ class Coordinator:
         return cache
 
     def take(self, worker: int) -> Unit | None:
-        """Give a worker the next unit of its cache, or None if none is pending."""
         pending = self._pending[self._assigned[worker]]
         if not pending:
             return None
@@ -48,7 +47,6 @@ class Coordinator:
         return unit
 
     def finish(self, unit: Unit) -> None:
-        """Mark a unit as finished; `KeyError` if it was not in flight."""
         del self._in_flight[unit]
 
     def lose(self, worker: int) -> list[Unit]:
@@ -72,28 +70,17 @@ class Tally:
 
     @property
     def left(self) -> int:
-        """Samples still to be made."""
         return self.total - self.stored - self.made
 
     def __add__(self, other: Tally) -> Tally:
-        pairs = zip(astuple(self), astuple(other), strict=True)
-        return Tally(*(mine + theirs for mine, theirs in pairs))
+        return Tally(*map(operator.add, astuple(self), astuple(other)))
 
 
 @dataclass
 class Sweep:
     """The driver of a sweep: hands out work and stores what comes back, wherever the workers run.
 
-    Parameters
-    ----------
-    plan, tasks
-        What to do, and the plan's problem sets (`Plan.load_tasks`).
-    store
-        Holds the finished samples.
-    report
-        Called with the sweep at the start and after every sample.
-    say
-        Called with a line for the user, such as that a worker died.
+    `report` is called at the start and after every sample, `say` with lines for the user, such as that a worker died.
     """
 
     plan: Plan
@@ -110,18 +97,15 @@ class Sweep:
 
     @property
     def configs(self) -> list[str]:
-        """Hashes of all configurations."""
         assert self.identity is not None
         return [self.plan.setup(cell, self.identity).config_hash for cell, _ in self.cells]
 
     @property
     def is_complete(self) -> bool:
-        """Whether every sample is stored."""
         return self.identity is not None and self.coordinator.left == 0
 
     @property
     def total(self) -> Tally:
-        """The tallies of all configurations together."""
         return sum(self.tallies.values(), Tally())
 
     def begin(self, identity: Identity) -> None:
@@ -141,8 +125,7 @@ class Sweep:
         return Coordinator(self._missing(self.identity))
 
     def _missing(self, identity: Identity) -> Iterator[Unit]:
-        # Otherwise thousands of small files would be read once per cell.
-        self.store.compact()
+        self.store.compact()  # otherwise thousands of small files would be read once per cell
         for cell, task in self.cells:
             done = self.store.done(self.plan.setup(cell, identity).config_hash)
             tally = self.tallies[cell] = Tally(total=len(task.items) * self.plan.samples)
@@ -154,14 +137,12 @@ class Sweep:
                         yield Unit(cell, item, sample)
 
     def assign(self, worker: int) -> CacheConfig | None:
-        """See `Coordinator.assign`; None also before the model's identity is known."""
         return None if self.identity is None else self.coordinator.assign(worker)
 
     def take(self, worker: int) -> Unit | None:
         return self.coordinator.take(worker)
 
     def finish(self, unit: Unit, sample: Sample) -> None:
-        """Store a sample; it is on disk when this returns."""
         self.store.add(sample)
         self.coordinator.finish(unit)
         tally = self.tallies[unit.cell]
@@ -170,10 +151,8 @@ class Sweep:
         self.report(self)
 
     def lose(self, worker: int, reason: str) -> list[Unit]:
-        """Record the death of a worker; return its units in flight, which others will get."""
         self.lost_workers += 1
         units = self.coordinator.lose(worker) if self.identity else []
-        self.say(
-            f"worker {worker + 1} died ({reason}): {len(units)} samples in flight are done again by others"
-        )
+        fate = f"{len(units)} samples in flight are done again by others"
+        self.say(f"worker {worker + 1} died ({reason}): {fate}")
         return units

@@ -6,22 +6,58 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from longthink.config import check_choice, check_int
-from longthink.errors import DataError
-from longthink.lab.evaluate.files import Item, read_file
-from longthink.lab.evaluate.hub import SOURCES, read_hub
+from longthink.errors import DataError, needs_extra
+from longthink.lab.evaluate.files import Fields, Item, read_file, to_items
 from longthink.reasoner.profiles import PROFILES
 from longthink.reasoner.task import SIZES, make_problem
 
+
+class Source(NamedTuple):
+    """A problem set on the Hub: arguments of ``load_dataset``, its columns, and the default token limit."""
+
+    dataset: str
+    config: str | None
+    split: str
+    fields: Fields
+    max_new_tokens: int
+
+
+SOURCES: dict[str, Source] = {
+    "gsm8k": Source("openai/gsm8k", "main", "test", Fields("question", "answer", None), 8192),
+    "math500": Source(
+        "HuggingFaceH4/MATH-500", None, "test", Fields("problem", "answer", "unique_id"), 16384
+    ),
+    "aime24": Source("HuggingFaceH4/aime_2024", None, "train", Fields("problem", "answer", "id"), 32768),
+    "aime25": Source("math-ai/aime25", None, "test", Fields("problem", "answer", "id"), 32768),
+    # 1983 to 2024, the same set as in lm-evaluation-harness
+    "aime": Source("gneubig/aime-1983-2024", None, "train", Fields("Question", "Answer", "ID"), 32768),
+}
+"""Problem sets by task name."""
+
+
+def read_hub(name: str) -> list[Item]:
+    source = SOURCES[name]
+    with needs_extra("eval"):
+        from datasets import load_dataset
+    where = f"task {name!r}, data set {source.dataset}"
+    try:
+        table = load_dataset(source.dataset, source.config, split=source.split)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        remedy = "(or give a copy: --data FILE.jsonl or FILE.parquet)"
+        raise DataError(f"{where} cannot be loaded: {reason} {remedy}") from error
+    records = ((f"{where}, row {number}", record) for number, record in enumerate(table, 1))
+    return to_items(records, name, source.fields)
+
+
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
 """Appended to each problem."""
-BUILTIN = "reasoner"
-"""First part of the names of the built-in tasks."""
+BUILTIN = "reasoner"  # first part of the names of the built-in tasks
 DEFAULT_SIZE = "m"
-FILE_MAX_NEW_TOKENS = 32768
-"""Default token limit for problem files, about which nothing is known."""
+FILE_MAX_NEW_TOKENS = 32768  # default token limit for problem files, about which nothing is known
 
 _MAX_SEED = 10**9
 # Slightly more than the worked solution: a model that does not stop is wrong, and the limit must show it.
@@ -38,18 +74,14 @@ class Task:
 
 
 def prompt_text(item: Item, tokenizer: Any) -> str:
-    """Return the prompt: the problem and the instruction to box the answer, in the chat template if there is one.
-
-    A built-in problem stays as it is.
-    """
+    """Return the prompt: the problem and, unless built in, the instruction, in the chat template if there is one."""
     if item.is_builtin:
         return item.question
     text = f"{item.question}\n\n{INSTRUCTION}"
     if not tokenizer.chat_template:
         return text
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-    )
+    chat = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
 
 
 def prompt_ids(item: Item, tokenizer: Any) -> list[int]:
@@ -61,20 +93,13 @@ def prompt_ids(item: Item, tokenizer: Any) -> list[int]:
 
 
 def load_tasks(
-    names: Sequence[str],
-    *,
-    data: Sequence[Path] = (),
-    count: int | None = None,
-    choose: str = "first",
+    names: Sequence[str], *, data: Sequence[Path] = (), count: int | None = None, choose: str = "first",
     seed: int = 0,
-) -> list[Task]:
-    """Load problem sets by name.
+) -> list[Task]:  # fmt: skip
+    """Load problem sets by name; docs/tasks.md lists them.
 
     Parameters
     ----------
-    names
-        ``gsm8k``, ``math500``, ``aime24``, ``aime25``, ``aime`` (1983 to 2024), ``reasoner/<size>/<profile>``
-        (``reasoner/<size>``: all profiles; ``reasoner``: size m), or the stem of a file in `data`.
     data
         Problem files (``.jsonl``, ``.parquet``). Each is a task named by its stem, and replaces a set of that name on
         the Hub; files that `names` does not mention come last.
@@ -84,13 +109,6 @@ def load_tasks(
         ``first``, or ``random`` (by `seed`; a larger count extends the choice of a smaller one).
     seed
         Seed of the random choice. Built-in problems take consecutive seeds from here, or random ones.
-
-    Raises
-    ------
-    ValueError
-        If a name is unknown, no task is named, or a number is out of range.
-    DataError, OSError
-        If a file or a set from the Hub cannot be used.
     """
     check_choice("choose", choose, ("first", "random"))
     check_int("seed", seed, 0)
@@ -112,7 +130,6 @@ def _known(files: Iterable[str]) -> str:
 
 
 def _expand(name: str, files: dict[str, Path]) -> list[str]:
-    """Return the full names that a short one stands for."""
     if name in files or name in SOURCES:
         return [name]
     first, *rest = name.split("/")

@@ -16,8 +16,7 @@ from longthink.lab.evaluate.sweep import Sweep
 from longthink.lab.processes import Child, ChildDied
 from longthink.lab.results.records import Sample
 
-ATTEMPTS = 4
-"""Workers that may die with the same sample in flight before the sweep gives up."""
+ATTEMPTS = 4  # workers that may die with the same sample in flight before the sweep gives up
 
 
 class Workers(ABC):
@@ -29,7 +28,6 @@ class Workers(ABC):
         self._deaths: Counter[Unit | None] = Counter()
 
     def run(self) -> None:
-        """Make all samples."""
         while not self.sweep.is_complete:
             waiting, self.idle = self.idle, []
             for worker in waiting:

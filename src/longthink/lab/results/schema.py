@@ -22,7 +22,6 @@ _INT64 = range(-(2**63), 2**63)
 
 @cache
 def columns(table: str) -> dict[str, tuple[type, bool]]:
-    """Return the type of every column of a table and whether it may be None."""
     hints = get_type_hints(TABLES[table])
     found = {}
     for field in fields(TABLES[table]):
@@ -34,22 +33,19 @@ def columns(table: str) -> dict[str, tuple[type, bool]]:
 
 def arrow_schema(table: str) -> pa.Schema:
     types = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
-    return pa.schema(
-        [pa.field(name, types[kind], optional) for name, (kind, optional) in columns(table).items()]
-    )
+    fields = [pa.field(name, types[kind], optional) for name, (kind, optional) in columns(table).items()]
+    return pa.schema(fields)
 
 
 def sql_columns(table: str) -> str:
-    """Return the column declarations of a table for DuckDB."""
     return ", ".join(f'"{name}" {_SQL[kind]}' for name, (kind, _) in columns(table).items())
 
 
 def checked_row(record: Record) -> dict[str, Any]:
     """Return the fields of a record by name; `ResultStoreError` names a value that is not of its field's type."""
     if type(record) not in TABLES.values():
-        raise ResultStoreError(
-            f"{type(record).__name__} is not a record: allowed are {', '.join(c.__name__ for c in TABLES.values())}"
-        )
+        allowed = ", ".join(kind.__name__ for kind in TABLES.values())
+        raise ResultStoreError(f"{type(record).__name__} is not a record: allowed are {allowed}")
     row = to_row(record)
     for name, (kind, optional) in columns(record.table).items():
         row[name] = _checked(f"{type(record).__name__}.{name}", row[name], kind, optional)
@@ -76,14 +72,9 @@ def _checked(field: str, value: Any, kind: type, optional: bool) -> Any:
 
 
 def check_schema(table: str, found: pa.Schema, file: str) -> None:
-    """Raise unless a file's columns are those of the table.
+    """Raise `ResultStoreError` with every fault unless a file's columns are those of the table.
 
     Optional columns may be missing: files written before a field was added stay readable.
-
-    Raises
-    ------
-    ResultStoreError
-        Naming the file and every fault.
     """
     wanted = arrow_schema(table)
     faults = [f"unknown column {name!r}" for name in found.names if name not in wanted.names]

@@ -10,22 +10,12 @@ import numpy as np
 
 from longthink.config import check_int, check_range
 
-Z95 = 1.959964
-"""Quantile of the normal distribution for 95 % intervals."""
-DRAWS = 10_000
-"""Resamples of a bootstrap."""
+Z95 = 1.959964  # quantile of the normal distribution for 95 % intervals
+DRAWS = 10_000  # resamples of a bootstrap
 
 
 def wilson(right: float, total: int) -> tuple[float, float]:
-    """Return the Wilson 95 % interval of the share ``right / total``.
-
-    `right` may be fractional if each of the units is itself a mean.
-
-    Raises
-    ------
-    ValueError
-        If ``total`` is below 1 or ``right`` is not between 0 and ``total``.
-    """
+    """Return the Wilson 95 % interval of ``right / total``; `right` is fractional if units are means themselves."""
     check_int("total", total, 1)
     check_range("right", right, 0, total)
     z2 = Z95**2
@@ -36,8 +26,6 @@ def wilson(right: float, total: int) -> tuple[float, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """Mean paired difference and its 95 % interval."""
-
     mean: float
     low: float
     high: float
@@ -46,20 +34,7 @@ class Difference:
 def paired_bootstrap(
     first: Sequence[float], second: Sequence[float], *, seed: int = 0, draws: int = DRAWS
 ) -> Difference:
-    """Return the mean of ``second - first`` with a percentile bootstrap interval.
-
-    Parameters
-    ----------
-    first, second
-        One value per problem, in the same order; of several samples their mean.
-    draws
-        Number of resamples.
-
-    Raises
-    ------
-    ValueError
-        If the two are empty or not equally long.
-    """
+    """Return the mean of ``second - first``, a value per problem each, with a percentile bootstrap interval."""
     if len(first) != len(second) or not len(first):
         raise ValueError(f"need two equally long, non-empty lists, got {len(first)} and {len(second)} values")
     check_int("draws", draws, 1)
@@ -73,13 +48,9 @@ def paired_bootstrap(
 
 
 def mcnemar(first_only: int, second_only: int) -> float:
-    """Return the two-sided p value of McNemar's exact test.
+    """Return the two-sided p value of McNemar's exact test for problems that only one of two gets right.
 
-    Parameters
-    ----------
-    first_only, second_only
-        Problems that only the first, or only the second, gets right. With several samples: on which the first, or the
-        second, is right more often (the sign test, of which McNemar's is the case of one sample).
+    With several samples: on which it is right more often (the sign test; McNemar's is its case of one sample).
     """
     check_int("first_only", first_only, 0)
     check_int("second_only", second_only, 0)
@@ -92,7 +63,6 @@ def mcnemar(first_only: int, second_only: int) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p values adjusted by Holm's method, in the order given."""
     for value in p_values:
         check_range("p", value, 0, 1)
     adjusted = [0.0] * len(p_values)

@@ -1,8 +1,8 @@
 """Append-only store of records: Parquet files in a folder, read with DuckDB.
 
-``add`` writes one new file and never touches another, so any number of processes may add at the same time. Records
-are identified by their key; the first one written counts, wherever copies may lie. That also makes compaction safe:
-the merged file is complete on disk before the files that it replaces are deleted; until then their rows are copies.
+``add`` writes one new file and never touches another, so any number of processes may add at the same time. The first
+record with a key counts, wherever copies may lie. That also makes compaction safe: the merged file is complete on
+disk before the files that it replaces are deleted; until then their rows are copies.
 """
 
 from __future__ import annotations
@@ -25,11 +25,9 @@ with needs_extra("eval"):
     import pyarrow as pa
     from pyarrow import parquet
 
-MARKER = "longthink-store"
-"""File that marks a folder as a store; it holds the version of the format."""
+MARKER = "longthink-store"  # file that marks a folder as a store; it holds the version of the format
 FORMAT = "1"
-FILE_ROWS = 20_000
-"""Compaction leaves files with this many rows alone."""
+FILE_ROWS = 20_000  # compaction leaves files with this many rows alone
 
 _GENERATION = re.compile(r"(.*)-g(\d+)")
 
@@ -37,17 +35,8 @@ _GENERATION = re.compile(r"(.*)-g(\d+)")
 class ResultStore:
     """The records in a folder: ``FOLDER/samples/*.parquet`` and ``FOLDER/measurements/*.parquet``.
 
-    File names sort in the order of writing. Needs a file system with POSIX file locks.
-
-    Parameters
-    ----------
-    create
-        Whether to create the folder; otherwise a missing store is an error.
-
-    Raises
-    ------
-    ResultStoreError
-        If the folder holds something else, has another format, or is missing and must not be created.
+    File names sort in the order of writing. Needs a file system with POSIX file locks. `ResultStoreError` if the
+    folder holds something else, has another format, or is missing and not to be created.
     """
 
     def __init__(self, folder: Path | str, *, create: bool = True) -> None:
@@ -80,14 +69,10 @@ class ResultStore:
     def add(self, *records: Record) -> None:
         """Add records, one file per table; they are on disk when this returns.
 
-        Raises
-        ------
-        ResultStoreError
-            If one of them is not a record or has a value of the wrong type; nothing is added then.
+        `ResultStoreError` if one of them is not a record or has a value of the wrong type; nothing is added then.
         """
         rows: dict[str, list[dict[str, Any]]] = {}
-        for record in records:
-            row = checked_row(record)
+        for record, row in zip(records, map(checked_row, records), strict=True):
             rows.setdefault(record.table, []).append(row)
         for table, values in rows.items():
             (self.folder / table).mkdir(exist_ok=True)  # tools such as git drop empty folders
@@ -102,21 +87,12 @@ class ResultStore:
     def query(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[dict[str, Any]]:
         """Run a DuckDB query over the views ``samples`` and ``measurements``, with each record once; return its rows.
 
-        Parameters
-        ----------
-        parameters
-            Values for each ``?`` in the query, or by name for ``$name``.
-
-        Raises
-        ------
-        ResultStoreError
-            If a file of the store is damaged or of another kind; the message names it.
+        `parameters` are values for each ``?`` in the query, or by name for ``$name``. `ResultStoreError` names a file
+        that is damaged or of another kind.
         """
         # The lock keeps compaction from deleting files between listing and reading them.
-        with (
-            self._lock(exclusive=False),
-            duckdb.connect(config={"autoinstall_known_extensions": False}) as link,
-        ):
+        offline = {"autoinstall_known_extensions": False}
+        with self._lock(exclusive=False), duckdb.connect(config=offline) as link:
             for table in TABLES:
                 self._make_view(link, table)
             cursor = link.execute(sql, parameters if isinstance(parameters, Mapping) else list(parameters))
@@ -124,7 +100,12 @@ class ResultStore:
             return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
 
     def _make_view(self, link: duckdb.DuckDBPyConnection, table: str) -> None:
-        files = self._verify(table)
+        files = self._files(table)
+        for path in [path for path in files if path not in self._verified]:  # each is read once to check it
+            with _reading(path, table) as file:
+                for _ in file.iter_batches():
+                    pass
+            self._verified.add(path)
         link.execute(f"CREATE TABLE none_of_{table} ({sql_columns(table)})")
         source = f"SELECT * FROM none_of_{table}"
         if files:
@@ -138,30 +119,14 @@ class ResultStore:
             )
         link.execute(f"CREATE VIEW {table} AS {source}")
 
-    def _verify(self, table: str) -> list[Path]:
-        """Return the files of a table in order; each is read once to check it."""
-        files = self._files(table)
-        for path in files:
-            if path not in self._verified:
-                with _reading(path, table) as file:
-                    for _ in file.iter_batches():
-                        pass
-                self._verified.add(path)
-        return files
-
     def _files(self, table: str) -> list[Path]:
         found = (self.folder / table).glob("*.parquet")
         return sorted(path.absolute() for path in found if not path.name.startswith("."))
 
     def compact(self) -> None:
-        """Merge small files into large ones, keeping each record once.
+        """Merge small files into large ones, keeping each record once; a damaged file and those after it stay.
 
         A kill at any moment loses and duplicates nothing. Other processes may add meanwhile; queries wait.
-
-        Raises
-        ------
-        ResultStoreError
-            If a file is damaged or of another kind; that file and those after it stay as they are.
         """
         with self._lock(exclusive=True):
             for table in TABLES:
@@ -180,9 +145,8 @@ class ResultStore:
                 break
             with _reading(path, table) as file:
                 rows = file.read()
-            keys = list(zip(*(rows.column(name).to_pylist() for name in TABLES[table].key), strict=True))
             is_first = []
-            for key in keys:
+            for key in zip(*(rows.column(name).to_pylist() for name in TABLES[table].key), strict=True):
                 is_first.append(key not in seen)
                 seen.add(key)
             parts.append(rows.filter(is_first))
@@ -191,7 +155,6 @@ class ResultStore:
 
     @contextmanager
     def _lock(self, *, exclusive: bool) -> Iterator[None]:
-        """Lock the marker file; the lock ends with the process."""
         import fcntl
 
         with (self.folder / MARKER).open() as marker:
@@ -200,7 +163,6 @@ class ResultStore:
 
 
 def _replace(paths: list[Path], parts: list[pa.Table]) -> None:
-    """Replace consecutive files by one that takes their place in the order of names."""
     if len(paths) == 1:
         return
     # The first file's name and a number sort behind that file, and before all that follow the last one.
