@@ -91,7 +91,7 @@ class ResultStore:
         that is damaged or of another kind.
         """
         # The lock keeps compaction from deleting files between listing and reading them.
-        offline = {"autoinstall_known_extensions": False}
+        offline: dict[str, Any] = {"autoinstall_known_extensions": False}
         with self._lock(exclusive=False), duckdb.connect(config=offline) as link:
             for table in TABLES:
                 self._make_view(link, table)
