@@ -152,17 +152,20 @@ def test_padding_after_a_row_that_ended_is_as_good_as_never_read(ending_model, p
 
 
 @pytest.mark.parametrize("policy", PINNED)
-def test_a_row_that_ended_early_has_its_question_pinned_and_its_bound(ending_model, policy):
-    """With evictions, also for the padding, over several turns."""
-    model, lengths = ending_model, [0, 0]
+def test_a_row_that_ended_early_has_its_question_pinned_and_its_bound(policy):
+    """With evictions, also for the padding, over several turns, each of which hides that of all before."""
+    model, first = build("llama"), question(9, seed=3, rows=2)
+    options = dict(max_new_tokens=90, **GREEDY)
+    draft = longthink.generate(model, first, policy=policy, decode_budget=32, **options)
+    # Row 0 ends early in the first turn, row 1 does not.
+    ends = next(token for token in draft[0, 20:].tolist() if token not in draft[1, 9:])
+    model.generation_config.eos_token_id = ends
     with longthink.make_cache(model, policy=policy, decode_budget=32) as cache:
         text = torch.zeros(2, 0, dtype=torch.int64)
         for turn in range(3):
             ids = torch.cat([text, question(9, seed=3 + turn, rows=2)], 1)
             mask = (ids != PAD).long()
-            text = longthink.generate(
-                model, ids, mask, policy=policy, past_key_values=cache, max_new_tokens=90, **GREEDY
-            )
+            text = longthink.generate(model, ids, mask, policy=policy, past_key_values=cache, **options)
             lengths = mask.sum(1).tolist()
             for layer in range(2):
                 for length, heads in zip(lengths, cache.resident_positions(layer), strict=True):
@@ -170,6 +173,7 @@ def test_a_row_that_ended_early_has_its_question_pinned_and_its_bound(ending_mod
                         assert set(range(length - 9, length)) <= set(positions)
                         # A turn of 9 tokens, after one that is read with it, touches 3 pages of 16 at most.
                         assert len(positions) <= 32 + (turn + 1) * (48 if cache.policy.page_size > 1 else 10)
+    assert not mask[0, :99].all()
 
 
 @pytest.mark.parametrize(

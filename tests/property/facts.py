@@ -4,6 +4,8 @@ import itertools
 import math
 from dataclasses import dataclass, field
 
+import torch
+
 from longthink.cache import LayerCache
 from tests.oracle.base import Limit
 from tests.oracle.harness import DEFAULT_PAGE_SIZE, Case
@@ -154,3 +156,17 @@ def check_slots(layer: LayerCache, rows: list[RowFacts]) -> None:
     if "stamp" in table.state:
         for stamp_KP, row in zip(table.state["stamp"].tolist(), rows, strict=True):
             assert all(stamp <= max(0, row.stamped - 1) for stamp_P in stamp_KP for stamp in stamp_P)
+
+
+def check_key_bounds(layer: LayerCache) -> None:
+    """The bounds of each page are those of the keys that it holds."""
+    store = layer.store
+    if not store.has_key_bounds:
+        return
+    keys_BKPTD = store.keys_BKSD.unflatten(2, (-1, layer.policy.page_size))
+    held_BKPT1 = store.table.resident_BKS.unflatten(-1, (-1, layer.policy.page_size))[..., None]
+    filled_BKP1 = held_BKPT1.any(-2)
+    for bound_BKPD, neutral in ((store.kmin_BKPD, torch.inf), (store.kmax_BKPD, -torch.inf)):
+        found_BKPTD = torch.where(held_BKPT1, keys_BKPTD, neutral)
+        found_BKPD = found_BKPTD.amin(-2) if neutral > 0 else found_BKPTD.amax(-2)
+        assert torch.equal(torch.where(filled_BKP1, bound_BKPD, 0), torch.where(filled_BKP1, found_BKPD, 0))

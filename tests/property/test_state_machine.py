@@ -16,7 +16,7 @@ from longthink.errors import BudgetError
 from tests.examples import few, some
 from tests.oracle.harness import Call, Case, Inputs, calls
 from tests.oracle.strategies import all_cases
-from tests.property.facts import check_layer, prompts_of
+from tests.property.facts import check_key_bounds, check_layer, prompts_of
 
 BROKEN = (float("nan"), float("inf"), float("-inf"), 1e38)
 
@@ -128,6 +128,7 @@ class CacheMachine(RuleBasedStateMachine):
     @invariant()
     def facts_hold(self) -> None:
         check_layer(self.case, self.layer, self.facts)
+        check_key_bounds(self.twin)
         ours, twins = self.layer.resident_positions(), self.twin.resident_positions()
         for row, touched in enumerate(self.touched):
             assert touched or ours[row] == twins[row]
