@@ -329,8 +329,7 @@ class LayerCache(CacheStats):
             self._store.shifted_BKND = self._store.keys_BKSD[:, :, :count].clone()
             if self._rotation is None:
                 raise UnsupportedModelError(
-                    f"policy {policy_spec(self.policy)!r} rotates keys inside the cache and needs to know the "
-                    "model's RoPE: pass rotation=..., or use streaming_llm:positions=logical"
+                    f"policy {policy_spec(self.policy)!r} shifts keys: it needs the model's RoPE, as rotation=..."
                 )
             self._store.rotation = self._rotation.to(key_BKQD.device)
 
