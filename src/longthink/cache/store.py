@@ -199,8 +199,7 @@ class SlotStore:
             return
         if rotation is None:
             raise UnsupportedModelError(
-                f"policy {policy_spec(policy)!r} rotates keys inside the cache and needs to know the model's RoPE: "
-                "pass rotation=..., or use streaming_llm:positions=logical"
+                f"policy {policy_spec(policy)!r} shifts keys: it needs the model's RoPE, as rotation=..."
             )
         self.shifted_BKND = self.keys_BKSD[:, :, :count].clone()
         self.rotation = rotation.to(self.keys_BKSD.device)

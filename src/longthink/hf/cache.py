@@ -185,7 +185,7 @@ class PagedCache(CacheContents, Cache):
         return super().get_mask_sizes(query_length, layer_idx)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns of text seen, including padding. The library asks before each pass of the model."""
+        """Columns of text seen, including padding; the library asks before each pass of the model."""
         self.binding.use.asked = True
         return super().get_seq_length(layer_idx)
 
@@ -314,7 +314,8 @@ def make_cache(
     """Create a cache for ``model.generate(..., past_key_values=cache)``, for any number of turns.
 
     Unsupported features raise an error when the model is called, with one exception: with ``guidance_scale``
-    transformers decodes a second text in an unbounded cache of its own, which only `generate` can refuse.
+    transformers decodes a second text in an unbounded cache of its own, which only `generate` can refuse. The first
+    cache of a kind of model runs a short text through it: see ``docs/verify.md``.
 
     Parameters
     ----------

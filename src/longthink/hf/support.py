@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -92,6 +93,10 @@ def text_tokens(model: PreTrainedModel, count: int) -> Tensor:
     return torch.tensor(ids, device=model.device)
 
 
+_is_limit: weakref.WeakKeyDictionary[PreTrainedModel, dict[int, bool]] = weakref.WeakKeyDictionary()
+"""Of each model, lengths that were tried."""
+
+
 def text_limit(model: PreTrainedModel) -> int | None:
     """Columns of text beyond which keys that are in a cache are of no use to the model; None for models without.
 
@@ -101,7 +106,12 @@ def text_limit(model: PreTrainedModel) -> int | None:
     config = model.config.get_text_config(decoder=True)
     for parameters in (vars(model.config), vars(config), getattr(config, "rope_parameters", None) or {}):
         limit = parameters.get("original_max_position_embeddings")
-        if isinstance(limit, int) and (_drops_cache(model, limit) or _changes_rope(model, limit)):
+        if not isinstance(limit, int):
+            continue
+        known = _is_limit.setdefault(model, {})
+        if limit not in known:
+            known[limit] = _drops_cache(model, limit) or _changes_rope(model, limit)
+        if known[limit]:
             return limit
     return None
 
