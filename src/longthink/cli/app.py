@@ -77,8 +77,7 @@ app.meta.end_of_options_delimiter = ""
 
 @app.meta.default
 def _launch(
-    *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
-    debug: Switch = False,
+    *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)], debug: Switch = False
 ) -> int:
     """Run one command.
 

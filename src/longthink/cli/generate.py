@@ -12,13 +12,7 @@ from longthink.cli.chat import Conversation, chat
 from longthink.cli.decode import Decoded, catch_interrupt, decode
 from longthink.cli.errors import EXIT_INTERRUPTED
 from longthink.cli.models import load_model
-from longthink.cli.options import (
-    BudgetOptions,
-    ModelOptions,
-    ProblemOptions,
-    SamplingOptions,
-    Switch,
-)
+from longthink.cli.options import BudgetOptions, ModelOptions, ProblemOptions, SamplingOptions, Switch
 from longthink.cli.progress import progress
 from longthink.cli.prompts import check_words, encode_prompt, read_prompt
 from longthink.cli.terminal import note, shares_place, size_text, write_json, write_text
