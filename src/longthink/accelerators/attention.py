@@ -47,12 +47,8 @@ def step_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Append the token at `now_B`, attend to the resident tokens, and write side outputs.
 
-    A token at offset 0 clears its page. Page scores go to `score_BKP` (float32), or to a new tensor if it is None.
-
-    Returns
-    -------
-    tuple of Tensor
-        Output BKGD, and the page scores that `side` asks for, or None.
+    A token at offset 0 clears its page. Returns the output BKGD, and the page scores that `side` asks for (in
+    `score_BKP`, float32, if it is given) or None.
     """
     work = plan_work(query_BKGD, key_BKD, value_BKD, slots)
     rows, heads, groups, _ = query_BKGD.shape

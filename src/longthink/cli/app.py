@@ -100,13 +100,7 @@ def _launch(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code.
-
-    Parameters
-    ----------
-    arguments
-        The words after ``longthink``; None takes them from ``sys.argv``.
-    """
+    """Run the command line (``arguments`` are the words after ``longthink``) and return its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if sys.stderr is None:
         # Notes would otherwise go to standard output, into the middle of a JSON document.
@@ -136,7 +130,6 @@ def _dash_is_stdin(tokens: Sequence[str]) -> list[str]:
 
 
 def _quiet_libraries() -> None:
-    """Hide warnings of the underlying libraries."""
     warnings.simplefilter("ignore")
     # Read when the libraries are imported, which is after this.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -18,42 +18,27 @@ if TYPE_CHECKING:
 
 @dataclass
 class Decoded:
-    """Output of a generation so far; complete once :func:`decode` returns.
-
-    Attributes
-    ----------
-    tokens
-        Ids of the new tokens.
-    text
-        Their text, without special tokens.
-    step_s
-        Seconds per new token; the first includes the prefill.
-    stopped
-        ``end`` (end token), ``length`` (token limit) or ``interrupted``.
-    """
+    """Output of a generation so far; complete once :func:`decode` returns."""
 
     tokens: list[int] = field(default_factory=list)
-    text: str = ""
-    step_s: list[float] = field(default_factory=list)
-    stopped: str = "end"
+    text: str = ""  # without special tokens
+    step_s: list[float] = field(default_factory=list)  # seconds per new token; the first includes the prefill
+    stopped: str = "end"  # ``end`` (end token), ``length`` (token limit) or ``interrupted``
 
     @property
     def prompt_s(self) -> float:
-        """Seconds until the first token: the prefill."""
         return self.step_s[0] if self.step_s else 0.0
 
     @property
     def decode_s(self) -> float:
-        """Seconds for all tokens after the first."""
         return sum(self.step_s[1:])
 
     @property
     def tokens_per_s(self) -> float:
-        """Tokens per second after the first token (0 if there are fewer than two)."""
         return (len(self.step_s) - 1) / self.decode_s if self.decode_s > 0 else 0.0
 
     def ms_per_token(self, part: slice) -> float:
-        """Mean milliseconds per token of a part of the tokens after the first (NaN if empty)."""
+        """Mean over a part of the tokens after the first (NaN if empty)."""
         times = self.step_s[1:][part]
         return 1000 * sum(times) / len(times) if times else float("nan")
 
@@ -81,7 +66,6 @@ class Detokenizer:
         return text[len(known) :]
 
     def rest(self) -> str:
-        """Return the text still held back."""
         known, text = self._texts()
         self._start = self._shown = len(self._ids)
         return text[len(known) :]
@@ -138,24 +122,10 @@ def decode(
     interrupted: Callable[[], bool] = lambda: False,
     **generate_kwargs: Any,
 ) -> Decoded:
-    """Generate one text with a cache.
+    """Generate one text with a cache; ``generate_kwargs`` must include ``max_new_tokens``.
 
-    Parameters
-    ----------
-    model, tokenizer
-        The transformers objects.
-    inputs
-        ``input_ids`` and ``attention_mask`` of one row.
-    cache
-        A fresh cache for the model.
-    on_text
-        Called with each new piece of text.
-    on_step
-        Called after each token with the number of tokens so far; its time is not counted as the model's.
-    interrupted
-        Called after each token; True ends the generation.
-    **generate_kwargs
-        Passed to ``model.generate``; must include ``max_new_tokens``.
+    After each token ``on_step`` gets the number of tokens so far; its time is not counted as the model's. Then
+    ``interrupted`` is called; True ends the generation.
     """
     from longthink.hf import generate
 

@@ -42,25 +42,18 @@ class GenerateOptions(ProblemOptions, SamplingOptions, BudgetOptions, ModelOptio
 
     file: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None
     """Read the prompt from this UTF-8 text file (- is standard input)."""
-
     raw: Switch = False
     """Pass the prompt to the model as it is, without the chat template."""
-
     policy: str = DEFAULT_POLICY
     """What the cache keeps, with options after colons, such as raas:r=0.25; see "longthink policies"."""
-
     kv_dtype: str | None = None
     """Format to store keys and values in: bfloat16, float16 or float32; by default the model's own."""
-
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the decode step, which takes about a minute; auto: if so many tokens are requested that it pays."""
-
     prefill_chunk_size: int | None = None
     """Prefill the prompt in chunks of this many tokens, for prompts that do not fit in memory at once."""
-
     chat: Switch = False
     """Hold a conversation: one line of standard input is one question, until Ctrl-D."""
-
     json: Switch = False
     """Print one JSON document instead of the text."""
 
@@ -70,8 +63,6 @@ _DEFAULTS = GenerateOptions()
 
 @dataclass(frozen=True, kw_only=True)
 class _Run:
-    """One generation, ready to start and then finished."""
-
     loaded: Loaded
     inputs: dict[str, Tensor]
     policy: Policy
@@ -161,7 +152,6 @@ def _problem_name(options: ProblemOptions) -> str:
 
 
 def _budget(options: GenerateOptions, policy: Policy) -> dict[str, Any]:
-    """Return the budget arguments of ``make_cache``, with a default if none is given."""
     from longthink.policies import needs_budget
 
     chosen = options.given_budget
@@ -217,7 +207,6 @@ def _decode(run: _Run, cache: PagedCache) -> Decoded:
 
 
 def closing_line(decoded: Decoded, cache: PagedCache) -> str:
-    """Return the line that ends a generation: tokens, speed, memory and evictions."""
     ends = {"end": "", "length": " (token limit reached)", "interrupted": " (interrupted)"}
     return " · ".join(
         [
@@ -230,7 +219,6 @@ def closing_line(decoded: Decoded, cache: PagedCache) -> str:
 
 
 def larger_than_dense(cache: PagedCache) -> str:
-    """Return the reason why a bounded cache takes more memory than a dense one on a short text."""
     return (
         "the bounded cache is larger than a dense one here because its slots are allocated in full with the prompt: "
         f"it pays off from {cache.break_even_tokens:,} tokens on, prompt included"
@@ -238,7 +226,6 @@ def larger_than_dense(cache: PagedCache) -> str:
 
 
 def _record(run: _Run, decoded: Decoded, cache: PagedCache) -> dict[str, Any]:
-    """Return the JSON document of a generation."""
     options, problem = run.options, run.problem
     held = cache.summary()
     sampling = {name: getattr(options, name) for name in ("temperature", "top_p", "top_k", "seed")}

@@ -37,8 +37,6 @@ def show_log() -> None:
 
 
 class Task(Protocol):
-    """Work whose progress is shown."""
-
     def advance_to(self, done: int, detail: str = "") -> None:
         """Show that ``done`` units are complete, with a short ``detail`` such as a rate."""
 
@@ -83,17 +81,7 @@ class _BarTask:
 
 @contextmanager
 def progress(title: str, *, total: int | None = None, unit: str = "") -> Iterator[Task]:
-    """Show the progress of a piece of work while the ``with`` block runs.
-
-    Parameters
-    ----------
-    title
-        The work, as a short phrase.
-    total
-        Units of work, or None if unknown.
-    unit
-        Name of the unit, in the plural.
-    """
+    """Show the progress of a piece of work, of ``total`` units if known, while the ``with`` block runs."""
     if not is_terminal(sys.stderr):
         task = _LineTask(title, total, unit)
         try:

@@ -20,8 +20,6 @@ from longthink.vllm.spec import BoundedSpec
 
 
 class BoundedBackend(AttentionBackend):  # type: ignore[misc, unused-ignore]
-    """Attention over bounded block tables."""
-
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[str]] = list(checks.KV_DTYPES)
     # The policy decides where a token goes, so the runner's slot mapping is wrong once pages are evicted.
@@ -82,8 +80,6 @@ class BoundedBackend(AttentionBackend):  # type: ignore[misc, unused-ignore]
 
 
 class BoundedImpl(AttentionImpl):  # type: ignore[misc, unused-ignore]
-    """Attention of one layer."""
-
     def __init__(
         self, num_heads: int, head_size: int, scale: float, num_kv_heads: int, *args: Any, **kwargs: Any
     ) -> None:

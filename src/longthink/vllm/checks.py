@@ -36,15 +36,7 @@ def get_options(config: VllmConfig) -> PluginOptions | None:
 
 
 def check_config(config: VllmConfig) -> None:
-    """Refuse a configuration that longthink does not support.
-
-    Raises
-    ------
-    UnsupportedFeatureError
-        Names every unsupported setting, and the remedy.
-    ValueError
-        If an option of the plugin is invalid, or does not fit the block size.
-    """
+    """Refuse a configuration that longthink does not support, naming every unsupported setting and the remedy."""
     check_version()
     _refuse(UnsupportedFeatureError, _unsupported_settings(config))
     options = PluginOptions.from_additional_config(config.additional_config)
@@ -65,11 +57,6 @@ def check_layer(
     """Refuse an attention layer that is more than causal softmax attention over its own keys.
 
     Parameters are those of vLLM's ``AttentionImpl``; parameters unknown to the plugin must be None.
-
-    Raises
-    ------
-    UnsupportedModelError
-        Names every unsupported feature of the layer.
     """
     sinks = extra.pop("sinks", None)
     unknown = sorted(name for name, value in extra.items() if value is not None)

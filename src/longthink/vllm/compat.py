@@ -56,13 +56,7 @@ def cpu_write(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot: Te
 
 
 class CpuSchedule:
-    """vLLM's CPU kernel, set up for a batch; the same for all layers.
-
-    Parameters
-    ----------
-    start, length
-        Offset of each row's queries in the batch, and the number of tokens that it attends to; int32.
-    """
+    """vLLM's CPU kernel, set up for a batch; rows begin at `start` and attend to `length` tokens (int32)."""
 
     def __init__(
         self, start: Tensor, length: Tensor, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype

@@ -1,11 +1,9 @@
 """The decode step over blocks of the pool, for all layers of a worker.
 
-`begin` opens pages and evicts before the layers run, `finish` lets the policy observe after they have run. Both work
-on all layers at once, so a step launches few operations whatever the number of layers. In between, each layer writes
-its tokens and reads its pages. Policies that need attention weights observe a page when it is full, before the next
-one is opened (`longthink.vllm.observe`). Nothing here reads a value back from the device.
-
-Shape suffixes: see `longthink.vllm.pool`; H query heads, G query heads of a KV head.
+`begin` opens pages and evicts before the layers run, `finish` lets the policy observe afterwards, both for all
+layers at once, so a step launches few operations. Policies that need attention weights observe a page when it is
+full (`longthink.vllm.observe`). Nothing here reads a value back from the device. Shape suffixes: see
+`longthink.vllm.pool`.
 """
 
 from __future__ import annotations
@@ -27,45 +25,21 @@ SKIPS_ADMIT: frozenset[type[Policy]] = frozenset({Milestone, RaaS})
 
 
 class DecodeContext(NamedTuple):
-    """A decode step in progress.
-
-    Attributes
-    ----------
-    programs
-        Eager or compiled functions of the step.
-    span
-        The layers that it covers: all of them, or one.
-    batch
-        The requests, one token each.
-    active_B
-        False for a prompt token that is processed on its own: the policy does not observe it.
-    block_LBK
-        Block that each token is written to.
-    plan
-        From `BlockAttention.schedule`.
-    """
+    """A decode step in progress."""
 
     programs: _Programs
-    span: slice
+    span: slice  # the layers that it covers: all of them, or one
     batch: DecodeBatch
-    active_B: Tensor
-    block_LBK: Tensor
-    plan: Any
+    active_B: Tensor  # False for a prompt token processed on its own: the policy does not observe it
+    block_LBK: Tensor  # block that each token is written to
+    plan: Any  # from `BlockAttention.schedule`
 
 
 class BlockDecoder:
-    """Decode steps of some layers.
+    """Decode steps of some layers, of at most `max_rows` requests.
 
-    Parameters
-    ----------
-    policies
-        The policy of each layer.
-    max_rows
-        Most requests in a step.
-    compiles
-        Compile the work that layers share.
-    static_buffers
-        Keep the tensors that the layers read at fixed addresses, so that their work can be captured as a CUDA graph.
+    `static_buffers` keeps the tensors that the layers read at fixed addresses, so that their work can be captured as
+    a CUDA graph.
     """
 
     def __init__(
@@ -111,14 +85,8 @@ class BlockDecoder:
     ) -> DecodeContext:
         """Assign a block to each token, in all layers or in one.
 
-        Parameters
-        ----------
-        opening
-            Indices of the rows whose token opens a page; None if there are none.
-        evicts
-            False if it is known that each of them has an empty slot.
-        admitting
-            Indices of the rows whose token is the first after the prompt; only if `admits`.
+        `opening` are the rows whose token opens a page, `admitting` those whose token is the first after the prompt
+        (only if `admits`). `evicts` is False if it is known that each of them has an empty slot.
         """
         span = slice(0, self.pool.layers) if layer is None else slice(layer, layer + 1)
         # Steps of a single layer are too rare to be worth compiling.

@@ -1,11 +1,8 @@
 """Deferred observation: a policy observes the attention weights of a whole page of steps at once.
 
-Paged attention kernels do not return weights, and what a policy observes matters only when a page is evicted. So the
-queries of a page are stored until it is full. One matrix product with the keys then gives the weights of each of its
-steps, because nothing is evicted while a page is written: later tokens of the page only have to be masked.
-
-Shape suffixes: N rows of all layers (layer after layer), K KV heads, T tokens in a page, H query heads, G query heads
-of a KV head, M queries of a KV head, S token slots, D head dim.
+Paged attention kernels return no weights, and observations matter only when a page is evicted. So a page's queries
+are stored until it is full; one product with the keys then gives the weights of its steps, later tokens masked.
+Shape suffixes: see `longthink.vllm.pool`; T tokens in a page, M queries of a KV head.
 """
 
 from __future__ import annotations
@@ -38,14 +35,7 @@ def observe_page(
 ) -> None:
     """Let a policy observe the decode steps of the page that ended just before `now_B`.
 
-    Parameters
-    ----------
-    table
-        The residents now that the page is full. Its state is replaced.
-    keys_NKSD
-        Keys of the residents.
-    query_NTHD
-        Queries of the page's tokens; those of prompt tokens are ignored.
+    `table` and `keys_NKSD` are the residents now that the page is full; queries of prompt tokens are ignored.
     """
     tokens, keys_NKSD = table.page_size, keys_NKSD.to(wide_dtype(keys_NKSD.dtype))
     query_NTKGD = query_NTHD.unflatten(2, (keys_NKSD.shape[1], -1))

@@ -1,16 +1,14 @@
 """The KV cache blocks that vLLM allocates, seen as pages: keys, values and the page's state in each layer.
 
-A block id names a page in every layer, and each layer has memory of its own for it. The state of a page (key bounds,
-logical positions, the policy's tensors) is stored in the padding after its keys and values. State therefore belongs
-to a block, not to a request: it survives in the prefix cache, and vLLM counts it when it sizes the pool.
-
-If the policy learns from attention weights, a request also owns blocks that hold the queries of the page being
-written; see `longthink.vllm.observe`. Block 0 is vLLM's null block: no request owns it, so what must not be stored is
-written there.
+A block id names a page in every layer. The state of a page (key bounds, positions, the policy's tensors) is stored
+in the padding after its keys and values, so it belongs to a block, not to a request: it survives in the prefix
+cache, and vLLM counts it when it sizes the pool. If the policy learns from attention weights, a request also owns
+blocks for the queries of the page being written. Block 0 is vLLM's null block: what must not be stored is written
+there.
 
 Shape suffixes: L layers, X blocks, B rows, N rows of all layers (layer after layer), K KV heads (1 where one table
-serves a whole layer), H query heads, P page slots of a row, E query blocks of a row, R queries per head in a block,
-T tokens in a page, S = P x T, D head dim, M tokens moved.
+serves a whole layer), H query heads, G query heads of a KV head, P page slots of a row, E query blocks of a row,
+R queries per head in a block, T tokens in a page, S = P x T, D head dim, M tokens moved.
 """
 
 from __future__ import annotations
@@ -31,8 +29,6 @@ _ALIGNMENT = 8
 
 
 class _Field(NamedTuple):
-    """A tensor of a page's state, and its byte offset in the page."""
-
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -72,53 +68,27 @@ def query_blocks(policy: Policy, heads: int, kv_heads: int) -> int:
 
 
 class DecodeBatch(NamedTuple):
-    """Requests that decode one token each, and their pages.
+    """Requests that decode one token each, and their pages."""
 
-    Attributes
-    ----------
-    block_BP
-        Block of each page slot, int64; 0 (the null block) for slots not in use.
-    now_B
-        Position of the token being decoded.
-    prompt_B, cap_B
-        Prompt tokens, and the page slots that the request may fill.
-    count_B
-        Page slots in use once the token is written.
-    query_BE
-        Blocks for the queries of the page being written.
-    """
-
-    block_BP: Tensor
-    now_B: Tensor
+    block_BP: Tensor  # block of each page slot, int64; 0 (the null block) for slots not in use
+    now_B: Tensor  # position of the token being decoded
     prompt_B: Tensor
-    cap_B: Tensor
-    count_B: Tensor
-    query_BE: Tensor
+    cap_B: Tensor  # page slots that the request may fill
+    count_B: Tensor  # page slots in use once the token is written
+    query_BE: Tensor  # blocks for the queries of the page being written
 
     def take(self, index: Tensor) -> DecodeBatch:
         return DecodeBatch(*(tensor[index] for tensor in self))
 
     def mark_dynamic(self) -> DecodeBatch:
-        """Mark all dimensions as dynamic for the compiler."""
         return DecodeBatch(*(mark_dynamic(tensor, *range(tensor.ndim)) for tensor in self))
 
 
 class PagePool:
-    """Views of vLLM's KV cache for some layers.
+    """Views of vLLM's KV caches (X x K x T x 2D) of some layers, evenly spaced in one allocation.
 
-    `SlotStore` is the counterpart whose memory is longthink's own; both write through `longthink.kernels`.
-
-    Parameters
-    ----------
-    caches
-        vLLM's KV cache of each layer, X x K x T x 2D.
-    transposed
-        Store the keys of a block as D x T, the layout of vLLM's CPU kernel, instead of T x D.
-
-    Raises
-    ------
-    UnsupportedFeatureError
-        If the layers' caches are not evenly spaced in one allocation.
+    `SlotStore` is the counterpart whose memory is longthink's own. `transposed` stores the keys of a block as D x T,
+    the layout of vLLM's CPU kernel.
     """
 
     def __init__(self, policy: Policy, caches: list[Tensor], *, transposed: bool) -> None:
@@ -167,14 +137,9 @@ class PagePool:
     # Whole tables ------------------------------------------------------------------------------------------------
 
     def table(self, layers: Tensor, batch: DecodeBatch, filled_B: Tensor) -> PageTable:
-        """Gather the page tables of some layers as one table of N rows.
+        """Gather the page tables of some layers as one table of N rows, of which `filled_B` slots hold tokens.
 
         A compiled step drops the parts that the policy does not read.
-
-        Parameters
-        ----------
-        filled_B
-            Page slots that hold tokens.
         """
         at = (layers[:, None, None], batch.block_BP[None])
         pages = batch.block_BP.shape[1]
@@ -278,7 +243,6 @@ class PagePool:
     # Queries -----------------------------------------------------------------------------------------------------
 
     def write_queries(self, layers: Tensor, batch: DecodeBatch, query_LBHD: Tensor) -> None:
-        """Store the queries of the tokens at `now_B`."""
         within_B1 = (batch.now_B % self.page_size)[:, None]
         block_B1H, index_B1H = self._query_index(batch, within_B1, query_LBHD.shape[2])
         self._query_LXRD[layers[:, None, None], block_B1H[:, 0], index_B1H[:, 0]] = query_LBHD
@@ -308,7 +272,6 @@ class PagePool:
             tensor[:, block_B] = 0
 
     def compute_prompt_bounds(self, layer: int, block_B: Tensor, filled_B: Tensor) -> None:
-        """Compute the key bounds of prompt pages from their keys."""
         if self.kmin_LXKD is None or self.kmax_LXKD is None:
             return
         keys_BKTD = self.keys_LXKTD[layer, block_B]

@@ -19,21 +19,9 @@ from longthink.lab.results.records import Measurement, to_row
 
 
 def measure_memory(plan: Plan, report: Report = lambda done, name: None) -> Iterator[Measurement]:
-    """Measure bytes after the prefill and after each of the plan's lengths.
+    """Measure bytes after the prefill and after each of the plan's lengths, one system after the other.
 
     The resident set size includes the libraries and the model: the growth from row to row is the cache's.
-
-    Yields
-    ------
-    Measurement
-        All lengths of one system, then of the next, as they are measured.
-
-    Raises
-    ------
-    MissingExtraError
-        If psutil is not installed.
-    BenchError
-        If a process fails.
     """
     with needs_extra("eval"):
         import psutil  # noqa: F401

@@ -16,21 +16,10 @@ _MAX_POSITIONS = 1 << 20
 
 
 def bench_model(name: str = RANDOM, *, device: str = "auto", dtype: str = "auto") -> Loaded:
-    """Return the model to benchmark.
+    """Return the model to benchmark: anything that `longthink.models.load_model` takes, or a random one.
 
-    Parameters
-    ----------
-    name
-        ``random:`` and any of layers, hidden, heads, kv_heads and head_dim (the rest as in `RANDOM`): a Qwen2 with
-        random weights, an MLP three times as wide as the model, and a vocabulary of 1024 tokens. Or anything that
-        `longthink.models.load_model` takes.
-    device, dtype
-        See `longthink.models.load_model`; ``auto`` is float32 for a random model.
-
-    Raises
-    ------
-    ValueError, OSError
-        If the shape is invalid, or the model is not found.
+    ``random:`` and any of layers, hidden, heads, kv_heads and head_dim (the rest as in `RANDOM`) is a Qwen2 with
+    random weights (float32 for ``auto``), an MLP three times as wide as the model, and a vocabulary of 1024 tokens.
     """
     if name.partition(":")[0] != "random":
         return load_model(name, device=device, dtype=dtype)
@@ -63,13 +52,6 @@ def bench_model(name: str = RANDOM, *, device: str = "auto", dtype: str = "auto"
 
 
 def random_shape(name: str) -> dict[str, int]:
-    """Parse the shape of a random model.
-
-    Raises
-    ------
-    ValueError
-        If a field is unknown or out of range, or two fields are incompatible.
-    """
     shape = _fields(RANDOM) | _fields(name)
     for field, value in shape.items():
         check_int(field, value, 1)

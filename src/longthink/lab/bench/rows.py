@@ -21,12 +21,10 @@ _OPTIONAL = (
 
 
 def new_run() -> str:
-    """Return an identifier for a run."""
     return uuid4().hex[:12]
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
-    """Return the quartiles of at least one value."""
     low, middle, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else values[:1] * 3
     return low, middle, high
 
@@ -42,7 +40,6 @@ def new_row(**fields: Any) -> Measurement:
 
 
 def system_row(plan: Plan, loaded: Loaded, system: System, *, run: str, **fields: Any) -> Measurement:
-    """Return the measurement of one system of a plan."""
     return new_row(
         run=f"{run}/{system.name}",
         system=system.name,

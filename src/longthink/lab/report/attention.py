@@ -19,7 +19,6 @@ from longthink.lab.report.page import Page
 from longthink.lab.report.style import Style, make_styles
 
 ATTENTION_PAGE = "attention.html"
-"""Name of the page in the report's folder."""
 SHOWN_TRACES = 4
 """Traces that the page shows one by one; all count in tables and curves."""
 _TELLING = ((PageClass.MILESTONE, "decode"), (PageClass.PHOENIX, "decode"), (PageClass.PHOENIX, "prompt"))
@@ -28,32 +27,10 @@ _TELLING = ((PageClass.MILESTONE, "decode"), (PageClass.PHOENIX, "decode"), (Pag
 def build_attention(
     trace_folder: Path | str, out_folder: Path | str, *, title: str | None = None, command: str | None = None
 ) -> Path:
-    """Write the attention page of a trace store, its figures (PNG, PDF) and tables (CSV, Markdown).
+    """Write the attention page of a trace store, its figures (PNG, PDF) and tables (CSV, Markdown); return its path.
 
-    Replays that ``longthink what-if`` left beside the traces are shown, and uses are counted by their rules.
-
-    Parameters
-    ----------
-    trace_folder
-        A trace store.
-    out_folder
-        Created if needed; an existing page is overwritten.
-    title
-        Heading of the page; None names the model.
-    command
-        The command that made the page.
-
-    Returns
-    -------
-    pathlib.Path
-        The page.
-
-    Raises
-    ------
-    TraceError
-        If there is no trace, or one is damaged.
-    MissingExtraError
-        If jinja2, matplotlib or pyarrow is not installed.
+    Replays that ``longthink what-if`` left beside the traces are shown, and uses are counted by their rules. An
+    existing page is overwritten; `title` None names the model; `command` is shown as the page's origin.
     """
     with needs_extra("analyze"):
         import jinja2  # noqa: F401
@@ -161,7 +138,6 @@ def recall_figures(replays: Sequence[Replay]) -> list[Figure]:
 
 
 def _line(replays: Sequence[Replay], measure: str, kind: str, style: Style) -> Line:
-    """Return means over problems of one policy at each budget."""
     values: dict[int, list[float]] = {}
     for one in replays:
         values.setdefault(getattr(one, kind), []).append(getattr(one, measure))

@@ -13,7 +13,6 @@ from longthink.lab.results.statistics import wilson
 
 
 def shares_table(shares: Sequence[Share]) -> Table:
-    """Return all shares, one in a row: of the model and its tasks, layers and heads."""
     rows = [[one.scope, one.part, one.name, one.share, one.low, one.high, one.problems] for one in shares]
     columns = dict.fromkeys(("of", "part", "class"), "text") | dict.fromkeys(
         ("share", "low", "high"), "percent"

@@ -41,7 +41,6 @@ def read_uses(trace: Trace, lives: Lives) -> dict[str, NDArray[Any]]:
 
 
 def view_of(trace: Trace, lives: Lives, replays: Sequence[Replay]) -> dict[str, Any]:
-    """Return what the page draws of one trace."""
     header = trace.header
     uses = read_uses(trace, lives)
     shares, classes = read_shares(lives), map_classes(lives)

@@ -108,20 +108,19 @@ class Cell:
         return dict(found)
 
     def means(self, value: str) -> dict[Problem, float]:
-        """Return the mean of a number over each problem's samples."""
         return {
             problem: sum(float(row[value]) for row in rows) / len(rows)
             for problem, rows in self.by_problem.items()
         }
 
     def share(self, value: str) -> tuple[float, float, float]:
-        """Return the share of samples for which ``value`` is true, and its Wilson 95 % interval."""
+        """Share of samples for which ``value`` is true, and its Wilson 95 % interval."""
         means = self.means(value).values()
         right = min(float(len(means)), sum(means))
         return (right / len(means), *wilson(right, len(means)))
 
     def median(self, value: str) -> float:
-        """Return the median of a number over all samples that had room."""
+        """Median of a number over all samples that had room."""
         return float(median([row[value] for row in self.rows if not row["no_room"]] or [0]))
 
 
@@ -133,7 +132,6 @@ _COLUMNS = (
 
 
 def load_samples(store: ResultStore) -> list[Row]:
-    """Return all samples without their texts, in a fixed order."""
     return store.query(f"SELECT {_COLUMNS} FROM samples ORDER BY task, problem, seed, sample, config")
 
 
@@ -143,7 +141,6 @@ def _group_of(row: Row) -> Group:
 
 
 def size_of(row: Row) -> Size:
-    """Return the budget of a sample or a measurement."""
     for kind in ("budget", "decode_budget"):
         if row[kind] is not None:
             return Size(kind, row[kind])
@@ -151,7 +148,6 @@ def size_of(row: Row) -> Size:
 
 
 def make_cells(samples: Iterable[Row]) -> list[Cell]:
-    """Sort samples into cells, in a fixed order."""
     sorted_in: dict[Key, list[Row]] = defaultdict(list)
     for row in samples:
         task = Task(row["task"], (row["max_new_tokens"],), (row["task"],))

@@ -14,34 +14,18 @@ LEVEL = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Two cells on the problems that both have.
+    """Two cells on the problems that both have."""
 
-    Attributes
-    ----------
-    cell
-        The cell after.
-    problems, unpaired
-        Number of problems in both, and in only one of the two.
-    before, after
-        Accuracy on the problems in both.
-    difference
-        After minus before, with a paired bootstrap interval.
-    better, worse
-        Number of problems solved more often, and less often, after than before.
-    p, p_holm
-        McNemar's exact p value, and adjusted for the number of comparisons made together.
-    """
-
-    cell: Cell
+    cell: Cell  # the one after
     problems: int
-    unpaired: int
-    before: float
+    unpaired: int  # problems in only one of the two
+    before: float  # accuracy on the problems in both
     after: float
-    difference: Difference
-    better: int
+    difference: Difference  # after minus before, with a paired bootstrap interval
+    better: int  # problems solved more often after than before
     worse: int
-    p: float
-    p_holm: float
+    p: float  # McNemar's exact test
+    p_holm: float  # adjusted for the number of comparisons made together
 
     @property
     def significant(self) -> bool:

@@ -66,7 +66,6 @@ class Figure:
 
     @property
     def legend(self) -> dict[str, Line]:
-        """The first line of each label."""
         legend: dict[str, Line] = {}
         for line in (line for panel in self.panels for line in panel.lines):
             legend.setdefault(line.label, line)
@@ -75,8 +74,6 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """Labels and styles of policies, the same in all figures."""
-
     labels: dict[Series, str]
     styles: dict[str, Style]
 

@@ -25,26 +25,18 @@ Content = TypeVar("Content")
 
 @dataclass(kw_only=True)
 class Page:
-    """Collects blocks by section and renders them as one HTML file.
-
-    Attributes
-    ----------
-    sections
-        Blocks of each section, in order: the name of a macro in ``templates/parts.html``, and its arguments.
-    data
-        JSON documents for scripts, by the id of the element that holds them.
-    parts
-        Names of the scripts and style sheets that the page needs.
-    """
+    """Collects blocks by section and renders them as one HTML file."""
 
     title: str
     summary: str
     sections: dict[str, list[tuple[str, tuple[Any, ...]]]] = field(default_factory=dict)
+    """Blocks of each section: the name of a macro in ``templates/parts.html``, and its arguments."""
     data: dict[str, Any] = field(default_factory=dict)
+    """JSON documents for scripts, by the id of the element that holds them."""
     parts: tuple[str, ...] = ("page",)
+    """Scripts and style sheets that the page needs."""
 
     def add(self, section: str, block: str, *content: Any) -> None:
-        """Append a block to a section, which is created if needed."""
         self.sections.setdefault(section, []).append((block, content))
 
     def html(self) -> str:

@@ -24,7 +24,6 @@ def _names(cell: Cell, labels: Labels) -> list[Any]:
 
 
 def results_table(cells: Sequence[Cell], labels: Labels) -> Table:
-    """Return accuracy, length, time and memory of every cell."""
     columns = _CELL | _SIZE | {
         "problems": "count", "samples": "count", "accuracy": "percent", "low": "percent", "high": "percent",
         "cut off": "percent", "no room": "percent", "tokens (median)": "number", "seconds (median)": "number",
@@ -95,7 +94,6 @@ def comparison_table(
 
 
 def measurements_table(rows: Sequence[Row]) -> Table:
-    """Return every measured point."""
     columns = {
         "kind": "text", "system": "text", "model": "text", "dtype": "text", **_SIZE, "rows": "count",
         "prompt tokens": "count", "decode tokens": "count", "ms per token": "number", "seconds": "number",
