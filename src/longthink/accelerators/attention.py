@@ -3,8 +3,6 @@
 Shape suffixes: B rows, K KV heads, G query heads per KV head, P page slots, S token slots, D head dim.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from longthink.cache.store import SlotStore

@@ -4,8 +4,6 @@ The policy's own file is the definition; tests compare the two. Shape suffixes: 
 layer), B batch rows, K KV heads, P page slots, S token slots.
 """
 
-from __future__ import annotations
-
 from typing import Any, ClassVar, NamedTuple
 
 import torch

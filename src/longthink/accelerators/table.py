@@ -1,7 +1,5 @@
 """The policies that have fused decode steps."""
 
-from __future__ import annotations
-
 from longthink.accelerators.layers import (
     FusedH2O,
     FusedLayer,

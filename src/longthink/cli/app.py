@@ -4,8 +4,6 @@ Only light modules are imported here; commands import torch, transformers and ma
 ``longthink --help`` answers in 0.3 s.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import warnings

@@ -1,7 +1,5 @@
 """``longthink doctor``: whether this machine meets longthink's requirements."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import importlib.util
 import os

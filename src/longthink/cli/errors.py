@@ -1,7 +1,5 @@
 """From an exception to one line on standard error and an exit code, without a traceback."""
 
-from __future__ import annotations
-
 import errno
 import os
 import sys

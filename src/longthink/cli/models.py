@@ -1,7 +1,5 @@
 """Loading the model of a command, with progress."""
 
-from __future__ import annotations
-
 import os
 import sys
 

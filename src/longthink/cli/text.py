@@ -4,8 +4,6 @@ Text that comes from a model, a file name or an error message is foreign: on a t
 move the cursor, retitle the window or fake a prompt; in a document they could hide or reorder what it says.
 """
 
-from __future__ import annotations
-
 import html
 import re
 

@@ -1,7 +1,5 @@
 """``longthink vllm-args``: options that start vLLM with a bounded cache."""
 
-from __future__ import annotations
-
 import shlex
 
 from longthink.cli.options import Switch

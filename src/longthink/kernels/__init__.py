@@ -4,8 +4,6 @@
 Tensors on a GPU go to the Triton kernel of the same name, where there is one (docs/kernels.md).
 """
 
-from __future__ import annotations
-
 from functools import cache
 from importlib.util import find_spec
 

@@ -4,8 +4,6 @@ The loops read each key once, also through a block table: faster for the slots o
 over many thousands. Eagerly the sums would materialise every product. Shape suffixes: see `reference`.
 """
 
-from __future__ import annotations
-
 import os
 import types
 from collections.abc import Callable

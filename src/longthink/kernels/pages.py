@@ -4,8 +4,6 @@ Advanced indexing instead of scatter and gather: the compiler writes it in place
 Shape suffixes: see `reference`; M tokens moved. L, where a caller has it, counts layers in front of B.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import NamedTuple
 

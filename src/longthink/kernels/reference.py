@@ -5,8 +5,6 @@ G query heads per KV head, Q query tokens, N key columns, P page slots or pages 
 S = P * T token slots, D head dim, R pages read, X blocks of a pool.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """Loading the shipped weights."""
 
-from __future__ import annotations
-
 import hashlib
 from importlib.resources import as_file, files
 from pathlib import Path

@@ -4,8 +4,6 @@ All profiles produce the same kind of line. They differ only in how long a value
 between two reads, which is what a bounded cache has to cope with.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterator
 

@@ -5,8 +5,6 @@ the value of ``bee`` after writing ``bee`` and that of ``cat`` after ``+cat``. I
 later lines look up. This module is pure Python.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from longthink.reasoner.task import Problem

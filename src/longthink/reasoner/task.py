@@ -19,8 +19,6 @@ Problems are split by a stable hash of their text, so no problem of the test spl
 seeds. This module is pure Python.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 import re

@@ -15,8 +15,6 @@ form     use                              example
 This module is pure Python, so that generating and grading problems do not import torch.
 """
 
-from __future__ import annotations
-
 NAMES: tuple[str, ...] = tuple(
     """
     ant ape arm axe bag ball barn bat bean bear bed bee bell belt bird boat bone book boot bowl box bread

@@ -5,8 +5,6 @@ bounded cache correctly if the only page that is not full, the one being written
 Shape suffixes: see `longthink.vllm.pool`; U tables of all rows (row after row), Q prompt tokens.
 """
 
-from __future__ import annotations
-
 from itertools import pairwise
 from math import gcd
 from typing import Any, NamedTuple, Protocol

@@ -6,8 +6,6 @@ generated tokens are replayed one by one through the decode step, which leads to
 Shape suffixes: see `longthink.vllm.pool`; Q prompt tokens.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 

@@ -4,8 +4,6 @@ Written against vLLM 0.32; `docs/vllm.md` lists the versions tested, and every p
 Imports inside functions load kernels or models of vLLM, which processes that do not use longthink must not load.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cache
 from typing import Any

@@ -1,7 +1,5 @@
 """Options of the plugin: ``--additional-config '{"longthink": {...}}'``."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ The number of blocks follows from the lengths of prompt and output alone. Which 
 worker, which overwrites one of the request's own blocks, so nothing has to be reported back to the scheduler.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any

@@ -4,8 +4,6 @@ The pages of a request follow from its lengths, which vLLM reports when it finis
 Like vLLM's own, they leave out requests that the client aborted.
 """
 
-from __future__ import annotations
-
 from functools import cache
 from typing import Any
 

@@ -5,8 +5,6 @@ are stored until it is full; one product with the keys then gives the weights of
 Shape suffixes: see `longthink.vllm.pool`; T tokens in a page, M queries of a KV head.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple

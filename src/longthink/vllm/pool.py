@@ -134,8 +134,6 @@ class PagePool:
         strides = (self._apart // item, self._block // item, *strides)
         return flat.as_strided((self.layers, self._blocks, *shape), strides, (self._start + offset) // item)
 
-    # Whole tables ------------------------------------------------------------------------------------------------
-
     def table(self, layers: Tensor, batch: DecodeBatch, filled_B: Tensor) -> PageTable:
         """Gather the page tables of some layers as one table of N rows, of which `filled_B` slots hold tokens.
 
@@ -180,8 +178,6 @@ class PagePool:
             each = tensor.shape[3]
             new = state[name].unflatten(0, (len(layers), -1)).unflatten(3, (-1, each))
             tensor[layers[:, None, None], block_BP[None]] = new.transpose(2, 3)
-
-    # Pages -------------------------------------------------------------------------------------------------------
 
     def tail_slots(self, layers: Tensor, batch: DecodeBatch) -> Tensor:
         """Page slot being written in each table, L x B x K: the slot whose first token starts the current page."""
@@ -240,8 +236,6 @@ class PagePool:
         table = torch.arange(tables, device=block_LBK.device)
         return layers[:, None, None], block_LBK.expand(-1, -1, tables), table
 
-    # Queries -----------------------------------------------------------------------------------------------------
-
     def write_queries(self, layers: Tensor, batch: DecodeBatch, query_LBHD: Tensor) -> None:
         within_B1 = (batch.now_B % self.page_size)[:, None]
         block_B1H, index_B1H = self._query_index(batch, within_B1, query_LBHD.shape[2])
@@ -259,8 +253,6 @@ class PagePool:
         room = self._query_LXRD.shape[2]
         block_BM = batch.query_BE.gather(1, rank_BTH.flatten(1) // room)
         return block_BM.view(rank_BTH.shape), rank_BTH % room
-
-    # Prefill -----------------------------------------------------------------------------------------------------
 
     def start_prompt_pages(self, block_B: Tensor, page_B: Tensor, filled_B: Tensor) -> None:
         """Set the positions of prompt pages that hold `filled_B` tokens, and reset their state, in all layers."""

@@ -4,8 +4,6 @@ A request's blocks are, in this order: the pages of its prompt, the query blocks
 weights), its decode pages.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, Self
 

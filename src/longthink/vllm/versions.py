@@ -1,7 +1,5 @@
 """The installed vLLM, and whether the plugin supports it. vLLM itself is not imported."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 from dataclasses import dataclass

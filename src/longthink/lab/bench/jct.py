@@ -1,7 +1,5 @@
 """Time per token and job completion time against decode length."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise

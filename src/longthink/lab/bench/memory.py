@@ -3,8 +3,6 @@
 Run as a module this is that process: it receives a plan and sends one row per length.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 

@@ -1,7 +1,5 @@
 """The model to benchmark: one that `load_model` finds, or a random one of a given shape."""
 
-from __future__ import annotations
-
 import time
 
 from longthink.config import check_choice, check_int

@@ -1,7 +1,5 @@
 """Measurements as rows of a result store."""
 
-from __future__ import annotations
-
 import json
 from datetime import UTC, datetime
 from statistics import quantiles

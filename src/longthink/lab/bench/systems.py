@@ -5,8 +5,6 @@ Each decodes the same model from the same prompt, greedily, one forward pass per
 Shape suffixes: B batch rows, N tokens.
 """
 
-from __future__ import annotations
-
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable

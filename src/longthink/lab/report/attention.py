@@ -1,7 +1,5 @@
 """The attention page: the life of every token, the class of every head, and what a policy would have kept."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from math import floor
 from pathlib import Path

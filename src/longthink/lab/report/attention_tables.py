@@ -1,7 +1,5 @@
 """Tables of the attention page: shares of classes, and uses compared with what the built-in task needs."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from longthink.cli.table import Table

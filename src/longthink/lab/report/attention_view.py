@@ -1,7 +1,5 @@
 """A trace as data for the attention page: texts, uses and evictions, as JSON with packed numbers."""
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Sequence
 from typing import Any

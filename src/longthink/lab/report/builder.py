@@ -1,7 +1,5 @@
 """From a result store to a report: one HTML page, figures as files, tables as CSV and Markdown."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

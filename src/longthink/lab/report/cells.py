@@ -1,7 +1,5 @@
 """What a store holds, sorted into cells: the samples that may be averaged, and the curves of measurements."""
 
-from __future__ import annotations
-
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,5 @@
 """Paired comparisons: of every policy with Dense, and of two stores."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 

@@ -1,7 +1,5 @@
 """Figures as data: what is drawn, whatever it is drawn on."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Figures of measured time and memory against decode length."""
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """The one place where figures are drawn: as SVG for the page, and as PNG and PDF files."""
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The tables of a report."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -9,8 +7,6 @@ from typing import Any
 from longthink.cli.table import Table
 from longthink.lab.report.cells import Cell, Group, Row, Series, Size, Task, size_of
 from longthink.lab.report.comparison import Comparison
-
-__all__ = ["Table", "accuracy_table", "comparison_table", "measurements_table", "results_table"]
 
 Labels = dict[Series, str]
 _CELL = dict.fromkeys(("model and decoding", "task", "max new tokens", "policy"), "text")
