@@ -19,8 +19,6 @@ from longthink.policies import PageTable
 
 
 class EvictionRule(NamedTuple):
-    """Parameters of the eviction rule."""
-
     pinned_B: Tensor  # number of first tokens whose pages are protected
     recent_B: Tensor | None = None  # number of most recent pages that are protected
     kept_B: Tensor | None = None  # number of slots after the prompt's that are protected

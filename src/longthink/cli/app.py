@@ -88,7 +88,10 @@ def _launch(
     def action() -> int:
         show_log()
         if not debug:
-            _quiet_libraries()
+            warnings.simplefilter("ignore")
+            # Read when the libraries are imported, which is after this.
+            os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         result = app(
             _dash_is_stdin(tokens), exit_on_error=False, print_error=False, result_action="return_value"
         )
@@ -125,10 +128,3 @@ def _dash_is_stdin(tokens: Sequence[str]) -> list[str]:
         if words[i] == "-" and words[i - 1] != "--file":
             words[i] = "--file=-"
     return words
-
-
-def _quiet_libraries() -> None:
-    warnings.simplefilter("ignore")
-    # Read when the libraries are imported, which is after this.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -57,7 +57,7 @@ class Detokenizer:
         self._shown = 0
 
     def add(self, token: int) -> str:
-        """Return the text completed by ``token``; empty while a character is incomplete."""
+        """The text completed by ``token``; empty while a character is incomplete."""
         self._ids.append(token)
         known, text = self._texts()
         if text.endswith("\N{REPLACEMENT CHARACTER}") or len(text) <= len(known):

@@ -95,7 +95,8 @@ def generate(prompt: str | None = None, /, *, options: GenerateOptions = _DEFAUL
 
     with make_cache(run.loaded.model, policy=run.policy, kv_dtype=options.kv_dtype, **run.budget) as cache:
         if run.problem is not None:
-            note(f"no prompt given: here is a problem ({_problem_name(options)})")
+            name = f"profile {options.profile}, size {options.size}, seed {options.seed}"
+            note(f"no prompt given: here is a problem ({name})")
             if not options.json:
                 write_text(f"{run.problem.prompt}\n\n")
         decoded = _decode(run, cache)
@@ -105,7 +106,10 @@ def generate(prompt: str | None = None, /, *, options: GenerateOptions = _DEFAUL
         write_text("\n")
         note(closing_line(decoded, cache))
         if (cache.break_even_tokens or 0) > cache.get_seq_length():
-            note(larger_than_dense(cache))
+            note(
+                "the bounded cache is larger than a dense one here because its slots are allocated in full with the "
+                f"prompt: it pays off from {cache.break_even_tokens:,} tokens on, prompt included"
+            )
         if run.problem is not None and decoded.stopped == "end":
             verdict = "right" if grade(run.problem, decoded.text) else "wrong"
             note(f"the answer is {run.problem.answer}: the model is {verdict}")
@@ -145,10 +149,6 @@ def _prepare(text: str | None, options: GenerateOptions) -> _Run:
     if loaded.builtin:
         check_words(loaded.tokenizer, text)
     return _Run(loaded=loaded, inputs=inputs, policy=policy, budget=budget, options=options, problem=problem)
-
-
-def _problem_name(options: ProblemOptions) -> str:
-    return f"profile {options.profile}, size {options.size}, seed {options.seed}"
 
 
 def _budget(options: GenerateOptions, policy: Policy) -> dict[str, Any]:
@@ -215,13 +215,6 @@ def closing_line(decoded: Decoded, cache: PagedCache) -> str:
             f"KV cache {size_text(cache.kv_bytes)}, dense would be {size_text(cache.dense_kv_bytes)}",
             f"{cache.num_evicted:,} evictions",
         ]
-    )
-
-
-def larger_than_dense(cache: PagedCache) -> str:
-    return (
-        "the bounded cache is larger than a dense one here because its slots are allocated in full with the prompt: "
-        f"it pays off from {cache.break_even_tokens:,} tokens on, prompt included"
     )
 
 

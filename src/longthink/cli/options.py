@@ -48,7 +48,6 @@ class BudgetOptions:
 
     @property
     def given_budget(self) -> dict[str, int]:
-        """The given budget as arguments of ``make_cache``."""
         given = {"budget": self.budget, "decode_budget": self.decode_budget}
         return {name: value for name, value in given.items() if value is not None}
 

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from longthink.cli.terminal import err_console, is_terminal, note, visible
 
@@ -34,14 +34,6 @@ _NOTES = _Notes(logging.WARNING)
 def show_log() -> None:
     """Show what the library logs, such as that it compiles for a minute."""
     logging.getLogger("longthink").addHandler(_NOTES)
-
-
-class Task(Protocol):
-    def advance_to(self, done: int, detail: str = "") -> None:
-        """Show that ``done`` units are complete, with a short ``detail`` such as a rate."""
-
-    def hide(self) -> None:
-        """Remove the display early, before something else is written."""
 
 
 class _LineTask:
@@ -77,6 +69,10 @@ class _BarTask:
 
     def hide(self) -> None:
         self._display.stop()
+
+
+Task = _LineTask | _BarTask
+"""Work whose progress is shown; `hide` removes the display early, before something else is written."""
 
 
 @contextmanager

@@ -19,14 +19,6 @@ if TYPE_CHECKING:
 KV_DTYPES = ("auto", "float16", "bfloat16")
 
 
-def check_version() -> None:
-    """Raise `UnsupportedFeatureError` unless the installed vLLM is in the supported range."""
-    vllm = installed()
-    if vllm is None or not vllm.in_range:
-        found = "no installed distribution" if vllm is None else f"{vllm.distribution} {vllm.version}"
-        raise UnsupportedFeatureError(f"longthink supports vllm{supported_range()}, found {found}")
-
-
 def get_options(config: VllmConfig) -> PluginOptions | None:
     """Options of the plugin in a configuration; None if it does not enable longthink."""
     additional = config.additional_config
@@ -37,7 +29,10 @@ def get_options(config: VllmConfig) -> PluginOptions | None:
 
 def check_config(config: VllmConfig) -> None:
     """Refuse a configuration that longthink does not support, naming every unsupported setting and the remedy."""
-    check_version()
+    vllm = installed()
+    if vllm is None or not vllm.in_range:
+        found = "no installed distribution" if vllm is None else f"{vllm.distribution} {vllm.version}"
+        raise UnsupportedFeatureError(f"longthink supports vllm{supported_range()}, found {found}")
     _refuse(UnsupportedFeatureError, _unsupported_settings(config))
     options = PluginOptions.from_additional_config(config.additional_config)
     policy = options.make_policy(config.cache_config.block_size)

@@ -27,7 +27,6 @@ def register_backends(path: str, cpu_path: str) -> None:
 
 
 def register_spec(spec: type[Any], manager: type[Any]) -> None:
-    """Register the scheduler's manager for a kind of KV cache."""
     # The registry adds the built-in kinds only while it is empty.
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(spec, manager, uniform_type_base_spec=spec)

@@ -46,7 +46,6 @@ class PluginOptions:
 
     @classmethod
     def from_additional_config(cls, additional_config: object) -> Self:
-        """Read the options from vLLM's additional configuration."""
         values = additional_config.get(KEY) if isinstance(additional_config, Mapping) else None
         example = f'--additional-config \'{{"{KEY}": {{"policy": "raas", "decode_budget": 1024}}}}\''
         if not isinstance(values, Mapping):

@@ -25,8 +25,6 @@ SKIPS_ADMIT: frozenset[type[Policy]] = frozenset({Milestone, RaaS})
 
 
 class DecodeContext(NamedTuple):
-    """A decode step in progress."""
-
     programs: _Programs
     span: slice  # the layers that it covers: all of them, or one
     batch: DecodeBatch
@@ -62,7 +60,6 @@ class BlockDecoder:
         # A policy without state has nothing to observe.
         self._observes = bool(pool.state)
         self.admits = self._observes and type(policy) not in SKIPS_ADMIT
-        """Whether `begin` needs the rows whose prompt was just prefilled."""
         self._programs = _Programs(*map(compile_isolated, _EAGER)) if compiles else _EAGER
         self._buffers = _StaticBuffers(max_rows) if static_buffers else None
         self._widens, dtype = pool.kmin_LXKD is not None, pool.keys_LXKTD.dtype
@@ -137,7 +134,6 @@ class BlockDecoder:
         return [slice(i, i + 1) for i in range(span.start, span.stop)]
 
     def layer(self, context: DecodeContext, layer: int, new: QKV, out_BHD: Tensor) -> None:
-        """Write the tokens of a layer, and attend to its pages."""
         self.attention.decode(layer, layer - context.span.start, context.plan, new, out_BHD)
         count = len(out_BHD)
         if self._observes:

@@ -25,7 +25,6 @@ from longthink.kernels.compiled import mark_dynamic
 from longthink.policies import Moves, PageTable, Policy, Shape, page_tables
 
 _ALIGNMENT = 8
-"""Bytes to which state tensors and blocks are aligned."""
 
 
 class _Field(NamedTuple):
@@ -195,7 +194,7 @@ class PagePool:
         self.write_positions(layers, block_LBK, now_B)
 
     def move_tokens(self, layers: Tensor, batch: DecodeBatch, moves: Moves) -> None:
-        """Move tokens to other slots with their position and state; the slots they leave become empty."""
+        """Move tokens with their position and state; the slots they leave become empty."""
         shape = (len(layers), -1, *moves.source_BKM.shape[1:])
         source, target = (index.view(shape) for index in moves)
         row = torch.arange(len(batch.now_B), device=source.device)[:, None, None]

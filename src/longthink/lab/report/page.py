@@ -84,7 +84,8 @@ def environment() -> Environment:
         finalize=_finalize,
     )
     made.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    made.filters |= {"sha256": _sha256, "flat": _flat}
+    made.filters["flat"] = _flat
+    made.filters["sha256"] = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     made.globals |= {"panel_svg": panel_svg, "swatch_svg": swatch_svg}
     return made
 
@@ -100,7 +101,3 @@ def _flat(text: str) -> str:
         return ", ".join(f"{name} {value}" for name, value in json.loads(text).items())
     except (ValueError, AttributeError):
         return text
-
-
-def _sha256(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
