@@ -75,13 +75,9 @@ def load_model(
     # The commit of a branch or tag, if the Hub reported it.
     revision = getattr(model.config, "_commit_hash", None) or revision
     return Loaded(
-        model=model.to(place).eval(),
-        tokenizer=tokenizer,
-        name=name,
-        revision=revision,
-        builtin=name == REASONER,
-        seconds=time.monotonic() - started,
-    )
+        model=model.to(place).eval(), tokenizer=tokenizer, name=name, revision=revision,
+        builtin=name == REASONER, seconds=time.monotonic() - started,
+    )  # fmt: skip
 
 
 def pick_device(torch: Any, name: str) -> torch.device:

@@ -35,14 +35,9 @@ def slots_of(store: SlotStore) -> Slots:
 
 
 def step_attention(
-    query_BKGD: Tensor,
-    key_BKD: Tensor,
-    value_BKD: Tensor,
-    slots: Slots,
-    scaling: float,
-    side: SideOutput = NOTHING,
-    score_BKP: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
+    query_BKGD: Tensor, key_BKD: Tensor, value_BKD: Tensor, slots: Slots, scaling: float,
+    side: SideOutput = NOTHING, score_BKP: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Append the token at `now_B`, attend to the resident tokens, and write side outputs.
 
     A token at offset 0 clears its page. Returns the output BKGD, and the page scores that `side` asks for (in

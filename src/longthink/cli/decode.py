@@ -112,16 +112,10 @@ class _Listener:
 
 
 def decode(
-    model: Any,
-    tokenizer: Any,
-    inputs: dict[str, Tensor],
-    cache: PagedCache,
-    *,
-    on_text: Callable[[str], None] = lambda text: None,
-    on_step: Callable[[int], None] = lambda count: None,
-    interrupted: Callable[[], bool] = lambda: False,
-    **generate_kwargs: Any,
-) -> Decoded:
+    model: Any, tokenizer: Any, inputs: dict[str, Tensor], cache: PagedCache, *,
+    on_text: Callable[[str], None] = lambda text: None, on_step: Callable[[int], None] = lambda count: None,
+    interrupted: Callable[[], bool] = lambda: False, **generate_kwargs: Any,
+) -> Decoded:  # fmt: skip
     """Generate one text with a cache; ``generate_kwargs`` must include ``max_new_tokens``.
 
     After each token ``on_step`` gets the number of tokens so far; its time is not counted as the model's. Then
@@ -137,14 +131,10 @@ def decode(
         return input_ids.new_full((len(input_ids),), interrupted()).bool()
 
     generate(
-        model,
-        inputs["input_ids"].to(model.device),
-        inputs["attention_mask"].to(model.device),
-        past_key_values=cache,
-        streamer=_Listener(decoded, tokenizer, on_text, on_step),
-        stopping_criteria=[stop],
-        **generate_kwargs,
-    )
+        model, inputs["input_ids"].to(model.device), inputs["attention_mask"].to(model.device),
+        past_key_values=cache, streamer=_Listener(decoded, tokenizer, on_text, on_step),
+        stopping_criteria=[stop], **generate_kwargs,
+    )  # fmt: skip
     if not decoded.tokens or decoded.tokens[-1] not in ends:
         decoded.stopped = "interrupted" if interrupted() else "length"
     return decoded

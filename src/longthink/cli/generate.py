@@ -192,18 +192,11 @@ def _decode(run: _Run, cache: PagedCache) -> Decoded:
                 write_text(text)
 
         return decode(
-            loaded.model,
-            loaded.tokenizer,
-            run.inputs,
-            cache,
-            on_text=on_text,
-            on_step=task.advance_to,
-            interrupted=interrupted,
-            max_new_tokens=limit,
+            loaded.model, loaded.tokenizer, run.inputs, cache, on_text=on_text, on_step=task.advance_to,
+            interrupted=interrupted, max_new_tokens=limit,
             compile={"auto": "auto", "on": True, "off": False}[options.compile],
-            prefill_chunk_size=options.prefill_chunk_size,
-            **options.generate_kwargs(),
-        )
+            prefill_chunk_size=options.prefill_chunk_size, **options.generate_kwargs(),
+        )  # fmt: skip
 
 
 def closing_line(decoded: Decoded, cache: PagedCache) -> str:

@@ -89,13 +89,9 @@ def progress(title: str, *, total: int | None = None, unit: str = "") -> Iterato
 
     counted = [BarColumn(bar_width=30), TextColumn("{task.completed:.0f}/{task.total:.0f} " + unit)]
     display = Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        *(counted if total is not None else []),
-        TextColumn("{task.fields[detail]}", markup=False),
-        TimeElapsedColumn(),
-        console=err_console(),
-        transient=True,
-    )
+        SpinnerColumn(), TextColumn("{task.description}", markup=False),
+        *(counted if total is not None else []), TextColumn("{task.fields[detail]}", markup=False),
+        TimeElapsedColumn(), console=err_console(), transient=True,
+    )  # fmt: skip
     with display:
         yield _BarTask(display, display.add_task(visible(title), total=total, detail=""))

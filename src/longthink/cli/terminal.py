@@ -19,18 +19,9 @@ if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
 __all__ = [
-    "err_console",
-    "is_terminal",
-    "note",
-    "one_line",
-    "out_console",
-    "shares_place",
-    "size_text",
-    "visible",
-    "write_json",
-    "write_table",
-    "write_text",
-]
+    "err_console", "is_terminal", "note", "one_line", "out_console", "shares_place", "size_text", "visible",
+    "write_json", "write_table", "write_text",
+]  # fmt: skip
 
 
 def is_terminal(stream: TextIO | None) -> bool:

@@ -23,26 +23,10 @@ from longthink.kernels.reference import (
 )
 
 __all__ = [
-    "At",
-    "Index",
-    "PagedKV",
-    "append",
-    "block_attention",
-    "bound_scores",
-    "column_mass",
-    "decode_attention",
-    "empty",
-    "entries",
-    "logical_pages",
-    "lowest",
-    "move_tokens",
-    "page_mass",
-    "paged_attention",
-    "runs_triton",
-    "top_fraction",
-    "top_pages",
-    "widen",
-]
+    "At", "Index", "PagedKV", "append", "block_attention", "bound_scores", "column_mass", "decode_attention",
+    "empty", "entries", "logical_pages", "lowest", "move_tokens", "page_mass", "paged_attention",
+    "runs_triton", "top_fraction", "top_pages", "widen",
+]  # fmt: skip
 
 
 @cache
@@ -56,15 +40,9 @@ def runs_triton(tensor: Tensor) -> bool:
 
 
 def decode_attention(
-    query_BKGD: Tensor,
-    keys_BKSD: Tensor,
-    values_BKSD: Tensor,
-    resident_BKS: Tensor,
-    scaling: float,
-    *,
-    with_weights: bool,
-    many: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+    query_BKGD: Tensor, keys_BKSD: Tensor, values_BKSD: Tensor, resident_BKS: Tensor, scaling: float, *,
+    with_weights: bool, many: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Attention of one new token per row: see `reference.decode_attention`.
 
     `many` marks the slots of a cache that grows: on a CPU, SDPA is faster over them.

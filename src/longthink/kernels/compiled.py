@@ -20,14 +20,9 @@ FEW_ROWS = 4
 
 
 def decode_attention(
-    query_BKGD: Tensor,
-    keys_BKSD: Tensor,
-    values_BKSD: Tensor,
-    resident_BKS: Tensor,
-    scaling: float,
-    *,
+    query_BKGD: Tensor, keys_BKSD: Tensor, values_BKSD: Tensor, resident_BKS: Tensor, scaling: float, *,
     with_weights: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     wide, weights_BKGS = wide_dtype(query_BKGD.dtype), _weights(query_BKGD, keys_BKSD, resident_BKS, scaling)
     if values_BKSD.dtype == wide:
         out_BKGD = weights_BKGS @ values_BKSD

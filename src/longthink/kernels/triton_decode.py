@@ -67,14 +67,9 @@ class Work(NamedTuple):
 
 
 def decode_attention(
-    query_BKGD: Tensor,
-    keys_BKSD: Tensor,
-    values_BKSD: Tensor,
-    resident_BKS: Tensor,
-    scaling: float,
-    *,
+    query_BKGD: Tensor, keys_BKSD: Tensor, values_BKSD: Tensor, resident_BKS: Tensor, scaling: float, *,
     with_weights: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     rows, heads, groups, _ = query_BKGD.shape
     nowhere = query_BKGD.new_zeros(rows, heads, dtype=torch.int64)
     slots = Slots(keys_BKSD, values_BKSD, resident_BKS.to(torch.int32) - 1, nowhere, nowhere[:, 0], 1)
@@ -113,17 +108,9 @@ def plan_work(query: Tensor, key: Tensor, value: Tensor, cache: Slots | PagedKV)
 
 
 def split(
-    work: Work,
-    cache: Slots | PagedKV,
-    score: Tensor,
-    logit: Tensor,
-    scaling: float,
-    side: SideOutput,
-    cap: Tensor | None = None,
-    *,
-    append: bool = False,
-    attend: bool = True,
-) -> tuple[Tensor, Tensor]:
+    work: Work, cache: Slots | PagedKV, score: Tensor, logit: Tensor, scaling: float, side: SideOutput,
+    cap: Tensor | None = None, *, append: bool = False, attend: bool = True,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launch the split kernel; with `cap`, it reads only that many pages per row, those with the best `score`.
 
     Returns the output of each split, and log2 of its softmax sum.
@@ -161,15 +148,9 @@ def split(
 
 
 def combine(
-    work: Work,
-    cache: Slots | PagedKV,
-    partial: Tensor,
-    share: Tensor,
-    logit: Tensor,
-    score: Tensor,
-    result: Tensor,
-    side: SideOutput,
-) -> Tensor:
+    work: Work, cache: Slots | PagedKV, partial: Tensor, share: Tensor, logit: Tensor, score: Tensor,
+    result: Tensor, side: SideOutput,
+) -> Tensor:  # fmt: skip
     """Launch the combine kernel: page scores go to `result`, weights replace the logits. Returns the output."""
     rows, heads, groups, dim = work.query.shape
     out = torch.empty_like(work.query)

@@ -90,13 +90,8 @@ class Problem:
 
 def make_problem(
     *,
-    profile: str,
-    size: str | Size = "l",
-    seed: int,
-    split: str = "test",
-    live: int = 6,
-    distractors: int = 0,
-) -> Problem:
+    profile: str, size: str | Size = "l", seed: int, split: str = "test", live: int = 6, distractors: int = 0,
+) -> Problem:  # fmt: skip
     """Make one problem; the same arguments always make the same one.
 
     Parameters
@@ -124,15 +119,9 @@ def make_problem(
 
 
 def make_problems(
-    n: int,
-    *,
-    profile: str,
-    size: str | Size = "l",
-    seed: int,
-    split: str = "test",
-    live: int = 6,
+    n: int, *, profile: str, size: str | Size = "l", seed: int, split: str = "test", live: int = 6,
     distractors: int = 0,
-) -> list[Problem]:
+) -> list[Problem]:  # fmt: skip
     """Make ``n`` problems, with seeds ``seed`` to ``seed + n - 1``; see `make_problem`."""
     check_int("n", n, 0)
     return [
@@ -227,12 +216,7 @@ def _problem(
     return Problem(
         prompt=prompt,
         solution="\n".join(solution_line(rule, values, checked=size.checked) for rule in rules),
-        answer=f"{values[query]:02d}",
-        query=query,
-        profile=profile,
+        answer=f"{values[query]:02d}", query=query, profile=profile,
         size=next((name for name, known in SIZES.items() if known == size), str(size.ops)),
-        split=split_of(prompt),
-        facts=facts,
-        rules=rules,
-        values=values,
-    )
+        split=split_of(prompt), facts=facts, rules=rules, values=values,
+    )  # fmt: skip

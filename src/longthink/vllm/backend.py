@@ -97,17 +97,9 @@ class BoundedImpl(AttentionImpl):  # type: ignore[misc, unused-ignore]
         compat.request_prompt_lengths(config)
 
     def forward(
-        self,
-        layer: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        attn_metadata: BoundedMetadata | None,
-        output: Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
+        self, layer: Any, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor,
+        attn_metadata: BoundedMetadata | None, output: Tensor, *args: Any, **kwargs: Any,
+    ) -> Tensor:  # fmt: skip
         if attn_metadata is None:  # vLLM's profiling run
             return output.zero_()
         attn_metadata.run(layer.layer_name, (query, key, value), output)

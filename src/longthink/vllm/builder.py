@@ -233,13 +233,9 @@ class BoundedBuilder(AttentionMetadataBuilder):  # type: ignore[misc, unused-ign
             page_block_X, self._to_device(page_X), self._to_device(filled_X)
         )
         prefill = PrefillBatch(
-            bounds.tolist(),
-            end.tolist(),
-            block_BP,
-            slot_Q + self._to_device(position_Q % page_size),
-            page_block_X,
-            self._to_device(filled_X),
-        )
+            bounds.tolist(), end.tolist(), block_BP, slot_Q + self._to_device(position_Q % page_size),
+            page_block_X, self._to_device(filled_X),
+        )  # fmt: skip
         index = self._to_device(starts[row_Q] + within_Q)
         return prefill, index, self._decoder.attention.plan_prefill(prefill)
 

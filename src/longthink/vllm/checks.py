@@ -41,14 +41,10 @@ def check_config(config: VllmConfig) -> None:
 
 def check_layer(
     *,
-    alibi_slopes: Any = None,
-    sliding_window: Any = None,
-    kv_cache_dtype: str = "auto",
-    logits_soft_cap: float | None = None,
-    attn_type: str = "decoder",
-    kv_sharing_target_layer_name: str | None = None,
-    **extra: Any,
-) -> None:
+    alibi_slopes: Any = None, sliding_window: Any = None, kv_cache_dtype: str = "auto",
+    logits_soft_cap: float | None = None, attn_type: str = "decoder",
+    kv_sharing_target_layer_name: str | None = None, **extra: Any,
+) -> None:  # fmt: skip
     """Refuse an attention layer that is more than causal softmax attention over its own keys.
 
     Parameters are those of vLLM's ``AttentionImpl``; parameters unknown to the plugin must be None.

@@ -41,16 +41,9 @@ class BlockDecoder:
     """
 
     def __init__(
-        self,
-        pool: PagePool,
-        policies: list[Policy],
-        attention: BlockAttention,
-        options: ObserveOptions,
-        max_rows: int,
-        *,
-        compiles: bool = False,
-        static_buffers: bool = False,
-    ) -> None:
+        self, pool: PagePool, policies: list[Policy], attention: BlockAttention, options: ObserveOptions,
+        max_rows: int, *, compiles: bool = False, static_buffers: bool = False,
+    ) -> None:  # fmt: skip
         self.pool, self.attention = pool, attention
         self._policies, self._options = policies, options
         device, policy = pool.position_LXKT.device, pool.policy
@@ -72,14 +65,9 @@ class BlockDecoder:
         )
 
     def begin(
-        self,
-        batch: DecodeBatch,
-        *,
-        opening: Tensor | None,
-        evicts: bool,
-        admitting: Tensor | None = None,
+        self, batch: DecodeBatch, *, opening: Tensor | None, evicts: bool, admitting: Tensor | None = None,
         layer: int | None = None,
-    ) -> DecodeContext:
+    ) -> DecodeContext:  # fmt: skip
         """Assign a block to each token, in all layers or in one.
 
         `opening` are the rows whose token opens a page, `admitting` those whose token is the first after the prompt
@@ -200,14 +188,9 @@ class _Choice(NamedTuple):
 
 
 def _choose(
-    pool: PagePool,
-    policy: Policy,
-    layers: Tensor,
-    batch: DecodeBatch,
-    options: ObserveOptions | None,
-    *,
+    pool: PagePool, policy: Policy, layers: Tensor, batch: DecodeBatch, options: ObserveOptions | None, *,
     evicts: bool,
-) -> _Choice:
+) -> _Choice:  # fmt: skip
     table = pool.table(layers, batch, _filled(pool, batch))
     if options is not None:
         keys_NKSD, _ = table.vectors or pool.vectors(layers, batch, table.position_BKS)

@@ -64,14 +64,11 @@ def _observe(policy: Policy, table: PageTable, now_NT: Tensor, position_NTKS: Te
     count = now_NT.shape[1]
     each = {name: tensor.repeat_interleave(count, 0) for name, tensor in table.state.items()}
     steps = dataclasses.replace(
-        table,
-        position_BKS=position_NTKS.flatten(0, 1),
-        vectors=_masked_vectors(table, position_NTKS),
-        now_B=now_NT.flatten(),
-        prompt_B=table.prompt_B.repeat_interleave(count),
+        table, position_BKS=position_NTKS.flatten(0, 1), vectors=_masked_vectors(table, position_NTKS),
+        now_B=now_NT.flatten(), prompt_B=table.prompt_B.repeat_interleave(count),
         cap_B=table.cap_B.repeat_interleave(count),
         state={name: tensor.clone() for name, tensor in each.items()},
-    )
+    )  # fmt: skip
     policy.observe(steps, step)
     decodes_B = steps.now_B >= steps.prompt_B
     for name, before in each.items():

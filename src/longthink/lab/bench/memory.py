@@ -62,15 +62,10 @@ def _measure(parent: Parent) -> None:
     for length in [0, *plan.lengths]:
         system.go_to(length, fast=plan.fast_forward)
         row = system_row(
-            plan,
-            loaded,
-            system,
-            run=run,
-            kind="memory",
-            decode_tokens=length,
+            plan, loaded, system, run=run, kind="memory", decode_tokens=length,
             rss_bytes=process.memory_info().rss,
             device_bytes=None if device.type == "cpu" else torch.accelerator.memory_allocated(device),
-        )
+        )  # fmt: skip
         parent.send(to_row(row))
     parent.send(None)
 

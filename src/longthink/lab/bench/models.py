@@ -27,26 +27,19 @@ def bench_model(name: str = RANDOM, *, device: str = "auto", dtype: str = "auto"
 
     shape = random_shape(name)
     config = Qwen2Config(
-        vocab_size=_VOCABULARY,
-        hidden_size=shape["hidden"],
-        intermediate_size=3 * shape["hidden"],
-        num_hidden_layers=shape["layers"],
-        num_attention_heads=shape["heads"],
-        num_key_value_heads=shape["kv_heads"],
-        head_dim=shape["head_dim"],
+        vocab_size=_VOCABULARY, hidden_size=shape["hidden"], intermediate_size=3 * shape["hidden"],
+        num_hidden_layers=shape["layers"], num_attention_heads=shape["heads"],
+        num_key_value_heads=shape["kv_heads"], head_dim=shape["head_dim"],
         max_position_embeddings=_MAX_POSITIONS,
-    )
+    )  # fmt: skip
     where = pick_device(torch, device)
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(config).to(where, torch.float32 if dtype == "auto" else getattr(torch, dtype))
     return Loaded(
-        model=model.eval(),
-        tokenizer=None,
-        name=":".join(["random", ",".join(f"{field}={shape[field]}" for field in _SHAPE)]),
-        revision=None,
-        builtin=False,
-        seconds=time.monotonic() - started,
-    )
+        model=model.eval(), tokenizer=None,
+        name=":".join(["random", ",".join(f"{field}={shape[field]}" for field in _SHAPE)]), revision=None,
+        builtin=False, seconds=time.monotonic() - started,
+    )  # fmt: skip
 
 
 def random_shape(name: str) -> dict[str, int]:

@@ -39,17 +39,9 @@ def new_row(**fields: Any) -> Measurement:
 
 def system_row(plan: Plan, loaded: Loaded, system: System, *, run: str, **fields: Any) -> Measurement:
     return new_row(
-        run=f"{run}/{system.name}",
-        system=system.name,
-        model=loaded.name,
-        dtype=loaded.describe()["dtype"],
+        run=f"{run}/{system.name}", system=system.name, model=loaded.name, dtype=loaded.describe()["dtype"],
         budget=system.budget and system.budget.budget,
-        decode_budget=system.budget and system.budget.decode_budget,
-        rows=plan.rows,
-        prompt_tokens=plan.prompt,
-        kv_bytes=system.kv_bytes,
-        metadata_bytes=system.metadata_bytes,
-        fast_forwarded=plan.fast_forward,
-        threads=plan.threads,
-        **fields,
-    )
+        decode_budget=system.budget and system.budget.decode_budget, rows=plan.rows,
+        prompt_tokens=plan.prompt, kv_bytes=system.kv_bytes, metadata_bytes=system.metadata_bytes,
+        fast_forwarded=plan.fast_forward, threads=plan.threads, **fields,
+    )  # fmt: skip

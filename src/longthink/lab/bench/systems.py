@@ -97,15 +97,9 @@ class PagedSystem(System):
     """A policy of longthink, `compiled` as `longthink.generate` compiles it. Compile time is not counted."""
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        prompt_BN: Tensor,
-        policy: Policy,
-        budget: Budget | None,
-        kv_dtype: str | None = None,
-        *,
-        compiled: bool = False,
-    ) -> None:
+        self, model: PreTrainedModel, prompt_BN: Tensor, policy: Policy, budget: Budget | None,
+        kv_dtype: str | None = None, *, compiled: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__(model, prompt_BN)
         self.name = " ".join(filter(None, [policy_spec(policy), kv_dtype, "compiled" if compiled else None]))
         self.policy = policy

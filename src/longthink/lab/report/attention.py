@@ -144,12 +144,8 @@ def _line(replays: Sequence[Replay], measure: str, kind: str, style: Style) -> L
     lows, highs = ([mean[end] for mean in means.values()] for end in (1, 2))
     several = None not in lows
     return Line(
-        label=label,
-        style=style,
-        kind="curve",
-        x=[float(budget) for budget in means],
-        y=[mean for mean, _, _ in means.values()],
-        low=[low for low in lows if low is not None and several],
+        label=label, style=style, kind="curve", x=[float(budget) for budget in means],
+        y=[mean for mean, _, _ in means.values()], low=[low for low in lows if low is not None and several],
         high=[high for high in highs if high is not None and several],
         hover=[f"{label}, {budget}: {mean:.1%}" for budget, (mean, _, _) in means.items()],
-    )
+    )  # fmt: skip

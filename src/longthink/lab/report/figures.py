@@ -124,17 +124,12 @@ def budget_figures(group: Group, number: int, cells: Sequence[Cell], look: Look)
             ]
             figures.append(
                 Figure(
-                    name=f"{name}-{kind.replace('_', '-')}-{number}",
-                    section=title,
-                    title=f"{title} against {words}",
-                    subtitle=group.label,
-                    caption=f"{caption} {_BUDGETS[kind]} {_SHARED_CAPTION}",
-                    x_label=f"{words} (tokens)",
-                    y_label=y_label,
-                    percent=name != "tokens",
-                    panels=panels,
+                    name=f"{name}-{kind.replace('_', '-')}-{number}", section=title,
+                    title=f"{title} against {words}", subtitle=group.label,
+                    caption=f"{caption} {_BUDGETS[kind]} {_SHARED_CAPTION}", x_label=f"{words} (tokens)",
+                    y_label=y_label, percent=name != "tokens", panels=panels,
                 )
-            )
+            )  # fmt: skip
     return figures
 
 
@@ -169,15 +164,11 @@ def _budget_line(
         counts = f"{len(cell.by_problem)} problems, {len(cell.rows)} samples"
         hover.append(f"{label}, {cell.size.label}\n{shown}\n{counts}")
     return Line(
-        label=label,
-        style=look.styles[label],
-        kind="curve" if cells[0].size.kind else "level",
+        label=label, style=look.styles[label], kind="curve" if cells[0].size.kind else "level",
         x=[cell.size.tokens * 2**shift for cell in cells if cell.size.kind],
-        y=[value for value, _, _ in values],
-        low=[low for _, low, _ in values] if has_intervals else [],
-        high=[high for _, _, high in values] if has_intervals else [],
-        hover=hover,
-    )
+        y=[value for value, _, _ in values], low=[low for _, low, _ in values] if has_intervals else [],
+        high=[high for _, _, high in values] if has_intervals else [], hover=hover,
+    )  # fmt: skip
 
 
 _SAMPLED = (
@@ -204,16 +195,12 @@ def sample_figures(group: Group, number: int, cells: Sequence[Cell], look: Look)
             panels.append(Panel(title=size.label, lines=_clouds(shown, look, column, unit)))
         figures.append(
             Figure(
-                name=f"{name}-{number}",
-                section=section,
-                title=f"{section} of each answer against its length",
-                subtitle=group.label,
+                name=f"{name}-{number}", section=section,
+                title=f"{section} of each answer against its length", subtitle=group.label,
                 caption=f"{caption} At most {CLOUD_POINTS} answers of each policy are drawn, evenly chosen.",
-                x_label="tokens generated",
-                y_label=y_label,
-                panels=panels,
+                x_label="tokens generated", y_label=y_label, panels=panels,
             )
-        )
+        )  # fmt: skip
     return figures
 
 

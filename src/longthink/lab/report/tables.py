@@ -27,16 +27,12 @@ def results_table(cells: Sequence[Cell], labels: Labels) -> Table:
     }  # fmt: skip
     rows = [
         [
-            *_names(cell, labels),
-            len(cell.by_problem),
-            len(cell.rows),
-            *cell.share("correct"),
-            cell.share("cut_off")[0],
-            cell.share("no_room")[0],
+            *_names(cell, labels), len(cell.by_problem), len(cell.rows), *cell.share("correct"),
+            cell.share("cut_off")[0], cell.share("no_room")[0],
             *map(cell.median, ("generated_tokens", "seconds", "kv_bytes_peak", "dense_kv_bytes")),
         ]
         for cell in cells
-    ]
+    ]  # fmt: skip
     note = (
         "Low and high: Wilson 95 % interval, which counts problems. Several samples and seeds of a problem are "
         "averaged first. Medians leave out prompts without room."
