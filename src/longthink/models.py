@@ -19,8 +19,6 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """A model that is ready to generate."""
-
     model: Any
     tokenizer: Any
     name: str  # as given to `load_model`

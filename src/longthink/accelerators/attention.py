@@ -9,12 +9,10 @@ from longthink.cache.store import SlotStore
 from longthink.kernels.triton_decode import SideOutput, Slots, combine, floats, plan_work, split
 
 NOTHING = SideOutput()
-BOUND = SideOutput(bound=1)
-"""Bound score of each page, maximum over the group, -inf where the page is empty."""
+BOUND = SideOutput(bound=1)  # bound score of each page, maximum over the group, -inf where the page is empty
 BOUND_SHARE = SideOutput(bound=2, combine=2)
 """Softmax of the bound scores over the pages, maximum over the group."""
-MASS = SideOutput(score=1, combine=1)
-"""Attention share of each page, maximum over the group."""
+MASS = SideOutput(score=1, combine=1)  # attention share of each page, maximum over the group
 
 
 def marks(state_BKS: Tensor, alpha: float, near: int) -> SideOutput:

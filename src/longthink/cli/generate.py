@@ -27,12 +27,9 @@ if TYPE_CHECKING:
     from longthink.hf import PagedCache
     from longthink.policies import Policy
 
-DECODE_BUDGET = 1024
-"""Tokens kept on top of the prompt if no budget is given."""
-DECODE_BUDGET_BUILTIN = 256
-"""The same for the built-in model, whose texts are shorter."""
-MAX_NEW_TOKENS = 2048
-"""Default limit of new tokens, except for the built-in model."""
+DECODE_BUDGET = 1024  # tokens kept on top of the prompt if no budget is given
+DECODE_BUDGET_BUILTIN = 256  # the same for the built-in model, whose texts are shorter
+MAX_NEW_TOKENS = 2048  # default limit of new tokens, except for the built-in model
 
 
 @Parameter(name="*")

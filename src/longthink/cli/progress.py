@@ -15,10 +15,8 @@ from longthink.cli.terminal import err_console, is_terminal, note, visible
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-FIRST_LINE_S = 2.0
-"""Seconds before the first plain line; shorter work prints none."""
-LINE_EVERY_S = 10.0
-"""Seconds between further plain lines."""
+FIRST_LINE_S = 2.0  # seconds before the first plain line; shorter work prints none
+LINE_EVERY_S = 10.0  # seconds between further plain lines
 
 
 class _Notes(logging.Handler):

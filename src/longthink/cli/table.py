@@ -32,8 +32,7 @@ KINDS: dict[str, Callable[[Any], str]] = {
 column of ``text`` with the same value in all rows moves to the note; ``code`` and numbers never wrap; ``formatted``
 takes finished numbers."""
 
-_MIN_TEXT_WIDTH = 14
-"""Characters below which a terminal does not squeeze a column of text."""
+_MIN_TEXT_WIDTH = 14  # characters below which a terminal does not squeeze a column of text
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,7 +64,6 @@ def decode_attention(
 
 
 def paged_attention(query_BKGD: Tensor, paged: PagedKV, scaling: float) -> Tensor:
-    """Attention of one new token per row over its block table: see `reference.paged_attention`."""
     attention = reference.paged_attention
     if runs_triton(query_BKGD):
         from longthink.kernels.triton_decode import paged_attention as attention
@@ -74,6 +73,5 @@ def paged_attention(query_BKGD: Tensor, paged: PagedKV, scaling: float) -> Tenso
 
 
 def bound_scores(query_BKGD: Tensor, kmin_BKPD: Tensor, kmax_BKPD: Tensor) -> Tensor:
-    """Quest's upper bound on q.k in each page: see `reference.bound_scores`."""
     by_sums = query_BKGD.is_cpu and torch.compiler.is_compiling()
     return (compiled if by_sums else reference).bound_scores(query_BKGD, kmin_BKPD, kmax_BKPD)

@@ -59,7 +59,6 @@ def bound_scores(query_BKGD: Tensor, kmin_BKPD: Tensor, kmax_BKPD: Tensor) -> Te
 
 
 def is_compile_disabled() -> bool:
-    """Whether the environment disables torch.compile, which then returns plain functions."""
     return os.environ.get("TORCHDYNAMO_DISABLE") == "1" or bool(torch._dynamo.config.disable)
 
 
@@ -81,7 +80,6 @@ def without_guards(program: Any) -> Callable[..., Any] | None:
 
 
 def mark_dynamic(tensor: Tensor, *dims: int) -> Tensor:
-    """Tell the compiler that these dimensions of a tensor change between calls."""
     for dim in dims:
         torch._dynamo.maybe_mark_dynamic(tensor, dim)
     return tensor

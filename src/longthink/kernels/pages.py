@@ -10,8 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Index = tuple[Tensor, ...]
-"""Index tensors into the leading dimensions of a tensor, for each row and KV head."""
+Index = tuple[Tensor, ...]  # index tensors into the leading dimensions of a tensor, for each row and KV head
 
 
 class At(NamedTuple):
@@ -40,7 +39,6 @@ def entries(index_BKM: Tensor, tensor: Tensor) -> Index:
 
 
 def append(keys: At, values: At, key: Tensor, value: Tensor) -> None:
-    """Write a token's key and value, cast to the dtype of the cache."""
     for (tensor, place), new in ((keys, key), (values, value)):
         tensor[place] = new.to(tensor.dtype)
 

@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 _QUERIES_AT_ONCE = 256
-_COMPARED_AT_ONCE = 128
-"""Page slots up to which pairwise comparison is faster than sorting."""
+_COMPARED_AT_ONCE = 128  # page slots up to which pairwise comparison is faster than sorting
 
 
 class PagedKV(NamedTuple):

@@ -19,8 +19,7 @@ from longthink.kernels.triton_attention import split_kernel
 from longthink.kernels.triton_combine import combine_kernel
 
 LOG2E = 1.4426950408889634
-PROGRAMS_PER_PROCESSOR = 4
-"""Split programs per multiprocessor: enough to hide memory latency."""
+PROGRAMS_PER_PROCESSOR = 4  # split programs per multiprocessor: enough to hide memory latency
 
 
 class Slots(NamedTuple):

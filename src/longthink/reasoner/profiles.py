@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator
 
 from longthink.reasoner.vocabulary import NAMES
 
-FRESH_FACT = 0.15
-"""Share of the chain's operands that are prompt facts not read before."""
+FRESH_FACT = 0.15  # share of the chain's operands that are prompt facts not read before
 
 
 class Bench:

@@ -30,8 +30,7 @@ from longthink.reasoner.profiles import PROFILES, Bench, operands
 from longthink.reasoner.vocabulary import BRIEF, CHECKED, EOS, NAMES, PAD
 
 SPLITS = ("train", "test")
-MIN_LIVE, MAX_LIVE = 3, 8
-"""Fewest and most live values of the chain of a program."""
+MIN_LIVE, MAX_LIVE = 3, 8  # fewest and most live values of the chain of a program
 MIN_OPS, MAX_OPS = 2, len(NAMES) - MAX_LIVE
 """Fewest and most lines of a program: every line needs its own name."""
 

@@ -17,8 +17,7 @@ from longthink.kernels.compiled import compile_isolated, mark_dynamic
 from longthink.vllm import compat
 from longthink.vllm.pool import DecodeBatch, PagePool
 
-QKV = tuple[Tensor, Tensor, Tensor]
-"""Query (BHD), key and value (BKD) of new tokens."""
+QKV = tuple[Tensor, Tensor, Tensor]  # query (BHD), key and value (BKD) of new tokens
 
 
 class PrefillBatch(NamedTuple):

@@ -62,7 +62,6 @@ class BoundedBackend(AttentionBackend):  # type: ignore[misc, unused-ignore]
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
-        """Bound the blocks of a request, and pad each page for its state."""
         options, max_model_len, heads = cls.model
         policy = options.make_policy(spec.block_size)
         fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}

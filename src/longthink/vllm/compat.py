@@ -43,8 +43,7 @@ def compiles(config: VllmConfig) -> bool:
     return config.compilation_config.mode not in (None, CompilationMode.NONE)
 
 
-_CPU_ISA = "vec16"
-"""The CPU kernel's layout for blocks of 16 tokens on x86: keys D x T, values T x D."""
+_CPU_ISA = "vec16"  # the CPU kernel's layout for blocks of 16 tokens on x86: keys D x T, values T x D
 
 
 def cpu_write(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot: Tensor) -> None:

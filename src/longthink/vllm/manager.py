@@ -10,8 +10,7 @@ from typing import Any
 
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
-_MAX_REMEMBERED = 1 << 16
-"""Requests whose prompt length is remembered: far more than wait or run at any time."""
+_MAX_REMEMBERED = 1 << 16  # requests whose prompt length is remembered: far more than wait or run at any time
 
 
 class BoundedManager(FullAttentionManager):  # type: ignore[misc, unused-ignore]

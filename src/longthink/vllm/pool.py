@@ -186,7 +186,6 @@ class PagePool:
         return ((first_LBPK == start_B11) & used_BP[..., None]).to(torch.int8).argmax(2)
 
     def clear_pages(self, layers: Tensor, block_LBK: Tensor, now_B: Tensor) -> None:
-        """Clear the blocks of new pages, whose first tokens are at `now_B`."""
         page, page_of_heads = (self._index(layers, block_LBK, tables) for tables in (self.tables, self.heads))
         contents = [At(tensor, page) for tensor in self.state.values()]
         contents += [At(tensor, page_of_heads) for tensor in (self.keys_LXKTD, self.values_LXKTD)]

@@ -28,7 +28,6 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def new_row(**fields: Any) -> Measurement:
-    """Return a measurement made on this machine now; optional fields that are not given are None."""
     known: dict[str, Any] = dict.fromkeys(_OPTIONAL) | {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": json.dumps(versions()),

@@ -34,8 +34,7 @@ class System(ABC):
     def __init__(self, model: PreTrainedModel, prompt_BN: Tensor) -> None:
         self.model = model
         self.prompt_BN = prompt_BN
-        self.decoded = -1
-        """Tokens decoded so far; -1 before the prefill."""
+        self.decoded = -1  # tokens decoded so far; -1 before the prefill
         self.prefill_seconds = 0.0
         self.cache: Any = None
         self._token_B1 = prompt_BN[:, -1:]
@@ -75,7 +74,7 @@ class System(ABC):
 
     @abstractmethod
     def _fill(self, tokens: int, seed: torch.Generator) -> None:
-        """Append random tokens to the cache."""
+        pass
 
     def _forward(self, ids_BN: Tensor) -> Tensor:
         return self.model(input_ids=ids_BN, past_key_values=self.cache, use_cache=True).logits

@@ -17,8 +17,7 @@ from longthink.lab.report.page import Page
 from longthink.lab.report.style import Style, make_styles
 
 ATTENTION_PAGE = "attention.html"
-SHOWN_TRACES = 4
-"""Traces that the page shows one by one; all count in tables and curves."""
+SHOWN_TRACES = 4  # traces that the page shows one by one; all count in tables and curves
 _TELLING = ((PageClass.MILESTONE, "decode"), (PageClass.PHOENIX, "decode"), (PageClass.PHOENIX, "prompt"))
 
 
@@ -98,7 +97,6 @@ _LABELS = {BELADY: "belady (knows the future)", OPTIMUM: "optimum (clairvoyant)"
 
 
 def recall_figures(replays: Sequence[Replay]) -> list[Figure]:
-    """Return recall and look-ups against budget, with the clairvoyant lines among the policies."""
     styles = make_styles({one.policy for one in replays})
     figures = []
     for measure, (title, caption) in _MEASURES.items():

@@ -13,8 +13,7 @@ from longthink.lab.analyze.replays import Replay
 from longthink.lab.analyze.shares import page_texts
 from longthink.lab.analyze.store import Trace
 
-MAX_USES = 300_000
-"""Uses shown of one trace; beyond that only the strongest."""
+MAX_USES = 300_000  # uses shown of one trace; beyond that only the strongest
 MAX_GONE = 400_000
 """Evictions of one replay shown per table; beyond that only when the last table evicts a page."""
 CURVE_POINTS = 400

@@ -13,8 +13,7 @@ from longthink.lab.results.statistics import wilson
 from longthink.lab.results.store import ResultStore
 
 Row = dict[str, Any]
-Problem = tuple[str, str]
-"""Task and problem: the unit of all statistics."""
+Problem = tuple[str, str]  # task and problem: the unit of all statistics
 
 
 @dataclass(frozen=True, order=True)
@@ -70,8 +69,7 @@ class Task:
     members: tuple[str, ...]
 
 
-Key = tuple[Group, Task, Series, Size]
-"""What makes two cells comparable."""
+Key = tuple[Group, Task, Series, Size]  # what makes two cells comparable
 
 
 @dataclass(frozen=True)
@@ -200,7 +198,6 @@ def series_labels(series: Iterable[Series]) -> dict[Series, str]:
 
 
 def incomplete(cells: Sequence[Cell]) -> list[str]:
-    """Describe the cells that lack problems which others of their group and task have."""
     wanted: dict[tuple[Group, Task], set[Problem]] = defaultdict(set)
     for cell in cells:
         wanted[cell.group, cell.task] |= cell.by_problem.keys()
@@ -212,10 +209,8 @@ def incomplete(cells: Sequence[Cell]) -> list[str]:
     ]
 
 
-RIGHT, WRONG = 1, 2
-"""Answers shown of each configuration."""
-HEAD, TAIL = 500, 900
-"""Characters shown of a longer answer, from its beginning and from its end."""
+RIGHT, WRONG = 1, 2  # answers shown of each configuration
+HEAD, TAIL = 500, 900  # characters shown of a longer answer, from its beginning and from its end
 
 
 def sample_answers(store: ResultStore) -> list[tuple[str, list[Row]]]:

@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 from longthink.lab.report.cells import Cell, Key, Problem, Row, dense_cell, make_cells
 from longthink.lab.results.statistics import Difference, holm, mcnemar, paired_bootstrap
 
-LEVEL = 0.05
-"""A Holm-adjusted p value below this is called significant."""
+LEVEL = 0.05  # a Holm-adjusted p value below this is called significant
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +53,6 @@ def compare(pairs: Iterable[tuple[Cell, Cell]]) -> list[Comparison]:
 
 
 def against_dense(cells: Sequence[Cell]) -> list[Comparison]:
-    """Compare every cell with Dense on the same task, where there is one."""
     pairs = []
     for cell in cells:
         dense = dense_cell(cells, cell)

@@ -9,12 +9,9 @@ from longthink.lab.report.cells import Cell, Group, Row, Series, Size, Task, siz
 from longthink.lab.report.style import Style
 
 MIB = 2**20
-CLOUD_POINTS = 100
-"""Samples drawn of each policy in one panel; more would only hide each other."""
-_DODGE = 0.05
-"""Octaves between the points of two policies at the same budget, so that intervals do not hide each other..."""
-_SPREAD = 0.15
-"""... and between the first and the last, so that all stay at their budget."""
+CLOUD_POINTS = 100  # samples drawn of each policy in one panel; more would only hide each other
+_DODGE = 0.05  # octaves between the points of two policies at one budget, to show both intervals ...
+_SPREAD = 0.15  # ... and between the first and the last, so that all stay at their budget
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +106,6 @@ _SHARED_CAPTION = (
 
 
 def budget_figures(group: Group, number: int, cells: Sequence[Cell], look: Look) -> list[Figure]:
-    """Return the figures over budgets of one group: one for each metric and each kind of budget."""
     figures = []
     for name, title, y_label, caption, metric in _METRICS:
         for kind in sorted({cell.size.kind for cell in cells} - {""} or {"budget"}):
@@ -185,7 +181,6 @@ _SAMPLED = (
 
 
 def sample_figures(group: Group, number: int, cells: Sequence[Cell], look: Look) -> list[Figure]:
-    """Return time and memory of single samples against their length, one panel for each size of cache."""
     sizes = sorted({cell.size for cell in cells if cell.size.kind}) or [Size("", 0)]
     figures = []
     for name, section, column, unit, y_label, caption in _SAMPLED:

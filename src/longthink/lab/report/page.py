@@ -33,8 +33,7 @@ class Page:
     """Blocks of each section: the name of a macro in ``templates/parts.html``, and its arguments."""
     data: dict[str, Any] = field(default_factory=dict)
     """JSON documents for scripts, by the id of the element that holds them."""
-    parts: tuple[str, ...] = ("page",)
-    """Scripts and style sheets that the page needs."""
+    parts: tuple[str, ...] = ("page",)  # scripts and style sheets that the page needs
 
     def add(self, section: str, block: str, *content: Any) -> None:
         self.sections.setdefault(section, []).append((block, content))

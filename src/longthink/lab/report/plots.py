@@ -77,7 +77,6 @@ def _svg(canvas: Any) -> str:
 
 
 def save_figures(figures: Sequence[Figure], folder: Path) -> None:
-    """Write each figure to ``folder`` as NAME.png and NAME.pdf."""
     from matplotlib.figure import Figure as Canvas
 
     folder.mkdir(parents=True, exist_ok=True)

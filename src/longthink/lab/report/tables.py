@@ -41,7 +41,6 @@ def results_table(cells: Sequence[Cell], labels: Labels) -> Table:
 
 
 def accuracy_table(cells: Sequence[Cell], labels: Labels) -> Table:
-    """Return accuracy with its interval: a row per policy, a column per size."""
     sizes = sorted({cell.size for cell in cells})
     found: dict[tuple[Group, Task, Series], dict[Size, Cell]] = defaultdict(dict)
     for cell in cells:
