@@ -112,24 +112,14 @@ def recall_figures(replays: Sequence[Replay]) -> list[Figure]:
             words = kind.replace("_", " ")
             problems = len({one.key[:2] for one in mine})
             counted = f"{problems} problems, 95 % intervals" if problems > 1 else "1 problem"
-            figures.append(
-                Figure(
-                    name=f"{measure}-{kind.replace('_', '-')}",
-                    section="Policies",
-                    title=f"{title} against {words}",
-                    caption=caption,
-                    x_label=f"{words} (tokens)",
-                    y_label="share kept",
-                    percent=True,
-                    # Policies lie close together at the top.
-                    floor=min(0.9, floor(10 * min(min(line.low or line.y) for line in lines)) / 10),
-                    panels=[
-                        Panel(
-                            title=counted, lines=lines, x_ticks=sorted({getattr(one, kind) for one in mine})
-                        )
-                    ],
-                )
-            )
+            ticks = sorted({getattr(one, kind) for one in mine})
+            # Policies lie close together at the top.
+            lowest = floor(10 * min(min(line.low or line.y) for line in lines)) / 10
+            figures.append(Figure(
+                name=f"{measure}-{kind.replace('_', '-')}", section="Policies", title=f"{title} against {words}",
+                caption=caption, x_label=f"{words} (tokens)", y_label="share kept", percent=True,
+                floor=min(0.9, lowest), panels=[Panel(title=counted, lines=lines, x_ticks=ticks)],
+            ))  # fmt: skip
     return figures
 
 

@@ -41,13 +41,11 @@ def compare(pairs: Iterable[tuple[Cell, Cell]]) -> list[Comparison]:
         better = sum(y > x for x, y in zip(a, b, strict=True))
         worse = sum(y < x for x, y in zip(a, b, strict=True))
         p = mcnemar(worse, better)
-        found.append(
-            Comparison(
-                cell=after, problems=len(common), unpaired=len(first.keys() ^ second.keys()),
-                before=sum(a) / len(a), after=sum(b) / len(b), difference=paired_bootstrap(a, b),
-                better=better, worse=worse, p=p, p_holm=p,
-            )
-        )  # fmt: skip
+        found.append(Comparison(
+            cell=after, problems=len(common), unpaired=len(first.keys() ^ second.keys()),
+            before=sum(a) / len(a), after=sum(b) / len(b), difference=paired_bootstrap(a, b),
+            better=better, worse=worse, p=p, p_holm=p,
+        ))  # fmt: skip
     adjusted = holm([one.p for one in found])
     return [replace(one, p_holm=p) for one, p in zip(found, adjusted, strict=True)]
 

@@ -118,14 +118,12 @@ def budget_figures(group: Group, number: int, cells: Sequence[Cell], look: Look)
                 _budget_panel(task, [cell for cell in shown if cell.task == task], look, metric)
                 for task in sorted(tasks, key=lambda task: (len(task.members), task))
             ]
-            figures.append(
-                Figure(
-                    name=f"{name}-{kind.replace('_', '-')}-{number}", section=title,
-                    title=f"{title} against {words}", subtitle=group.label,
-                    caption=f"{caption} {_BUDGETS[kind]} {_SHARED_CAPTION}", x_label=f"{words} (tokens)",
-                    y_label=y_label, percent=name != "tokens", panels=panels,
-                )
-            )  # fmt: skip
+            figures.append(Figure(
+                name=f"{name}-{kind.replace('_', '-')}-{number}", section=title,
+                title=f"{title} against {words}", subtitle=group.label,
+                caption=f"{caption} {_BUDGETS[kind]} {_SHARED_CAPTION}", x_label=f"{words} (tokens)",
+                y_label=y_label, percent=name != "tokens", panels=panels,
+            ))  # fmt: skip
     return figures
 
 
@@ -188,14 +186,12 @@ def sample_figures(group: Group, number: int, cells: Sequence[Cell], look: Look)
         for size in sizes:
             shown = [cell for cell in cells if cell.size == size or not cell.size.kind]
             panels.append(Panel(title=size.label, lines=_clouds(shown, look, column, unit)))
-        figures.append(
-            Figure(
-                name=f"{name}-{number}", section=section,
-                title=f"{section} of each answer against its length", subtitle=group.label,
-                caption=f"{caption} At most {CLOUD_POINTS} answers of each policy are drawn, evenly chosen.",
-                x_label="tokens generated", y_label=y_label, panels=panels,
-            )
-        )  # fmt: skip
+        figures.append(Figure(
+            name=f"{name}-{number}", section=section,
+            title=f"{section} of each answer against its length", subtitle=group.label,
+            caption=f"{caption} At most {CLOUD_POINTS} answers of each policy are drawn, evenly chosen.",
+            x_label="tokens generated", y_label=y_label, panels=panels,
+        ))  # fmt: skip
     return figures
 
 
