@@ -13,44 +13,25 @@ if TYPE_CHECKING:
     import torch
 
 REASONER = "reasoner"
-"""Name of the built-in model."""
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """A model that is ready to generate.
-
-    Attributes
-    ----------
-    model, tokenizer
-        The transformers objects.
-    name
-        Name as given to `load_model`.
-    revision
-        Commit on the Hub, or the revision as given; for the built-in model a hash of its weights; for a local folder
-        None.
-    builtin
-        Whether it is the built-in reasoner.
-    seconds
-        Loading time.
-    """
-
     model: Any
     tokenizer: Any
-    name: str
-    revision: str | None
+    name: str  # as given to `load_model`
+    revision: str | None  # commit or revision on the Hub; a hash of the built-in weights; None for a folder
     builtin: bool
-    seconds: float
+    seconds: float  # loading time
 
     @property
     def context(self) -> int | None:
-        """Context length of the model in tokens, or None if its configuration does not give one."""
+        """Context length in tokens, or None if the model's configuration does not give one."""
         return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
     def describe(self) -> dict[str, Any]:
-        """Return a description of the model for the record of a run."""
         return {
             "name": self.name,
             "architecture": type(self.model).__name__,
@@ -65,21 +46,9 @@ def load_model(
 ) -> Loaded:
     """Load a model and its tokenizer, from safetensors only and without remote code.
 
-    Parameters
-    ----------
-    name
-        ``reasoner`` (the built-in model), a local folder, or the id of a model on the Hub.
-    device
-        Device such as ``cpu`` or ``cuda:1``; ``auto`` takes the first accelerator, if any.
-    dtype
-        ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the checkpoint's own.
-    revision
-        Branch, tag or commit on the Hub.
-
-    Raises
-    ------
-    ValueError, OSError
-        If the model does not exist, cannot be reached, or is not a causal language model in safetensors.
+    `name` is ``reasoner`` (the built-in model), a local folder, or the id of a model on the Hub; ``auto`` takes the
+    first accelerator, if any, and the checkpoint's own dtype. `ValueError` or `OSError` if the model does not exist,
+    cannot be reached, or is not a causal language model in safetensors.
     """
     started = time.monotonic()
     import torch
@@ -104,13 +73,9 @@ def load_model(
     # The commit of a branch or tag, if the Hub reported it.
     revision = getattr(model.config, "_commit_hash", None) or revision
     return Loaded(
-        model=model.to(place).eval(),
-        tokenizer=tokenizer,
-        name=name,
-        revision=revision,
-        builtin=name == REASONER,
-        seconds=time.monotonic() - started,
-    )
+        model=model.to(place).eval(), tokenizer=tokenizer, name=name, revision=revision,
+        builtin=name == REASONER, seconds=time.monotonic() - started,
+    )  # fmt: skip
 
 
 def pick_device(torch: Any, name: str) -> torch.device:
@@ -146,7 +111,7 @@ def _from_pretrained(name: str, dtype: str, revision: str | None) -> tuple[Any, 
 
 
 def _model_class(source: str, revision: str | None) -> Any:
-    """Return the auto class for text models, or for models that also take images."""
+    """The auto class for text models, or for models that also take images."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -175,7 +140,6 @@ def _tokenizer(source: str, revision: str | None) -> Any:
 
 
 def _why_not(error: BaseException) -> str:
-    """Return the reason why a model could not be loaded, in words for its user."""
     reasons = {
         "GatedRepoError": "it is gated: accept its terms on the Hub, then run `hf auth login`",
         "RepositoryNotFoundError": "the Hub has no such model, or it is private: then run `hf auth login`",

@@ -34,7 +34,6 @@ def fused_steps(device: torch.device) -> Mapping[type[Policy], type[FusedStep]]:
 
 
 def group_layers(layers: list[LayerCache]) -> list[LayerGroup]:
-    """Group the layers that one kernel can evict for: see `LayerGroup`."""
     if not any(layer.is_fused for layer in layers):
         return []
     from longthink.accelerators.groups import group_layers

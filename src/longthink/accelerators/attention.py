@@ -3,20 +3,16 @@
 Shape suffixes: B rows, K KV heads, G query heads per KV head, P page slots, S token slots, D head dim.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from longthink.cache.store import SlotStore
 from longthink.kernels.triton_decode import SideOutput, Slots, combine, floats, plan_work, split
 
 NOTHING = SideOutput()
-BOUND = SideOutput(bound=1)
-"""Bound score of each page, maximum over the group, -inf where the page is empty."""
+BOUND = SideOutput(bound=1)  # bound score of each page, maximum over the group, -inf where the page is empty
 BOUND_SHARE = SideOutput(bound=2, combine=2)
 """Softmax of the bound scores over the pages, maximum over the group."""
-MASS = SideOutput(score=1, combine=1)
-"""Attention share of each page, maximum over the group."""
+MASS = SideOutput(score=1, combine=1)  # attention share of each page, maximum over the group
 
 
 def marks(state_BKS: Tensor, alpha: float, near: int) -> SideOutput:
@@ -37,22 +33,13 @@ def slots_of(store: SlotStore) -> Slots:
 
 
 def step_attention(
-    query_BKGD: Tensor,
-    key_BKD: Tensor,
-    value_BKD: Tensor,
-    slots: Slots,
-    scaling: float,
-    side: SideOutput = NOTHING,
-    score_BKP: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
+    query_BKGD: Tensor, key_BKD: Tensor, value_BKD: Tensor, slots: Slots, scaling: float,
+    side: SideOutput = NOTHING, score_BKP: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Append the token at `now_B`, attend to the resident tokens, and write side outputs.
 
-    A token at offset 0 clears its page. Page scores go to `score_BKP` (float32), or to a new tensor if it is None.
-
-    Returns
-    -------
-    tuple of Tensor
-        Output BKGD, and the page scores that `side` asks for, or None.
+    A token at offset 0 clears its page. Returns the output BKGD, and the page scores that `side` asks for (in
+    `score_BKP`, float32, if it is given) or None.
     """
     work = plan_work(query_BKGD, key_BKD, value_BKD, slots)
     rows, heads, groups, _ = query_BKGD.shape

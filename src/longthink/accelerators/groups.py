@@ -1,9 +1,7 @@
 """Page tables of identical layers, contiguous in memory, so that one kernel stamps and evicts for all of them.
 
-Only for fused layers; the others evict in `longthink.cache.step`.
-
-Shape suffixes: N rows of all layers (layer after layer), B batch rows, K KV heads (1 where a table serves the whole
-layer), P page slots, S token slots.
+Only for fused layers; the others evict in `longthink.cache.step`. Shape suffixes: N rows of all layers (layer after
+layer), B batch rows, K KV heads (1 where a table serves the whole layer), P page slots, S token slots.
 """
 
 from __future__ import annotations
@@ -22,7 +20,6 @@ from longthink.policies import SavesTokens
 
 
 def group_layers(layers: list[LayerCache]) -> list[LayerGroup]:
-    """Group the fused layers by policy and shape."""
     groups: dict[object, list[LayerCache]] = {}
     for layer in layers:
         if layer.is_fused and isinstance(layer.fused, FusedLayer) and layer.fused.grouped:
@@ -32,15 +29,12 @@ def group_layers(layers: list[LayerCache]) -> list[LayerGroup]:
 
 
 class LayerGroup:
-    """Layers of one policy whose page tables are views of one tensor per field.
+    """Layers of one policy and shape that have seen the same tokens; their page tables are views of one tensor per
+    field.
 
-    A step calls `refresh` first, `choose_slots` before the first layer if a row opens a page, `stamp_pages` after the
-    last layer, and `release` at the end, all outside the compiled program, whose inputs must not overlap in memory.
-
-    Parameters
-    ----------
-    layers
-        Layers of the same policy and shape that have seen the same tokens.
+    A step calls `refresh` first, `choose_slots` before the first layer if a row opens a page, `stamp_pages` after
+    the last layer, and `release` at the end, all outside the compiled program, whose inputs must not overlap in
+    memory.
     """
 
     def __init__(self, layers: list[LayerCache]) -> None:
@@ -83,16 +77,12 @@ class LayerGroup:
     def choose_slots(self) -> list[Tensor]:
         """Choose the slot for each page that the next token opens; writing the token clears it.
 
-        Returns
-        -------
-        list of Tensor
-            If the policy saves tokens, where each layer evicts a page, BK, for `save_tokens`.
+        Returns where each layer evicts a page (BK), for `save_tokens`, if the policy saves tokens.
         """
         full_NK = triton_tables.evict(*self._tables())
         return list(full_NK.chunk(len(self.layers))) if isinstance(self._policy, SavesTokens) else []
 
     def stamp_pages(self) -> None:
-        """Stamp the used pages of all layers in one launch."""
         if self._stamping is not None:
             triton_tables.evict(*self._tables(), self._stamping)
 

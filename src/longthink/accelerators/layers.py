@@ -1,11 +1,8 @@
 """Fused decode steps, one class per policy class: the parameters with which the kernels reproduce a policy.
 
-The policy's own file is the definition; tests compare the two.
-
-Shape suffixes: N rows of all layers (layer after layer), B batch rows, K KV heads, P page slots, S token slots.
+The policy's own file is the definition; tests compare the two. Shape suffixes: N rows of all layers (layer after
+layer), B batch rows, K KV heads, P page slots, S token slots.
 """
-
-from __future__ import annotations
 
 from typing import Any, ClassVar, NamedTuple
 
@@ -22,24 +19,10 @@ from longthink.policies import PageTable
 
 
 class EvictionRule(NamedTuple):
-    """Parameters of the eviction rule.
-
-    Attributes
-    ----------
-    pinned_B
-        Number of first tokens whose pages are protected.
-    recent_B
-        Number of most recent pages that are protected, or None.
-    kept_B
-        Number of slots after the prompt's that are protected, or None.
-    worth_NKP
-        The page with the least is evicted, a tie evicting the lowest page; None evicts the oldest page.
-    """
-
-    pinned_B: Tensor
-    recent_B: Tensor | None = None
-    kept_B: Tensor | None = None
-    worth_NKP: Tensor | None = None
+    pinned_B: Tensor  # number of first tokens whose pages are protected
+    recent_B: Tensor | None = None  # number of most recent pages that are protected
+    kept_B: Tensor | None = None  # number of slots after the prompt's that are protected
+    worth_NKP: Tensor | None = None  # the least is evicted, a tie evicting the lowest page; None: the oldest
 
 
 class StampRule(NamedTuple):
@@ -63,7 +46,6 @@ class FusedLayer:
         """Destination of this step's page scores, if a group stamps for all layers."""
 
     def serves(self, store: SlotStore) -> bool:
-        """Whether the kernels support the device and dtype of the slots."""
         return accelerators.available(store.keys_BKSD)
 
     def step(self, store: SlotStore, new: QKV, scaling: float) -> Tensor:
@@ -80,7 +62,6 @@ class FusedLayer:
         return out_BKGD.flatten(1, 2)
 
     def side_output(self, table: PageTable) -> SideOutput:
-        """What the kernels write besides the attention output."""
         del table
         return attention.NOTHING
 

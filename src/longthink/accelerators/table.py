@@ -1,22 +1,13 @@
 """The policies that have fused decode steps."""
 
-from __future__ import annotations
-
-from longthink.accelerators.layers import (
-    FusedH2O,
-    FusedLayer,
-    FusedMilestone,
-    FusedQuest,
-    FusedRaaS,
-    FusedRecency,
-)
+from longthink.accelerators import layers
 from longthink.policies import H2O, Milestone, Policy, Quest, RaaS, Recency
 
-FUSED: dict[type[Policy], type[FusedLayer]] = {
-    H2O: FusedH2O,
-    Milestone: FusedMilestone,
-    Quest: FusedQuest,
-    RaaS: FusedRaaS,
-    Recency: FusedRecency,
+FUSED: dict[type[Policy], type[layers.FusedLayer]] = {
+    H2O: layers.FusedH2O,
+    Milestone: layers.FusedMilestone,
+    Quest: layers.FusedQuest,
+    RaaS: layers.FusedRaaS,
+    Recency: layers.FusedRecency,
 }
 """By exact class: a subclass may override any hook, so the kernels of its parent do not serve it."""

@@ -128,12 +128,7 @@ def evict(
 
     Where the next token opens a page, the tail becomes the first empty slot or, at the cap, the slot of the evicted
     page, which keeps its contents until the token is written. `whole` holds the page tables of all layers,
-    contiguous; what all layers share is read from `first`.
-
-    Returns
-    -------
-    Tensor
-        True where a page is evicted, NK.
+    contiguous; what all layers share is read from `first`. Returns NK, True where a page is evicted.
     """
     table, position_NKS = first.table, whole.table.position_BKS
     rows, (_, tables, tokens) = len(table.now_B), position_NKS.shape

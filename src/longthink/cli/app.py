@@ -4,8 +4,6 @@ Only light modules are imported here; commands import torch, transformers and ma
 ``longthink --help`` answers in 0.3 s.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import warnings
@@ -77,8 +75,7 @@ app.meta.end_of_options_delimiter = ""
 
 @app.meta.default
 def _launch(
-    *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
-    debug: Switch = False,
+    *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)], debug: Switch = False
 ) -> int:
     """Run one command.
 
@@ -91,7 +88,10 @@ def _launch(
     def action() -> int:
         show_log()
         if not debug:
-            _quiet_libraries()
+            warnings.simplefilter("ignore")
+            # Read when the libraries are imported, which is after this.
+            os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         result = app(
             _dash_is_stdin(tokens), exit_on_error=False, print_error=False, result_action="return_value"
         )
@@ -101,13 +101,7 @@ def _launch(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code.
-
-    Parameters
-    ----------
-    arguments
-        The words after ``longthink``; None takes them from ``sys.argv``.
-    """
+    """Run the command line (``arguments`` are the words after ``longthink``) and return its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if sys.stderr is None:
         # Notes would otherwise go to standard output, into the middle of a JSON document.
@@ -134,11 +128,3 @@ def _dash_is_stdin(tokens: Sequence[str]) -> list[str]:
         if words[i] == "-" and words[i - 1] != "--file":
             words[i] = "--file=-"
     return words
-
-
-def _quiet_libraries() -> None:
-    """Hide warnings of the underlying libraries."""
-    warnings.simplefilter("ignore")
-    # Read when the libraries are imported, which is after this.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -24,16 +24,7 @@ class Conversation:
     """Token ids of a conversation, turn by turn, as the model has seen them.
 
     A template rendered anew for every turn may change what came before (reasoning is often removed), which a cache
-    cannot follow. So each turn is rendered as what the template puts behind an answer.
-
-    Parameters
-    ----------
-    tokenizer
-        With a chat template, unless `raw`.
-    raw
-        Append each turn as it is, without the template.
-    builtin
-        Whether it is the tokenizer of the built-in model, which knows few words.
+    cannot follow. So each turn is rendered as what the template puts behind an answer, or as it is if `raw`.
     """
 
     def __init__(self, tokenizer: Any, *, raw: bool, builtin: bool) -> None:
@@ -43,13 +34,7 @@ class Conversation:
         self._ids_BN: Tensor | None = None
 
     def ask(self, question: str) -> dict[str, Tensor]:
-        """Return ids and mask of the conversation with another question; it counts once `answered` is called.
-
-        Raises
-        ------
-        ValueError
-            If the chat template shows nothing behind an answer, or the question has no tokens.
-        """
+        """Return ids and mask of the conversation with another question; it counts once `answered` is called."""
         import torch
 
         if self._builtin:
@@ -64,7 +49,6 @@ class Conversation:
         return {"input_ids": ids_BN, "attention_mask": torch.ones_like(ids_BN)}
 
     def answered(self, asked: dict[str, Tensor], decoded: Decoded) -> None:
-        """Add a question and its answer to the conversation."""
         import torch
 
         self._ids_BN = torch.cat([asked["input_ids"], torch.tensor([decoded.tokens], dtype=torch.int64)], 1)
@@ -109,15 +93,7 @@ def questions(first: str | None) -> Iterator[str]:
 
 
 def chat(first: str | None, conversation: Conversation, answer: Any, cache: PagedCache) -> str:
-    """Hold a conversation and return why it ended: ``end`` or ``interrupted``.
-
-    Parameters
-    ----------
-    first
-        The first question, if there is one already.
-    answer
-        Decodes an answer: takes ids and mask, streams the text and returns a `Decoded`.
-    """
+    """Hold a conversation, in which `answer` decodes and streams; return why it ended: ``end`` or ``interrupted``."""
     for question in questions(first):
         try:
             asked = conversation.ask(question)

@@ -18,42 +18,27 @@ if TYPE_CHECKING:
 
 @dataclass
 class Decoded:
-    """Output of a generation so far; complete once :func:`decode` returns.
-
-    Attributes
-    ----------
-    tokens
-        Ids of the new tokens.
-    text
-        Their text, without special tokens.
-    step_s
-        Seconds per new token; the first includes the prefill.
-    stopped
-        ``end`` (end token), ``length`` (token limit) or ``interrupted``.
-    """
+    """Output of a generation so far; complete once :func:`decode` returns."""
 
     tokens: list[int] = field(default_factory=list)
-    text: str = ""
-    step_s: list[float] = field(default_factory=list)
-    stopped: str = "end"
+    text: str = ""  # without special tokens
+    step_s: list[float] = field(default_factory=list)  # seconds per new token; the first includes the prefill
+    stopped: str = "end"  # ``end`` (end token), ``length`` (token limit) or ``interrupted``
 
     @property
     def prompt_s(self) -> float:
-        """Seconds until the first token: the prefill."""
         return self.step_s[0] if self.step_s else 0.0
 
     @property
     def decode_s(self) -> float:
-        """Seconds for all tokens after the first."""
         return sum(self.step_s[1:])
 
     @property
     def tokens_per_s(self) -> float:
-        """Tokens per second after the first token (0 if there are fewer than two)."""
         return (len(self.step_s) - 1) / self.decode_s if self.decode_s > 0 else 0.0
 
     def ms_per_token(self, part: slice) -> float:
-        """Mean milliseconds per token of a part of the tokens after the first (NaN if empty)."""
+        """Mean over a part of the tokens after the first (NaN if empty)."""
         times = self.step_s[1:][part]
         return 1000 * sum(times) / len(times) if times else float("nan")
 
@@ -72,7 +57,7 @@ class Detokenizer:
         self._shown = 0
 
     def add(self, token: int) -> str:
-        """Return the text completed by ``token``; empty while a character is incomplete."""
+        """The text completed by ``token``; empty while a character is incomplete."""
         self._ids.append(token)
         known, text = self._texts()
         if text.endswith("\N{REPLACEMENT CHARACTER}") or len(text) <= len(known):
@@ -81,7 +66,6 @@ class Detokenizer:
         return text[len(known) :]
 
     def rest(self) -> str:
-        """Return the text still held back."""
         known, text = self._texts()
         self._start = self._shown = len(self._ids)
         return text[len(known) :]
@@ -128,34 +112,14 @@ class _Listener:
 
 
 def decode(
-    model: Any,
-    tokenizer: Any,
-    inputs: dict[str, Tensor],
-    cache: PagedCache,
-    *,
-    on_text: Callable[[str], None] = lambda text: None,
-    on_step: Callable[[int], None] = lambda count: None,
-    interrupted: Callable[[], bool] = lambda: False,
-    **generate_kwargs: Any,
-) -> Decoded:
-    """Generate one text with a cache.
+    model: Any, tokenizer: Any, inputs: dict[str, Tensor], cache: PagedCache, *,
+    on_text: Callable[[str], None] = lambda text: None, on_step: Callable[[int], None] = lambda count: None,
+    interrupted: Callable[[], bool] = lambda: False, **generate_kwargs: Any,
+) -> Decoded:  # fmt: skip
+    """Generate one text with a cache; ``generate_kwargs`` must include ``max_new_tokens``.
 
-    Parameters
-    ----------
-    model, tokenizer
-        The transformers objects.
-    inputs
-        ``input_ids`` and ``attention_mask`` of one row.
-    cache
-        A fresh cache for the model.
-    on_text
-        Called with each new piece of text.
-    on_step
-        Called after each token with the number of tokens so far; its time is not counted as the model's.
-    interrupted
-        Called after each token; True ends the generation.
-    **generate_kwargs
-        Passed to ``model.generate``; must include ``max_new_tokens``.
+    After each token ``on_step`` gets the number of tokens so far; its time is not counted as the model's. Then
+    ``interrupted`` is called; True ends the generation.
     """
     from longthink.hf import generate
 
@@ -167,14 +131,10 @@ def decode(
         return input_ids.new_full((len(input_ids),), interrupted()).bool()
 
     generate(
-        model,
-        inputs["input_ids"].to(model.device),
-        inputs["attention_mask"].to(model.device),
-        past_key_values=cache,
-        streamer=_Listener(decoded, tokenizer, on_text, on_step),
-        stopping_criteria=[stop],
-        **generate_kwargs,
-    )
+        model, inputs["input_ids"].to(model.device), inputs["attention_mask"].to(model.device),
+        past_key_values=cache, streamer=_Listener(decoded, tokenizer, on_text, on_step),
+        stopping_criteria=[stop], **generate_kwargs,
+    )  # fmt: skip
     if not decoded.tokens or decoded.tokens[-1] not in ends:
         decoded.stopped = "interrupted" if interrupted() else "length"
     return decoded

@@ -1,7 +1,5 @@
 """``longthink doctor``: whether this machine meets longthink's requirements."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import importlib.util
 import os
@@ -21,8 +19,6 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True, kw_only=True)
 class _Requirement:
-    """A required package (or Python itself): supported and installed versions."""
-
     name: str
     wanted: str
     found: str | None
@@ -56,7 +52,6 @@ def doctor(*, json: Switch = False) -> int:
 
 
 def _requirements() -> list[_Requirement]:
-    """Compare installed versions with the package's metadata."""
     from packaging.requirements import Requirement
     from packaging.specifiers import SpecifierSet
 
@@ -88,7 +83,6 @@ def _installed(name: str) -> str | None:
 
 
 def _kernels() -> dict[str, Any]:
-    """Return the package's kernel modules, and whether Triton is installed for those that need it."""
     import longthink.kernels
 
     return {
@@ -98,7 +92,6 @@ def _kernels() -> dict[str, Any]:
 
 
 def _vllm() -> dict[str, Any] | None:
-    """Return facts about the installed vLLM and its plugin, or None if there is none."""
     from longthink.vllm.versions import installed, plugin_problem, supported_range
 
     vllm = installed()
@@ -113,7 +106,6 @@ def _vllm() -> dict[str, Any] | None:
 
 
 def _torch_facts() -> dict[str, Any]:
-    """Return devices with their working number formats, and threads."""
     import torch
 
     names = ["cpu"]
@@ -129,7 +121,7 @@ def _torch_facts() -> dict[str, Any]:
 
 
 def _multiplies(torch: Any, device: str, dtype: Any) -> bool:
-    """Return whether a device can multiply matrices of a dtype, by trying."""
+    """Whether a device can multiply matrices of a dtype, by trying."""
     try:
         ones = torch.ones(4, 4, device=device, dtype=dtype)
         return bool((ones @ ones == 4).all())

@@ -1,7 +1,5 @@
 """From an exception to one line on standard error and an exit code, without a traceback."""
 
-from __future__ import annotations
-
 import errno
 import os
 import sys
@@ -15,9 +13,8 @@ from longthink.errors import LongthinkError
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130
-EXIT_CLOSED_PIPE = 141
-"""Exit codes; the last two are what a shell reports for SIGINT and SIGPIPE."""
+EXIT_INTERRUPTED = 130  # what a shell reports for SIGINT ...
+EXIT_CLOSED_PIPE = 141  # ... and for SIGPIPE
 
 
 def check_surroundings(words: Sequence[str]) -> None:

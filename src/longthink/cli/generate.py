@@ -12,13 +12,7 @@ from longthink.cli.chat import Conversation, chat
 from longthink.cli.decode import Decoded, catch_interrupt, decode
 from longthink.cli.errors import EXIT_INTERRUPTED
 from longthink.cli.models import load_model
-from longthink.cli.options import (
-    BudgetOptions,
-    ModelOptions,
-    ProblemOptions,
-    SamplingOptions,
-    Switch,
-)
+from longthink.cli.options import BudgetOptions, ModelOptions, ProblemOptions, SamplingOptions, Switch
 from longthink.cli.progress import progress
 from longthink.cli.prompts import check_words, encode_prompt, read_prompt
 from longthink.cli.terminal import note, shares_place, size_text, write_json, write_text
@@ -33,12 +27,9 @@ if TYPE_CHECKING:
     from longthink.hf import PagedCache
     from longthink.policies import Policy
 
-DECODE_BUDGET = 1024
-"""Tokens kept on top of the prompt if no budget is given."""
-DECODE_BUDGET_BUILTIN = 256
-"""The same for the built-in model, whose texts are shorter."""
-MAX_NEW_TOKENS = 2048
-"""Default limit of new tokens, except for the built-in model."""
+DECODE_BUDGET = 1024  # tokens kept on top of the prompt if no budget is given
+DECODE_BUDGET_BUILTIN = 256  # the same for the built-in model, whose texts are shorter
+MAX_NEW_TOKENS = 2048  # default limit of new tokens, except for the built-in model
 
 
 @Parameter(name="*")
@@ -48,25 +39,18 @@ class GenerateOptions(ProblemOptions, SamplingOptions, BudgetOptions, ModelOptio
 
     file: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None
     """Read the prompt from this UTF-8 text file (- is standard input)."""
-
     raw: Switch = False
     """Pass the prompt to the model as it is, without the chat template."""
-
     policy: str = DEFAULT_POLICY
     """What the cache keeps, with options after colons, such as raas:r=0.25; see "longthink policies"."""
-
     kv_dtype: str | None = None
     """Format to store keys and values in: bfloat16, float16 or float32; by default the model's own."""
-
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the decode step, which takes about a minute; auto: if so many tokens are requested that it pays."""
-
     prefill_chunk_size: int | None = None
     """Prefill the prompt in chunks of this many tokens, for prompts that do not fit in memory at once."""
-
     chat: Switch = False
     """Hold a conversation: one line of standard input is one question, until Ctrl-D."""
-
     json: Switch = False
     """Print one JSON document instead of the text."""
 
@@ -76,8 +60,6 @@ _DEFAULTS = GenerateOptions()
 
 @dataclass(frozen=True, kw_only=True)
 class _Run:
-    """One generation, ready to start and then finished."""
-
     loaded: Loaded
     inputs: dict[str, Tensor]
     policy: Policy
@@ -110,7 +92,8 @@ def generate(prompt: str | None = None, /, *, options: GenerateOptions = _DEFAUL
 
     with make_cache(run.loaded.model, policy=run.policy, kv_dtype=options.kv_dtype, **run.budget) as cache:
         if run.problem is not None:
-            note(f"no prompt given: here is a problem ({_problem_name(options)})")
+            name = f"profile {options.profile}, size {options.size}, seed {options.seed}"
+            note(f"no prompt given: here is a problem ({name})")
             if not options.json:
                 write_text(f"{run.problem.prompt}\n\n")
         decoded = _decode(run, cache)
@@ -120,7 +103,10 @@ def generate(prompt: str | None = None, /, *, options: GenerateOptions = _DEFAUL
         write_text("\n")
         note(closing_line(decoded, cache))
         if (cache.break_even_tokens or 0) > cache.get_seq_length():
-            note(larger_than_dense(cache))
+            note(
+                "the bounded cache is larger than a dense one here because its slots are allocated in full with the "
+                f"prompt: it pays off from {cache.break_even_tokens:,} tokens on, prompt included"
+            )
         if run.problem is not None and decoded.stopped == "end":
             verdict = "right" if grade(run.problem, decoded.text) else "wrong"
             note(f"the answer is {run.problem.answer}: the model is {verdict}")
@@ -162,12 +148,7 @@ def _prepare(text: str | None, options: GenerateOptions) -> _Run:
     return _Run(loaded=loaded, inputs=inputs, policy=policy, budget=budget, options=options, problem=problem)
 
 
-def _problem_name(options: ProblemOptions) -> str:
-    return f"profile {options.profile}, size {options.size}, seed {options.seed}"
-
-
 def _budget(options: GenerateOptions, policy: Policy) -> dict[str, Any]:
-    """Return the budget arguments of ``make_cache``, with a default if none is given."""
     from longthink.policies import needs_budget
 
     chosen = options.given_budget
@@ -208,22 +189,14 @@ def _decode(run: _Run, cache: PagedCache) -> Decoded:
                 write_text(text)
 
         return decode(
-            loaded.model,
-            loaded.tokenizer,
-            run.inputs,
-            cache,
-            on_text=on_text,
-            on_step=task.advance_to,
-            interrupted=interrupted,
-            max_new_tokens=limit,
+            loaded.model, loaded.tokenizer, run.inputs, cache, on_text=on_text, on_step=task.advance_to,
+            interrupted=interrupted, max_new_tokens=limit,
             compile={"auto": "auto", "on": True, "off": False}[options.compile],
-            prefill_chunk_size=options.prefill_chunk_size,
-            **options.generate_kwargs(),
-        )
+            prefill_chunk_size=options.prefill_chunk_size, **options.generate_kwargs(),
+        )  # fmt: skip
 
 
 def closing_line(decoded: Decoded, cache: PagedCache) -> str:
-    """Return the line that ends a generation: tokens, speed, memory and evictions."""
     ends = {"end": "", "length": " (token limit reached)", "interrupted": " (interrupted)"}
     return " · ".join(
         [
@@ -235,16 +208,7 @@ def closing_line(decoded: Decoded, cache: PagedCache) -> str:
     )
 
 
-def larger_than_dense(cache: PagedCache) -> str:
-    """Return the reason why a bounded cache takes more memory than a dense one on a short text."""
-    return (
-        "the bounded cache is larger than a dense one here because its slots are allocated in full with the prompt: "
-        f"it pays off from {cache.break_even_tokens:,} tokens on, prompt included"
-    )
-
-
 def _record(run: _Run, decoded: Decoded, cache: PagedCache) -> dict[str, Any]:
-    """Return the JSON document of a generation."""
     options, problem = run.options, run.problem
     held = cache.summary()
     sampling = {name: getattr(options, name) for name in ("temperature", "top_p", "top_k", "seed")}

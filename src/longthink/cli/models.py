@@ -1,7 +1,5 @@
 """Loading the model of a command, with progress."""
 
-from __future__ import annotations
-
 import os
 import sys
 
@@ -12,7 +10,6 @@ from longthink.cli.terminal import is_terminal
 
 
 def load_model(options: ModelOptions) -> models.Loaded:
-    """Load the model that the options name; see `longthink.models.load_model`."""
     with progress(f"loading {options.model}"):
         if not is_terminal(sys.stderr):
             # Read when transformers is imported, which is next.

@@ -21,7 +21,6 @@ Switch = Annotated[bool, Parameter(negative="", show_default=False)]
 """A flag without a ``--no-`` form, off by default."""
 
 SizeName = Annotated[str, Parameter(choices=tuple(SIZES))]
-"""Name of a problem size."""
 
 
 @Parameter(name="*")
@@ -31,10 +30,8 @@ class ModelOptions:
 
     model: str = REASONER
     """Hub id or local folder of a causal language model (safetensors), or "reasoner", the built-in one."""
-
     device: str = "auto"
     """Device such as cpu or cuda:1; auto takes the first accelerator, if any."""
-
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of weights and cache; auto takes the checkpoint's own."""
 
@@ -46,13 +43,11 @@ class BudgetOptions:
 
     budget: int | None = None
     """Tokens kept per layer, including the prompt."""
-
     decode_budget: int | None = None
     """Tokens kept per layer on top of the prompt, which is then kept whole."""
 
     @property
     def given_budget(self) -> dict[str, int]:
-        """The given budget as arguments of ``make_cache``."""
         given = {"budget": self.budget, "decode_budget": self.decode_budget}
         return {name: value for name, value in given.items() if value is not None}
 
@@ -64,13 +59,10 @@ class SamplingOptions:
 
     max_new_tokens: int | None = None
     """Largest number of tokens to generate [default: 2048; the built-in model: until it ends]."""
-
     temperature: float = 0.0
     """Softmax temperature; 0 takes the most likely token."""
-
     top_p: float | None = None
     """Sample from the smallest set of tokens with this probability (needs a temperature above 0)."""
-
     top_k: int | None = None
     """Sample from this many of the most likely tokens (needs a temperature above 0)."""
 
@@ -100,10 +92,8 @@ class ProblemOptions:
 
     profile: Annotated[str, Parameter(choices=tuple(PROFILES))] = "chain"
     """When earlier values are needed again."""
-
     size: SizeName = "m"
     """Length of the chain of thought."""
-
     seed: int = 0
     """Seed of the problem, and of sampling."""
 
@@ -114,13 +104,6 @@ def words(text: str) -> list[str]:
 
 
 def policy_list(text: str) -> "list[Policy]":
-    """Return the policies of a list such as ``dense,raas:r=0.25``.
-
-    Raises
-    ------
-    ValueError
-        If the list is empty, or one of them is not a policy.
-    """
     from longthink.policies import make_policy
 
     policies = [make_policy(spec) for spec in words(text)]
@@ -130,7 +113,7 @@ def policy_list(text: str) -> "list[Policy]":
 
 
 def policy_specs(text: str) -> list[str]:
-    """Specs of the policies of a list, each in its shortest form; errors as in `policy_list`."""
+    """Specs of the policies of a list, each in its shortest form."""
     from longthink.policies import policy_spec
 
     return [policy_spec(policy) for policy in policy_list(text)]

@@ -8,17 +8,15 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from longthink.cli.terminal import err_console, is_terminal, note, visible
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-FIRST_LINE_S = 2.0
-"""Seconds before the first plain line; shorter work prints none."""
-LINE_EVERY_S = 10.0
-"""Seconds between further plain lines."""
+FIRST_LINE_S = 2.0  # seconds before the first plain line; shorter work prints none
+LINE_EVERY_S = 10.0  # seconds between further plain lines
 
 
 class _Notes(logging.Handler):
@@ -34,16 +32,6 @@ _NOTES = _Notes(logging.WARNING)
 def show_log() -> None:
     """Show what the library logs, such as that it compiles for a minute."""
     logging.getLogger("longthink").addHandler(_NOTES)
-
-
-class Task(Protocol):
-    """Work whose progress is shown."""
-
-    def advance_to(self, done: int, detail: str = "") -> None:
-        """Show that ``done`` units are complete, with a short ``detail`` such as a rate."""
-
-    def hide(self) -> None:
-        """Remove the display early, before something else is written."""
 
 
 class _LineTask:
@@ -81,19 +69,13 @@ class _BarTask:
         self._display.stop()
 
 
+Task = _LineTask | _BarTask
+"""Work whose progress is shown; `hide` removes the display early, before something else is written."""
+
+
 @contextmanager
 def progress(title: str, *, total: int | None = None, unit: str = "") -> Iterator[Task]:
-    """Show the progress of a piece of work while the ``with`` block runs.
-
-    Parameters
-    ----------
-    title
-        The work, as a short phrase.
-    total
-        Units of work, or None if unknown.
-    unit
-        Name of the unit, in the plural.
-    """
+    """Show the progress of a piece of work, of ``total`` units if known, while the ``with`` block runs."""
     if not is_terminal(sys.stderr):
         task = _LineTask(title, total, unit)
         try:
@@ -105,13 +87,9 @@ def progress(title: str, *, total: int | None = None, unit: str = "") -> Iterato
 
     counted = [BarColumn(bar_width=30), TextColumn("{task.completed:.0f}/{task.total:.0f} " + unit)]
     display = Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        *(counted if total is not None else []),
-        TextColumn("{task.fields[detail]}", markup=False),
-        TimeElapsedColumn(),
-        console=err_console(),
-        transient=True,
-    )
+        SpinnerColumn(), TextColumn("{task.description}", markup=False),
+        *(counted if total is not None else []), TextColumn("{task.fields[detail]}", markup=False),
+        TimeElapsedColumn(), console=err_console(), transient=True,
+    )  # fmt: skip
     with display:
         yield _BarTask(display, display.add_task(visible(title), total=total, detail=""))

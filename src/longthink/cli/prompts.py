@@ -17,21 +17,9 @@ STDIN = "-"
 
 
 def read_prompt(prompt: str | None, file: str | None) -> str | None:
-    """Return the prompt from the argument, the file or standard input, or None if there is none.
+    """Return the prompt from the argument, the file or standard input (``-``), or None if there is none.
 
-    Parameters
-    ----------
-    prompt
-        The prompt as given on the command line.
-    file
-        Path of a text file, or ``-`` for standard input, which is also read if it is piped and neither is given.
-
-    Raises
-    ------
-    ValueError
-        If two sources are given, or the text is empty or not UTF-8.
-    OSError
-        If the file cannot be read.
+    Standard input is also read if it is piped and neither is given.
     """
     if prompt is not None and file is not None:
         raise ValueError("give the prompt once: as an argument, with --file, or on standard input")
@@ -52,10 +40,7 @@ def read_prompt(prompt: str | None, file: str | None) -> str | None:
 
 
 def encode_prompt(tokenizer: Any, prompt: str, *, raw: bool) -> dict[str, Tensor]:
-    """Return ``input_ids`` and ``attention_mask`` of one row.
-
-    The tokenizer's chat template, if any, is applied unless ``raw``.
-    """
+    """``input_ids`` and ``attention_mask`` of one row; the chat template, if any, is applied unless ``raw``."""
     if raw or not tokenizer.chat_template:
         encoded = tokenizer(prompt, return_tensors="pt")
     else:

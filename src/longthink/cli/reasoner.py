@@ -1,7 +1,5 @@
 """``longthink reasoner``: the built-in model's problems."""
 
-from __future__ import annotations
-
 from cyclopts import App
 
 from longthink.cli.options import ProblemOptions

@@ -32,40 +32,22 @@ KINDS: dict[str, Callable[[Any], str]] = {
 column of ``text`` with the same value in all rows moves to the note; ``code`` and numbers never wrap; ``formatted``
 takes finished numbers."""
 
-_MIN_TEXT_WIDTH = 14
-"""Characters below which a terminal does not squeeze a column of text."""
+_MIN_TEXT_WIDTH = 14  # characters below which a terminal does not squeeze a column of text
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Columns of one kind each, and rows of raw values.
+    """Columns of one kind each, and rows of raw values."""
 
-    Attributes
-    ----------
-    columns
-        Kind of each column, a key of :data:`KINDS`, by its heading.
-    rows
-        A value for each column; None is an empty cell.
-    name
-        File name without its ending, and the element's id in HTML.
-    title, note
-        What stands above the table (on a terminal the note is below it).
-    marked
-        Indices of rows to highlight.
-    """
-
-    columns: dict[str, str]
-    rows: list[list[Any]]
-    name: str = ""
+    columns: dict[str, str]  # kind of each column, a key of :data:`KINDS`, by its heading
+    rows: list[list[Any]]  # a value for each column; None is an empty cell
+    name: str = ""  # file name without its ending, and the element's id in HTML
     title: str = ""
-    note: str = ""
-    marked: frozenset[int] = frozenset()
+    note: str = ""  # above the table, on a terminal below it
+    marked: frozenset[int] = frozenset()  # indices of rows to highlight
 
     def shown(self) -> tuple[dict[str, str], list[list[str]], str]:
-        """Return columns, cells and note as they are displayed.
-
-        Empty columns are left out. A column of text with the same value in every row moves to the note.
-        """
+        """Columns, cells and note as they are displayed, without empty columns."""
         columns, places, same = {}, [], []
         for place, (heading, kind) in enumerate(self.columns.items()):
             values = {row[place] for row in self.rows}
@@ -85,7 +67,6 @@ class Table:
         return columns, cells, note.strip()
 
     def rich(self) -> RichTable:
-        """Return the table for a terminal."""
         from rich import box
         from rich.table import Table as RichTable
         from rich.text import Text
@@ -117,7 +98,6 @@ class Table:
         return text.getvalue()
 
     def markdown(self) -> str:
-        """Return the table with its title and note."""
         columns, rows, note = self.shown()
         rules = ["---" if kind in ("text", "words", "code") else "---:" for kind in columns.values()]
         lines = [columns, rules, *([for_markdown(cell) for cell in row] for row in rows)]

@@ -19,22 +19,12 @@ if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
 __all__ = [
-    "err_console",
-    "is_terminal",
-    "note",
-    "one_line",
-    "out_console",
-    "shares_place",
-    "size_text",
-    "visible",
-    "write_json",
-    "write_table",
-    "write_text",
-]
+    "err_console", "is_terminal", "note", "one_line", "out_console", "shares_place", "size_text", "visible",
+    "write_json", "write_table", "write_text",
+]  # fmt: skip
 
 
 def is_terminal(stream: TextIO | None) -> bool:
-    """Return whether ``stream`` is open and writes to a terminal."""
     return stream is not None and not stream.closed and stream.isatty()
 
 
@@ -49,7 +39,6 @@ def shares_place(one: TextIO, other: TextIO) -> bool:
 
 
 def out_console() -> Console:
-    """Return a rich console on the current standard output."""
     from rich.console import Console
 
     class PipeConsole(Console):
@@ -61,7 +50,6 @@ def out_console() -> Console:
 
 
 def err_console() -> Console:
-    """Return a rich console on the current standard error."""
     from rich.console import Console
 
     return Console(file=sys.stderr, highlight=False)
@@ -91,7 +79,7 @@ def write_table(table: Table) -> None:
 
 
 def _table_width(console: Console, table: RichTable) -> int:
-    """Return the width, in characters, at which nothing of a table is cut."""
+    """Width, in characters, at which nothing of a table is cut."""
     from rich.measure import Measurement
 
     def width(column: Column) -> int:

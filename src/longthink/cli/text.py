@@ -4,8 +4,6 @@ Text that comes from a model, a file name or an error message is foreign: on a t
 move the cursor, retitle the window or fake a prompt; in a document they could hide or reorder what it says.
 """
 
-from __future__ import annotations
-
 import html
 import re
 
@@ -16,11 +14,7 @@ _MARKUP = re.compile(r"([\\`*_\[\]|!])")
 
 
 def visible(text: str) -> str:
-    r"""Return ``text`` with every control character replaced by a visible stand-in.
-
-    Newline and tab stay. C0 controls become their Unicode picture (escape becomes ``␛``), the others an escape
-    such as ``\x9b``.
-    """
+    r"""Replace control characters by a picture (``␛``) or an escape (``\x9b``); newline and tab stay."""
     return _UNSAFE.sub(_picture, text)
 
 

@@ -1,7 +1,5 @@
 """``longthink vllm-args``: options that start vLLM with a bounded cache."""
 
-from __future__ import annotations
-
 import shlex
 
 from longthink.cli.options import Switch
@@ -11,13 +9,9 @@ from longthink.config import DEFAULT_POLICY
 
 def vllm_args(
     *,
-    decode_budget: int,
-    policy: str = DEFAULT_POLICY,
-    max_prompt_tokens: int | None = None,
-    reserve: Switch = False,
-    tp_sync: Switch = False,
-    json: Switch = False,
-) -> int:
+    decode_budget: int, policy: str = DEFAULT_POLICY, max_prompt_tokens: int | None = None,
+    reserve: Switch = False, tp_sync: Switch = False, json: Switch = False,
+) -> int:  # fmt: skip
     """Print the options that give `vllm serve` a bounded cache.
 
     Use it as `vllm serve MODEL $(longthink vllm-args ...)`.

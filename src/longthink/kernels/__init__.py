@@ -4,8 +4,6 @@
 Tensors on a GPU go to the Triton kernel of the same name, where there is one (docs/kernels.md).
 """
 
-from __future__ import annotations
-
 from functools import cache
 from importlib.util import find_spec
 
@@ -25,26 +23,10 @@ from longthink.kernels.reference import (
 )
 
 __all__ = [
-    "At",
-    "Index",
-    "PagedKV",
-    "append",
-    "block_attention",
-    "bound_scores",
-    "column_mass",
-    "decode_attention",
-    "empty",
-    "entries",
-    "logical_pages",
-    "lowest",
-    "move_tokens",
-    "page_mass",
-    "paged_attention",
-    "runs_triton",
-    "top_fraction",
-    "top_pages",
-    "widen",
-]
+    "At", "Index", "PagedKV", "append", "block_attention", "bound_scores", "column_mass", "decode_attention",
+    "empty", "entries", "logical_pages", "lowest", "move_tokens", "page_mass", "paged_attention",
+    "runs_triton", "top_fraction", "top_pages", "widen",
+]  # fmt: skip
 
 
 @cache
@@ -58,15 +40,9 @@ def runs_triton(tensor: Tensor) -> bool:
 
 
 def decode_attention(
-    query_BKGD: Tensor,
-    keys_BKSD: Tensor,
-    values_BKSD: Tensor,
-    resident_BKS: Tensor,
-    scaling: float,
-    *,
-    with_weights: bool,
-    many: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+    query_BKGD: Tensor, keys_BKSD: Tensor, values_BKSD: Tensor, resident_BKS: Tensor, scaling: float, *,
+    with_weights: bool, many: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Attention of one new token per row: see `reference.decode_attention`.
 
     `many` marks the slots of a cache that grows: on a CPU, SDPA is faster over them.
@@ -88,7 +64,6 @@ def decode_attention(
 
 
 def paged_attention(query_BKGD: Tensor, paged: PagedKV, scaling: float) -> Tensor:
-    """Attention of one new token per row over its block table: see `reference.paged_attention`."""
     attention = reference.paged_attention
     if runs_triton(query_BKGD):
         from longthink.kernels.triton_decode import paged_attention as attention
@@ -98,6 +73,5 @@ def paged_attention(query_BKGD: Tensor, paged: PagedKV, scaling: float) -> Tenso
 
 
 def bound_scores(query_BKGD: Tensor, kmin_BKPD: Tensor, kmax_BKPD: Tensor) -> Tensor:
-    """Quest's upper bound on q.k in each page: see `reference.bound_scores`."""
     by_sums = query_BKGD.is_cpu and torch.compiler.is_compiling()
     return (compiled if by_sums else reference).bound_scores(query_BKGD, kmin_BKPD, kmax_BKPD)

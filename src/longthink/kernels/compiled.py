@@ -1,12 +1,8 @@
 """Kernels for compiled steps on a CPU: sums of products, which the compiler turns into loops; and compiler helpers.
 
-The loops read each key once, also through a block table. That is faster for the slots of a budget; over many
-thousands SDPA's blocking wins. Eagerly the sums would materialise every product, so eager steps use `reference`.
-
-Shape suffixes: see `reference`.
+The loops read each key once, also through a block table: faster for the slots of a budget, while SDPA's blocking wins
+over many thousands. Eagerly the sums would materialise every product. Shape suffixes: see `reference`.
 """
-
-from __future__ import annotations
 
 import os
 import types
@@ -24,15 +20,9 @@ FEW_ROWS = 4
 
 
 def decode_attention(
-    query_BKGD: Tensor,
-    keys_BKSD: Tensor,
-    values_BKSD: Tensor,
-    resident_BKS: Tensor,
-    scaling: float,
-    *,
+    query_BKGD: Tensor, keys_BKSD: Tensor, values_BKSD: Tensor, resident_BKS: Tensor, scaling: float, *,
     with_weights: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Attention of one new token per row: see `reference.decode_attention`."""
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     wide, weights_BKGS = wide_dtype(query_BKGD.dtype), _weights(query_BKGD, keys_BKSD, resident_BKS, scaling)
     if values_BKSD.dtype == wide:
         out_BKGD = weights_BKGS @ values_BKSD
@@ -62,7 +52,6 @@ def _weights(query_BKGD: Tensor, keys_BKSD: Tensor, resident_BKS: Tensor, scalin
 
 
 def bound_scores(query_BKGD: Tensor, kmin_BKPD: Tensor, kmax_BKPD: Tensor) -> Tensor:
-    """See `reference.bound_scores`."""
     wide = wide_dtype(query_BKGD.dtype)
     query = query_BKGD.to(wide)[:, :, :, None]
     highest, lowest = (x.to(wide)[:, :, None] for x in (kmax_BKPD, kmin_BKPD))
@@ -70,7 +59,6 @@ def bound_scores(query_BKGD: Tensor, kmin_BKPD: Tensor, kmax_BKPD: Tensor) -> Te
 
 
 def is_compile_disabled() -> bool:
-    """Whether the environment disables torch.compile, which then returns plain functions."""
     return os.environ.get("TORCHDYNAMO_DISABLE") == "1" or bool(torch._dynamo.config.disable)
 
 
@@ -92,7 +80,6 @@ def without_guards(program: Any) -> Callable[..., Any] | None:
 
 
 def mark_dynamic(tensor: Tensor, *dims: int) -> Tensor:
-    """Tell the compiler that these dimensions of a tensor change between calls."""
     for dim in dims:
         torch._dynamo.maybe_mark_dynamic(tensor, dim)
     return tensor

@@ -1,12 +1,8 @@
 """In-place writes to pages, in the slots of a layer or the blocks of a pool; the owner passes the indices.
 
 Advanced indexing instead of scatter and gather: the compiler writes it in place, without copying the cache.
-
-Shape suffixes: B batch rows, K KV heads (1 where one page table serves a whole layer), T tokens in a page, S token
-slots, P page slots, D head dim, M tokens moved. L, where a caller has it, counts layers in front of B.
+Shape suffixes: see `reference`; M tokens moved. L, where a caller has it, counts layers in front of B.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -14,13 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Index = tuple[Tensor, ...]
-"""Index tensors into the leading dimensions of a tensor, for each row and KV head."""
+Index = tuple[Tensor, ...]  # index tensors into the leading dimensions of a tensor, for each row and KV head
 
 
 class At(NamedTuple):
-    """Entries of a tensor."""
-
     tensor: Tensor
     place: Index
 
@@ -46,19 +39,12 @@ def entries(index_BKM: Tensor, tensor: Tensor) -> Index:
 
 
 def append(keys: At, values: At, key: Tensor, value: Tensor) -> None:
-    """Write a token's key and value, cast to the dtype of the cache."""
     for (tensor, place), new in ((keys, key), (values, value)):
         tensor[place] = new.to(tensor.dtype)
 
 
 def widen(kmin: At, kmax: At, key: Tensor, first: Tensor) -> None:
-    """Extend the key bounds of a page by a new key; the first key of a page resets them.
-
-    Parameters
-    ----------
-    first
-        True where the token is the first of its page, broadcastable to the keys.
-    """
+    """Extend the key bounds of a page by a new key; they are reset where it is the `first` of its page."""
     for (tensor, place), extreme in ((kmin, torch.minimum), (kmax, torch.maximum)):
         new = key.to(tensor.dtype)
         tensor[place] = torch.where(first, new, extreme(tensor[place], new))

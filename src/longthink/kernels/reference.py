@@ -5,8 +5,6 @@ G query heads per KV head, Q query tokens, N key columns, P page slots or pages 
 S = P * T token slots, D head dim, R pages read, X blocks of a pool.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
@@ -14,8 +12,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 _QUERIES_AT_ONCE = 256
-_COMPARED_AT_ONCE = 128
-"""Page slots up to which pairwise comparison is faster than sorting."""
+_COMPARED_AT_ONCE = 128  # page slots up to which pairwise comparison is faster than sorting
 
 
 class PagedKV(NamedTuple):
@@ -34,17 +31,9 @@ class PagedKV(NamedTuple):
 def block_attention(
     query_BHQD: Tensor, key_BKND: Tensor, value_BKND: Tensor, mask_BKQN: Tensor | None, scaling: float
 ) -> Tensor:
-    """Attention of a block of queries (prefill).
+    """Attention of a block of queries (prefill), BHQD; zeros for a query that may read nothing (padding).
 
-    Parameters
-    ----------
-    mask_BKQN
-        True where a query may read a key, broadcastable over B and K; None for a causal block (Q == N).
-
-    Returns
-    -------
-    Tensor
-        Output, shape BHQD; zeros for a query that may read nothing (padding).
+    The mask is True where a query may read a key, broadcastable over B and K; None for a causal block (Q == N).
     """
     groups = query_BHQD.shape[1] // key_BKND.shape[1]
     if mask_BKQN is None:
@@ -60,19 +49,9 @@ def block_attention(
 def column_mass(
     query_BHQD: Tensor, key_BKND: Tensor, mask_BKQN: Tensor, readers_BQ: Tensor, scaling: float
 ) -> Tensor:
-    """Softmax attention that each key column receives, summed over queries and the heads of its group.
+    """Softmax attention that each key column receives, summed over queries and the heads of its group. BKN, float32.
 
-    Queries are processed in slices, so memory is linear in the prompt.
-
-    Parameters
-    ----------
-    readers_BQ
-        True for queries that are not padding.
-
-    Returns
-    -------
-    Tensor
-        Mass, shape BKN, float32 (float64 for float64 inputs).
+    Queries are processed in slices, so memory is linear in the prompt; `readers_BQ` is False for padding.
     """
     kv_heads = key_BKND.shape[1]
     query_BKGQD = query_BHQD.unflatten(1, (kv_heads, -1))
@@ -90,29 +69,13 @@ def column_mass(
 
 
 def decode_attention(
-    query_BKGD: Tensor,
-    keys_BKSD: Tensor,
-    values_BKSD: Tensor,
-    resident_BKS: Tensor,
-    scaling: float,
-    *,
+    query_BKGD: Tensor, keys_BKSD: Tensor, values_BKSD: Tensor, resident_BKS: Tensor, scaling: float, *,
     with_weights: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Attention of one new token per row over the slots of the cache, without repeating KV heads.
 
-    Parameters
-    ----------
-    keys_BKSD, values_BKSD
-        May be of a narrower dtype than the query.
-    resident_BKS
-        True where a token slot holds a token.
-    with_weights
-        Also return the softmax weights.
-
-    Returns
-    -------
-    tuple of Tensor
-        Output BKGD, and weights BKGS (float32 or wider) or None.
+    Keys and values may be narrower than the query; `resident_BKS` is True where a slot holds a token. Returns the
+    output BKGD, and the softmax weights BKGS (float32 or wider) or None.
     """
     mask_BKGS = resident_BKS[:, :, None]
     # On a CPU it is faster to widen narrow keys as they are read, which the compiler fuses, than to narrow the query.
@@ -176,17 +139,9 @@ def page_mass(weights_BKGS: Tensor, page_size: int) -> Tensor:
 
 
 def top_fraction(score_BKP: Tensor, page_BKP: Tensor, fraction: float) -> Tensor:
-    """Mark the ``ceil(fraction * resident)`` best of the resident pages; ties go to the lower page.
+    """Mark the ``ceil(fraction * resident)`` best of the resident pages (bool, BKP); ties go to the lower page.
 
-    Parameters
-    ----------
-    page_BKP
-        Logical page of each slot, negative where the slot is empty.
-
-    Returns
-    -------
-    Tensor
-        Boolean, shape BKP.
+    `page_BKP` is the logical page of each slot, negative where it is empty.
     """
     resident_BKP = page_BKP >= 0
     # The offset cancels binary rounding: 0.3 * 170 pages must count 51, not 52.
@@ -200,7 +155,6 @@ def top_pages(score_BKP: Tensor, page_BKP: Tensor, count: int) -> Tensor:
 
 
 def _rank(score_BKP: Tensor, page_BKP: Tensor) -> Tensor:
-    """Rank of each slot in `_order`."""
     if score_BKP.shape[-1] > _COMPARED_AT_ONCE:
         return _order(score_BKP, page_BKP).argsort(-1)
     # The compiler fuses comparisons into one loop, but neither a sort nor `isnan`. NaN ranks above infinity.

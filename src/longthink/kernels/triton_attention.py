@@ -54,9 +54,7 @@ def _append(
     t = tl.arange(0, T)
     within = token % T
     tl.store(
-        position + token - within + t,
-        tl.where(t == within, now, -1),
-        mask=(t >= within) & writes_position,
+        position + token - within + t, tl.where(t == within, now, -1), mask=(t >= within) & writes_position
     )
 
 

@@ -1,8 +1,6 @@
 """Decode attention on a GPU: one launch for split-KV attention, one to combine the splits.
 
-`decode_attention` and `paged_attention` only read. The kernels can also append and write side outputs, for the fused
-steps of `longthink.accelerators`, through `split` and `combine`.
-
+The kernels can also append and write side outputs, for the fused steps of `longthink.accelerators`.
 Shape suffixes: see `reference`; C splits.
 """
 
@@ -21,15 +19,11 @@ from longthink.kernels.triton_attention import split_kernel
 from longthink.kernels.triton_combine import combine_kernel
 
 LOG2E = 1.4426950408889634
-PROGRAMS_PER_PROCESSOR = 4
-"""Split programs per multiprocessor: enough to hide memory latency."""
+PROGRAMS_PER_PROCESSOR = 4  # split programs per multiprocessor: enough to hide memory latency
 
 
 class Slots(NamedTuple):
-    """Page slots of one layer, and page slot (`tail_BK`) and position (`now_B`) of the new token.
-
-    Key bounds `kmin_BKPD` and `kmax_BKPD` are given where bound scores are wanted.
-    """
+    """Page slots of a layer, slot and position of the new token, and key bounds where bound scores are wanted."""
 
     keys_BKSD: Tensor
     values_BKSD: Tensor
@@ -44,18 +38,12 @@ class Slots(NamedTuple):
 class SideOutput(NamedTuple):
     """What the kernels write besides the attention output.
 
-    Attributes
-    ----------
-    score
-        Of the split kernel: 0 nothing, 1 page sums, 2 all logits, 3 the logits of pages in which a token more than
-        `near` positions back may have more than `alpha` of a query's attention.
-    combine
-        Of the combine kernel: 0 nothing, 1 the attention share of each page (maximum over the group), 2 the same from
-        the page scores, normalised by their own sum, 3 softmax weights, 4 a 1 in `state_BKS` (int8) where such a
-        token has more than `alpha`, 5 attention summed over the group and added to `state_BKS` (float32). 4 and 5
-        reset a new page to 0.
-    bound
-        Page scores from the key bounds: 0 none, 1 the maximum over the group, 2 per query head.
+    `score`, of the split kernel: 0 nothing, 1 page sums, 2 all logits, 3 the logits of pages in which a token more
+    than `near` positions back may have more than `alpha` of a query's attention. `combine`, of the combine kernel: 0
+    nothing, 1 the attention share of each page (maximum over the group), 2 the same from the page scores, normalised
+    by their own sum, 3 softmax weights, 4 a 1 in `state_BKS` (int8) where such a token has more than `alpha`, 5
+    attention summed over the group and added to `state_BKS` (float32); 4 and 5 reset a new page to 0. `bound`, page
+    scores from the key bounds: 0 none, 1 the maximum over the group, 2 per query head.
     """
 
     score: int = 0
@@ -67,8 +55,6 @@ class SideOutput(NamedTuple):
 
 
 class Work(NamedTuple):
-    """Inputs of one layer's launches, and the division of its tokens into splits."""
-
     query: Tensor
     key: Tensor
     value: Tensor
@@ -80,15 +66,9 @@ class Work(NamedTuple):
 
 
 def decode_attention(
-    query_BKGD: Tensor,
-    keys_BKSD: Tensor,
-    values_BKSD: Tensor,
-    resident_BKS: Tensor,
-    scaling: float,
-    *,
+    query_BKGD: Tensor, keys_BKSD: Tensor, values_BKSD: Tensor, resident_BKS: Tensor, scaling: float, *,
     with_weights: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Attention over slots: see `reference.decode_attention`."""
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     rows, heads, groups, _ = query_BKGD.shape
     nowhere = query_BKGD.new_zeros(rows, heads, dtype=torch.int64)
     slots = Slots(keys_BKSD, values_BKSD, resident_BKS.to(torch.int32) - 1, nowhere, nowhere[:, 0], 1)
@@ -101,7 +81,6 @@ def decode_attention(
 
 
 def paged_attention(query_BKGD: Tensor, paged: PagedKV, scaling: float) -> Tensor:
-    """Attention over a block table: see `reference.paged_attention`."""
     work, none = plan_work(query_BKGD, query_BKGD[:, :, 0], query_BKGD[:, :, 0], paged), query_BKGD
     partial, share = split(work, paged, none, none, scaling, SideOutput())
     return combine(work, paged, partial, share, none, none, none, SideOutput()).to(query_BKGD.dtype)
@@ -128,17 +107,9 @@ def plan_work(query: Tensor, key: Tensor, value: Tensor, cache: Slots | PagedKV)
 
 
 def split(
-    work: Work,
-    cache: Slots | PagedKV,
-    score: Tensor,
-    logit: Tensor,
-    scaling: float,
-    side: SideOutput,
-    cap: Tensor | None = None,
-    *,
-    append: bool = False,
-    attend: bool = True,
-) -> tuple[Tensor, Tensor]:
+    work: Work, cache: Slots | PagedKV, score: Tensor, logit: Tensor, scaling: float, side: SideOutput,
+    cap: Tensor | None = None, *, append: bool = False, attend: bool = True,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launch the split kernel; with `cap`, it reads only that many pages per row, those with the best `score`.
 
     Returns the output of each split, and log2 of its softmax sum.
@@ -176,15 +147,9 @@ def split(
 
 
 def combine(
-    work: Work,
-    cache: Slots | PagedKV,
-    partial: Tensor,
-    share: Tensor,
-    logit: Tensor,
-    score: Tensor,
-    result: Tensor,
-    side: SideOutput,
-) -> Tensor:
+    work: Work, cache: Slots | PagedKV, partial: Tensor, share: Tensor, logit: Tensor, score: Tensor,
+    result: Tensor, side: SideOutput,
+) -> Tensor:  # fmt: skip
     """Launch the combine kernel: page scores go to `result`, weights replace the logits. Returns the output."""
     rows, heads, groups, dim = work.query.shape
     out = torch.empty_like(work.query)

@@ -15,16 +15,8 @@ if TYPE_CHECKING:
     from longthink.reasoner.pretrained import load_reasoner
 
 __all__ = [
-    "PROFILES",
-    "SIZES",
-    "Problem",
-    "Rule",
-    "Size",
-    "grade",
-    "load_reasoner",
-    "make_problem",
-    "make_problems",
-]
+    "PROFILES", "SIZES", "Problem", "Rule", "Size", "grade", "load_reasoner", "make_problem", "make_problems",
+]  # fmt: skip
 
 __getattr__ = lazy_names(__name__, {"pretrained": ("load_reasoner",)})
 

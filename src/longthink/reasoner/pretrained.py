@@ -1,7 +1,5 @@
 """Loading the shipped weights."""
 
-from __future__ import annotations
-
 import hashlib
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -13,15 +11,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 def load_reasoner(dtype: torch.dtype = torch.float32) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerFast]:
     """Return the built-in reasoning model and its tokenizer, from the installed package (no network).
 
-    Parameters
-    ----------
-    dtype
-        Floating-point type of the weights.
-
-    Raises
-    ------
-    ValueError
-        If ``dtype`` is not a floating-point type.
+    `ValueError` if ``dtype`` is not a floating-point type.
 
     Examples
     --------
@@ -50,7 +40,6 @@ def weights_revision() -> str:
 def load_folder(
     folder: Path, dtype: torch.dtype = torch.float32
 ) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerFast]:
-    """Load the model and the tokenizer of a folder that training wrote."""
     model = Qwen2ForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
     # Not AutoTokenizer, which turns any tokenizer.json of model type qwen2 into Qwen's byte-level tokenizer.
     return model.eval(), PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)

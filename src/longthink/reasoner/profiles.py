@@ -1,44 +1,19 @@
 """Reuse profiles: which earlier values each line of a program reads.
 
 All profiles produce the same kind of line. They differ only in how long a value is needed and how long it is unread
-between two reads, which is what a bounded cache has to cope with. A profile is a generator function that takes the
-:class:`Bench` and yields the two operands of each line.
+between two reads, which is what a bounded cache has to cope with.
 """
-
-from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
 
 from longthink.reasoner.vocabulary import NAMES
 
-FRESH_FACT = 0.15
-"""Share of the chain's operands that are prompt facts not read before."""
+FRESH_FACT = 0.15  # share of the chain's operands that are prompt facts not read before
 
 
 class Bench:
-    """The values available while a program is being generated.
-
-    Parameters
-    ----------
-    rng
-        Source of all random choices.
-    ops
-        Number of lines of the program.
-    live
-        Number of live values (the width of the chain).
-
-    Attributes
-    ----------
-    facts
-        Names given in the prompt, in order of first use.
-    results
-        Names computed so far; ``results[i]`` is the result of line ``i``.
-    live
-        Names that the chain may read next.
-    last_read
-        The line that last read each name; unread names are missing.
-    """
+    """The values available while a program is being generated: `ops` lines, a chain `live` values wide."""
 
     def __init__(self, rng: random.Random, ops: int, live: int) -> None:
         self.rng = rng
@@ -54,21 +29,17 @@ class Bench:
 
     @property
     def lines_left(self) -> int:
-        """Lines still to be generated."""
         return self.ops - len(self.results)
 
     @property
     def unread(self) -> list[str]:
-        """Unread results, oldest first."""
         return [name for name in self.results if name not in self.last_read]
 
     @property
     def spare_facts(self) -> int:
-        """Number of facts that can still be drawn."""
         return len(self._fact_names) - len(self.facts)
 
     def new_fact(self) -> str:
-        """Draw an unread prompt fact."""
         self.facts.append(self._fact_names[len(self.facts)])
         return self.facts[-1]
 
@@ -171,4 +142,3 @@ def _lines(profile: Iterator[tuple[str, str]], count: int) -> Iterator[tuple[str
 PROFILES: dict[str, Callable[[Bench], Iterator[tuple[str, str]]]] = {
     profile.__name__: profile for profile in (chain, lemma, recurrent, phoenix)
 }
-"""The reuse profiles by name."""

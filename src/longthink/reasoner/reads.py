@@ -5,8 +5,6 @@ the value of ``bee`` after writing ``bee`` and that of ``cat`` after ``+cat``. I
 later lines look up. This module is pure Python.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from longthink.reasoner.task import Problem
@@ -15,26 +13,15 @@ from longthink.reasoner.vocabulary import BOS
 
 @dataclass(frozen=True, kw_only=True)
 class NeededToken:
-    """A token that is read again.
+    """A token that is read again, at a position counted from the start token."""
 
-    Attributes
-    ----------
-    kind
-        ``fact`` (a value in the prompt), ``result`` (a value computed by a line) or ``rule`` (one of the three tokens
-        of a rule in the prompt).
-    position
-        Position in prompt and solution, counted from the start token.
-    reads
-        Positions of the tokens that look it up, in order; each is followed by the value read.
-    """
-
-    kind: str
+    kind: str  # fact (a value in the prompt), result (of a line) or rule (one of its three tokens)
     position: int
-    reads: tuple[int, ...]
+    reads: tuple[int, ...]  # positions of the tokens that look it up; each is followed by the value
 
 
 def needed_tokens(problem: Problem) -> list[NeededToken]:
-    """Return the tokens that the solution reads again, in order of position."""
+    """Tokens that the solution reads again, in order of position."""
     prompt, solution = [BOS, *problem.prompt.split()], problem.solution.split()
     line = len(solution) // len(problem.rules)
     starts = {rule.name: len(prompt) + i * line for i, rule in enumerate(problem.rules)}

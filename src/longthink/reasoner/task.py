@@ -19,8 +19,6 @@ Problems are split by a stable hash of their text, so no problem of the test spl
 seeds. This module is pure Python.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 import re
@@ -32,8 +30,7 @@ from longthink.reasoner.profiles import PROFILES, Bench, operands
 from longthink.reasoner.vocabulary import BRIEF, CHECKED, EOS, NAMES, PAD
 
 SPLITS = ("train", "test")
-MIN_LIVE, MAX_LIVE = 3, 8
-"""Fewest and most live values of the chain of a program."""
+MIN_LIVE, MAX_LIVE = 3, 8  # fewest and most live values of the chain of a program
 MIN_OPS, MAX_OPS = 2, len(NAMES) - MAX_LIVE
 """Fewest and most lines of a program: every line needs its own name."""
 
@@ -56,13 +53,11 @@ SIZES: dict[str, Size] = {
     "l": Size(ops=40),
     "xl": Size(ops=78, checked=True),
 }
-"""Sizes by name: chains of thought of about 200, 440, 880 and 2,970 tokens."""
+"""Chains of thought of about 200, 440, 880 and 2,970 tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """``name = left op right`` (modulo 100)."""
-
     name: str
     left: str
     op: str
@@ -74,24 +69,10 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """A problem and its worked solution.
+    """A problem (``prompt``) and its worked ``solution``, whose last line gives ``query`` the value ``answer``.
 
-    Attributes
-    ----------
-    prompt, solution
-        Text for the model, and the expected chain of thought (without the end token).
-    answer
-        Final value, two digits.
-    query
-        Name whose value is the answer.
-    profile, size, split
-        As in `make_problem`; for a length that is not in :data:`SIZES`, ``size`` is the number of lines.
-    facts
-        Names given in the prompt, in prompt order, distractors included.
-    rules
-        The program; line ``i`` of the solution computes ``rules[i]``.
-    values
-        Value of every fact and result.
+    ``profile``, ``size`` and ``split`` are as in `make_problem`; other lengths than :data:`SIZES` have the number of
+    lines. ``facts`` are in prompt order, distractors included; line ``i`` of the solution computes ``rules[i]``.
     """
 
     prompt: str
@@ -108,34 +89,20 @@ class Problem:
 
 def make_problem(
     *,
-    profile: str,
-    size: str | Size = "l",
-    seed: int,
-    split: str = "test",
-    live: int = 6,
-    distractors: int = 0,
-) -> Problem:
+    profile: str, size: str | Size = "l", seed: int, split: str = "test", live: int = 6, distractors: int = 0,
+) -> Problem:  # fmt: skip
     """Make one problem; the same arguments always make the same one.
 
     Parameters
     ----------
-    profile
-        Reuse profile, a key of `PROFILES`.
-    size
-        A key of `SIZES`, or any `Size`.
-    seed
-        Seed of the problem.
+    profile, size
+        Reuse profile, a key of `PROFILES`; a key of `SIZES`, or any `Size`.
     split
         ``"test"`` for evaluation or ``"train"`` for training; no problem is in both.
     live
         Live values of the chain.
     distractors
         Most facts in the prompt that no rule reads; fewer if names run out.
-
-    Raises
-    ------
-    ValueError
-        If an argument is not allowed; the message names it, its value and what is allowed.
     """
     check_choice("profile", profile, PROFILES)
     check_choice("split", split, SPLITS)
@@ -151,15 +118,9 @@ def make_problem(
 
 
 def make_problems(
-    n: int,
-    *,
-    profile: str,
-    size: str | Size = "l",
-    seed: int,
-    split: str = "test",
-    live: int = 6,
+    n: int, *, profile: str, size: str | Size = "l", seed: int, split: str = "test", live: int = 6,
     distractors: int = 0,
-) -> list[Problem]:
+) -> list[Problem]:  # fmt: skip
     """Make ``n`` problems, with seeds ``seed`` to ``seed + n - 1``; see `make_problem`."""
     check_int("n", n, 0)
     return [
@@ -179,10 +140,7 @@ def grade(problem: Problem, text: str) -> bool:
 
 
 def final_value(text: str) -> str | None:
-    """Return the last two words of ``text`` if they state a value, such as ``cow: 55``, else None.
-
-    The end token and padding after them are ignored.
-    """
+    """The last two words of a text (before end token and padding) if they state a value (``cow: 55``)."""
     words = text.split()
     while words and words[-1] in (EOS, PAD):
         words.pop()
@@ -191,7 +149,7 @@ def final_value(text: str) -> str | None:
 
 
 def digit_work(op: str, left: int, right: int) -> str:
-    """Return the two digit sums of ``left op right``, low digit first: ``7 + 8 = 15 ; 4 + 0 + 1 = 05``."""
+    """The two digit sums of ``left op right``, low digit first: ``7 + 8 = 15 ; 4 + 0 + 1 = 05``."""
     (x1, x0), (y1, y0) = divmod(left, 10), divmod(right, 10)
     sign = 1 if op == "+" else -1
     low = x0 + sign * y0
@@ -203,7 +161,6 @@ def digit_work(op: str, left: int, right: int) -> str:
 
 
 def solution_line(rule: Rule, values: Mapping[str, int], *, checked: bool) -> str:
-    """Return the line of the chain of thought that computes ``rule``."""
     left, right = values[rule.left], values[rule.right]
     work = digit_work(rule.op, left, right)
     if checked:
@@ -213,10 +170,7 @@ def solution_line(rule: Rule, values: Mapping[str, int], *, checked: bool) -> st
 
 
 def split_of(program: str) -> str:
-    """Return the split of a prompt: one in eight hashes is ``test``.
-
-    The last token (brief or checked) is not hashed, so both forms of a program are in the same split.
-    """
+    """Split of a prompt: one in eight hashes is ``test``. Brief and checked forms of a program share a split."""
     text = program.rsplit(maxsplit=1)[0]
     return "test" if hashlib.sha256(text.encode()).digest()[0] % 8 == 0 else "train"
 
@@ -261,12 +215,7 @@ def _problem(
     return Problem(
         prompt=prompt,
         solution="\n".join(solution_line(rule, values, checked=size.checked) for rule in rules),
-        answer=f"{values[query]:02d}",
-        query=query,
-        profile=profile,
+        answer=f"{values[query]:02d}", query=query, profile=profile,
         size=next((name for name, known in SIZES.items() if known == size), str(size.ops)),
-        split=split_of(prompt),
-        facts=facts,
-        rules=rules,
-        values=values,
-    )
+        split=split_of(prompt), facts=facts, rules=rules, values=values,
+    )  # fmt: skip

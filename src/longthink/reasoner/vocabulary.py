@@ -15,8 +15,6 @@ form     use                              example
 This module is pure Python, so that generating and grading problems do not import torch.
 """
 
-from __future__ import annotations
-
 NAMES: tuple[str, ...] = tuple(
     """
     ant ape arm axe bag ball barn bat bean bear bed bee bell belt bird boat bone book boot bowl box bread
@@ -26,10 +24,8 @@ NAMES: tuple[str, ...] = tuple(
     pen piano pig pine plum pond ring rose ship shoe snail sock spoon star swan tent tiger tree wolf
     """.split()
 )
-"""The 104 names: short, distinct English nouns."""
 
 FORMS: tuple[str, ...] = ("{}", "+{}", "-{}", "{}=", "{}:")
-"""The five forms of a name, as format strings."""
 
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 BRIEF, CHECKED = "#", "#check"
@@ -51,5 +47,4 @@ FIRST_NAME_ID: int = TOKEN_IDS[FORMS[0].format(NAMES[0])]
 
 
 def token_ids(text: str) -> list[int]:
-    """Return the ids of the white-space separated tokens of ``text``, without special tokens."""
     return [TOKEN_IDS[token] for token in text.split()]

@@ -4,8 +4,6 @@ vLLM calls `register` in each of its processes (entry point group ``vllm.general
 only with ``--attention-backend CUSTOM --additional-config '{"longthink": {...}}'``.
 """
 
-from __future__ import annotations
-
 from contextlib import suppress
 from typing import Any
 

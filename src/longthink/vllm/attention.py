@@ -1,13 +1,9 @@
 """Attention of one layer over block tables: with longthink's kernels, or with vLLM's kernel for CPUs.
 
-Softmax does not depend on the order of keys, and keys carry their rotary position. So any kernel for block tables
-reads a bounded cache correctly if the only page that is not full, the one being written, comes last in its table.
-
-Shape suffixes: see `longthink.vllm.pool`; H query heads, G query heads of a KV head, U tables of all rows (row after
-row), Q prompt tokens.
+Softmax ignores the order of keys, and keys carry their rotary position. So any kernel for block tables reads a
+bounded cache correctly if the only page that is not full, the one being written, comes last in its table.
+Shape suffixes: see `longthink.vllm.pool`; U tables of all rows (row after row), Q prompt tokens.
 """
-
-from __future__ import annotations
 
 from itertools import pairwise
 from math import gcd
@@ -21,33 +17,18 @@ from longthink.kernels.compiled import compile_isolated, mark_dynamic
 from longthink.vllm import compat
 from longthink.vllm.pool import DecodeBatch, PagePool
 
-QKV = tuple[Tensor, Tensor, Tensor]
-"""Query (BHD), key and value (BKD) of new tokens."""
+QKV = tuple[Tensor, Tensor, Tensor]  # query (BHD), key and value (BKD) of new tokens
 
 
 class PrefillBatch(NamedTuple):
-    """Chunks of prompts to process in a step.
+    """Chunks of prompts to process in a step."""
 
-    Attributes
-    ----------
-    starts
-        Offset of each request's tokens among those of the batch, and the total.
-    ends
-        Prompt tokens of each request that are in the cache after its chunk.
-    block_BP
-        Block tables.
-    slot_Q
-        Block x page size + offset of each token.
-    page_block_B, page_filled_B
-        Blocks that are written to, and the tokens that each then holds.
-    """
-
-    starts: list[int]
-    ends: list[int]
+    starts: list[int]  # offset of each request's tokens among those of the batch, and the total
+    ends: list[int]  # prompt tokens of each request that are in the cache after its chunk
     block_BP: Tensor
-    slot_Q: Tensor
-    page_block_B: Tensor
-    page_filled_B: Tensor
+    slot_Q: Tensor  # block x page size + offset of each token
+    page_block_B: Tensor  # blocks that are written to ...
+    page_filled_B: Tensor  # ... and the tokens that each then holds
 
 
 class BlockAttention(Protocol):
@@ -89,15 +70,7 @@ def _plan(batch: DecodeBatch, page_size: int, tail_LBK: Tensor, block_LBK: Tenso
 
 
 class KernelAttention:
-    """Attention with `longthink.kernels`: Triton on a GPU, torch elsewhere.
-
-    Parameters
-    ----------
-    scaling
-        Factor on q.k.
-    compiles
-        Compile the attention of a decode step.
-    """
+    """Attention with `longthink.kernels`: Triton on a GPU, torch elsewhere."""
 
     def __init__(self, pool: PagePool, scaling: float, *, compiles: bool = False) -> None:
         self._pool, self._scaling = pool, scaling

@@ -20,8 +20,6 @@ from longthink.vllm.spec import BoundedSpec
 
 
 class BoundedBackend(AttentionBackend):  # type: ignore[misc, unused-ignore]
-    """Attention over bounded block tables."""
-
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[str]] = list(checks.KV_DTYPES)
     # The policy decides where a token goes, so the runner's slot mapping is wrong once pages are evicted.
@@ -64,7 +62,6 @@ class BoundedBackend(AttentionBackend):  # type: ignore[misc, unused-ignore]
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
-        """Bound the blocks of a request, and pad each page for its state."""
         options, max_model_len, heads = cls.model
         policy = options.make_policy(spec.block_size)
         fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
@@ -82,8 +79,6 @@ class BoundedBackend(AttentionBackend):  # type: ignore[misc, unused-ignore]
 
 
 class BoundedImpl(AttentionImpl):  # type: ignore[misc, unused-ignore]
-    """Attention of one layer."""
-
     def __init__(
         self, num_heads: int, head_size: int, scale: float, num_kv_heads: int, *args: Any, **kwargs: Any
     ) -> None:
@@ -101,17 +96,9 @@ class BoundedImpl(AttentionImpl):  # type: ignore[misc, unused-ignore]
         compat.request_prompt_lengths(config)
 
     def forward(
-        self,
-        layer: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        attn_metadata: BoundedMetadata | None,
-        output: Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
+        self, layer: Any, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor,
+        attn_metadata: BoundedMetadata | None, output: Tensor, *args: Any, **kwargs: Any,
+    ) -> Tensor:  # fmt: skip
         if attn_metadata is None:  # vLLM's profiling run
             return output.zero_()
         attn_metadata.run(layer.layer_name, (query, key, value), output)

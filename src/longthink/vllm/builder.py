@@ -6,8 +6,6 @@ generated tokens are replayed one by one through the decode step, which leads to
 Shape suffixes: see `longthink.vllm.pool`; Q prompt tokens.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,18 +24,10 @@ from longthink.vllm.spec import BoundedSpec
 
 
 class _DecodeTokens(NamedTuple):
-    """One token of each of some requests.
-
-    Attributes
-    ----------
-    offsets
-        Offsets of the tokens in vLLM's batch; None if they are the whole batch.
-    opening, evicts, admitting
-        See `BlockDecoder.begin`.
-    """
+    """One token of each of some requests; for the last three fields see `BlockDecoder.begin`."""
 
     batch: DecodeBatch
-    offsets: Tensor | None
+    offsets: Tensor | None  # in vLLM's batch; None if the tokens are the whole batch
     opening: Tensor | None
     evicts: bool
     admitting: Tensor | None
@@ -59,7 +49,6 @@ class BoundedMetadata:
     prefill: tuple[PrefillBatch, Tensor, Any] | None = None
 
     def run(self, layer_name: str, new: QKV, out: Tensor) -> None:
-        """Process the tokens of the step in one layer."""
         layer, decoder = self.layers[layer_name], self.decoder
         if self.prefill is not None:
             batch, index, plan = self.prefill
@@ -134,7 +123,6 @@ class BoundedBuilder(AttentionMetadataBuilder):  # type: ignore[misc, unused-ign
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
     ) -> BoundedMetadata:
-        """Split the tokens of a step, and begin the decode step."""
         self._decoder = self._decoder or self._make_decoder()
         batch = common_attn_metadata
         prompt_B = batch.rswa_prefix_lens[: batch.num_reqs]
@@ -152,15 +140,7 @@ class BoundedBuilder(AttentionMetadataBuilder):  # type: ignore[misc, unused-ign
     def _tokens(
         self, batch: Any, rows: Any, now_B: Tensor, host_B: Tensor, prompt_B: Tensor, offsets: Tensor | None
     ) -> _DecodeTokens:
-        """One token of each of some requests.
-
-        Parameters
-        ----------
-        rows
-            The requests.
-        now_B, host_B
-            Positions of the tokens, on the device and on the host; -1 for rows that pad a captured batch.
-        """
+        """One token of each of some requests; its position is -1 for rows that pad a captured batch."""
         page_size, spec = self._page_size, self.kv_cache_spec
         if self._static:
             columns = batch.block_table_tensor.shape[1] - spec.query_blocks
@@ -253,13 +233,9 @@ class BoundedBuilder(AttentionMetadataBuilder):  # type: ignore[misc, unused-ign
             page_block_X, self._to_device(page_X), self._to_device(filled_X)
         )
         prefill = PrefillBatch(
-            bounds.tolist(),
-            end.tolist(),
-            block_BP,
-            slot_Q + self._to_device(position_Q % page_size),
-            page_block_X,
-            self._to_device(filled_X),
-        )
+            bounds.tolist(), end.tolist(), block_BP, slot_Q + self._to_device(position_Q % page_size),
+            page_block_X, self._to_device(filled_X),
+        )  # fmt: skip
         index = self._to_device(starts[row_Q] + within_Q)
         return prefill, index, self._decoder.attention.plan_prefill(prefill)
 

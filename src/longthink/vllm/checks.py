@@ -19,14 +19,6 @@ if TYPE_CHECKING:
 KV_DTYPES = ("auto", "float16", "bfloat16")
 
 
-def check_version() -> None:
-    """Raise `UnsupportedFeatureError` unless the installed vLLM is in the supported range."""
-    vllm = installed()
-    if vllm is None or not vllm.in_range:
-        found = "no installed distribution" if vllm is None else f"{vllm.distribution} {vllm.version}"
-        raise UnsupportedFeatureError(f"longthink supports vllm{supported_range()}, found {found}")
-
-
 def get_options(config: VllmConfig) -> PluginOptions | None:
     """Options of the plugin in a configuration; None if it does not enable longthink."""
     additional = config.additional_config
@@ -36,16 +28,11 @@ def get_options(config: VllmConfig) -> PluginOptions | None:
 
 
 def check_config(config: VllmConfig) -> None:
-    """Refuse a configuration that longthink does not support.
-
-    Raises
-    ------
-    UnsupportedFeatureError
-        Names every unsupported setting, and the remedy.
-    ValueError
-        If an option of the plugin is invalid, or does not fit the block size.
-    """
-    check_version()
+    """Refuse a configuration that longthink does not support, naming every unsupported setting and the remedy."""
+    vllm = installed()
+    if vllm is None or not vllm.in_range:
+        found = "no installed distribution" if vllm is None else f"{vllm.distribution} {vllm.version}"
+        raise UnsupportedFeatureError(f"longthink supports vllm{supported_range()}, found {found}")
     _refuse(UnsupportedFeatureError, _unsupported_settings(config))
     options = PluginOptions.from_additional_config(config.additional_config)
     policy = options.make_policy(config.cache_config.block_size)
@@ -54,22 +41,13 @@ def check_config(config: VllmConfig) -> None:
 
 def check_layer(
     *,
-    alibi_slopes: Any = None,
-    sliding_window: Any = None,
-    kv_cache_dtype: str = "auto",
-    logits_soft_cap: float | None = None,
-    attn_type: str = "decoder",
-    kv_sharing_target_layer_name: str | None = None,
-    **extra: Any,
-) -> None:
+    alibi_slopes: Any = None, sliding_window: Any = None, kv_cache_dtype: str = "auto",
+    logits_soft_cap: float | None = None, attn_type: str = "decoder",
+    kv_sharing_target_layer_name: str | None = None, **extra: Any,
+) -> None:  # fmt: skip
     """Refuse an attention layer that is more than causal softmax attention over its own keys.
 
     Parameters are those of vLLM's ``AttentionImpl``; parameters unknown to the plugin must be None.
-
-    Raises
-    ------
-    UnsupportedModelError
-        Names every unsupported feature of the layer.
     """
     sinks = extra.pop("sinks", None)
     unknown = sorted(name for name, value in extra.items() if value is not None)

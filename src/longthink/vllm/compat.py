@@ -4,8 +4,6 @@ Written against vLLM 0.32; `docs/vllm.md` lists the versions tested, and every p
 Imports inside functions load kernels or models of vLLM, which processes that do not use longthink must not load.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -29,7 +27,6 @@ def register_backends(path: str, cpu_path: str) -> None:
 
 
 def register_spec(spec: type[Any], manager: type[Any]) -> None:
-    """Register the scheduler's manager for a kind of KV cache."""
     # The registry adds the built-in kinds only while it is empty.
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(spec, manager, uniform_type_base_spec=spec)
@@ -46,8 +43,7 @@ def compiles(config: VllmConfig) -> bool:
     return config.compilation_config.mode not in (None, CompilationMode.NONE)
 
 
-_CPU_ISA = "vec16"
-"""The CPU kernel's layout for blocks of 16 tokens on x86: keys D x T, values T x D."""
+_CPU_ISA = "vec16"  # the CPU kernel's layout for blocks of 16 tokens on x86: keys D x T, values T x D
 
 
 def cpu_write(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot: Tensor) -> None:
@@ -56,13 +52,7 @@ def cpu_write(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot: Te
 
 
 class CpuSchedule:
-    """vLLM's CPU kernel, set up for a batch; the same for all layers.
-
-    Parameters
-    ----------
-    start, length
-        Offset of each row's queries in the batch, and the number of tokens that it attends to; int32.
-    """
+    """vLLM's CPU kernel, set up for a batch; rows begin at `start` and attend to `length` tokens (int32)."""
 
     def __init__(
         self, start: Tensor, length: Tensor, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype

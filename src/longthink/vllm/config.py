@@ -1,7 +1,5 @@
 """Options of the plugin: ``--additional-config '{"longthink": {...}}'``."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -26,38 +24,17 @@ from longthink.policies import (
 )
 
 KEY = "longthink"
-"""Key of the options in vLLM's additional configuration."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PluginOptions:
-    """Validated options of the plugin.
+    """Validated options of the plugin; an option out of range is a `ValueError`."""
 
-    Parameters
-    ----------
-    policy
-        Policy spec, such as ``raas`` or ``raas:sharing=layer``. Its page size is vLLM's block size.
-    decode_budget
-        Tokens that a request keeps in each layer on top of its prompt.
-    max_prompt_tokens
-        Longest prompt to accept, which determines how large a request can become. None for vLLM's own limit.
-    reserve
-        Allocate all blocks that a request can need when it is scheduled, so that it is never preempted.
-    tp_sync
-        Have all ranks of tensor parallelism evict the pages that a single rank would, for policies whose page table
-        serves a whole layer.
-
-    Raises
-    ------
-    ValueError
-        If an option is out of range. Names the option and the allowed range.
-    """
-
-    policy: str
-    decode_budget: int
-    max_prompt_tokens: int | None = None
-    reserve: bool = False
-    tp_sync: bool = False
+    policy: str  # policy spec, such as ``raas`` or ``raas:sharing=layer``
+    decode_budget: int  # tokens that a request keeps in each layer on top of its prompt
+    max_prompt_tokens: int | None = None  # longest prompt to accept; None for vLLM's own limit
+    reserve: bool = False  # allocate all blocks of a request when it is scheduled: no preemption
+    tp_sync: bool = False  # have all ranks of tensor parallelism evict the pages that a single rank would
 
     def __post_init__(self) -> None:
         make_policy(self.policy)
@@ -69,13 +46,6 @@ class PluginOptions:
 
     @classmethod
     def from_additional_config(cls, additional_config: object) -> Self:
-        """Read the options from vLLM's additional configuration.
-
-        Raises
-        ------
-        ValueError
-            If they are absent, or if one is missing, unknown or out of range.
-        """
         values = additional_config.get(KEY) if isinstance(additional_config, Mapping) else None
         example = f'--additional-config \'{{"{KEY}": {{"policy": "raas", "decode_budget": 1024}}}}\''
         if not isinstance(values, Mapping):
@@ -100,17 +70,7 @@ class PluginOptions:
         return {KEY: given}
 
     def make_policy(self, block_size: int) -> Policy:
-        """Make the policy, with a page size equal to vLLM's block size.
-
-        Raises
-        ------
-        ValueError
-            If the block size is not a valid page size, or the policy names a different one.
-        UnsupportedFeatureError
-            If the plugin cannot serve the policy.
-        BudgetError
-            If the decode budget is too small for the policy.
-        """
+        """Make the policy, with a page size equal to vLLM's block size, and check that the plugin can serve it."""
         if block_size not in PAGE_SIZES:
             sizes = ", ".join(map(str, PAGE_SIZES))
             raise ValueError(f"block_size={block_size} is not one of {sizes}: give --block-size 16")
@@ -155,13 +115,7 @@ def check_policy(policy: Policy) -> None:
 
 
 def layer_policies(policy: Policy, layers: Iterable[int]) -> list[Policy]:
-    """Policies of some layers.
-
-    Raises
-    ------
-    UnsupportedFeatureError
-        If the plugin cannot serve one of them, or if they differ in what they store in a block.
-    """
+    """Policies of some layers, which must agree in what they store in a block."""
     found = [policy.for_layer(layer) for layer in layers]
     for layer_policy in found:
         if grows(layer_policy):

@@ -1,11 +1,9 @@
 """The decode step over blocks of the pool, for all layers of a worker.
 
-`begin` opens pages and evicts before the layers run, `finish` lets the policy observe after they have run. Both work
-on all layers at once, so a step launches few operations whatever the number of layers. In between, each layer writes
-its tokens and reads its pages. Policies that need attention weights observe a page when it is full, before the next
-one is opened (`longthink.vllm.observe`). Nothing here reads a value back from the device.
-
-Shape suffixes: see `longthink.vllm.pool`; H query heads, G query heads of a KV head.
+`begin` opens pages and evicts before the layers run, `finish` lets the policy observe afterwards, both for all
+layers at once, so a step launches few operations. Policies that need attention weights observe a page when it is
+full (`longthink.vllm.observe`). Nothing here reads a value back from the device. Shape suffixes: see
+`longthink.vllm.pool`.
 """
 
 from __future__ import annotations
@@ -27,58 +25,25 @@ SKIPS_ADMIT: frozenset[type[Policy]] = frozenset({Milestone, RaaS})
 
 
 class DecodeContext(NamedTuple):
-    """A decode step in progress.
-
-    Attributes
-    ----------
-    programs
-        Eager or compiled functions of the step.
-    span
-        The layers that it covers: all of them, or one.
-    batch
-        The requests, one token each.
-    active_B
-        False for a prompt token that is processed on its own: the policy does not observe it.
-    block_LBK
-        Block that each token is written to.
-    plan
-        From `BlockAttention.schedule`.
-    """
-
     programs: _Programs
-    span: slice
+    span: slice  # the layers that it covers: all of them, or one
     batch: DecodeBatch
-    active_B: Tensor
-    block_LBK: Tensor
-    plan: Any
+    active_B: Tensor  # False for a prompt token processed on its own: the policy does not observe it
+    block_LBK: Tensor  # block that each token is written to
+    plan: Any  # from `BlockAttention.schedule`
 
 
 class BlockDecoder:
-    """Decode steps of some layers.
+    """Decode steps of some layers, of at most `max_rows` requests.
 
-    Parameters
-    ----------
-    policies
-        The policy of each layer.
-    max_rows
-        Most requests in a step.
-    compiles
-        Compile the work that layers share.
-    static_buffers
-        Keep the tensors that the layers read at fixed addresses, so that their work can be captured as a CUDA graph.
+    `static_buffers` keeps the tensors that the layers read at fixed addresses, so that their work can be captured as
+    a CUDA graph.
     """
 
     def __init__(
-        self,
-        pool: PagePool,
-        policies: list[Policy],
-        attention: BlockAttention,
-        options: ObserveOptions,
-        max_rows: int,
-        *,
-        compiles: bool = False,
-        static_buffers: bool = False,
-    ) -> None:
+        self, pool: PagePool, policies: list[Policy], attention: BlockAttention, options: ObserveOptions,
+        max_rows: int, *, compiles: bool = False, static_buffers: bool = False,
+    ) -> None:  # fmt: skip
         self.pool, self.attention = pool, attention
         self._policies, self._options = policies, options
         device, policy = pool.position_LXKT.device, pool.policy
@@ -88,7 +53,6 @@ class BlockDecoder:
         # A policy without state has nothing to observe.
         self._observes = bool(pool.state)
         self.admits = self._observes and type(policy) not in SKIPS_ADMIT
-        """Whether `begin` needs the rows whose prompt was just prefilled."""
         self._programs = _Programs(*map(compile_isolated, _EAGER)) if compiles else _EAGER
         self._buffers = _StaticBuffers(max_rows) if static_buffers else None
         self._widens, dtype = pool.kmin_LXKD is not None, pool.keys_LXKTD.dtype
@@ -101,24 +65,13 @@ class BlockDecoder:
         )
 
     def begin(
-        self,
-        batch: DecodeBatch,
-        *,
-        opening: Tensor | None,
-        evicts: bool,
-        admitting: Tensor | None = None,
+        self, batch: DecodeBatch, *, opening: Tensor | None, evicts: bool, admitting: Tensor | None = None,
         layer: int | None = None,
-    ) -> DecodeContext:
+    ) -> DecodeContext:  # fmt: skip
         """Assign a block to each token, in all layers or in one.
 
-        Parameters
-        ----------
-        opening
-            Indices of the rows whose token opens a page; None if there are none.
-        evicts
-            False if it is known that each of them has an empty slot.
-        admitting
-            Indices of the rows whose token is the first after the prompt; only if `admits`.
+        `opening` are the rows whose token opens a page, `admitting` those whose token is the first after the prompt
+        (only if `admits`). `evicts` is False if it is known that each of them has an empty slot.
         """
         span = slice(0, self.pool.layers) if layer is None else slice(layer, layer + 1)
         # Steps of a single layer are too rare to be worth compiling.
@@ -169,7 +122,6 @@ class BlockDecoder:
         return [slice(i, i + 1) for i in range(span.start, span.stop)]
 
     def layer(self, context: DecodeContext, layer: int, new: QKV, out_BHD: Tensor) -> None:
-        """Write the tokens of a layer, and attend to its pages."""
         self.attention.decode(layer, layer - context.span.start, context.plan, new, out_BHD)
         count = len(out_BHD)
         if self._observes:
@@ -236,14 +188,9 @@ class _Choice(NamedTuple):
 
 
 def _choose(
-    pool: PagePool,
-    policy: Policy,
-    layers: Tensor,
-    batch: DecodeBatch,
-    options: ObserveOptions | None,
-    *,
+    pool: PagePool, policy: Policy, layers: Tensor, batch: DecodeBatch, options: ObserveOptions | None, *,
     evicts: bool,
-) -> _Choice:
+) -> _Choice:  # fmt: skip
     table = pool.table(layers, batch, _filled(pool, batch))
     if options is not None:
         keys_NKSD, _ = table.vectors or pool.vectors(layers, batch, table.position_BKS)

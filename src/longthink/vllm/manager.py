@@ -4,16 +4,13 @@ The number of blocks follows from the lengths of prompt and output alone. Which 
 worker, which overwrites one of the request's own blocks, so nothing has to be reported back to the scheduler.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
-_MAX_REMEMBERED = 1 << 16
-"""Requests whose prompt length is remembered: far more than wait or run at any time."""
+_MAX_REMEMBERED = 1 << 16  # requests whose prompt length is remembered: far more than wait or run at any time
 
 
 class BoundedManager(FullAttentionManager):  # type: ignore[misc, unused-ignore]

@@ -1,11 +1,8 @@
 """Metrics on vLLM's ``/metrics``: pages held now, pages evicted, and bytes saved.
 
-The pages that a request holds follow from its lengths, so the front end can count without asking an engine. vLLM
-reports lengths when a request finishes: only then do the counters move. Like vLLM's own counters, they leave out
-requests that the client aborted.
+The pages of a request follow from its lengths, which vLLM reports when it finishes: only then do the counters move.
+Like vLLM's own, they leave out requests that the client aborted.
 """
-
-from __future__ import annotations
 
 from functools import cache
 from typing import Any

@@ -1,14 +1,9 @@
 """Deferred observation: a policy observes the attention weights of a whole page of steps at once.
 
-Paged attention kernels do not return weights, and what a policy observes matters only when a page is evicted. So the
-queries of a page are stored until it is full. One matrix product with the keys then gives the weights of each of its
-steps, because nothing is evicted while a page is written: later tokens of the page only have to be masked.
-
-Shape suffixes: N rows of all layers (layer after layer), K KV heads, T tokens in a page, H query heads, G query heads
-of a KV head, M queries of a KV head, S token slots, D head dim.
+Paged attention kernels return no weights, and observations matter only when a page is evicted. So a page's queries
+are stored until it is full; one product with the keys then gives the weights of its steps, later tokens masked.
+Shape suffixes: see `longthink.vllm.pool`; T tokens in a page, M queries of a KV head.
 """
-
-from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
@@ -38,14 +33,7 @@ def observe_page(
 ) -> None:
     """Let a policy observe the decode steps of the page that ended just before `now_B`.
 
-    Parameters
-    ----------
-    table
-        The residents now that the page is full. Its state is replaced.
-    keys_NKSD
-        Keys of the residents.
-    query_NTHD
-        Queries of the page's tokens; those of prompt tokens are ignored.
+    `table` and `keys_NKSD` are the residents now that the page is full; queries of prompt tokens are ignored.
     """
     tokens, keys_NKSD = table.page_size, keys_NKSD.to(wide_dtype(keys_NKSD.dtype))
     query_NTKGD = query_NTHD.unflatten(2, (keys_NKSD.shape[1], -1))
@@ -76,14 +64,11 @@ def _observe(policy: Policy, table: PageTable, now_NT: Tensor, position_NTKS: Te
     count = now_NT.shape[1]
     each = {name: tensor.repeat_interleave(count, 0) for name, tensor in table.state.items()}
     steps = dataclasses.replace(
-        table,
-        position_BKS=position_NTKS.flatten(0, 1),
-        vectors=_masked_vectors(table, position_NTKS),
-        now_B=now_NT.flatten(),
-        prompt_B=table.prompt_B.repeat_interleave(count),
+        table, position_BKS=position_NTKS.flatten(0, 1), vectors=_masked_vectors(table, position_NTKS),
+        now_B=now_NT.flatten(), prompt_B=table.prompt_B.repeat_interleave(count),
         cap_B=table.cap_B.repeat_interleave(count),
         state={name: tensor.clone() for name, tensor in each.items()},
-    )
+    )  # fmt: skip
     policy.observe(steps, step)
     decodes_B = steps.now_B >= steps.prompt_B
     for name, before in each.items():

@@ -1,16 +1,14 @@
 """The KV cache blocks that vLLM allocates, seen as pages: keys, values and the page's state in each layer.
 
-A block id names a page in every layer, and each layer has memory of its own for it. The state of a page (key bounds,
-logical positions, the policy's tensors) is stored in the padding after its keys and values. State therefore belongs
-to a block, not to a request: it survives in the prefix cache, and vLLM counts it when it sizes the pool.
-
-If the policy learns from attention weights, a request also owns blocks that hold the queries of the page being
-written; see `longthink.vllm.observe`. Block 0 is vLLM's null block: no request owns it, so what must not be stored is
-written there.
+A block id names a page in every layer. The state of a page (key bounds, positions, the policy's tensors) is stored
+in the padding after its keys and values, so it belongs to a block, not to a request: it survives in the prefix
+cache, and vLLM counts it when it sizes the pool. If the policy learns from attention weights, a request also owns
+blocks for the queries of the page being written. Block 0 is vLLM's null block: what must not be stored is written
+there.
 
 Shape suffixes: L layers, X blocks, B rows, N rows of all layers (layer after layer), K KV heads (1 where one table
-serves a whole layer), H query heads, P page slots of a row, E query blocks of a row, R queries per head in a block,
-T tokens in a page, S = P x T, D head dim, M tokens moved.
+serves a whole layer), H query heads, G query heads of a KV head, P page slots of a row, E query blocks of a row,
+R queries per head in a block, T tokens in a page, S = P x T, D head dim, M tokens moved.
 """
 
 from __future__ import annotations
@@ -27,12 +25,9 @@ from longthink.kernels.compiled import mark_dynamic
 from longthink.policies import Moves, PageTable, Policy, Shape, page_tables
 
 _ALIGNMENT = 8
-"""Bytes to which state tensors and blocks are aligned."""
 
 
 class _Field(NamedTuple):
-    """A tensor of a page's state, and its byte offset in the page."""
-
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -72,53 +67,27 @@ def query_blocks(policy: Policy, heads: int, kv_heads: int) -> int:
 
 
 class DecodeBatch(NamedTuple):
-    """Requests that decode one token each, and their pages.
+    """Requests that decode one token each, and their pages."""
 
-    Attributes
-    ----------
-    block_BP
-        Block of each page slot, int64; 0 (the null block) for slots not in use.
-    now_B
-        Position of the token being decoded.
-    prompt_B, cap_B
-        Prompt tokens, and the page slots that the request may fill.
-    count_B
-        Page slots in use once the token is written.
-    query_BE
-        Blocks for the queries of the page being written.
-    """
-
-    block_BP: Tensor
-    now_B: Tensor
+    block_BP: Tensor  # block of each page slot, int64; 0 (the null block) for slots not in use
+    now_B: Tensor  # position of the token being decoded
     prompt_B: Tensor
-    cap_B: Tensor
-    count_B: Tensor
-    query_BE: Tensor
+    cap_B: Tensor  # page slots that the request may fill
+    count_B: Tensor  # page slots in use once the token is written
+    query_BE: Tensor  # blocks for the queries of the page being written
 
     def take(self, index: Tensor) -> DecodeBatch:
         return DecodeBatch(*(tensor[index] for tensor in self))
 
     def mark_dynamic(self) -> DecodeBatch:
-        """Mark all dimensions as dynamic for the compiler."""
         return DecodeBatch(*(mark_dynamic(tensor, *range(tensor.ndim)) for tensor in self))
 
 
 class PagePool:
-    """Views of vLLM's KV cache for some layers.
+    """Views of vLLM's KV caches (X x K x T x 2D) of some layers, evenly spaced in one allocation.
 
-    `SlotStore` is the counterpart whose memory is longthink's own; both write through `longthink.kernels`.
-
-    Parameters
-    ----------
-    caches
-        vLLM's KV cache of each layer, X x K x T x 2D.
-    transposed
-        Store the keys of a block as D x T, the layout of vLLM's CPU kernel, instead of T x D.
-
-    Raises
-    ------
-    UnsupportedFeatureError
-        If the layers' caches are not evenly spaced in one allocation.
+    `SlotStore` is the counterpart whose memory is longthink's own. `transposed` stores the keys of a block as D x T,
+    the layout of vLLM's CPU kernel.
     """
 
     def __init__(self, policy: Policy, caches: list[Tensor], *, transposed: bool) -> None:
@@ -164,17 +133,10 @@ class PagePool:
         strides = (self._apart // item, self._block // item, *strides)
         return flat.as_strided((self.layers, self._blocks, *shape), strides, (self._start + offset) // item)
 
-    # Whole tables ------------------------------------------------------------------------------------------------
-
     def table(self, layers: Tensor, batch: DecodeBatch, filled_B: Tensor) -> PageTable:
-        """Gather the page tables of some layers as one table of N rows.
+        """Gather the page tables of some layers as one table of N rows, of which `filled_B` slots hold tokens.
 
         A compiled step drops the parts that the policy does not read.
-
-        Parameters
-        ----------
-        filled_B
-            Page slots that hold tokens.
         """
         at = (layers[:, None, None], batch.block_BP[None])
         pages = batch.block_BP.shape[1]
@@ -216,8 +178,6 @@ class PagePool:
             new = state[name].unflatten(0, (len(layers), -1)).unflatten(3, (-1, each))
             tensor[layers[:, None, None], block_BP[None]] = new.transpose(2, 3)
 
-    # Pages -------------------------------------------------------------------------------------------------------
-
     def tail_slots(self, layers: Tensor, batch: DecodeBatch) -> Tensor:
         """Page slot being written in each table, L x B x K: the slot whose first token starts the current page."""
         first_LBPK = self.position_LXKT[..., 0][layers[:, None, None], batch.block_BP[None]]
@@ -226,7 +186,6 @@ class PagePool:
         return ((first_LBPK == start_B11) & used_BP[..., None]).to(torch.int8).argmax(2)
 
     def clear_pages(self, layers: Tensor, block_LBK: Tensor, now_B: Tensor) -> None:
-        """Clear the blocks of new pages, whose first tokens are at `now_B`."""
         page, page_of_heads = (self._index(layers, block_LBK, tables) for tables in (self.tables, self.heads))
         contents = [At(tensor, page) for tensor in self.state.values()]
         contents += [At(tensor, page_of_heads) for tensor in (self.keys_LXKTD, self.values_LXKTD)]
@@ -234,7 +193,7 @@ class PagePool:
         self.write_positions(layers, block_LBK, now_B)
 
     def move_tokens(self, layers: Tensor, batch: DecodeBatch, moves: Moves) -> None:
-        """Move tokens to other slots with their position and state; the slots they leave become empty."""
+        """Move tokens with their position and state; the slots they leave become empty."""
         shape = (len(layers), -1, *moves.source_BKM.shape[1:])
         source, target = (index.view(shape) for index in moves)
         row = torch.arange(len(batch.now_B), device=source.device)[:, None, None]
@@ -275,10 +234,7 @@ class PagePool:
         table = torch.arange(tables, device=block_LBK.device)
         return layers[:, None, None], block_LBK.expand(-1, -1, tables), table
 
-    # Queries -----------------------------------------------------------------------------------------------------
-
     def write_queries(self, layers: Tensor, batch: DecodeBatch, query_LBHD: Tensor) -> None:
-        """Store the queries of the tokens at `now_B`."""
         within_B1 = (batch.now_B % self.page_size)[:, None]
         block_B1H, index_B1H = self._query_index(batch, within_B1, query_LBHD.shape[2])
         self._query_LXRD[layers[:, None, None], block_B1H[:, 0], index_B1H[:, 0]] = query_LBHD
@@ -296,8 +252,6 @@ class PagePool:
         block_BM = batch.query_BE.gather(1, rank_BTH.flatten(1) // room)
         return block_BM.view(rank_BTH.shape), rank_BTH % room
 
-    # Prefill -----------------------------------------------------------------------------------------------------
-
     def start_prompt_pages(self, block_B: Tensor, page_B: Tensor, filled_B: Tensor) -> None:
         """Set the positions of prompt pages that hold `filled_B` tokens, and reset their state, in all layers."""
         within = torch.arange(self.page_size, device=block_B.device)
@@ -308,7 +262,6 @@ class PagePool:
             tensor[:, block_B] = 0
 
     def compute_prompt_bounds(self, layer: int, block_B: Tensor, filled_B: Tensor) -> None:
-        """Compute the key bounds of prompt pages from their keys."""
         if self.kmin_LXKD is None or self.kmax_LXKD is None:
             return
         keys_BKTD = self.keys_LXKTD[layer, block_B]

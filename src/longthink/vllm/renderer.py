@@ -1,8 +1,7 @@
 """Checks in the front end: unsupported configurations before an engine starts, then the length of each prompt.
 
-Before it starts an engine, vLLM builds a renderer, which turns requests into tokens, from a class that it looks up by
-name in a registry. The plugin takes the place of each entry. Without longthink options it hands out vLLM's own class.
-With them it checks the configuration, adds the ``longthink:`` metrics, and limits the length of prompts.
+Before it starts an engine, vLLM builds a renderer from a class that it looks up by name in a registry. The plugin
+takes the place of each entry and hands out vLLM's own class, with checks and metrics if longthink is enabled.
 """
 
 from __future__ import annotations

@@ -4,8 +4,6 @@ A request's blocks are, in this order: the pages of its prompt, the query blocks
 weights), its decode pages.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -15,38 +13,22 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 @dataclass(frozen=True, kw_only=True)
 class BoundedSpec(FullAttentionSpec):  # type: ignore[misc, unused-ignore]
-    """Spec of a layer whose requests hold at most `query_blocks + decode_blocks` blocks besides their prompt's.
+    """Spec of a layer whose requests hold at most `query_blocks + decode_blocks` blocks besides their prompt's."""
 
-    Parameters
-    ----------
-    decode_blocks
-        Most pages of a request besides those of its prompt.
-    max_prompt_tokens
-        Longest prompt.
-    query_blocks
-        Blocks for queries, allocated with the first token after the prompt; see `longthink.vllm.observe`.
-    reserve
-        Allocate all blocks of a request when it is scheduled.
-    shares_prompt
-        Allow requests with the same prompt to share its blocks (prefix caching).
-    """
-
-    decode_blocks: int
+    decode_blocks: int  # most pages of a request besides those of its prompt
     max_prompt_tokens: int
-    query_blocks: int = 0
-    reserve: bool = False
-    shares_prompt: bool = True
+    query_blocks: int = 0  # allocated with the first token after the prompt: see `longthink.vllm.observe`
+    reserve: bool = False  # allocate all blocks of a request when it is scheduled
+    shares_prompt: bool = True  # requests with the same prompt may share its blocks (prefix caching)
 
     @property
     def prefix_cacheable(self) -> bool:
         return self.shares_prompt
 
     def max_pages(self, prompt_tokens: int) -> int:
-        """Most pages that a request with such a prompt holds: the prompt's and `decode_blocks`."""
         return -(-prompt_tokens // self.block_size) + self.decode_blocks
 
     def max_blocks(self, prompt_tokens: int) -> int:
-        """Most blocks that a request with such a prompt holds: pages and query blocks."""
         return self.max_pages(prompt_tokens) + self.query_blocks
 
     def blocks(self, prompt_tokens: int, tokens: int) -> int:

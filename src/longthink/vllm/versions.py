@@ -1,7 +1,5 @@
 """The installed vLLM, and whether the plugin supports it. vLLM itself is not imported."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 from dataclasses import dataclass
@@ -31,7 +29,6 @@ class Installed:
 
 
 def installed() -> Installed | None:
-    """Return the vLLM of this environment, or None if there is none."""
     for name in DISTRIBUTIONS:
         try:
             version = importlib.metadata.version(name)
@@ -52,7 +49,6 @@ def supported_range() -> SpecifierSet:
 
 
 def plugin_problem() -> str | None:
-    """Reason why vLLM will not load the plugin, or None."""
     if not importlib.metadata.entry_points(group=GROUP, name=PLUGIN):
         return f"no entry point {PLUGIN!r} in group {GROUP!r}: reinstall longthink"
     allowed = os.environ.get("VLLM_PLUGINS")

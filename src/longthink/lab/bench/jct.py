@@ -1,7 +1,5 @@
 """Time per token and job completion time against decode length."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -16,7 +14,6 @@ from longthink.models import Loaded
 
 
 def blocks_in_all(plan: Plan) -> int:
-    """Return the number of blocks that `measure_jct` decodes."""
     systems = len(plan.policies) * (1 + plan.compile) + len(plan.baselines)
     return (len(plan.lengths) + 1) * systems * (plan.repeats + 1)
 
@@ -24,24 +21,15 @@ def blocks_in_all(plan: Plan) -> int:
 def measure_jct(
     plan: Plan, loaded: Loaded, report: Report = lambda done, name: None
 ) -> Iterator[Measurement]:
-    """Measure the prefill, and the decode steps that follow each of the plan's lengths.
+    """Measure the prefill, and the decode steps that follow each of the plan's lengths, at one length after the
+    other.
 
     All systems share one process and take turns, a block of `BLOCK` steps each, so that a disturbance of the machine
-    hits all of them. The first block of a system at a length is warm-up and not counted. Time per token is the median
-    over the other blocks.
+    hits all of them. The first block of a system at a length is warm-up. Time per token is the median over the
+    others.
 
     Job completion time is the prefill plus the time per token integrated over the lengths (trapezoids). A cache that
     has its full size from the first token on takes the same time per token all along.
-
-    Yields
-    ------
-    Measurement
-        All systems at one length, then all at the next.
-
-    Raises
-    ------
-    ValueError
-        If two lengths are closer than the steps that are timed at each.
     """
     lengths = [0, *plan.lengths]
     for one, other in pairwise(lengths):
@@ -93,7 +81,7 @@ def take_turns(
 
 
 def _seconds(system: System, row: Measurement, before: Measurement | None) -> float:
-    """Return the time from the start of the prefill to the row's length."""
+    """Time from the start of the prefill to the row's length."""
     assert row.ms_per_token is not None
     if before is None or system.full_size_at_once:
         return system.prefill_seconds + row.decode_tokens * row.ms_per_token / 1000

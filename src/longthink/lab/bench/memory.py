@@ -3,8 +3,6 @@
 Run as a module this is that process: it receives a plan and sends one row per length.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 
@@ -19,21 +17,9 @@ from longthink.lab.results.records import Measurement, to_row
 
 
 def measure_memory(plan: Plan, report: Report = lambda done, name: None) -> Iterator[Measurement]:
-    """Measure bytes after the prefill and after each of the plan's lengths.
+    """Measure bytes after the prefill and after each of the plan's lengths, one system after the other.
 
     The resident set size includes the libraries and the model: the growth from row to row is the cache's.
-
-    Yields
-    ------
-    Measurement
-        All lengths of one system, then of the next, as they are measured.
-
-    Raises
-    ------
-    MissingExtraError
-        If psutil is not installed.
-    BenchError
-        If a process fails.
     """
     with needs_extra("eval"):
         import psutil  # noqa: F401
@@ -76,15 +62,10 @@ def _measure(parent: Parent) -> None:
     for length in [0, *plan.lengths]:
         system.go_to(length, fast=plan.fast_forward)
         row = system_row(
-            plan,
-            loaded,
-            system,
-            run=run,
-            kind="memory",
-            decode_tokens=length,
+            plan, loaded, system, run=run, kind="memory", decode_tokens=length,
             rss_bytes=process.memory_info().rss,
             device_bytes=None if device.type == "cpu" else torch.accelerator.memory_allocated(device),
-        )
+        )  # fmt: skip
         parent.send(to_row(row))
     parent.send(None)
 

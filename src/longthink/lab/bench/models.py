@@ -1,7 +1,5 @@
 """The model to benchmark: one that `load_model` finds, or a random one of a given shape."""
 
-from __future__ import annotations
-
 import time
 
 from longthink.config import check_choice, check_int
@@ -16,21 +14,10 @@ _MAX_POSITIONS = 1 << 20
 
 
 def bench_model(name: str = RANDOM, *, device: str = "auto", dtype: str = "auto") -> Loaded:
-    """Return the model to benchmark.
+    """Return the model to benchmark: anything that `longthink.models.load_model` takes, or a random one.
 
-    Parameters
-    ----------
-    name
-        ``random:`` and any of layers, hidden, heads, kv_heads and head_dim (the rest as in `RANDOM`): a Qwen2 with
-        random weights, an MLP three times as wide as the model, and a vocabulary of 1024 tokens. Or anything that
-        `longthink.models.load_model` takes.
-    device, dtype
-        See `longthink.models.load_model`; ``auto`` is float32 for a random model.
-
-    Raises
-    ------
-    ValueError, OSError
-        If the shape is invalid, or the model is not found.
+    ``random:`` and any of layers, hidden, heads, kv_heads and head_dim (the rest as in `RANDOM`) is a Qwen2 with
+    random weights (float32 for ``auto``), an MLP three times as wide as the model, and a vocabulary of 1024 tokens.
     """
     if name.partition(":")[0] != "random":
         return load_model(name, device=device, dtype=dtype)
@@ -40,36 +27,22 @@ def bench_model(name: str = RANDOM, *, device: str = "auto", dtype: str = "auto"
 
     shape = random_shape(name)
     config = Qwen2Config(
-        vocab_size=_VOCABULARY,
-        hidden_size=shape["hidden"],
-        intermediate_size=3 * shape["hidden"],
-        num_hidden_layers=shape["layers"],
-        num_attention_heads=shape["heads"],
-        num_key_value_heads=shape["kv_heads"],
-        head_dim=shape["head_dim"],
+        vocab_size=_VOCABULARY, hidden_size=shape["hidden"], intermediate_size=3 * shape["hidden"],
+        num_hidden_layers=shape["layers"], num_attention_heads=shape["heads"],
+        num_key_value_heads=shape["kv_heads"], head_dim=shape["head_dim"],
         max_position_embeddings=_MAX_POSITIONS,
-    )
+    )  # fmt: skip
     where = pick_device(torch, device)
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(config).to(where, torch.float32 if dtype == "auto" else getattr(torch, dtype))
     return Loaded(
-        model=model.eval(),
-        tokenizer=None,
-        name=":".join(["random", ",".join(f"{field}={shape[field]}" for field in _SHAPE)]),
-        revision=None,
-        builtin=False,
-        seconds=time.monotonic() - started,
-    )
+        model=model.eval(), tokenizer=None,
+        name=":".join(["random", ",".join(f"{field}={shape[field]}" for field in _SHAPE)]), revision=None,
+        builtin=False, seconds=time.monotonic() - started,
+    )  # fmt: skip
 
 
 def random_shape(name: str) -> dict[str, int]:
-    """Parse the shape of a random model.
-
-    Raises
-    ------
-    ValueError
-        If a field is unknown or out of range, or two fields are incompatible.
-    """
     shape = _fields(RANDOM) | _fields(name)
     for field, value in shape.items():
         check_int(field, value, 1)

@@ -1,7 +1,5 @@
 """What to measure."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,53 +17,22 @@ Report = Callable[[int, str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What to measure.
-
-    Attributes
-    ----------
-    model, device, dtype
-        See `longthink.lab.bench.models.bench_model`.
-    policies
-        Policy specs such as ``raas:r=0.25``.
-    baselines
-        Some of `BASELINES`.
-    budget
-        Budget of the policies that need one.
-    lengths
-        Numbers of decoded tokens at which to measure, in rising order.
-    prompt, rows
-        Tokens of each prompt, and batch size.
-    repeats
-        Timed blocks per system and length.
-    threads
-        CPU threads of torch.
-    compile
-        Whether policies are measured with a compiled decode step as well.
-    kv_dtype
-        Number format of keys and values under a policy; None for the model's own.
-    fast_forward
-        Whether caches are filled with random data between the lengths, instead of by decoding.
-
-    Raises
-    ------
-    ValueError
-        If a value is out of range.
-    """
+    """What to measure; model, device and dtype as in `longthink.lab.bench.models.bench_model`."""
 
     model: str = RANDOM
     device: str = "auto"
     dtype: str = "auto"
-    policies: Sequence[str] = ()
+    policies: Sequence[str] = ()  # specs such as ``raas:r=0.25``
     baselines: Sequence[str] = BASELINES
-    budget: Budget
-    lengths: Sequence[int]
-    prompt: int = 128
-    rows: int = 1
-    repeats: int = 5
+    budget: Budget  # of the policies that need one
+    lengths: Sequence[int]  # numbers of decoded tokens at which to measure, in rising order
+    prompt: int = 128  # tokens of each prompt
+    rows: int = 1  # batch size
+    repeats: int = 5  # timed blocks per system and length
     threads: int = 1
-    compile: bool = False
-    kv_dtype: str | None = None
-    fast_forward: bool
+    compile: bool = False  # measure policies with a compiled decode step as well
+    kv_dtype: str | None = None  # of keys and values under a policy; None for the model's own
+    fast_forward: bool  # fill caches with random data between the lengths, instead of decoding
 
     def __post_init__(self) -> None:
         for name in ("prompt", "rows", "repeats", "threads"):

@@ -1,7 +1,5 @@
 """Measurements as rows of a result store."""
 
-from __future__ import annotations
-
 import json
 from datetime import UTC, datetime
 from statistics import quantiles
@@ -21,18 +19,15 @@ _OPTIONAL = (
 
 
 def new_run() -> str:
-    """Return an identifier for a run."""
     return uuid4().hex[:12]
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
-    """Return the quartiles of at least one value."""
     low, middle, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else values[:1] * 3
     return low, middle, high
 
 
 def new_row(**fields: Any) -> Measurement:
-    """Return a measurement made on this machine now; optional fields that are not given are None."""
     known: dict[str, Any] = dict.fromkeys(_OPTIONAL) | {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": json.dumps(versions()),
@@ -42,19 +37,10 @@ def new_row(**fields: Any) -> Measurement:
 
 
 def system_row(plan: Plan, loaded: Loaded, system: System, *, run: str, **fields: Any) -> Measurement:
-    """Return the measurement of one system of a plan."""
     return new_row(
-        run=f"{run}/{system.name}",
-        system=system.name,
-        model=loaded.name,
-        dtype=loaded.describe()["dtype"],
+        run=f"{run}/{system.name}", system=system.name, model=loaded.name, dtype=loaded.describe()["dtype"],
         budget=system.budget and system.budget.budget,
-        decode_budget=system.budget and system.budget.decode_budget,
-        rows=plan.rows,
-        prompt_tokens=plan.prompt,
-        kv_bytes=system.kv_bytes,
-        metadata_bytes=system.metadata_bytes,
-        fast_forwarded=plan.fast_forward,
-        threads=plan.threads,
-        **fields,
-    )
+        decode_budget=system.budget and system.budget.decode_budget, rows=plan.rows,
+        prompt_tokens=plan.prompt, kv_bytes=system.kv_bytes, metadata_bytes=system.metadata_bytes,
+        fast_forwarded=plan.fast_forward, threads=plan.threads, **fields,
+    )  # fmt: skip

@@ -5,8 +5,6 @@ Each decodes the same model from the same prompt, greedily, one forward pass per
 Shape suffixes: B batch rows, N tokens.
 """
 
-from __future__ import annotations
-
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -28,16 +26,6 @@ from longthink.policies import Policy, make_policy, needs_budget, policy_spec
 
 
 class System(ABC):
-    """A model and one cache.
-
-    Parameters
-    ----------
-    model
-        Shared by all systems.
-    prompt_BN
-        Token ids of the prompts, all of the same length.
-    """
-
     name: str
     budget: Budget | None = None
     full_size_at_once: ClassVar[bool] = False
@@ -46,8 +34,7 @@ class System(ABC):
     def __init__(self, model: PreTrainedModel, prompt_BN: Tensor) -> None:
         self.model = model
         self.prompt_BN = prompt_BN
-        self.decoded = -1
-        """Tokens decoded so far; -1 before the prefill."""
+        self.decoded = -1  # tokens decoded so far; -1 before the prefill
         self.prefill_seconds = 0.0
         self.cache: Any = None
         self._token_B1 = prompt_BN[:, -1:]
@@ -68,7 +55,6 @@ class System(ABC):
 
     @torch.no_grad()
     def decode(self, steps: int) -> None:
-        """Decode `steps` tokens greedily."""
         for _ in range(steps):
             logits = self._forward(self._token_B1)
             self._token_B1 = logits[:, -1:].argmax(-1)
@@ -76,12 +62,10 @@ class System(ABC):
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes allocated for keys and values."""
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
 
     @property
     def metadata_bytes(self) -> int:
-        """Bytes that the cache allocates in addition to keys and values."""
         return 0
 
     @abstractmethod
@@ -90,7 +74,7 @@ class System(ABC):
 
     @abstractmethod
     def _fill(self, tokens: int, seed: torch.Generator) -> None:
-        """Append random tokens to the cache."""
+        pass
 
     def _forward(self, ids_BN: Tensor) -> Tensor:
         return self.model(input_ids=ids_BN, past_key_values=self.cache, use_cache=True).logits
@@ -109,26 +93,12 @@ class System(ABC):
 
 
 class PagedSystem(System):
-    """A policy of longthink.
-
-    Parameters
-    ----------
-    kv_dtype
-        See `longthink.make_cache`.
-    compiled
-        Whether the decode step is compiled, as `longthink.generate` compiles it. Compile time is not counted.
-    """
+    """A policy of longthink, `compiled` as `longthink.generate` compiles it. Compile time is not counted."""
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        prompt_BN: Tensor,
-        policy: Policy,
-        budget: Budget | None,
-        kv_dtype: str | None = None,
-        *,
-        compiled: bool = False,
-    ) -> None:
+        self, model: PreTrainedModel, prompt_BN: Tensor, policy: Policy, budget: Budget | None,
+        kv_dtype: str | None = None, *, compiled: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__(model, prompt_BN)
         self.name = " ".join(filter(None, [policy_spec(policy), kv_dtype, "compiled" if compiled else None]))
         self.policy = policy
@@ -200,12 +170,8 @@ class DynamicSystem(System):
 class StaticSystem(System):
     """The preallocated cache of transformers.
 
-    Parameters
-    ----------
-    room
-        Tokens decoded after the length passed to `go_to`.
-    whole
-        Decoded tokens to allocate for; None allocates a new cache of exactly the size needed at each length.
+    It has room for `room` tokens after the length passed to `go_to`, or after `whole` decoded tokens; without
+    `whole`, each length gets a new cache of exactly the size needed.
     """
 
     name = "hf static"
@@ -263,17 +229,8 @@ class CompiledSystem(StaticSystem):
 
 
 def make_systems(model: PreTrainedModel, plan: Plan, *, room: int, whole: int | None = None) -> list[System]:
-    """Return the systems of a plan: the baselines of transformers, then the policies.
-
-    Parameters
-    ----------
-    room, whole
-        See `StaticSystem`.
-
-    Raises
-    ------
-    UnsupportedModelError
-        If longthink does not support the model.
+    """The systems of a plan: the baselines of transformers, then the policies. For `room` and `whole` see
+    `StaticSystem`.
     """
     check_model(model)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
@@ -296,7 +253,7 @@ def make_systems(model: PreTrainedModel, plan: Plan, *, room: int, whole: int | 
 
 
 def clock(device: torch.device) -> Callable[[], float]:
-    """Return the clock of a device: CPU time of the process, or wall-clock time once the device is idle."""
+    """Clock of a device: CPU time of the process, or wall-clock time once the device is idle."""
     if device.type == "cpu":
         return time.process_time
 

@@ -1,7 +1,5 @@
 """The attention page: the life of every token, the class of every head, and what a policy would have kept."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from math import floor
 from pathlib import Path
@@ -19,41 +17,17 @@ from longthink.lab.report.page import Page
 from longthink.lab.report.style import Style, make_styles
 
 ATTENTION_PAGE = "attention.html"
-"""Name of the page in the report's folder."""
-SHOWN_TRACES = 4
-"""Traces that the page shows one by one; all count in tables and curves."""
+SHOWN_TRACES = 4  # traces that the page shows one by one; all count in tables and curves
 _TELLING = ((PageClass.MILESTONE, "decode"), (PageClass.PHOENIX, "decode"), (PageClass.PHOENIX, "prompt"))
 
 
 def build_attention(
     trace_folder: Path | str, out_folder: Path | str, *, title: str | None = None, command: str | None = None
 ) -> Path:
-    """Write the attention page of a trace store, its figures (PNG, PDF) and tables (CSV, Markdown).
+    """Write the attention page of a trace store, its figures (PNG, PDF) and tables (CSV, Markdown); return its path.
 
-    Replays that ``longthink what-if`` left beside the traces are shown, and uses are counted by their rules.
-
-    Parameters
-    ----------
-    trace_folder
-        A trace store.
-    out_folder
-        Created if needed; an existing page is overwritten.
-    title
-        Heading of the page; None names the model.
-    command
-        The command that made the page.
-
-    Returns
-    -------
-    pathlib.Path
-        The page.
-
-    Raises
-    ------
-    TraceError
-        If there is no trace, or one is damaged.
-    MissingExtraError
-        If jinja2, matplotlib or pyarrow is not installed.
+    Replays that ``longthink what-if`` left beside the traces are shown, and uses are counted by their rules. An
+    existing page is overwritten; `title` None names the model; `command` is shown as the page's origin.
     """
     with needs_extra("analyze"):
         import jinja2  # noqa: F401
@@ -123,7 +97,6 @@ _LABELS = {BELADY: "belady (knows the future)", OPTIMUM: "optimum (clairvoyant)"
 
 
 def recall_figures(replays: Sequence[Replay]) -> list[Figure]:
-    """Return recall and look-ups against budget, with the clairvoyant lines among the policies."""
     styles = make_styles({one.policy for one in replays})
     figures = []
     for measure, (title, caption) in _MEASURES.items():
@@ -139,29 +112,18 @@ def recall_figures(replays: Sequence[Replay]) -> list[Figure]:
             words = kind.replace("_", " ")
             problems = len({one.key[:2] for one in mine})
             counted = f"{problems} problems, 95 % intervals" if problems > 1 else "1 problem"
-            figures.append(
-                Figure(
-                    name=f"{measure}-{kind.replace('_', '-')}",
-                    section="Policies",
-                    title=f"{title} against {words}",
-                    caption=caption,
-                    x_label=f"{words} (tokens)",
-                    y_label="share kept",
-                    percent=True,
-                    # Policies lie close together at the top.
-                    floor=min(0.9, floor(10 * min(min(line.low or line.y) for line in lines)) / 10),
-                    panels=[
-                        Panel(
-                            title=counted, lines=lines, x_ticks=sorted({getattr(one, kind) for one in mine})
-                        )
-                    ],
-                )
-            )
+            ticks = sorted({getattr(one, kind) for one in mine})
+            # Policies lie close together at the top.
+            lowest = floor(10 * min(min(line.low or line.y) for line in lines)) / 10
+            figures.append(Figure(
+                name=f"{measure}-{kind.replace('_', '-')}", section="Policies", title=f"{title} against {words}",
+                caption=caption, x_label=f"{words} (tokens)", y_label="share kept", percent=True,
+                floor=min(0.9, lowest), panels=[Panel(title=counted, lines=lines, x_ticks=ticks)],
+            ))  # fmt: skip
     return figures
 
 
 def _line(replays: Sequence[Replay], measure: str, kind: str, style: Style) -> Line:
-    """Return means over problems of one policy at each budget."""
     values: dict[int, list[float]] = {}
     for one in replays:
         values.setdefault(getattr(one, kind), []).append(getattr(one, measure))
@@ -170,12 +132,8 @@ def _line(replays: Sequence[Replay], measure: str, kind: str, style: Style) -> L
     lows, highs = ([mean[end] for mean in means.values()] for end in (1, 2))
     several = None not in lows
     return Line(
-        label=label,
-        style=style,
-        kind="curve",
-        x=[float(budget) for budget in means],
-        y=[mean for mean, _, _ in means.values()],
-        low=[low for low in lows if low is not None and several],
+        label=label, style=style, kind="curve", x=[float(budget) for budget in means],
+        y=[mean for mean, _, _ in means.values()], low=[low for low in lows if low is not None and several],
         high=[high for high in highs if high is not None and several],
         hover=[f"{label}, {budget}: {mean:.1%}" for budget, (mean, _, _) in means.items()],
-    )
+    )  # fmt: skip

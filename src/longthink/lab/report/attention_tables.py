@@ -1,7 +1,5 @@
 """Tables of the attention page: shares of classes, and uses compared with what the built-in task needs."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from longthink.cli.table import Table
@@ -13,7 +11,6 @@ from longthink.lab.results.statistics import wilson
 
 
 def shares_table(shares: Sequence[Share]) -> Table:
-    """Return all shares, one in a row: of the model and its tasks, layers and heads."""
     rows = [[one.scope, one.part, one.name, one.share, one.low, one.high, one.problems] for one in shares]
     columns = dict.fromkeys(("of", "part", "class"), "text") | dict.fromkeys(
         ("share", "low", "high"), "percent"

@@ -1,7 +1,5 @@
 """A trace as data for the attention page: texts, uses and evictions, as JSON with packed numbers."""
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Sequence
 from typing import Any
@@ -15,8 +13,7 @@ from longthink.lab.analyze.replays import Replay
 from longthink.lab.analyze.shares import page_texts
 from longthink.lab.analyze.store import Trace
 
-MAX_USES = 300_000
-"""Uses shown of one trace; beyond that only the strongest."""
+MAX_USES = 300_000  # uses shown of one trace; beyond that only the strongest
 MAX_GONE = 400_000
 """Evictions of one replay shown per table; beyond that only when the last table evicts a page."""
 CURVE_POINTS = 400
@@ -41,7 +38,6 @@ def read_uses(trace: Trace, lives: Lives) -> dict[str, NDArray[Any]]:
 
 
 def view_of(trace: Trace, lives: Lives, replays: Sequence[Replay]) -> dict[str, Any]:
-    """Return what the page draws of one trace."""
     header = trace.header
     uses = read_uses(trace, lives)
     shares, classes = read_shares(lives), map_classes(lives)

@@ -1,7 +1,5 @@
 """From a result store to a report: one HTML page, figures as files, tables as CSV and Markdown."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,7 +30,6 @@ from longthink.lab.report.tables import (
 from longthink.lab.results.store import ResultStore
 
 PAGE = "report.html"
-"""Name of the page in the report's folder."""
 
 
 def build(
@@ -45,30 +42,8 @@ def build(
 ) -> Path:
     """Write the report of a store: ``report.html``, ``figures/*.png`` and ``*.pdf``, ``tables/*.csv`` and ``*.md``.
 
-    Parameters
-    ----------
-    store_folder
-        A result store.
-    out_folder
-        Created if needed; an existing report is overwritten.
-    against
-        Another store; every setup that both have is compared, paired by problem.
-    title
-        Heading of the page; None names the store.
-    command
-        The command that made the report, for the page.
-
-    Returns
-    -------
-    pathlib.Path
-        The page.
-
-    Raises
-    ------
-    ResultStoreError
-        If a store is missing, empty or damaged.
-    MissingExtraError
-        If jinja2, matplotlib, duckdb or pyarrow is not installed.
+    An existing report is overwritten. Every setup that `against`, another store, has too is compared, paired by
+    problem. `title` None names the store; `command` is shown as the report's origin. Returns the path of the page.
     """
     with needs_extra("report"):
         import jinja2  # noqa: F401

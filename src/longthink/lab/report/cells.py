@@ -1,7 +1,5 @@
 """What a store holds, sorted into cells: the samples that may be averaged, and the curves of measurements."""
 
-from __future__ import annotations
-
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -15,8 +13,7 @@ from longthink.lab.results.statistics import wilson
 from longthink.lab.results.store import ResultStore
 
 Row = dict[str, Any]
-Problem = tuple[str, str]
-"""Task and problem: the unit of all statistics."""
+Problem = tuple[str, str]  # task and problem: the unit of all statistics
 
 
 @dataclass(frozen=True, order=True)
@@ -72,8 +69,7 @@ class Task:
     members: tuple[str, ...]
 
 
-Key = tuple[Group, Task, Series, Size]
-"""What makes two cells comparable."""
+Key = tuple[Group, Task, Series, Size]  # what makes two cells comparable
 
 
 @dataclass(frozen=True)
@@ -108,20 +104,19 @@ class Cell:
         return dict(found)
 
     def means(self, value: str) -> dict[Problem, float]:
-        """Return the mean of a number over each problem's samples."""
         return {
             problem: sum(float(row[value]) for row in rows) / len(rows)
             for problem, rows in self.by_problem.items()
         }
 
     def share(self, value: str) -> tuple[float, float, float]:
-        """Return the share of samples for which ``value`` is true, and its Wilson 95 % interval."""
+        """Share of samples for which ``value`` is true, and its Wilson 95 % interval."""
         means = self.means(value).values()
         right = min(float(len(means)), sum(means))
         return (right / len(means), *wilson(right, len(means)))
 
     def median(self, value: str) -> float:
-        """Return the median of a number over all samples that had room."""
+        """Median of a number over all samples that had room."""
         return float(median([row[value] for row in self.rows if not row["no_room"]] or [0]))
 
 
@@ -133,7 +128,6 @@ _COLUMNS = (
 
 
 def load_samples(store: ResultStore) -> list[Row]:
-    """Return all samples without their texts, in a fixed order."""
     return store.query(f"SELECT {_COLUMNS} FROM samples ORDER BY task, problem, seed, sample, config")
 
 
@@ -143,7 +137,6 @@ def _group_of(row: Row) -> Group:
 
 
 def size_of(row: Row) -> Size:
-    """Return the budget of a sample or a measurement."""
     for kind in ("budget", "decode_budget"):
         if row[kind] is not None:
             return Size(kind, row[kind])
@@ -151,7 +144,6 @@ def size_of(row: Row) -> Size:
 
 
 def make_cells(samples: Iterable[Row]) -> list[Cell]:
-    """Sort samples into cells, in a fixed order."""
     sorted_in: dict[Key, list[Row]] = defaultdict(list)
     for row in samples:
         task = Task(row["task"], (row["max_new_tokens"],), (row["task"],))
@@ -206,7 +198,6 @@ def series_labels(series: Iterable[Series]) -> dict[Series, str]:
 
 
 def incomplete(cells: Sequence[Cell]) -> list[str]:
-    """Describe the cells that lack problems which others of their group and task have."""
     wanted: dict[tuple[Group, Task], set[Problem]] = defaultdict(set)
     for cell in cells:
         wanted[cell.group, cell.task] |= cell.by_problem.keys()
@@ -218,10 +209,8 @@ def incomplete(cells: Sequence[Cell]) -> list[str]:
     ]
 
 
-RIGHT, WRONG = 1, 2
-"""Answers shown of each configuration."""
-HEAD, TAIL = 500, 900
-"""Characters shown of a longer answer, from its beginning and from its end."""
+RIGHT, WRONG = 1, 2  # answers shown of each configuration
+HEAD, TAIL = 500, 900  # characters shown of a longer answer, from its beginning and from its end
 
 
 def sample_answers(store: ResultStore) -> list[tuple[str, list[Row]]]:

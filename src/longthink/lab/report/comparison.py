@@ -1,47 +1,28 @@
 """Paired comparisons: of every policy with Dense, and of two stores."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from longthink.lab.report.cells import Cell, Key, Problem, Row, dense_cell, make_cells
 from longthink.lab.results.statistics import Difference, holm, mcnemar, paired_bootstrap
 
-LEVEL = 0.05
-"""A Holm-adjusted p value below this is called significant."""
+LEVEL = 0.05  # a Holm-adjusted p value below this is called significant
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Two cells on the problems that both have.
+    """Two cells on the problems that both have."""
 
-    Attributes
-    ----------
-    cell
-        The cell after.
-    problems, unpaired
-        Number of problems in both, and in only one of the two.
-    before, after
-        Accuracy on the problems in both.
-    difference
-        After minus before, with a paired bootstrap interval.
-    better, worse
-        Number of problems solved more often, and less often, after than before.
-    p, p_holm
-        McNemar's exact p value, and adjusted for the number of comparisons made together.
-    """
-
-    cell: Cell
+    cell: Cell  # the one after
     problems: int
-    unpaired: int
-    before: float
+    unpaired: int  # problems in only one of the two
+    before: float  # accuracy on the problems in both
     after: float
-    difference: Difference
-    better: int
+    difference: Difference  # after minus before, with a paired bootstrap interval
+    better: int  # problems solved more often after than before
     worse: int
-    p: float
-    p_holm: float
+    p: float  # McNemar's exact test
+    p_holm: float  # adjusted for the number of comparisons made together
 
     @property
     def significant(self) -> bool:
@@ -60,26 +41,16 @@ def compare(pairs: Iterable[tuple[Cell, Cell]]) -> list[Comparison]:
         better = sum(y > x for x, y in zip(a, b, strict=True))
         worse = sum(y < x for x, y in zip(a, b, strict=True))
         p = mcnemar(worse, better)
-        found.append(
-            Comparison(
-                cell=after,
-                problems=len(common),
-                unpaired=len(first.keys() ^ second.keys()),
-                before=sum(a) / len(a),
-                after=sum(b) / len(b),
-                difference=paired_bootstrap(a, b),
-                better=better,
-                worse=worse,
-                p=p,
-                p_holm=p,
-            )
-        )
+        found.append(Comparison(
+            cell=after, problems=len(common), unpaired=len(first.keys() ^ second.keys()),
+            before=sum(a) / len(a), after=sum(b) / len(b), difference=paired_bootstrap(a, b),
+            better=better, worse=worse, p=p, p_holm=p,
+        ))  # fmt: skip
     adjusted = holm([one.p for one in found])
     return [replace(one, p_holm=p) for one, p in zip(found, adjusted, strict=True)]
 
 
 def against_dense(cells: Sequence[Cell]) -> list[Comparison]:
-    """Compare every cell with Dense on the same task, where there is one."""
     pairs = []
     for cell in cells:
         dense = dense_cell(cells, cell)

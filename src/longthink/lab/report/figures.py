@@ -1,7 +1,5 @@
 """Figures as data: what is drawn, whatever it is drawn on."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,12 +9,9 @@ from longthink.lab.report.cells import Cell, Group, Row, Series, Size, Task, siz
 from longthink.lab.report.style import Style
 
 MIB = 2**20
-CLOUD_POINTS = 100
-"""Samples drawn of each policy in one panel; more would only hide each other."""
-_DODGE = 0.05
-"""Octaves between the points of two policies at the same budget, so that intervals do not hide each other..."""
-_SPREAD = 0.15
-"""... and between the first and the last, so that all stay at their budget."""
+CLOUD_POINTS = 100  # samples drawn of each policy in one panel; more would only hide each other
+_DODGE = 0.05  # octaves between the points of two policies at one budget, to show both intervals ...
+_SPREAD = 0.15  # ... and between the first and the last, so that all stay at their budget
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +61,6 @@ class Figure:
 
     @property
     def legend(self) -> dict[str, Line]:
-        """The first line of each label."""
         legend: dict[str, Line] = {}
         for line in (line for panel in self.panels for line in panel.lines):
             legend.setdefault(line.label, line)
@@ -75,8 +69,6 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """Labels and styles of policies, the same in all figures."""
-
     labels: dict[Series, str]
     styles: dict[str, Style]
 
@@ -114,7 +106,6 @@ _SHARED_CAPTION = (
 
 
 def budget_figures(group: Group, number: int, cells: Sequence[Cell], look: Look) -> list[Figure]:
-    """Return the figures over budgets of one group: one for each metric and each kind of budget."""
     figures = []
     for name, title, y_label, caption, metric in _METRICS:
         for kind in sorted({cell.size.kind for cell in cells} - {""} or {"budget"}):
@@ -127,19 +118,12 @@ def budget_figures(group: Group, number: int, cells: Sequence[Cell], look: Look)
                 _budget_panel(task, [cell for cell in shown if cell.task == task], look, metric)
                 for task in sorted(tasks, key=lambda task: (len(task.members), task))
             ]
-            figures.append(
-                Figure(
-                    name=f"{name}-{kind.replace('_', '-')}-{number}",
-                    section=title,
-                    title=f"{title} against {words}",
-                    subtitle=group.label,
-                    caption=f"{caption} {_BUDGETS[kind]} {_SHARED_CAPTION}",
-                    x_label=f"{words} (tokens)",
-                    y_label=y_label,
-                    percent=name != "tokens",
-                    panels=panels,
-                )
-            )
+            figures.append(Figure(
+                name=f"{name}-{kind.replace('_', '-')}-{number}", section=title,
+                title=f"{title} against {words}", subtitle=group.label,
+                caption=f"{caption} {_BUDGETS[kind]} {_SHARED_CAPTION}", x_label=f"{words} (tokens)",
+                y_label=y_label, percent=name != "tokens", panels=panels,
+            ))  # fmt: skip
     return figures
 
 
@@ -174,15 +158,11 @@ def _budget_line(
         counts = f"{len(cell.by_problem)} problems, {len(cell.rows)} samples"
         hover.append(f"{label}, {cell.size.label}\n{shown}\n{counts}")
     return Line(
-        label=label,
-        style=look.styles[label],
-        kind="curve" if cells[0].size.kind else "level",
+        label=label, style=look.styles[label], kind="curve" if cells[0].size.kind else "level",
         x=[cell.size.tokens * 2**shift for cell in cells if cell.size.kind],
-        y=[value for value, _, _ in values],
-        low=[low for _, low, _ in values] if has_intervals else [],
-        high=[high for _, _, high in values] if has_intervals else [],
-        hover=hover,
-    )
+        y=[value for value, _, _ in values], low=[low for _, low, _ in values] if has_intervals else [],
+        high=[high for _, _, high in values] if has_intervals else [], hover=hover,
+    )  # fmt: skip
 
 
 _SAMPLED = (
@@ -199,7 +179,6 @@ _SAMPLED = (
 
 
 def sample_figures(group: Group, number: int, cells: Sequence[Cell], look: Look) -> list[Figure]:
-    """Return time and memory of single samples against their length, one panel for each size of cache."""
     sizes = sorted({cell.size for cell in cells if cell.size.kind}) or [Size("", 0)]
     figures = []
     for name, section, column, unit, y_label, caption in _SAMPLED:
@@ -207,18 +186,12 @@ def sample_figures(group: Group, number: int, cells: Sequence[Cell], look: Look)
         for size in sizes:
             shown = [cell for cell in cells if cell.size == size or not cell.size.kind]
             panels.append(Panel(title=size.label, lines=_clouds(shown, look, column, unit)))
-        figures.append(
-            Figure(
-                name=f"{name}-{number}",
-                section=section,
-                title=f"{section} of each answer against its length",
-                subtitle=group.label,
-                caption=f"{caption} At most {CLOUD_POINTS} answers of each policy are drawn, evenly chosen.",
-                x_label="tokens generated",
-                y_label=y_label,
-                panels=panels,
-            )
-        )
+        figures.append(Figure(
+            name=f"{name}-{number}", section=section,
+            title=f"{section} of each answer against its length", subtitle=group.label,
+            caption=f"{caption} At most {CLOUD_POINTS} answers of each policy are drawn, evenly chosen.",
+            x_label="tokens generated", y_label=y_label, panels=panels,
+        ))  # fmt: skip
     return figures
 
 

@@ -1,7 +1,5 @@
 """Figures of measured time and memory against decode length."""
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -74,21 +72,14 @@ def measurement_figures(rows: Sequence[Row], styles: dict[str, Style]) -> list[F
         if any(row["fast_forwarded"] for row in chosen):
             caption += " Points whose cache was filled with made-up keys instead of by decoding are labelled."
         if chosen:
-            figures.append(
-                Figure(
-                    name=curve.name,
-                    section="Memory" if curve.kind == "memory" else "Time",
-                    title=curve.title,
-                    caption=caption.strip(),
-                    x_label=curve.x_label,
-                    y_label=curve.y_label,
-                    log_y=curve.log_y,
-                    panels=[
-                        Panel(title=title, lines=_lines(mine, curve, styles))
-                        for title, mine in sorted(by_panel.items())
-                    ],
-                )
-            )
+            panels = [
+                Panel(title=key, lines=_lines(by_panel[key], curve, styles)) for key in sorted(by_panel)
+            ]
+            figures.append(Figure(
+                name=curve.name, section="Memory" if curve.kind == "memory" else "Time", title=curve.title,
+                caption=caption.strip(), x_label=curve.x_label, y_label=curve.y_label, log_y=curve.log_y,
+                panels=panels,
+            ))  # fmt: skip
     batches = [row for row in rows if row["kind"] == "batch"]
     return figures + ([_batch_figure(batches, styles)] if batches else [])
 

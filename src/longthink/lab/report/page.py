@@ -25,26 +25,17 @@ Content = TypeVar("Content")
 
 @dataclass(kw_only=True)
 class Page:
-    """Collects blocks by section and renders them as one HTML file.
-
-    Attributes
-    ----------
-    sections
-        Blocks of each section, in order: the name of a macro in ``templates/parts.html``, and its arguments.
-    data
-        JSON documents for scripts, by the id of the element that holds them.
-    parts
-        Names of the scripts and style sheets that the page needs.
-    """
+    """Collects blocks by section and renders them as one HTML file."""
 
     title: str
     summary: str
     sections: dict[str, list[tuple[str, tuple[Any, ...]]]] = field(default_factory=dict)
+    """Blocks of each section: the name of a macro in ``templates/parts.html``, and its arguments."""
     data: dict[str, Any] = field(default_factory=dict)
-    parts: tuple[str, ...] = ("page",)
+    """JSON documents for scripts, by the id of the element that holds them."""
+    parts: tuple[str, ...] = ("page",)  # scripts and style sheets that the page needs
 
     def add(self, section: str, block: str, *content: Any) -> None:
-        """Append a block to a section, which is created if needed."""
         self.sections.setdefault(section, []).append((block, content))
 
     def html(self) -> str:
@@ -84,15 +75,12 @@ def environment() -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     made = Environment(
-        loader=PackageLoader("longthink.lab.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=_finalize,
-    )
+        loader=PackageLoader("longthink.lab.report"), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, finalize=_finalize,
+    )  # fmt: skip
     made.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    made.filters |= {"sha256": _sha256, "flat": _flat}
+    made.filters["flat"] = _flat
+    made.filters["sha256"] = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     made.globals |= {"panel_svg": panel_svg, "swatch_svg": swatch_svg}
     return made
 
@@ -108,7 +96,3 @@ def _flat(text: str) -> str:
         return ", ".join(f"{name} {value}" for name, value in json.loads(text).items())
     except (ValueError, AttributeError):
         return text
-
-
-def _sha256(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,7 +1,5 @@
 """The one place where figures are drawn: as SVG for the page, and as PNG and PDF files."""
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Sequence
@@ -20,7 +18,6 @@ _PAGE_COLOURS = {FOREGROUND: "var(--text)", GRID: "var(--grid)"}
 
 
 def _settings(**more: Any) -> AbstractContextManager[None]:
-    """Return a context with this module's settings of matplotlib."""
     import matplotlib as mpl
 
     colours = dict.fromkeys(
@@ -31,12 +28,12 @@ def _settings(**more: Any) -> AbstractContextManager[None]:
 
 
 def line_id(figure: Figure, panel: int, line: int) -> str:
-    """Return the id, on the page, of the element that holds a line's points."""
+    """Id, on the page, of the element that holds a line's points."""
     return f"{figure.name}-{panel}-line-{line}"
 
 
 def panel_svg(figure: Figure, number: int) -> str:
-    """Return a panel of a figure, without its title, as an SVG element for the page."""
+    """A panel of a figure, without its title, as an SVG element for the page."""
     from matplotlib.figure import Figure as Canvas
 
     name = f"{figure.name}-{number}"
@@ -50,7 +47,6 @@ def panel_svg(figure: Figure, number: int) -> str:
 
 @cache
 def swatch_svg(style: Style, kind: str) -> str:
-    """Return a line's entry in a legend as an SVG element."""
     from matplotlib.figure import Figure as Canvas
 
     with _svg_settings(f"{style}{kind}"):
@@ -81,13 +77,6 @@ def _svg(canvas: Any) -> str:
 
 
 def save_figures(figures: Sequence[Figure], folder: Path) -> None:
-    """Write each figure to ``folder`` as NAME.png and NAME.pdf.
-
-    Raises
-    ------
-    OSError
-        If a file cannot be written.
-    """
     from matplotlib.figure import Figure as Canvas
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -147,7 +136,6 @@ def _draw(axes: Any, panel: Panel, figure: Figure) -> list[Any]:
 
 
 def _look(style: Style, kind: str) -> dict[str, Any]:
-    """Return a line's arguments of ``plot``."""
     look: dict[str, Any] = {"color": style.colour}
     if kind == "level":
         return look | {"linestyle": style.dash, "linewidth": 1.8}

@@ -1,7 +1,5 @@
 """The tables of a report."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -9,8 +7,6 @@ from typing import Any
 from longthink.cli.table import Table
 from longthink.lab.report.cells import Cell, Group, Row, Series, Size, Task, size_of
 from longthink.lab.report.comparison import Comparison
-
-__all__ = ["Table", "accuracy_table", "comparison_table", "measurements_table", "results_table"]
 
 Labels = dict[Series, str]
 _CELL = dict.fromkeys(("model and decoding", "task", "max new tokens", "policy"), "text")
@@ -24,7 +20,6 @@ def _names(cell: Cell, labels: Labels) -> list[Any]:
 
 
 def results_table(cells: Sequence[Cell], labels: Labels) -> Table:
-    """Return accuracy, length, time and memory of every cell."""
     columns = _CELL | _SIZE | {
         "problems": "count", "samples": "count", "accuracy": "percent", "low": "percent", "high": "percent",
         "cut off": "percent", "no room": "percent", "tokens (median)": "number", "seconds (median)": "number",
@@ -32,16 +27,12 @@ def results_table(cells: Sequence[Cell], labels: Labels) -> Table:
     }  # fmt: skip
     rows = [
         [
-            *_names(cell, labels),
-            len(cell.by_problem),
-            len(cell.rows),
-            *cell.share("correct"),
-            cell.share("cut_off")[0],
-            cell.share("no_room")[0],
+            *_names(cell, labels), len(cell.by_problem), len(cell.rows), *cell.share("correct"),
+            cell.share("cut_off")[0], cell.share("no_room")[0],
             *map(cell.median, ("generated_tokens", "seconds", "kv_bytes_peak", "dense_kv_bytes")),
         ]
         for cell in cells
-    ]
+    ]  # fmt: skip
     note = (
         "Low and high: Wilson 95 % interval, which counts problems. Several samples and seeds of a problem are "
         "averaged first. Medians leave out prompts without room."
@@ -50,7 +41,6 @@ def results_table(cells: Sequence[Cell], labels: Labels) -> Table:
 
 
 def accuracy_table(cells: Sequence[Cell], labels: Labels) -> Table:
-    """Return accuracy with its interval: a row per policy, a column per size."""
     sizes = sorted({cell.size for cell in cells})
     found: dict[tuple[Group, Task, Series], dict[Size, Cell]] = defaultdict(dict)
     for cell in cells:
@@ -95,7 +85,6 @@ def comparison_table(
 
 
 def measurements_table(rows: Sequence[Row]) -> Table:
-    """Return every measured point."""
     columns = {
         "kind": "text", "system": "text", "model": "text", "dtype": "text", **_SIZE, "rows": "count",
         "prompt tokens": "count", "decode tokens": "count", "ms per token": "number", "seconds": "number",
