@@ -90,17 +90,14 @@ def load_replays(store: TraceStore) -> tuple[list[Replay], Rules]:
 
 @dataclass(frozen=True, kw_only=True)
 class Mean:
-    """What one policy at one budget kept: means over `problems`, None where a value has no meaning.
-
-    The prompts of `no_room` other problems do not fit; they are in no mean.
-    """
+    """What one policy at one budget kept: means over `problems`, None where a value has no meaning."""
 
     policy: str
     budget: int | None
     decode_budget: int | None
     page_size: int
     problems: int
-    no_room: int
+    no_room: int  # problems whose prompts do not fit; they are in no mean
     recall: float | None
     worst: float | None
     lookups: float | None

@@ -164,9 +164,8 @@ class TraceStore:
         if settings is not None and self.settings != dict(settings):
             names = sorted({*settings, *self.settings})
             changed = ", ".join(name for name in names if settings.get(name) != self.settings.get(name))
-            raise TraceError(
-                f"{self.folder} was recorded with other settings ({changed}): give another folder"
-            )
+            fault = f"was recorded with other settings ({changed})"
+            raise TraceError(f"{self.folder} {fault}: give another folder")
         if settings is not None:
             remove_stale(self.folder)
 
@@ -195,10 +194,12 @@ class TraceWriter:
     def __init__(self, path: Path, *, vectors: bool) -> None:
         lists = {"counts": pa.int32(), "pages": pa.int32(), "mass": pa.float16(), "rest": pa.float16()}
         lists |= {name: pa.float32() for name in _VECTORS} if vectors else {}
-        columns = {"now": pa.int32(), "layer": pa.int16()} | {
-            name: pa.list_(of) for name, of in lists.items()
-        }
-        self._schema = pa.schema(list(columns.items()))
+        columns = [
+            ("now", pa.int32()),
+            ("layer", pa.int16()),
+            *((name, pa.list_(of)) for name, of in lists.items()),
+        ]
+        self._schema = pa.schema(columns)
         encodings = {"pages": "DELTA_BINARY_PACKED", "counts": "DELTA_BINARY_PACKED"}
         encodings |= {name: "BYTE_STREAM_SPLIT" for name in lists if name not in encodings}
         self._writer = parquet.ParquetWriter(

@@ -115,9 +115,9 @@ def _is_right(graded: dict[str, dict[str, Any]], one: Advice, loss: float) -> bo
 
 def _grade(one: Advice | None, problems: Problems, model: Model, recording: Recording) -> dict[str, Any]:
     from longthink.lab.evaluate.plan import Plan
-    from longthink.lab.evaluate.run import run_sweep
     from longthink.lab.evaluate.summary import summarize
     from longthink.lab.evaluate.sweep import Sweep
+    from longthink.lab.evaluate.workers import run_sweep
     from longthink.lab.results.statistics import wilson
     from longthink.lab.results.store import ResultStore
 

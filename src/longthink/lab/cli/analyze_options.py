@@ -1,7 +1,4 @@
-"""Options shared by the commands that analyse attention.
-
-Annotations are real objects here, not strings: see `longthink.cli.options`.
-"""
+"""Options shared by the commands that analyse attention. Annotations are objects: see `longthink.cli.options`."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
@@ -20,15 +17,9 @@ if TYPE_CHECKING:
     from longthink.models import Loaded
 
 Files = Annotated[list[Path] | None, Parameter(negative="")]  # files, each with a flag of its own
-Classes = Annotated[
-    Path | None,
-    Parameter(
-        help="TOML or YAML file with the thresholds of page classes [default: "
-        + ", ".join(f"{name}={value}" for name, value in asdict(Rules()).items())
-        + "]."
-    ),
-]
-"""File that replaces some of the defaults of `Rules`."""
+_RULES = ", ".join(f"{name}={value}" for name, value in asdict(Rules()).items())
+_HELP = f"TOML or YAML file with the thresholds of page classes [default: {_RULES}]."
+Classes = Annotated[Path | None, Parameter(help=_HELP)]
 
 
 @Parameter(name="*", group=Group("Model", sort_key=2))

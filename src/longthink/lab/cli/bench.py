@@ -87,11 +87,8 @@ class JctOptions(BenchOptions):
 @dataclass(frozen=True, kw_only=True)
 class MemoryOptions(BenchOptions):
     baselines: str = "dynamic,static"
-    """Dense caches of transformers to compare with, separated by commas."""
     lengths: str = "512,1024,2048"
-    """Decoded tokens at which to measure, separated by commas."""
     fast_forward: bool = False
-    """Fill the caches with random data up to each length instead of decoding."""
 
 
 _JCT, _MEMORY = JctOptions(), MemoryOptions()

@@ -1,7 +1,4 @@
-"""``longthink eval``: accuracy of policies at budgets on problem sets, into a result store.
-
-Annotations are real objects here, not strings: see `longthink.cli.options`.
-"""
+"""``longthink eval``: accuracy of policies on problem sets. Annotations are objects: see `longthink.cli.options`."""
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -112,9 +109,9 @@ def evaluate(
 
     Every sample is stored as soon as it is complete; after an interruption the same command makes what is missing.
     """
-    from longthink.lab.evaluate.run import run_sweep
     from longthink.lab.evaluate.settings import make_plan, read_settings
     from longthink.lab.evaluate.sweep import Sweep
+    from longthink.lab.evaluate.workers import run_sweep
     from longthink.lab.results.store import ResultStore
 
     from_file = {} if run.config is None else read_settings(run.config.expanduser())

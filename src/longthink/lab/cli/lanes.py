@@ -99,10 +99,8 @@ def _follow(helper: Helper, waiting: deque[Runner], course: Course, shown: Shown
             return
 
 
-# The helper's side --------------------------------------------------------------------------------------------
-
-
 def _help(parent: Parent) -> None:
+    """Run the policies that the parent sends, in the helper's process."""
     from longthink.models import load_model
     from longthink.policies import make_policy
 

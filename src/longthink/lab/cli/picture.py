@@ -68,10 +68,7 @@ def save_png(panels: Sequence[Panel], path: Path, *, title: str) -> None:
 
 
 def render(panels: Sequence[Panel], console: Console, *, rows: int = 18) -> list[Text]:
-    """Return the picture as lines of text for ``console``, panels side by side where they fit.
-
-    In colour each character shows two positions (half blocks); without colour each shows one, as a shade.
-    """
+    """Return the picture as lines: two positions a character (half blocks) in colour, else one, as a shade."""
     margin = 8
     width = max(18, min(48, (console.width + 2) // len(panels) - margin))
     side_by_side = max(1, (console.width + 2) // (width + margin))

@@ -111,5 +111,4 @@ class Grader(AbstractContextManager["Grader"]):
 
 
 def _plain(answer: str) -> str:
-    """Strip differences in style, for comparison as text."""
     return _STYLE.sub("", answer.replace("dfrac", "frac").replace("tfrac", "frac"))

@@ -39,8 +39,6 @@ class CacheConfig(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One configuration: all its samples have the same setup."""
-
     policy: str  # as requested
     cache: CacheConfig  # with the seed filled in
     task: str
@@ -113,7 +111,6 @@ class Plan:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Plan:
-        """Return the plan whose `asdict` went through JSON."""
         fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         return cls(**fields)
 

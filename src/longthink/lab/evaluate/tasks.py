@@ -35,7 +35,6 @@ SOURCES: dict[str, Source] = {
     # 1983 to 2024, the same set as in lm-evaluation-harness
     "aime": Source("gneubig/aime-1983-2024", None, "train", Fields("Question", "Answer", "ID"), 32768),
 }
-"""Problem sets by task name."""
 
 
 def read_hub(name: str) -> list[Item]:
@@ -54,7 +53,6 @@ def read_hub(name: str) -> list[Item]:
 
 
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
-"""Appended to each problem."""
 BUILTIN = "reasoner"  # first part of the names of the built-in tasks
 DEFAULT_SIZE = "m"
 FILE_MAX_NEW_TOKENS = 32768  # default token limit for problem files, about which nothing is known

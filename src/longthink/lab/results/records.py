@@ -38,7 +38,6 @@ class Sample(Setup):
 
     table: ClassVar[str] = "samples"
     key: ClassVar[tuple[str, ...]] = ("config", "problem", "sample")
-
     config: str  # `Setup.config_hash`
     problem: str
     sample: int  # which of several, from 0
@@ -67,7 +66,6 @@ class Measurement:
 
     table: ClassVar[str] = "measurements"
     key: ClassVar[tuple[str, ...]] = ("run", "decode_tokens")
-
     run: str  # one curve over decoded tokens (those of a peer may have been prefilled)
     kind: str  # ``jct``, ``memory``, ``peers`` (beside other libraries) or ``batch`` (the same for batches)
     system: str  # a policy, a dense cache such as ``hf dynamic``, or a peer such as ``openvino f32 eviction``
