@@ -25,8 +25,6 @@ Classes = Annotated[Path | None, Parameter(help=_HELP)]
 @Parameter(name="*", group=Group("Model", sort_key=2))
 @dataclass(frozen=True, kw_only=True)
 class Model(ModelOptions):
-    """`ModelOptions` in a group of their own."""
-
     model: str = REASONER
     """Hub id or local folder; "reasoner" is the built-in model."""
     device: str = "auto"
@@ -87,7 +85,6 @@ class Recording:
 
 
 def read_rules(path: Path | None) -> Rules:
-    """Return the thresholds in a file of settings, or the defaults."""
     if path is None:
         return Rules()
     from longthink.lab.evaluate.settings import read_settings

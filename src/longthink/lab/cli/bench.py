@@ -38,8 +38,6 @@ DEFAULT_BUDGET = 1024
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions(BudgetOptions, ModelOptions):
-    """Options that the benchmarks share."""
-
     model: str = RANDOM
     """Hub id or folder of a model, "reasoner", or a random model: random: and its shape."""
     policies: str = "dense,raas,quest,h2o,streaming_llm,recency,random"

@@ -94,7 +94,7 @@ _PROBLEMS, _POLICIES, _MODEL, _DECODING, _RUN = (
 def given(*groups: Any) -> dict[str, Any]:
     values = {field.name: getattr(group, field.name) for group in groups for field in fields(group)}
     values = {
-        name: value for name, value in values.items() if value is not None and name not in ("config", "json")
+        name: values[name] for name in values if values[name] is not None and name not in ("config", "json")
     }
     if "data" in values:
         values["data"] = [str(path) for path in values["data"]]

@@ -1,7 +1,6 @@
-"""The demo's policies side by side: this process and its helpers, each with a model, take one policy after another.
+"""The demo's policies side by side: this process and its helpers, each with a model, take one after another.
 
-Only the time of a token depends on which process ran a policy. If a helper dies or fails, this process runs its
-policy again, and meets the same error if there is one.
+If a helper dies or fails, this process runs its policy again, and meets the same error if there is one.
 """
 
 from __future__ import annotations

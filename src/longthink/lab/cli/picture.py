@@ -1,7 +1,6 @@
 """The demo's picture of which tokens stayed alive, as a PNG file and in the terminal.
 
-Decode steps run to the right, logical positions upwards; the shade is the share of page tables (layers and KV heads)
-that hold the token, in the colours of "cividis", a map for colour-blind readers.
+The shade is the share of page tables that hold the token, in "cividis", a map for colour-blind readers.
 """
 
 from __future__ import annotations

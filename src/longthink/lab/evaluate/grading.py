@@ -33,11 +33,7 @@ class Verdict:
 
 
 class Grader(AbstractContextManager["Grader"]):
-    """Grades texts with math-verify, in a child process that is started when needed and replaced when it fails.
-
-    Use it in a ``with`` block, from one thread at a time. Answers that exceed a limit (seconds; MiB of address space)
-    count as wrong.
-    """
+    """Grades texts with math-verify in a child process, which is replaced when it fails or exceeds a limit."""
 
     def __init__(self, *, seconds: float = 10.0, memory_mib: int = 2048) -> None:
         check_range("seconds", seconds, 0.01)

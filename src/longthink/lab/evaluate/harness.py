@@ -107,7 +107,6 @@ class LongthinkLM(HFLM):
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the harness's own command with the words after ``lm_eval``."""
     from lm_eval.__main__ import cli_evaluate
 
     # It reads nothing but the process's own arguments.

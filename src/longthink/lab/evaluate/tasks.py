@@ -96,17 +96,10 @@ def load_tasks(
 ) -> list[Task]:  # fmt: skip
     """Load problem sets by name; docs/tasks.md lists them.
 
-    Parameters
-    ----------
-    data
-        Problem files (``.jsonl``, ``.parquet``). Each is a task named by its stem, and replaces a set of that name on
-        the Hub; files that `names` does not mention come last.
-    count
-        Maximum number of problems per task; None takes all. Built-in tasks are endless and require it.
-    choose
-        ``first``, or ``random`` (by `seed`; a larger count extends the choice of a smaller one).
-    seed
-        Seed of the random choice. Built-in problems take consecutive seeds from here, or random ones.
+    Each file in `data` is a task named by its stem and replaces a set of that name on the Hub; files that `names`
+    does not mention come last. `count` limits the problems of a task; built-in tasks are endless and require it.
+    `choose` is ``first``, or ``random`` by `seed` (a larger count extends the choice of a smaller one); built-in
+    problems take consecutive seeds from `seed`, or random ones.
     """
     check_choice("choose", choose, ("first", "random"))
     check_int("seed", seed, 0)

@@ -34,8 +34,6 @@ class Setup:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample(Setup):
-    """One answer of one model to one problem."""
-
     table: ClassVar[str] = "samples"
     key: ClassVar[tuple[str, ...]] = ("config", "problem", "sample")
     config: str  # `Setup.config_hash`
