@@ -16,13 +16,13 @@ from bench.peers import measure
 from bench.peers.plan import PEERS, POLICIES, QUICK, PeersPlan
 from bench.peers.tables import make_tables
 from longthink.cli.errors import EXIT_INTERRUPTED
-from longthink.cli.options import Switch, policy_specs
+from longthink.cli.options import Switch, policy_specs, words
 from longthink.cli.progress import progress
 from longthink.cli.table import Table
 from longthink.cli.terminal import note, write_json
 from longthink.config import check_choice
 from longthink.errors import needs_extra
-from longthink.lab.cli.bench import load, open_store, words
+from longthink.lab.cli.bench import load, open_store
 from longthink.lab.report.measured import measurement_figures
 from longthink.lab.report.plots import save_figures
 from longthink.lab.report.style import make_styles

@@ -1,7 +1,5 @@
 """Advice: the policies and smallest budgets that keep what a model reads within a given loss."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -5,8 +5,6 @@ The optimum for that case is an assignment problem: see `optimal_recall`.
 Shape suffixes: L layers, K KV heads, C budgets, B = C * L rows, N tokens, P page slots, Q prompt columns.
 """
 
-from __future__ import annotations
-
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -22,8 +20,7 @@ from longthink.lab.analyze.store import Trace, TraceStep
 from longthink.policies import PAGE_SIZES, PageTable, Policy, TrimsPrompt
 
 MAX_PAGES = 2048
-MAX_CELLS = 1 << 28
-"""Beyond this many pages, or cells of memory, the optimum uses larger pages: its time grows with their cube."""
+MAX_CELLS = 1 << 28  # beyond these, the optimum uses larger pages: its time grows with their cube
 NEVER = torch.iinfo(torch.int32).max
 
 

@@ -1,7 +1,5 @@
 """Does what a policy keeps predict how often it is right? Replays against decoded answers to the same problems."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

@@ -3,8 +3,6 @@
 Shape suffixes: M maps (``layer * heads + head``), P pages. A map is the attention of one query head: steps x pages.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import IntEnum
 

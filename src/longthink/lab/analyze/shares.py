@@ -1,7 +1,5 @@
 """Shares of classes over problems, with intervals, and the typical texts of a class."""
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

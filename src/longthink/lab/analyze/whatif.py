@@ -5,8 +5,6 @@ model that has not lost it. Recall says what was lost, not how the text would ha
 layers, K KV heads, G query heads each, H query heads, M = L * H maps, N tokens, T decode steps, D head dim.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 

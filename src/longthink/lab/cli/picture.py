@@ -3,8 +3,6 @@
 The shade is the share of page tables that hold the token, in "cividis", a map for colour-blind readers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Finding the final answer of a text: boxes, answer lines, and the end of a thinking block."""
 
-from __future__ import annotations
-
 import re
 
 # An escaped character is neither a box nor a brace: "\\{" is a printed brace.

@@ -1,7 +1,5 @@
 """Workers on a Ray cluster: a task makes a shard of samples and streams them back to the driver."""
 
-from __future__ import annotations
-
 import logging
 import os
 import socket
@@ -119,6 +117,4 @@ def _shard(plan: Plan, cache: CacheConfig | None, units: list[Unit]) -> Iterator
             yield numbers[unit], sample
 
 
-@cached
-def _solver(plan: Plan) -> Solver:
-    return Solver(plan)
+_solver = cached(Solver)  # keeps the model for the next shard of the same process

@@ -3,8 +3,6 @@
 Computer algebra on model output may hang, exhaust memory or crash the interpreter; here it harms nothing else.
 """
 
-from __future__ import annotations
-
 import contextlib
 import signal
 import sys

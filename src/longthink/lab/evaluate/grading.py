@@ -1,7 +1,5 @@
 """Grading: find the answer in a text and decide whether it is right."""
 
-from __future__ import annotations
-
 import re
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,8 +12,7 @@ from longthink.lab.evaluate.files import Item
 from longthink.lab.processes import Child, ChildDied
 from longthink.reasoner.task import final_value
 
-MAX_ANSWER = 1000
-"""Longest answer or gold answer that computer algebra gets (characters); longer ones are compared as text only."""
+MAX_ANSWER = 1000  # characters that computer algebra gets; longer answers are compared as text only
 TAIL = 1000  # characters at the end of a text that are searched for phrases such as "the answer is"
 
 _START_S = 120.0

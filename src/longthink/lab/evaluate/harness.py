@@ -4,8 +4,6 @@ The harness's registry is not open to other packages: ``longthink lm-eval`` regi
 of this module.
 """
 
-from __future__ import annotations
-
 import logging
 import sys
 from collections.abc import Sequence

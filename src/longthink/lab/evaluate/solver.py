@@ -1,7 +1,5 @@
 """Making samples: a model decodes units, a grader judges the answers. As a program a worker of `ProcessWorkers`."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager

@@ -1,7 +1,5 @@
 """Tasks: named problem sets with their prompts, from the Hub, from files and from the built-in task."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

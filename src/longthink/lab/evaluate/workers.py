@@ -1,7 +1,5 @@
 """Running a sweep: in this process, in several on this machine, or on a Ray cluster."""
 
-from __future__ import annotations
-
 import os
 import queue
 from abc import ABC, abstractmethod

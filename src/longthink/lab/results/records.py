@@ -1,7 +1,5 @@
 """The rows of a result store, each with everything needed to repeat and to judge it."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import dataclass, fields

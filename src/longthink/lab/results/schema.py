@@ -1,7 +1,5 @@
 """Column types of the record tables, derived from the dataclasses, and the checks on reading and writing."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import fields
 from functools import cache
