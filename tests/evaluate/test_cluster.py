@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from longthink.errors import SweepError
-from longthink.lab.evaluate.run import run_sweep
+from longthink.lab.evaluate.workers import run_sweep
 from tests.evaluate.sweeps import made, raw_keys, short_sweep
 
 ray = pytest.importorskip("ray", reason="needs the extra ray")

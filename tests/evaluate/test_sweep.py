@@ -6,10 +6,10 @@ import torch
 
 from longthink.errors import SweepError
 from longthink.hf import generate
-from longthink.lab.evaluate.run import run_sweep
 from longthink.lab.evaluate.solver import Solver
 from longthink.lab.evaluate.summary import majority_is_right, summarize
 from longthink.lab.evaluate.tasks import prompt_ids
+from longthink.lab.evaluate.workers import run_sweep
 from tests.evaluate.sweeps import made, raw_keys, short_sweep
 
 SOLVER = "longthink.lab.evaluate.solver"

@@ -66,10 +66,7 @@ class Child:
             raise TimeoutError from None
 
     def parse(self, line: bytes) -> Any:
-        """Return the message in a line of the inbox; `ChildDied` if it ended.
-
-        The error that ended `serve` is raised in its own type where that is a built-in one or one of longthink's.
-        """
+        """Return the message in a line of the inbox; raise `ChildDied`, or the error that ended `serve`."""
         if not line.endswith(b"\n"):
             code = self._process.wait()
             raise ChildDied(f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}")

@@ -1,7 +1,5 @@
 """Advice: the policies and smallest budgets that keep what a model reads within a given loss."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,10 +86,7 @@ def advise(
 
 
 def request_bytes(policy: Policy, budget: Budget, shape: Shape) -> tuple[int, int]:
-    """Return the bytes of one request's keys and values, and of the rest of its cache.
-
-    The slots are those that decoding would allocate, on the meta device; growing layers count at the longest text.
-    """
+    """Return the bytes of one request's keys and values, and of the rest of its cache, as decoding allocates it."""
     kv_bytes = metadata_bytes = 0
     for layer in range(shape.layers):
         mine = policy.for_layer(layer)

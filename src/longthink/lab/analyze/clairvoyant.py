@@ -5,8 +5,6 @@ The optimum for that case is an assignment problem: see `optimal_recall`.
 Shape suffixes: L layers, K KV heads, C budgets, B = C * L rows, N tokens, P page slots, Q prompt columns.
 """
 
-from __future__ import annotations
-
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -22,8 +20,7 @@ from longthink.lab.analyze.store import Trace, TraceStep
 from longthink.policies import PAGE_SIZES, PageTable, Policy, TrimsPrompt
 
 MAX_PAGES = 2048
-MAX_CELLS = 1 << 28
-"""Beyond this many pages, or cells of memory, the optimum uses larger pages: its time grows with their cube."""
+MAX_CELLS = 1 << 28  # beyond these, the optimum uses larger pages: its time grows with their cube
 NEVER = torch.iinfo(torch.int32).max
 
 
@@ -43,16 +40,13 @@ class Future:
         cell, time = (np.concatenate([np.zeros(0, np.int64), *parts]) for parts in (cells, times))
         order = np.lexsort((time, cell))
         cell, time = cell[order], time[order]
-        same = np.zeros(len(cell), dtype=bool)
-        same[:-1] = cell[1:] == cell[:-1]
-        following = np.full(len(cell), NEVER)
-        following[:-1][same[:-1]] = time[1:][same[:-1]]
+        same = cell[1:] == cell[:-1]
+        following = np.append(np.where(same, time[1:], NEVER), NEVER)[: len(cell)]
         by_time = np.argsort(time, kind="stable")
         self._cell, self._following = torch.from_numpy(cell[by_time]), torch.from_numpy(following[by_time])
         self._bounds = np.searchsorted(time[by_time], np.arange(header.steps.stop + 1))
         self.next_LKP = torch.full(self.shape, NEVER, dtype=torch.int64)
-        first = np.ones(len(cell), dtype=bool)
-        first[1:] = cell[1:] != cell[:-1]
+        first = np.append(True, ~same)[: len(cell)]
         self.next_LKP.view(-1)[torch.from_numpy(cell[first])] = torch.from_numpy(time[first])
         self.last_LKP = torch.full(self.shape, -1, dtype=torch.int64)
         self.last_LKP.view(-1)[torch.from_numpy(cell)] = torch.from_numpy(time)
@@ -158,9 +152,7 @@ class OptimalRun:
             lost = self._mass[table, ::-1].cumsum(0)[::-1].astype(np.float64)
             return optimal_recall(lost, prompt, slots)[1]
 
-        with ThreadPoolExecutor(
-            torch.get_num_threads()
-        ) as pool:  # the search releases the interpreter's lock
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # it releases the interpreter's lock
             found = pool.map(victims_of, range(tables))
         for table, victims in enumerate(found):
             for born in np.nonzero(victims >= 0)[0].tolist():

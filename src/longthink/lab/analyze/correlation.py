@@ -1,7 +1,5 @@
 """Does what a policy keeps predict how often it is right? Replays against decoded answers to the same problems."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -33,10 +31,7 @@ class Correlation:
 
 
 def correlate(replays: Sequence[Replay], correct: Mapping[Key, float], *, seed: int = 0) -> list[Correlation]:
-    """Return the correlation of each measure with `correct`, the share of right answers of each key.
-
-    Replays without an answer, and the optimum, do not count. `TraceError` if fewer than three cells are left.
-    """
+    """Return the correlation of each measure with the share of right answers; `TraceError` below three cells."""
     found = {one.key: one for one in replays if not one.note and one.policy != OPTIMUM and one.key in correct}
     cells = list(dict.fromkeys(key[2:] for key in found))
     asked = dict.fromkeys(key[:2] for key in found)

@@ -3,8 +3,6 @@
 Shape suffixes: M maps (``layer * heads + head``), P pages. A map is the attention of one query head: steps x pages.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -124,11 +122,7 @@ def map_classes(lives: Lives) -> NDArray[np.int64]:
 
 
 def read_shares(lives: Lives) -> NDArray[np.float64]:
-    """Return the shares of each map's uses, by attention: sink-like, milestones, phoenixes. M x 3.
-
-    Uses of near pages and of sinks are sink-like, the others count for the class of their page. A map without any use
-    has zeros.
-    """
+    """Return the shares of each map's uses, by attention: near or sinks, milestones, phoenixes. M x 3; 0: unused"""
     classes, far = lives.classes_MP, lives.read_MP - lives.near_MP
     total = np.maximum(lives.read_MP.sum(1), 1e-30)
     kinds = (PageClass.SINK, PageClass.MILESTONE, PageClass.PHOENIX)

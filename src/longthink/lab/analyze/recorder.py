@@ -4,8 +4,6 @@ Shape suffixes: B batch rows (one), K KV heads, G query heads per KV head, H que
 far, P pages, D head dim.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -38,32 +36,6 @@ class Prompt:
     problem: str
     inputs: Mapping[str, Tensor]
     max_new_tokens: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recording(Dense):
-    """Dense, which passes the exact attention weights of every step to a tape."""
-
-    tape: _Tape = field(repr=False, compare=False)
-    layer: int = 0
-
-    @property
-    @override
-    def needs(self) -> frozenset[str]:
-        return frozenset({"weights", "prompt_mass", "vectors"})
-
-    @override
-    def for_layer(self, layer_idx: int) -> Self:
-        return replace(self, layer=layer_idx)
-
-    @override
-    def admit(self, table: PageTable, mass_BKS: Tensor | None) -> None:
-        assert mass_BKS is not None
-        self.tape.prompt(self.layer, table, mass_BKS)
-
-    @override
-    def observe(self, table: PageTable, step: Step) -> None:
-        self.tape.step(self.layer, table, step)
 
 
 class _Tape:
@@ -126,6 +98,32 @@ class _Tape:
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Recording(Dense):
+    """Dense, which passes the exact attention weights of every step to a tape."""
+
+    tape: _Tape = field(repr=False, compare=False)
+    layer: int = 0
+
+    @property
+    @override
+    def needs(self) -> frozenset[str]:
+        return frozenset({"weights", "prompt_mass", "vectors"})
+
+    @override
+    def for_layer(self, layer_idx: int) -> Self:
+        return replace(self, layer=layer_idx)
+
+    @override
+    def admit(self, table: PageTable, mass_BKS: Tensor | None) -> None:
+        assert mass_BKS is not None
+        self.tape.prompt(self.layer, table, mass_BKS)
+
+    @override
+    def observe(self, table: PageTable, step: Step) -> None:
+        self.tape.step(self.layer, table, step)
+
+
 def _plain(tensor: Tensor) -> NDArray[np.float32]:
     return tensor.float().cpu().numpy().reshape(-1)
 
@@ -137,8 +135,8 @@ def record(
 ) -> TraceStore:  # fmt: skip
     """Decode prompts greedily with Dense and store what every head read in every step.
 
-    Problems that the folder has already are skipped, so the same call continues after an interruption. Only the
-    model's own cache grows with the chain of thought.
+    Problems that the folder has already are skipped, so the same call continues after an interruption. `TraceError`
+    if the folder holds something else, or traces with other settings.
 
     Parameters
     ----------
@@ -152,11 +150,6 @@ def record(
         Also store queries, keys and values, for policies that read them (small models; page size 1).
     name, describe
         The model's name, and other facts about it to store.
-
-    Raises
-    ------
-    UnsupportedModelError, TraceError, ValueError
-        If the model is not supported, the folder holds something else, or an argument is out of range.
     """
     check_int("page_size", page_size, 1, MAX_PAGE_SIZE)
     check_int("top", top, 0)

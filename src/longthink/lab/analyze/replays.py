@@ -1,7 +1,5 @@
 """Results of replays, their means over problems, and the Parquet file with the traces that stores them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,8 +16,7 @@ with needs_extra("analyze"):
     import pyarrow as pa
     from pyarrow import parquet
 
-BELADY, OPTIMUM = CLAIRVOYANT = ("belady", "optimum")
-"""Names of the two that know the future; see `longthink.lab.analyze.clairvoyant`."""
+BELADY, OPTIMUM = CLAIRVOYANT = ("belady", "optimum")  # they know the future
 FOLDER, FILE = "what-if", "replays.parquet"
 _ARRAYS = {"curve_T": np.float32, "maps_M": np.float32, "gone_LKN": np.int32}
 
@@ -62,10 +59,8 @@ def save_replays(store: TraceStore, replays: Sequence[Replay], rules: Rules) -> 
         pa.list_(pa.float32()): ("curve_T", "maps_M"),
         pa.list_(pa.list_(pa.list_(pa.int32()))): ("gone_LKN",),
     }
-    schema = pa.schema(
-        [(name, kind) for kind, names in columns.items() for name in names],
-        metadata={"rules": json.dumps(asdict(rules))},
-    )
+    fields = [(name, kind) for kind, names in columns.items() for name in names]
+    schema = pa.schema(fields, metadata={"rules": json.dumps(asdict(rules))})
     rows = [vars(one) | {name: getattr(one, name).tolist() for name in _ARRAYS} for one in kept.values()]
     (store.folder / FOLDER).mkdir(exist_ok=True)
     with replacing(store.folder / FOLDER / FILE) as temporary:
@@ -90,17 +85,14 @@ def load_replays(store: TraceStore) -> tuple[list[Replay], Rules]:
 
 @dataclass(frozen=True, kw_only=True)
 class Mean:
-    """What one policy at one budget kept: means over `problems`, None where a value has no meaning.
-
-    The prompts of `no_room` other problems do not fit; they are in no mean.
-    """
+    """What one policy at one budget kept: means over `problems`, None where a value has no meaning."""
 
     policy: str
     budget: int | None
     decode_budget: int | None
     page_size: int
     problems: int
-    no_room: int
+    no_room: int  # problems whose prompts do not fit; they are in no mean
     recall: float | None
     worst: float | None
     lookups: float | None

@@ -1,7 +1,5 @@
 """Shares of classes over problems, with intervals, and the typical texts of a class."""
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,7 +12,7 @@ from longthink.lab.results.statistics import paired_bootstrap
 _DRAWS = 1000  # there are many intervals
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Share:
     """The share of a class and its 95 % bootstrap interval over problems, which is None with a single problem."""
 
@@ -35,9 +33,7 @@ def share_table(all_lives: Iterable[Lives]) -> list[Share]:
     table = []
     for (scope, part, name), shares in found.items():
         share, low, high = mean_with_interval(shares)
-        table.append(
-            Share(scope=scope, part=part, name=name, share=share, low=low, high=high, problems=len(shares))
-        )
+        table.append(Share(scope, part, name, share, low, high, len(shares)))
     return table
 
 

@@ -5,14 +5,13 @@ precision; mass on unlisted pages is the head's ``rest``. The row with ``now`` -
 itself, summed over queries, for each KV head.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,7 +59,7 @@ class Header:
         return -(-self.steps.stop // self.page_size)
 
     @classmethod
-    def from_json(cls, text: str) -> Header:
+    def from_json(cls, text: str) -> Self:
         values = json.loads(text)
         known = {one.name for one in fields(cls)}
         lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
@@ -92,7 +91,7 @@ class Trace:
     header: Header
 
     @classmethod
-    def open(cls, path: Path) -> Trace:
+    def open(cls, path: Path) -> Self:
         try:
             metadata = parquet.read_metadata(path).metadata or {}
             return cls(path, Header.from_json(metadata[b"longthink"].decode()))
@@ -164,9 +163,8 @@ class TraceStore:
         if settings is not None and self.settings != dict(settings):
             names = sorted({*settings, *self.settings})
             changed = ", ".join(name for name in names if settings.get(name) != self.settings.get(name))
-            raise TraceError(
-                f"{self.folder} was recorded with other settings ({changed}): give another folder"
-            )
+            fault = f"was recorded with other settings ({changed})"
+            raise TraceError(f"{self.folder} {fault}: give another folder")
         if settings is not None:
             remove_stale(self.folder)
 
@@ -189,16 +187,14 @@ def _natural(name: str) -> tuple[int, str]:
     return (int(name) if name.isdecimal() else 0, name)
 
 
-class TraceWriter:
+class TraceWriter(AbstractContextManager["TraceWriter"]):
     """Writes the file of one trace in chunks; complete after `close`. Use it in a ``with`` block."""
 
     def __init__(self, path: Path, *, vectors: bool) -> None:
         lists = {"counts": pa.int32(), "pages": pa.int32(), "mass": pa.float16(), "rest": pa.float16()}
         lists |= {name: pa.float32() for name in _VECTORS} if vectors else {}
-        columns = {"now": pa.int32(), "layer": pa.int16()} | {
-            name: pa.list_(of) for name, of in lists.items()
-        }
-        self._schema = pa.schema(list(columns.items()))
+        columns = {"now": pa.int32(), "layer": pa.int16()}
+        self._schema = pa.schema(columns | {name: pa.list_(of) for name, of in lists.items()})
         encodings = {"pages": "DELTA_BINARY_PACKED", "counts": "DELTA_BINARY_PACKED"}
         encodings |= {name: "BYTE_STREAM_SPLIT" for name in lists if name not in encodings}
         self._writer = parquet.ParquetWriter(
@@ -222,9 +218,6 @@ class TraceWriter:
         self.flush()
         self._writer.add_key_value_metadata({"longthink": header.to_json()})
         self._writer.close()
-
-    def __enter__(self) -> TraceWriter:
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self._writer.close()

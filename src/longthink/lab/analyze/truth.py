@@ -1,7 +1,5 @@
 """Agreement of life stories with the built-in task, for which it is known which tokens are needed until when."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ model that has not lost it. Recall says what was lost, not how the text would ha
 layers, K KV heads, G query heads each, H query heads, M = L * H maps, N tokens, T decode steps, D head dim.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -54,10 +52,9 @@ def what_if(
     future = Future(trace, header.page_size, rules.use)
     runs = [_Run(trace, policy, budgets, future) for policy in policies]
     sizes = [policy.page_size for policy in policies if needs_budget(policy)] or [header.page_size]
-    beladies = []
+    futures = {header.page_size: future}
     if clairvoyant:
-        own = future if min(sizes) == header.page_size else Future(trace, min(sizes), rules.use)
-        beladies.append(own)
+        own = futures[min(sizes)] = futures.get(min(sizes)) or Future(trace, min(sizes), rules.use)
         runs.append(_Run(trace, Belady(future=own, page_size=min(sizes)), budgets, future))
     optima = OptimalRun(trace, min(sizes)) if clairvoyant else None
     prompt = trace.prompt()
@@ -66,13 +63,14 @@ def what_if(
     grid = torch.zeros(header.layers * header.heads, header.steps.stop)
     for count, step in enumerate(trace.steps(), start=1):
         vectors, scale_M = _vectors(trace, step, grid)
-        lookups_M = _lookups(step, header.page_size, rules)
+        far = (step.mass > rules.use) & (step.now - ((step.page + 1) * header.page_size - 1) > rules.local)
+        lookups_M = np.bincount(step.head[far], minlength=len(step.rest)) > 0  # maps that use a distant page
         if optima is not None:
             optima.add(step, scale_M)
         for run in runs:
             run.step(step, vectors, lookups_M)
-        for own in {id(one): one for one in (future, *beladies)}.values():
-            own.pass_by(step.now)
+        for one in futures.values():
+            one.pass_by(step.now)
         on_step(count)
     found = [replay for run in runs for replay in run.replays()]
     if optima is not None:
@@ -87,9 +85,6 @@ class _Vectors(NamedTuple):
     query_LHD: Tensor
     key_LKD: Tensor
     value_LKD: Tensor
-
-    def without(self) -> _Vectors:
-        return _Vectors(self.attention_LKGN, *(one[..., :0] for one in self[1:]))
 
 
 def _vectors(trace: Trace, step: TraceStep, grid: Tensor) -> tuple[_Vectors, NDArray[np.float32]]:
@@ -106,13 +101,6 @@ def _vectors(trace: Trace, step: TraceStep, grid: Tensor) -> tuple[_Vectors, NDA
         for heads, made in recorded
     )
     return _Vectors(grid[:, : step.now + 1].reshape(shape), query, key, value), scale_M
-
-
-def _lookups(step: TraceStep, page_size: int, rules: Rules) -> NDArray[np.bool_]:
-    far = (step.mass > rules.use) & (step.now - ((step.page + 1) * page_size - 1) > rules.local)
-    found = np.zeros(len(step.rest), dtype=bool)
-    found[step.head[far]] = True
-    return found
 
 
 class _Run:
@@ -147,10 +135,11 @@ class _Run:
         token = prompt.page.astype(np.int64) * header.page_size
         mass[torch.from_numpy(prompt.head), torch.from_numpy(token)] = torch.from_numpy(prompt.mass)
         mass_LKN = mass.unflatten(0, (header.layers, header.kv_heads))
+        shape, is_read = mass_LKN.shape, reads_vectors(self.policy.needs)
         keys, values = (
-            torch.zeros(*mass_LKN.shape, 0)
-            if made is None or not reads_vectors(self.policy.needs)
-            else torch.from_numpy(made).view(*mass_LKN.shape, -1)
+            torch.from_numpy(made).view(*shape, -1)
+            if is_read and made is not None
+            else torch.zeros(*shape, 0)
             for made in (prompt.key, prompt.value)
         )
         for layers, replayed in self.parts:
@@ -160,7 +149,7 @@ class _Run:
         header = self.trace.header
         kept_CLH = np.empty((len(self.fits), header.layers, header.heads), dtype=np.float32)
         if not reads_vectors(self.policy.needs):
-            vectors = vectors.without()
+            vectors = _Vectors(vectors.attention_LKGN, *(one[..., :0] for one in vectors[1:]))
         for part, (layers, replayed) in enumerate(self.parts):
             given = vectors if len(layers) == header.layers else _Vectors(*(one[layers] for one in vectors))
             kept_CLKG = replayed.decode(*given, header.scaling)

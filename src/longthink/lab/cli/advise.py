@@ -20,12 +20,10 @@ if TYPE_CHECKING:
     from longthink.lab.analyze.advice import Advice
     from longthink.lab.analyze.store import Header
 
-POLICIES = "recency,h2o:pin_prompt=True,raas:score=exact"
-"""Default policies; with vectors also `VECTOR_POLICIES`."""
+POLICIES = "recency,h2o:pin_prompt=True,raas:score=exact"  # with vectors also `VECTOR_POLICIES`
 VECTOR_POLICIES = "milestone,raas"
 DENSE = "dense"
-_BUDGETS = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
-"""Default budgets: shares of the longest chain of thought, in whole pages of 16."""
+_BUDGETS = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)  # of the longest text
 
 
 @Parameter(name="*", group=Group("Advice", sort_key=0))
@@ -115,9 +113,9 @@ def _is_right(graded: dict[str, dict[str, Any]], one: Advice, loss: float) -> bo
 
 def _grade(one: Advice | None, problems: Problems, model: Model, recording: Recording) -> dict[str, Any]:
     from longthink.lab.evaluate.plan import Plan
-    from longthink.lab.evaluate.run import run_sweep
     from longthink.lab.evaluate.summary import summarize
     from longthink.lab.evaluate.sweep import Sweep
+    from longthink.lab.evaluate.workers import run_sweep
     from longthink.lab.results.statistics import wilson
     from longthink.lab.results.store import ResultStore
 

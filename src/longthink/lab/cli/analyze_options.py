@@ -1,7 +1,4 @@
-"""Options shared by the commands that analyse attention.
-
-Annotations are real objects here, not strings: see `longthink.cli.options`.
-"""
+"""Options shared by the commands that analyse attention. Annotations are objects: see `longthink.cli.options`."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
@@ -20,22 +17,14 @@ if TYPE_CHECKING:
     from longthink.models import Loaded
 
 Files = Annotated[list[Path] | None, Parameter(negative="")]  # files, each with a flag of its own
-Classes = Annotated[
-    Path | None,
-    Parameter(
-        help="TOML or YAML file with the thresholds of page classes [default: "
-        + ", ".join(f"{name}={value}" for name, value in asdict(Rules()).items())
-        + "]."
-    ),
-]
-"""File that replaces some of the defaults of `Rules`."""
+_RULES = ", ".join(f"{name}={value}" for name, value in asdict(Rules()).items())
+_HELP = f"TOML or YAML file with the thresholds of page classes [default: {_RULES}]."
+Classes = Annotated[Path | None, Parameter(help=_HELP)]
 
 
 @Parameter(name="*", group=Group("Model", sort_key=2))
 @dataclass(frozen=True, kw_only=True)
 class Model(ModelOptions):
-    """`ModelOptions` in a group of their own."""
-
     model: str = REASONER
     """Hub id or local folder; "reasoner" is the built-in model."""
     device: str = "auto"
@@ -96,7 +85,6 @@ class Recording:
 
 
 def read_rules(path: Path | None) -> Rules:
-    """Return the thresholds in a file of settings, or the defaults."""
     if path is None:
         return Rules()
     from longthink.lab.evaluate.settings import read_settings

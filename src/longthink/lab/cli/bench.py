@@ -38,8 +38,6 @@ DEFAULT_BUDGET = 1024
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions(BudgetOptions, ModelOptions):
-    """Options that the benchmarks share."""
-
     model: str = RANDOM
     """Hub id or folder of a model, "reasoner", or a random model: random: and its shape."""
     policies: str = "dense,raas,quest,h2o,streaming_llm,recency,random"
@@ -87,11 +85,8 @@ class JctOptions(BenchOptions):
 @dataclass(frozen=True, kw_only=True)
 class MemoryOptions(BenchOptions):
     baselines: str = "dynamic,static"
-    """Dense caches of transformers to compare with, separated by commas."""
     lengths: str = "512,1024,2048"
-    """Decoded tokens at which to measure, separated by commas."""
     fast_forward: bool = False
-    """Fill the caches with random data up to each length instead of decoding."""
 
 
 _JCT, _MEMORY = JctOptions(), MemoryOptions()

@@ -127,10 +127,7 @@ def _race(runners: list[Runner], loaded: Loaded, course: Course, helping: list[H
         return race(runners, loaded, course, helping, lines)
 
     def table() -> RichTable:
-        columns = {
-            "policy": "text",
-            "tokens": "count",
-            "ms/token": "ms",
+        columns = {"policy": "text", "tokens": "count", "ms/token": "ms"} | {
             "KV cache": "size",
             "text": "formatted",
         }

@@ -1,7 +1,4 @@
-"""``longthink eval``: accuracy of policies at budgets on problem sets, into a result store.
-
-Annotations are real objects here, not strings: see `longthink.cli.options`.
-"""
+"""``longthink eval``: accuracy of policies on problem sets. Annotations are objects: see `longthink.cli.options`."""
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -97,7 +94,7 @@ _PROBLEMS, _POLICIES, _MODEL, _DECODING, _RUN = (
 def given(*groups: Any) -> dict[str, Any]:
     values = {field.name: getattr(group, field.name) for group in groups for field in fields(group)}
     values = {
-        name: value for name, value in values.items() if value is not None and name not in ("config", "json")
+        name: values[name] for name in values if values[name] is not None and name not in ("config", "json")
     }
     if "data" in values:
         values["data"] = [str(path) for path in values["data"]]
@@ -112,9 +109,9 @@ def evaluate(
 
     Every sample is stored as soon as it is complete; after an interruption the same command makes what is missing.
     """
-    from longthink.lab.evaluate.run import run_sweep
     from longthink.lab.evaluate.settings import make_plan, read_settings
     from longthink.lab.evaluate.sweep import Sweep
+    from longthink.lab.evaluate.workers import run_sweep
     from longthink.lab.results.store import ResultStore
 
     from_file = {} if run.config is None else read_settings(run.config.expanduser())

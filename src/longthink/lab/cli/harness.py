@@ -1,7 +1,5 @@
 """``longthink lm-eval``: the command of lm-evaluation-harness, which then knows the model ``longthink``."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Sequence
@@ -45,10 +43,8 @@ def _check_budget(arguments: Sequence[str]) -> None:
         return
     from longthink.policies import make_policy, policy_budget
 
-    policy_budget(
-        make_policy(values.get("policy", DEFAULT_POLICY)),
-        **{name: values[name] for name in ("budget", "decode_budget") if name in values},
-    )
+    budget = {name: values[name] for name in ("budget", "decode_budget") if name in values}
+    policy_budget(make_policy(values.get("policy", DEFAULT_POLICY)), **budget)
 
 
 def _model_values(words: Sequence[str]) -> dict[str, Any]:

@@ -1,7 +1,6 @@
-"""The demo's policies side by side: this process and its helpers, each with a model, take one policy after another.
+"""The demo's policies side by side: this process and its helpers, each with a model, take one after another.
 
-Only the time of a token depends on which process ran a policy. If a helper dies or fails, this process runs its
-policy again, and meets the same error if there is one.
+If a helper dies or fails, this process runs its policy again, and meets the same error if there is one.
 """
 
 from __future__ import annotations
@@ -99,10 +98,8 @@ def _follow(helper: Helper, waiting: deque[Runner], course: Course, shown: Shown
             return
 
 
-# The helper's side --------------------------------------------------------------------------------------------
-
-
 def _help(parent: Parent) -> None:
+    """Run the policies that the parent sends, in the helper's process."""
     from longthink.models import load_model
     from longthink.policies import make_policy
 

@@ -1,10 +1,7 @@
 """The demo's picture of which tokens stayed alive, as a PNG file and in the terminal.
 
-Decode steps run to the right, logical positions upwards; the shade is the share of page tables (layers and KV heads)
-that hold the token, in the colours of "cividis", a map for colour-blind readers.
+The shade is the share of page tables that hold the token, in "cividis", a map for colour-blind readers.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,10 +65,7 @@ def save_png(panels: Sequence[Panel], path: Path, *, title: str) -> None:
 
 
 def render(panels: Sequence[Panel], console: Console, *, rows: int = 18) -> list[Text]:
-    """Return the picture as lines of text for ``console``, panels side by side where they fit.
-
-    In colour each character shows two positions (half blocks); without colour each shows one, as a shade.
-    """
+    """Return the picture as lines: two positions a character (half blocks) in colour, else one, as a shade."""
     margin = 8
     width = max(18, min(48, (console.width + 2) // len(panels) - margin))
     side_by_side = max(1, (console.width + 2) // (width + margin))

@@ -83,16 +83,12 @@ class Runner:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How well a policy did: its last value for the queried name, tokens before the first that differs from the
-    worked solution, milliseconds per token at both ends, and tokens held at the end (mean over layers and KV heads).
-    """
-
-    answer: str | None
+    answer: str | None  # last value for the queried name
     right: bool
-    right_tokens: int
-    early_ms: float
+    right_tokens: int  # before the first that differs from the worked solution
+    early_ms: float  # per token
     late_ms: float
-    residents: float
+    residents: float  # tokens held at the end, mean over layers and KV heads
 
     @property
     def verdict(self) -> str:
@@ -103,10 +99,7 @@ def run_policy(
     runner: Runner, loaded: Loaded, inputs: dict[str, Any], budget: dict[str, Any], *, limit: int,
     on_change: Callable[[], None],
 ) -> None:  # fmt: skip
-    """Decode at most ``limit`` tokens greedily, and update ``runner`` after each, before calling ``on_change``.
-
-    ``inputs`` is the encoded prompt, ``budget`` the budget arguments of ``make_cache`` for policies that need one.
-    """
+    """Decode at most ``limit`` tokens greedily; update ``runner`` after each, then call ``on_change``."""
     from longthink import make_cache
     from longthink.policies import needs_budget
 

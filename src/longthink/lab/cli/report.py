@@ -1,7 +1,5 @@
 """``longthink report``: a page, figures and tables from a result store or from attention traces."""
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
 

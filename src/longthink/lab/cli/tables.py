@@ -28,19 +28,16 @@ def budget_text(budget: int | None, decode_budget: int | None) -> str:
 
 
 def print_table(title: str, columns: Mapping[str, bool], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table; `columns` says which are text (left-aligned)."""
     kinds = {name: "words" if is_text else "formatted" for name, is_text in columns.items()}
     write_table(Table(title=title, columns=kinds, rows=[list(row) for row in rows]))
 
 
 def print_measurements(rows: Sequence[Measurement], conditions: dict[str, Any]) -> None:
     if rows[0].kind == "jct":
-        each, whole = (
-            "milliseconds per token, after this many decoded tokens",
-            "seconds to decode this many tokens",
-        )
+        each = "milliseconds per token, after this many decoded tokens"
+        whole = "seconds to decode this many tokens, with the prompt"
         _by_length(each, rows, lambda row: f"{row.ms_per_token:.2f}")
-        _by_length(f"{whole}, with the prompt", rows, lambda row: f"{row.seconds:.1f}")
+        _by_length(whole, rows, lambda row: f"{row.seconds:.1f}")
     _by_length("keys and values", rows, lambda row: size_text(row.kv_bytes))
     if rows[0].kind == "memory":
         _by_length("other tensors of the cache", rows, lambda row: size_text(row.metadata_bytes))

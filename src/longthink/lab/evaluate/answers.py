@@ -1,7 +1,5 @@
 """Finding the final answer of a text: boxes, answer lines, and the end of a thinking block."""
 
-from __future__ import annotations
-
 import re
 
 # An escaped character is neither a box nor a brace: "\\{" is a printed brace.
@@ -13,10 +11,7 @@ _END_OF_THINKING = "</think>"
 
 
 def last_box(text: str) -> str | None:
-    r"""Return what is in the last ``\boxed{...}`` that is closed and not empty, or None.
-
-    ``\fbox`` and ``\framebox`` count too. One pass over the text, however long and unbalanced it is.
-    """
+    r"""Return what is in the last ``\boxed{...}`` that is closed and not empty; one pass over any text."""
     opened: list[tuple[int, bool]] = []
     last: tuple[int, int] | None = None
     for token in _TOKEN.finditer(text):

@@ -1,7 +1,5 @@
 """Workers on a Ray cluster: a task makes a shard of samples and streams them back to the driver."""
 
-from __future__ import annotations
-
 import logging
 import os
 import socket
@@ -25,7 +23,6 @@ _CONNECT_S = 10.0
 
 @contextmanager
 def connected(address: str) -> Iterator[Any]:
-    """Connect to a Ray cluster and yield the module; a connection that this process has already is used."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     with needs_extra("ray"):
@@ -59,10 +56,7 @@ def _check_reachable(address: str) -> None:
 
 
 class RayWorkers(Workers):
-    """Slots of a cluster, each of which runs one task at a time; by default one per accelerator, or per CPU.
-
-    Nodes need longthink and the model, but neither the store nor the problem files.
-    """
+    """Slots of a cluster, by default one per accelerator or CPU. Nodes need the model, not the store or problems."""
 
     def __init__(self, sweep: Sweep, ray: Any, count: int | None) -> None:
         super().__init__(sweep)
@@ -123,6 +117,4 @@ def _shard(plan: Plan, cache: CacheConfig | None, units: list[Unit]) -> Iterator
             yield numbers[unit], sample
 
 
-@cached
-def _solver(plan: Plan) -> Solver:
-    return Solver(plan)
+_solver = cached(Solver)  # keeps the model for the next shard of the same process

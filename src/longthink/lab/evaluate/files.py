@@ -1,7 +1,5 @@
 """Problem files: JSON lines or Parquet, with the usual field names."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -21,8 +19,7 @@ ANSWER_FIELDS = ("final_answer", "answer", "ground_truth", "solution")
 ID_FIELDS = ("id", "unique_id", "problem_id", "uid")
 """Field names in order of preference; case and the word separators " ", "-" and "_" do not matter."""
 
-Records = Iterator[tuple[str, Mapping[str, Any]]]
-"""Pairs of a location for messages and the fields found there."""
+Records = Iterator[tuple[str, Mapping[str, Any]]]  # location for messages, and fields
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,8 +3,6 @@
 Computer algebra on model output may hang, exhaust memory or crash the interpreter; here it harms nothing else.
 """
 
-from __future__ import annotations
-
 import contextlib
 import signal
 import sys
@@ -38,10 +36,7 @@ def find(text: str) -> str | None:
 
 
 def without_unit(answer: str) -> str:
-    """Return ``18`` for ``18 dollars``: algebra would read plain words as variables.
-
-    Words that change the number stay, and so do short ones, which may be variables or functions.
-    """
+    """Return ``18`` for ``18 dollars``: algebra would read words as variables. Numerals and short words stay."""
     number, _, words = answer.strip().partition(" ")
     names = words.lower().split()
     unit = bool(names) and all(len(name) > 2 and name.isalpha() and name not in _NUMERALS for name in names)

@@ -1,7 +1,5 @@
 """Grading: find the answer in a text and decide whether it is right."""
 
-from __future__ import annotations
-
 import re
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,8 +12,7 @@ from longthink.lab.evaluate.files import Item
 from longthink.lab.processes import Child, ChildDied
 from longthink.reasoner.task import final_value
 
-MAX_ANSWER = 1000
-"""Longest answer or gold answer that computer algebra gets (characters); longer ones are compared as text only."""
+MAX_ANSWER = 1000  # characters that computer algebra gets; longer answers are compared as text only
 TAIL = 1000  # characters at the end of a text that are searched for phrases such as "the answer is"
 
 _START_S = 120.0
@@ -33,11 +30,7 @@ class Verdict:
 
 
 class Grader(AbstractContextManager["Grader"]):
-    """Grades texts with math-verify, in a child process that is started when needed and replaced when it fails.
-
-    Use it in a ``with`` block, from one thread at a time. Answers that exceed a limit (seconds; MiB of address space)
-    count as wrong.
-    """
+    """Grades texts with math-verify in a child process, which is replaced when it fails or exceeds a limit."""
 
     def __init__(self, *, seconds: float = 10.0, memory_mib: int = 2048) -> None:
         check_range("seconds", seconds, 0.01)
@@ -111,5 +104,4 @@ class Grader(AbstractContextManager["Grader"]):
 
 
 def _plain(answer: str) -> str:
-    """Strip differences in style, for comparison as text."""
     return _STYLE.sub("", answer.replace("dfrac", "frac").replace("tfrac", "frac"))

@@ -4,8 +4,6 @@ The harness's registry is not open to other packages: ``longthink lm-eval`` regi
 of this module.
 """
 
-from __future__ import annotations
-
 import logging
 import sys
 from collections.abc import Sequence
@@ -97,19 +95,16 @@ class LongthinkLM(HFLM):
     loglikelihood_rolling = loglikelihood
 
     def get_model_info(self) -> dict[str, Any]:
-        return {
-            "model_num_parameters": self.model.num_parameters(),
-            "model_dtype": self.model.dtype,
-            "model_device": str(self.model.device),
-            "model_revision": self._loaded.revision,
+        facts = {"model_num_parameters": self.model.num_parameters(), "model_dtype": self.model.dtype}
+        facts |= {"model_device": str(self.model.device), "model_revision": self._loaded.revision}
+        facts |= {
             "longthink_policy": policy_to_dict(self.policy),
-            **{f"longthink_{name}": value for name, value in self._budget_arguments.items()},
             "longthink_kv_bytes_peak": self.kv_bytes_peak,
         }
+        return facts | {f"longthink_{name}": value for name, value in self._budget_arguments.items()}
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the harness's own command with the words after ``lm_eval``."""
     from lm_eval.__main__ import cli_evaluate
 
     # It reads nothing but the process's own arguments.

@@ -1,13 +1,11 @@
 """What a sweep is asked to do: the cells of tasks, policies, budgets and seeds, and the units of work in them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from longthink.config import Budget, check_choice, check_int, check_sampling
 from longthink.errors import BudgetError
@@ -17,8 +15,7 @@ from longthink.lab.results.records import Setup
 from longthink.models import REASONER
 from longthink.policies import Policy, make_policy, needs_budget, policy_spec, policy_to_dict
 
-BUILTIN_ROWS = 32
-"""Default batch size for the built-in model, which is so small that it gains from many rows."""
+BUILTIN_ROWS = 32  # the built-in model is so small that it gains from many rows
 ROWS = 8  # default batch size for other models
 
 
@@ -39,8 +36,6 @@ class CacheConfig(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One configuration: all its samples have the same setup."""
-
     policy: str  # as requested
     cache: CacheConfig  # with the seed filled in
     task: str
@@ -62,7 +57,7 @@ class Unit(NamedTuple):
         return [asdict(self.cell), asdict(self.item), self.sample]
 
     @classmethod
-    def from_json(cls, values: Sequence[Any]) -> Unit:
+    def from_json(cls, values: Sequence[Any]) -> Self:
         cell, item, sample = values
         return cls(Cell(**cell | {"cache": CacheConfig(*cell["cache"])}), Item(**item), sample)
 
@@ -112,8 +107,7 @@ class Plan:
         _ = self.caches
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Plan:
-        """Return the plan whose `asdict` went through JSON."""
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
         fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         return cls(**fields)
 

@@ -1,7 +1,5 @@
 """Settings from a YAML or TOML file, and the plan of a sweep made of them and of command-line options."""
 
-from __future__ import annotations
-
 import difflib
 import tomllib
 from collections.abc import Collection, Mapping
@@ -13,8 +11,7 @@ from typing import Any, get_args, get_type_hints
 from longthink.errors import needs_extra
 from longthink.lab.evaluate.plan import Plan
 
-RUN_SETTINGS: dict[str, type] = {"out": str, "workers": int, "ray": str}
-"""Settings of a sweep beside those of `Plan`: where and with what it runs."""
+RUN_SETTINGS: dict[str, type] = {"out": str, "workers": int, "ray": str}  # beside those of `Plan`
 SWEEP_SETTINGS = [field.name for field in fields(Plan)] + list(RUN_SETTINGS)
 
 

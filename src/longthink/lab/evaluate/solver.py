@@ -1,7 +1,5 @@
 """Making samples: a model decodes units, a grader judges the answers. As a program a worker of `ProcessWorkers`."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -37,14 +35,20 @@ class Solver(AbstractContextManager["Solver"]):
 
     def solve(self, cache: CacheConfig, units: Iterable[Unit]) -> Iterator[tuple[Unit, Sample]]:
         """Decode units in one batch; yield each with its sample as soon as it is finished."""
-        too_long: list[Unit] = []
+        too_long: list[Request] = []
 
         def requests() -> Iterator[Request]:
             for unit in units:
-                if (request := self._request(unit)) is not None:
+                tokens, limit = tuple(prompt_ids(unit.item, self.loaded.tokenizer)), unit.cell.max_new_tokens
+                if self.loaded.context is not None:
+                    limit = min(limit, self.loaded.context - len(tokens))
+                request = Request(
+                    key=unit.key, tokens=tokens, max_new_tokens=max(1, limit), sampling=self._sampling, tag=unit
+                )  # fmt: skip
+                if limit >= 1:
                     yield request
                 else:
-                    too_long.append(unit)
+                    too_long.append(request)
 
         with Engine(
             self.loaded.model, policy=cache.policy, budget=cache.budget, decode_budget=cache.decode_budget,
@@ -52,20 +56,8 @@ class Solver(AbstractContextManager["Solver"]):
         ) as engine:  # fmt: skip
             for done in engine.map(requests()):
                 yield done.request.tag, self._sample(done)
-        for unit in too_long:
-            tokens = tuple(prompt_ids(unit.item, self.loaded.tokenizer))
-            request = Request(key=unit.key, tokens=tokens, max_new_tokens=1, tag=unit)
-            yield unit, self._sample(Finished(request=request, tokens=(), finish="no_room"))
-
-    def _request(self, unit: Unit) -> Request | None:
-        tokens = prompt_ids(unit.item, self.loaded.tokenizer)
-        limit = unit.cell.max_new_tokens
-        if self.loaded.context is not None:
-            limit = min(limit, self.loaded.context - len(tokens))
-        if limit < 1:
-            return None
-        ids, sampling = tuple(tokens), self._sampling
-        return Request(key=unit.key, tokens=ids, max_new_tokens=limit, sampling=sampling, tag=unit)
+        for request in too_long:
+            yield request.tag, self._sample(Finished(request=request, tokens=(), finish="no_room"))
 
     def _sample(self, done: Finished) -> Sample:
         unit: Unit = done.request.tag

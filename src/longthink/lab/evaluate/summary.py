@@ -1,7 +1,5 @@
 """Results of a sweep: accuracy, length and failures of each policy at each budget on each task."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -78,16 +78,13 @@ class Tally:
 
 @dataclass
 class Sweep:
-    """The driver of a sweep: hands out work and stores what comes back, wherever the workers run.
-
-    `report` is called at the start and after every sample, `say` with lines for the user, such as that a worker died.
-    """
+    """The driver of a sweep: hands out work and stores what comes back, wherever the workers run."""
 
     plan: Plan
     tasks: list[Task]
     store: ResultStore
-    report: Callable[[Sweep], None] = lambda sweep: None
-    say: Callable[[str], None] = lambda line: None
+    report: Callable[[Sweep], None] = lambda sweep: None  # at the start and after every sample
+    say: Callable[[str], None] = lambda line: None  # lines for the user, such as that a worker died
     tallies: dict[Cell, Tally] = field(default_factory=dict)
     lost_workers: int = 0
     identity: Identity | None = None

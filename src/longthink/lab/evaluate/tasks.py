@@ -1,7 +1,5 @@
 """Tasks: named problem sets with their prompts, from the Hub, from files and from the built-in task."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -35,7 +33,6 @@ SOURCES: dict[str, Source] = {
     # 1983 to 2024, the same set as in lm-evaluation-harness
     "aime": Source("gneubig/aime-1983-2024", None, "train", Fields("Question", "Answer", "ID"), 32768),
 }
-"""Problem sets by task name."""
 
 
 def read_hub(name: str) -> list[Item]:
@@ -54,7 +51,6 @@ def read_hub(name: str) -> list[Item]:
 
 
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
-"""Appended to each problem."""
 BUILTIN = "reasoner"  # first part of the names of the built-in tasks
 DEFAULT_SIZE = "m"
 FILE_MAX_NEW_TOKENS = 32768  # default token limit for problem files, about which nothing is known
@@ -98,17 +94,10 @@ def load_tasks(
 ) -> list[Task]:  # fmt: skip
     """Load problem sets by name; docs/tasks.md lists them.
 
-    Parameters
-    ----------
-    data
-        Problem files (``.jsonl``, ``.parquet``). Each is a task named by its stem, and replaces a set of that name on
-        the Hub; files that `names` does not mention come last.
-    count
-        Maximum number of problems per task; None takes all. Built-in tasks are endless and require it.
-    choose
-        ``first``, or ``random`` (by `seed`; a larger count extends the choice of a smaller one).
-    seed
-        Seed of the random choice. Built-in problems take consecutive seeds from here, or random ones.
+    Each file in `data` is a task named by its stem and replaces a set of that name on the Hub; files that `names`
+    does not mention come last. `count` limits the problems of a task; built-in tasks are endless and require it.
+    `choose` is ``first``, or ``random`` by `seed` (a larger count extends the choice of a smaller one); built-in
+    problems take consecutive seeds from `seed`, or random ones.
     """
     check_choice("choose", choose, ("first", "random"))
     check_int("seed", seed, 0)

@@ -1,12 +1,12 @@
-"""Workers of a sweep: what processes and a Ray cluster have in common, and the processes on this machine."""
-
-from __future__ import annotations
+"""Running a sweep: in this process, in several on this machine, or on a Ray cluster."""
 
 import os
 import queue
 from abc import ABC, abstractmethod
 from collections import Counter
+from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 
 from typing_extensions import override
 
@@ -57,10 +57,7 @@ class Workers(ABC):
 
 
 class ProcessWorkers(Workers):
-    """Processes on this machine with a model each (`longthink.lab.evaluate.solver`). Close them after use.
-
-    A dead one is not replaced. Workers ask for one sample at a time, so their batches stay full.
-    """
+    """Processes on this machine with a model each; a dead one is not replaced. Close them after use."""
 
     def __init__(self, sweep: Sweep, count: int) -> None:
         super().__init__(sweep)
@@ -110,3 +107,34 @@ class ProcessWorkers(Workers):
         """End the workers at once: finished samples are stored, and those in flight are not wanted any more."""
         for child in self._workers:
             child.close()
+
+
+def run_sweep(sweep: Sweep, *, workers: int | None = None, ray: str | None = None) -> None:
+    """Make every sample that is missing, with a model in each of `workers` processes or on a Ray cluster.
+
+    `ray` is an address, ``auto``, or ``local`` for a cluster that ends with the sweep; `workers` then limits its
+    tasks at a time. `SweepError` if all workers die; the same call goes on from what is stored.
+    """
+    if ray is not None:
+        # Imports transformers, like `_run_here`.
+        from longthink.lab.evaluate.cluster import RayWorkers, connected
+
+        with connected(ray) as module:
+            RayWorkers(sweep, module, workers).run()
+    elif workers is not None and workers > 1:
+        with closing(ProcessWorkers(sweep, workers)) as processes:
+            processes.run()
+    else:
+        _run_here(sweep)
+    sweep.store.compact()
+
+
+def _run_here(sweep: Sweep) -> None:
+    # Transformers takes seconds to import, and only the process that has the model needs it.
+    from longthink.lab.evaluate.solver import Solver
+
+    with Solver(sweep.plan) as solver:
+        sweep.begin(solver.identity)
+        while (cache := sweep.assign(0)) is not None:
+            for unit, sample in solver.solve(cache, iter(partial(sweep.take, 0), None)):
+                sweep.finish(unit, sample)

@@ -1,7 +1,5 @@
 """The rows of a result store, each with everything needed to repeat and to judge it."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import dataclass, fields
@@ -34,11 +32,8 @@ class Setup:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample(Setup):
-    """One answer of one model to one problem."""
-
     table: ClassVar[str] = "samples"
     key: ClassVar[tuple[str, ...]] = ("config", "problem", "sample")
-
     config: str  # `Setup.config_hash`
     problem: str
     sample: int  # which of several, from 0
@@ -67,7 +62,6 @@ class Measurement:
 
     table: ClassVar[str] = "measurements"
     key: ClassVar[tuple[str, ...]] = ("run", "decode_tokens")
-
     run: str  # one curve over decoded tokens (those of a peer may have been prefilled)
     kind: str  # ``jct``, ``memory``, ``peers`` (beside other libraries) or ``batch`` (the same for batches)
     system: str  # a policy, a dense cache such as ``hf dynamic``, or a peer such as ``openvino f32 eviction``

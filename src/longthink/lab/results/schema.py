@@ -1,7 +1,5 @@
 """Column types of the record tables, derived from the dataclasses, and the checks on reading and writing."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import fields
 from functools import cache
@@ -14,7 +12,6 @@ with needs_extra("eval"):
     import pyarrow as pa
 
 TABLES: dict[str, type[Sample] | type[Measurement]] = {kind.table: kind for kind in (Sample, Measurement)}
-"""Record classes by the name of their table."""
 
 _SQL = {str: "VARCHAR", int: "BIGINT", float: "DOUBLE", bool: "BOOLEAN"}
 _INT64 = range(-(2**63), 2**63)
@@ -72,10 +69,7 @@ def _checked(field: str, value: Any, kind: type, optional: bool) -> Any:
 
 
 def check_schema(table: str, found: pa.Schema, file: str) -> None:
-    """Raise `ResultStoreError` with every fault unless a file's columns are those of the table.
-
-    Optional columns may be missing: files written before a field was added stay readable.
-    """
+    """Raise `ResultStoreError` for a file's columns. Optional ones may be missing: older files stay readable."""
     wanted = arrow_schema(table)
     faults = [f"unknown column {name!r}" for name in found.names if name not in wanted.names]
     for field in wanted:

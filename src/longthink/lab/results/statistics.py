@@ -1,7 +1,5 @@
 """Intervals and tests for shares of right answers; random draws are seeded."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

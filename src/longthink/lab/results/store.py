@@ -5,8 +5,6 @@ record with a key counts, wherever copies may lie. That also makes compaction sa
 disk before the files that it replaces are deleted; until then their rows are copies.
 """
 
-from __future__ import annotations
-
 import re
 import secrets
 import time
@@ -67,10 +65,7 @@ class ResultStore:
         write_text(self.folder / MARKER, f"{FORMAT}\n")
 
     def add(self, *records: Record) -> None:
-        """Add records, one file per table; they are on disk when this returns.
-
-        `ResultStoreError` if one of them is not a record or has a value of the wrong type; nothing is added then.
-        """
+        """Add records, one file per table; all are on disk when this returns, or none if one of them is invalid."""
         rows: dict[str, list[dict[str, Any]]] = {}
         for record, row in zip(records, map(checked_row, records), strict=True):
             rows.setdefault(record.table, []).append(row)
@@ -124,10 +119,7 @@ class ResultStore:
         return sorted(path.absolute() for path in found if not path.name.startswith("."))
 
     def compact(self) -> None:
-        """Merge small files into large ones, keeping each record once; a damaged file and those after it stay.
-
-        A kill at any moment loses and duplicates nothing. Other processes may add meanwhile; queries wait.
-        """
+        """Merge small files into large ones; a kill loses and duplicates nothing, and others may add meanwhile."""
         with self._lock(exclusive=True):
             for table in TABLES:
                 self._merge(table)
