@@ -46,10 +46,10 @@ class Conversation(RuleBasedStateMachine):
         self.written = [set(), set()]
         self.say(3, 6, 4)
 
-    @rule(first=st.integers(0, 9), second=st.integers(0, 9), tokens=st.integers(1, 24))
+    @rule(first=st.integers(1, 9), second=st.integers(1, 9), tokens=st.integers(1, 24))
     def say(self, first, second, tokens):
         """A question of so many tokens to each row, left-padded, and answers of which each may end early."""
-        width = max(first, second, 1)
+        width = max(first, second)
         question = torch.randint(3, 90, (2, width), generator=self.random)
         real = torch.tensor([[int(i >= width - n) for i in range(width)] for n in (first, second)])
         for row, count in enumerate((first, second)):

@@ -119,7 +119,10 @@ def longthink_mask(
             f"attention_mask has {attention_mask.shape[1]} columns, and must cover the {kv_offset} in the cache "
             f"and the {q_length} new ones"
         )
-    later = follows and q_length > 1
+    later = follows
+    if follows and attention_mask is not None and q_length == 1:
+        # A single token is compared only where a mask has anything to say.
+        later = not torch.compiler.is_compiling() and not bool(attention_mask[:, :kv_offset].all())
     mask: Tensor | None = sdpa_mask(
         batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask,
         allow_is_causal_skip=allow_is_causal_skip and not later, **kwargs,

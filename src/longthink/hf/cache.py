@@ -158,6 +158,13 @@ class PagedCache(CacheContents, Cache):
             if any(layer.slots.in_chunked_prefill for layer in self.layers):
                 self.reset()
 
+    def check_room(self, mask_BN: Tensor | None, columns: int) -> None:
+        """Raise `BudgetError` if a later turn of so many columns, with this mask, does not fit."""
+        counts = None if mask_BN is None else mask_BN[:, -columns:].sum(1).tolist()
+        if self.rows and (counts is None or len(counts) == self.rows):
+            for layer in self.layers:
+                layer.slots.check_room(None, counts, columns)
+
     # Interface of transformers ------------------------------------------------------------------------------
 
     @torch.compiler.disable

@@ -67,7 +67,7 @@ class Columns:
         if seen_BN is not None and self._comparable:
             real_BN = self._real(len(seen_BN), seen_BN.device)
             lengths = _ends(real_BN, seen_BN)
-        if columns > 1:
+        if columns > 1 or self._layers[0].in_chunked_prefill:
             counts = None if new_BQ is None else new_BQ.sum(1).tolist()
             for layer in self._layers:
                 layer.check_room(lengths, counts, columns)

@@ -134,6 +134,9 @@ def generate(
     if _own_loop(config, others, compile) and compiles(model, cache, compile, rows=rows, tokens=tokens):
         generate_kwargs["custom_generate"] = DecodeLoop(compile, generate_kwargs.get("streamer"))
     announced = columns - cache.columns if chunk_size is not None else 0
+    if announced:
+        # Before the first chunk is read: afterwards the conversation would be lost.
+        cache.check_room(attention_mask, announced)
     with cache, cache.begin_chunked_prefill(announced) if announced else nullcontext():
         output = model.generate(
             input_ids,
