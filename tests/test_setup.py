@@ -158,8 +158,8 @@ def needed(name, extra=""):
 def test_the_demo_installs_no_test_tool():
     tools = declared("dev") - declared("plot")
     assert tools >= {"pytest", "hypothesis", "mypy", "ruff", "ray", "playwright", "duckdb", "lm-eval"}
-    # transformers brings this one.
-    assert needed("longthink", "plot") & tools <= {"pyyaml"}
+    # torch and transformers bring these.
+    assert needed("longthink", "plot") & tools <= {"pyyaml", "jinja2"}
 
 
 @pytest.mark.slow

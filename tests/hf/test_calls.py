@@ -188,7 +188,7 @@ def test_what_is_no_prompt(model, words, options, message):
     ),
 )
 def test_a_cache_goes_on_in_and_out_of_inference_mode(model, ids, policy, first):
-    budget = {} if policy == "dense" else {"budget": 48}
+    budget = {} if policy == "dense" else {"budget": 96}
 
     def turns(*modes):
         text = ids.clone()
@@ -205,7 +205,7 @@ def test_a_cache_goes_on_in_and_out_of_inference_mode(model, ids, policy, first)
 def test_rows_change_hands_across_inference_mode(model, ids):
     options = dict(max_new_tokens=30, num_beams=3, return_dict_in_generate=True)
     with torch.inference_mode():
-        first = longthink.generate(model, ids, policy="raas", budget=48, **options)
+        first = longthink.generate(model, ids, policy="raas", budget=96, **options)
     more = torch.cat([first.sequences.clone(), ids], 1)
     second = longthink.generate(model, more, past_key_values=copy_row(first.past_key_values), **GREEDY)
     assert second.shape[1] == more.shape[1] + 6

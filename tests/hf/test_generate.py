@@ -163,14 +163,16 @@ def test_second_turn_with_room_equals_the_library(model, policy):
 )
 def test_second_turn_over_budget_equals_feeding_its_tokens_one_by_one(model, policy):
     first, _ = prompt((20,), seed=1)
-    second, _ = prompt((60,), seed=2)
-    ours, cache = second_turn(model, first, second, policy=policy, budget=48)
+    second, _ = prompt((40,), seed=2)
+    ours, cache = second_turn(model, first, second, policy=policy, budget=96)
     assert cache.num_evicted > 0
-    with longthink.make_cache(model, policy=policy, budget=48) as alone, torch.no_grad():
+    with longthink.make_cache(model, policy=policy, budget=96) as alone, torch.no_grad():
         tokens = model.generate(first, past_key_values=alone, max_new_tokens=20, do_sample=False)
         tokens = torch.cat([tokens, second], 1)
-        for i in range(alone.get_seq_length(), tokens.shape[1]):
-            logits = model(tokens[:, i : i + 1], past_key_values=alone).logits
+        new = tokens[:, alone.get_seq_length() :]
+        with alone.begin_chunked_prefill(new.shape[1]):
+            for token in new.split(1, 1):
+                logits = model(token, past_key_values=alone).logits
         for _ in range(20):
             tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], 1)
             logits = model(tokens[:, -1:], past_key_values=alone).logits

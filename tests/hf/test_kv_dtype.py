@@ -56,7 +56,7 @@ def test_a_second_turn_goes_on_in_the_same_format():
     model = build("qwen2")
     ids, _ = prompt((20,))
     options = {"max_new_tokens": 60, "do_sample": False, "return_dict_in_generate": True}
-    out = longthink.generate(model, ids, policy="raas", budget=64, kv_dtype="bfloat16", **options)
+    out = longthink.generate(model, ids, policy="raas", budget=96, kv_dtype="bfloat16", **options)
     cache = out.past_key_values
     with pytest.raises(ValueError, match=r"past_key_values has kv_dtype='bfloat16', not 'float16'"):
         longthink.generate(model, out.sequences, past_key_values=cache, kv_dtype="float16", **options)

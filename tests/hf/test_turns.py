@@ -79,15 +79,17 @@ def test_a_question_that_does_not_fit_changes_nothing(model, policy):
 
 
 @pytest.mark.parametrize("policy", ["raas", "milestone"])
-def test_a_question_in_chunks_that_does_not_fit_leaves_an_empty_cache(model, policy):
+def test_a_question_in_chunks_that_does_not_fit_leaves_the_cache_as_it_was(model, policy):
     first, long = question(21), question(60, seed=2)
     with longthink.make_cache(model, policy=policy, budget=64) as cache:
         text = ask(model, cache, first[:, :0], first, 60)
         with pytest.raises(longthink.BudgetError):
             ask(model, cache, text, long, 5, prefill_chunk_size=16)
-        assert (cache.kv_bytes, cache.get_seq_length()) == (0, 0)
-        again = ask(model, cache, first[:, :0], first, 60)
-    assert torch.equal(again, text)
+        assert cache.get_seq_length() == text.shape[1] - 1
+        again = ask(model, cache, text, long[:, :9], 20)
+    with longthink.make_cache(model, policy=policy, budget=64) as cache:
+        assert torch.equal(ask(model, cache, text[:, :0], first, 60), text)
+        assert torch.equal(ask(model, cache, text, long[:, :9], 20), again)
 
 
 @pytest.mark.parametrize("budget", [{"decode_budget": 32}, {"budget": 80}], ids=str)
