@@ -103,7 +103,9 @@ def test_cancelling_does_not_wait_for_a_step_that_compiles(stuck_step):
     entered, release = stuck_step
     with engine() as running:
         kept = running.submit(ids(1), max_new_tokens=LIMIT)
-        gone = [running.submit(ids(number), max_new_tokens=LIMIT) for number in (2, 3, 4)]
+        # A cache in the middle of a step is none that could be continued.
+        keeps = dict(max_new_tokens=LIMIT, keep_cache=True)
+        gone = [running.submit(ids(number), **keeps) for number in (2, 3, 4)]
         assert entered.wait(60)
         started = time.monotonic()
         for handle in gone:
@@ -111,7 +113,7 @@ def test_cancelling_does_not_wait_for_a_step_that_compiles(stuck_step):
         assert time.monotonic() - started < 0.2
         results = [handle.result(timeout=2) for handle in gone]
         assert time.monotonic() - started < 1
-        assert [result.finish for result in results] == ["cancelled"] * 3
+        assert [(result.finish, result.cache) for result in results] == [("cancelled", None)] * 3
         assert list(gone[0]) == list(results[0].tokens)
         release.set()
         assert kept.result(timeout=60).tokens == conversation(ids(1), (), decode_budget=32)[0]

@@ -218,11 +218,18 @@ class Batch:
                 job.tokens.append(token)
                 job.times.append(now)
 
-    def result(self, job: Job, finish: str, own: PagedCache | None = None) -> Finished:
-        """Result of a request in its seat, or of one that was not admitted and has a cache of its `own`."""
+    def result(
+        self, job: Job, finish: str, own: PagedCache | None = None, *, in_step: bool = False
+    ) -> Finished:
+        """Result of a request in its seat, or of one that was not admitted and has a cache of its `own`.
+
+        While a step is under way (`in_step`), layers have read different tokens: the cache is neither checked nor kept.
+        """
         cache, row = (self._cache, self.rows.index(job)) if own is None else (own, 0)
         assert cache is not None
-        check_bound(cache)
+        if not in_step:
+            check_bound(cache)
+        keeps = job.request.keep_cache and job.tokens and not in_step
         early, late = _pace(job.times)
         note = None
         if finish == "nan":
@@ -243,7 +250,7 @@ class Batch:
             kv_bytes_peak=job.kv_bytes_peak,
             dense_kv_bytes=cache.row_dense_kv_bytes(row),
             evicted=cache.row_evicted(row),
-            cache=cache.row(row) if job.request.keep_cache and job.tokens else None,
+            cache=cache.row(row) if keeps else None,
         )
 
 

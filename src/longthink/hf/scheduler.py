@@ -64,7 +64,7 @@ class Scheduler:
             jobs = list(self._cancelled)
         for job in jobs:
             if job in self._running:
-                job.end(self._batch.result(job, "cancelled"))
+                job.end(self._batch.result(job, "cancelled", in_step=True))
             else:
                 job.end(_not_started(job, "cancelled"))
 
