@@ -223,7 +223,7 @@ class Batch:
     ) -> Finished:
         """Result of a request in its seat, or of one that was not admitted and has a cache of its `own`.
 
-        While a step is under way (`in_step`), layers have read different tokens: the cache is neither checked nor kept.
+        While a step is under way (`in_step`), layers have read different tokens: the cache is not checked nor kept.
         """
         cache, row = (self._cache, self.rows.index(job)) if own is None else (own, 0)
         assert cache is not None
