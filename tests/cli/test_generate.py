@@ -235,8 +235,9 @@ def test_prompt_through_a_pipe_and_quiet_libraries(start, plain_model):
     assert len(out.decode().splitlines()) == 1
     assert out.decode().strip()
     lines = [line for line in err.decode().splitlines() if not line.startswith(("loading ", "generating"))]
-    assert len(lines) == 1
+    assert len(lines) == 2
     assert lines[0].startswith("5 tokens")
+    assert lines[1].startswith("the bounded cache is larger than a dense one here because")
 
 
 def test_text_to_a_pipe_is_unchanged(monkeypatch):

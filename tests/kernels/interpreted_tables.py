@@ -13,7 +13,8 @@ from longthink.accelerators import triton_tables
 from longthink.accelerators.table import FUSED
 from longthink.cache.step import choose_slots, evictable_pages
 from longthink.cache.store import SlotStore
-from longthink.policies import Milestone, Moves, Step, make_policy
+from longthink.policies import Milestone, Moves, SavesTokens, Step, make_policy
+from longthink.policies.base import holds_first
 from tests.kernels.cases import assert_same, changed
 
 LAYERS = 2
@@ -47,17 +48,29 @@ def layers(draw, spec):
         now = [-(-n // size) * size for n in now]
     table = whole.table
     table.now_B.copy_(torch.tensor(now * LAYERS))
-    table.prompt_B.copy_(torch.tensor([chance.randint(0, 2 * size) for _ in range(rows)] * LAYERS))
+    prompts = [min(chance.randint(0, 2 * size), now[row], slots * size) for row in range(rows)]
+    table.prompt_B.copy_(torch.tensor(prompts * LAYERS))
     paged = table.position_BKS.unflatten(-1, (-1, size))
     for n in range(LAYERS * rows):
         pages = -(-now[n % rows] // size)
+        # A pinned prompt is there as a whole.
+        first = -(-prompts[n % rows] // size) if policy.pins_prompt() else 0
         for head in paged[n]:
-            held = chance.sample(range(pages), min(pages, chance.choice((slots, chance.randint(0, slots)))))
-            for slot, page in zip(chance.sample(range(slots), len(held)), held, strict=True):
+            most = min(pages, slots) - first
+            held = chance.sample(range(first, pages), chance.choice((most, chance.randint(0, most))))
+            places = chance.sample(range(slots), slots)
+            if isinstance(policy, SavesTokens):
+                # Where slots count from the end of the prompt, it is in the first ones, as after a prefill.
+                places = [*range(first), *chance.sample(range(first, slots), slots - first)]
+            for slot, page in zip(places, [*range(first), *held], strict=False):
                 head[slot] = page * size + torch.arange(size)
                 head[slot][head[slot] >= now[n % rows]] = -1
     for tensor in (whole.tail_BK, *table.state.values()):
         tensor.copy_(drawn(chance, tensor).clamp(max=slots - 1))
+    if "stamp" in table.state:  # no page has been used in the future
+        stamp_NKP = table.state["stamp"]
+        stamp_NKP.copy_(torch.minimum(stamp_NKP, (table.now_B - 1)[:, None, None]))
+    whole.user_BKP.copy_((table.page_BKP >= 0) & holds_first(table, table.prompt_B))
     return whole, drawn(chance, torch.empty(LAYERS * rows, heads, slots))
 
 
