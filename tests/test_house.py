@@ -26,7 +26,7 @@ BENCH = ROOT / "bench"
 PEERS = BENCH / "peers"
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
-MAX_WHEEL_LINES = 21_000
+MAX_WHEEL_LINES = 20_900
 """It only goes down: the aim is 18,500."""
 BUILT_IN = ("dense", "streaming_llm", "h2o", "quest", "raas", "recency", "random", "milestone")
 

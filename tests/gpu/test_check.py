@@ -29,6 +29,7 @@ def run(parts: list[Part], folder: Path, workers: int = 2, limit_s: float = 60.0
     return found
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_takes_nothing_from_the_others(tmp_path):
     calls = ("finds", "raises", "dies", "sleeps", "goes_on_in_a_new_process", "is_not_there")
     found = run([stub(call, call, 4.0 if call == "sleeps" else 30.0) for call in calls], tmp_path, workers=3)
@@ -47,6 +48,7 @@ def test_a_part_that_fails_takes_nothing_from_the_others(tmp_path):
     assert (tmp_path / "goes-on-in-a-new-process.log").read_text() == "this goes to the log\n" * 3
 
 
+@pytest.mark.slow
 def test_what_is_timed_has_the_machine_to_itself(tmp_path):
     stop = str(tmp_path / "stop")
     parts = [stub("runs", "counts_time", stop=stop), stub("one", "times"), stub("two", "times")]
@@ -60,6 +62,7 @@ def test_what_is_timed_has_the_machine_to_itself(tmp_path):
         assert ended <= began
 
 
+@pytest.mark.slow
 def test_what_no_longer_fits_is_skipped_and_says_so(tmp_path):
     late = Part("late", "tests.gpu.stubs:finds", least_s=20.0)
     found = run([stub("sleeps", "sleeps"), late], tmp_path, workers=1, limit_s=3.0)

@@ -225,6 +225,7 @@ def leaves(value, keys=()):
     yield keys
 
 
+@pytest.mark.slow
 def test_no_value_leads_to_any_other_error(model, saved, tmp_path):
     """Each number, text and list of the contents replaced: refused, or a cache that can be used."""
     contents, _ = read_cache_file(saved)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import longthink
 from longthink.policies import needs_budget
+from tests.grids import slow_but
 from tests.models import build, prompt
 from tests.variants import BUILT_IN, PAGE, keep_first, override
 
@@ -87,7 +88,7 @@ def at_stage(talk, cache, stage):
 
 
 @pytest.mark.parametrize(("stage", "lengths"), STAGES)
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", slow_but(POLICIES, "raas"))
 def test_loaded_twice_it_goes_on_twice_as_the_original_does(model, tmp_path, name, stage, lengths):
     policy, path = POLICIES[name], tmp_path / "cache.safetensors"
     with longthink.make_cache(model, policy=policy, **budget_of(policy)) as cache:
@@ -228,7 +229,7 @@ def test_compiled_steps_go_on_with_a_loaded_cache_and_with_a_copy(model, tmp_pat
 # Copies ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", slow_but(POLICIES, "raas", "dense"))
 def test_copies_of_one_text_go_on_apart(model, name):
     """Two questions on one text: each is answered as if the other had not been asked, and the original stays."""
     policy = POLICIES[name]

@@ -8,6 +8,7 @@ import longthink
 from longthink.policies import grows, make_policy, needs_budget
 from longthink.reasoner import Size, grade, load_reasoner, make_problem
 from tests import fused
+from tests.grids import slow_but
 from tests.models import PAD, build, prompt
 
 PINNED = ["raas", "raas:sharing=layer", "milestone", "recency", "fifo", "random", "h2o:pin_prompt=true"]
@@ -39,7 +40,7 @@ def question(tokens, seed=1, rows=1):
 
 
 @pytest.mark.parametrize("way", ["longthink.generate", "model.generate"])
-@pytest.mark.parametrize("policy", PINNED)
+@pytest.mark.parametrize("policy", slow_but(PINNED, "raas"))
 def test_the_second_question_stays_and_the_bound_grows_by_its_pages(model, policy, way):
     first, second, budget = question(21), question(19, seed=2), 32
     with longthink.make_cache(model, policy=policy, decode_budget=budget) as cache:
@@ -61,7 +62,7 @@ def test_the_second_question_stays_and_the_bound_grows_by_its_pages(model, polic
         assert cache.num_evicted > 0
 
 
-@pytest.mark.parametrize("policy", PINNED)
+@pytest.mark.parametrize("policy", slow_but(PINNED, "raas"))
 def test_a_question_that_does_not_fit_changes_nothing(model, policy):
     first, long, short = question(21), question(60, seed=2), question(5, seed=3)
     texts = []
@@ -93,7 +94,7 @@ def test_a_question_in_chunks_that_does_not_fit_leaves_the_cache_as_it_was(model
 
 
 @pytest.mark.parametrize("budget", [{"decode_budget": 32}, {"budget": 80}], ids=str)
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", slow_but(POLICIES, "raas", "dense"))
 def test_a_question_in_chunks_of_any_size_gets_the_same_answer(model, policy, budget):
     first, second = question(20, rows=2), question(17, seed=2, rows=2)
     budget, texts = budget_of(policy, **budget), []
@@ -127,7 +128,7 @@ def ending_model():
 
 
 @pytest.mark.parametrize("chunks", [None, 4])
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", slow_but(POLICIES, "raas", "dense"))
 def test_padding_after_a_row_that_ended_is_as_good_as_never_read(ending_model, policy, chunks):
     model = ending_model
 
@@ -153,7 +154,7 @@ def test_padding_after_a_row_that_ended_is_as_good_as_never_read(ending_model, p
     assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=8, **GREEDY), expected)
 
 
-@pytest.mark.parametrize("policy", PINNED)
+@pytest.mark.parametrize("policy", slow_but(PINNED, "raas"))
 def test_a_row_that_ended_early_has_its_question_pinned_and_its_bound(policy):
     """With evictions, also for the padding, over several turns, each of which hides that of all before."""
     model, first = build("llama"), question(9, seed=3, rows=2)
@@ -223,7 +224,9 @@ def test_a_compiled_step_after_a_second_turn_writes_the_eager_tokens(policy, lig
     assert torch.equal(*texts)
 
 
-@pytest.mark.parametrize("policy", [policy for policy in POLICIES if not grows(make_policy(policy))])
+@pytest.mark.parametrize(
+    "policy", slow_but([policy for policy in POLICIES if not grows(make_policy(policy))], "raas")
+)
 def test_fused_steps_end_with_a_second_turn(model, policy, monkeypatch):
     """The kernels know the prompt as the first pages of the text."""
     has_kernels = policy not in ("random", "streaming_llm")
