@@ -175,10 +175,7 @@ class PagedCache(CacheContents, Cache):
         if layer_idx == 0:
             self.binding.check_open()
             rows = len(key_states)
-            if self.required_rows is not None and rows != self.required_rows:
-                raise CacheStateError(
-                    f"the cache was made for batch_size={self.required_rows} and was given {rows} rows"
-                )
+            self._check_rows(rows)
             self.binding.use.add(rows, self.columns + key_states.shape[2])
         self._check_layer(layer_idx)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -195,6 +192,12 @@ class PagedCache(CacheContents, Cache):
         """Columns of text seen, including padding; the library asks before each pass of the model."""
         self.binding.use.asked = True
         return super().get_seq_length(layer_idx)
+
+    def _check_rows(self, rows: int) -> None:
+        if self.required_rows is not None and rows != self.required_rows:
+            raise CacheStateError(
+                f"the cache was made for batch_size={self.required_rows} and was given {rows} rows"
+            )
 
     def _check_complete(self) -> None:
         if any(layer.pending or layer.columns != self.layers[0].columns for layer in self.layers):
@@ -250,6 +253,7 @@ class PagedCache(CacheContents, Cache):
     def begin_step(self, rows: int) -> bool:
         """Count one more token for every row, and return whether any row begins a page."""
         self.binding.check_open()
+        self._check_rows(rows)
         self._check_complete()
         if rows != self.rows:
             raise CacheStateError(f"the cache holds {self.rows} rows and was given {rows}")
