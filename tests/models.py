@@ -32,6 +32,18 @@ _SIZES = dict(
     bos_token_id=BOS,
     eos_token_id=EOS,
 )
+TINY = dict(
+    vocab_size=96,
+    hidden_size=64,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=96,
+    max_position_embeddings=512,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=None,
+)
+"""Sizes that configurations of all kinds of models take."""
 _MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
 ARCHITECTURES: dict[str, Callable[..., PreTrainedModel]] = {
     "qwen2": lambda **more: Qwen2ForCausalLM(Qwen2Config(**_SIZES | more)),

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from longthink.cli import progress as progress_module
 from longthink.cli.decode import Decoded, Detokenizer
 from longthink.cli.progress import progress
-from longthink.cli.terminal import one_line, shares_place, size_text, visible
+from longthink.cli.terminal import shares_place
+from longthink.cli.text import one_line, size_text, visible
 
 
 class Bytes:

@@ -1,10 +1,28 @@
-"""What tests of compiled steps share."""
+"""What tests of models share: one small model and a prompt, and a compiler that is quick."""
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
 from longthink.hf import step
+from tests.models import build, prompt
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build("qwen2")
+
+
+@pytest.fixture
+def ids():
+    return prompt((20,))[0]
+
+
+@pytest.fixture
+def model_is_left_alone(model):
+    yield
+    assert model.config._attn_implementation == "sdpa"
+    assert not model.training
 
 
 @pytest.fixture

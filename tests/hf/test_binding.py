@@ -8,27 +8,13 @@ import torch
 
 import longthink
 from longthink.hf import DecodeStep, attention
-from tests.models import build, prompt
+from tests.models import build
 from tests.vision import build_vision
 
 GREEDY = dict(max_new_tokens=6, do_sample=False)
 
 
-@pytest.fixture(scope="module")
-def model():
-    return build("qwen2")
-
-
-@pytest.fixture(autouse=True)
-def model_is_left_alone(model):
-    yield
-    assert model.config._attn_implementation == "sdpa"
-    assert not model.training
-
-
-@pytest.fixture
-def ids():
-    return prompt((20,))[0]
+pytestmark = pytest.mark.usefixtures("model_is_left_alone")
 
 
 def test_a_cache_of_another_model_says_so(model, ids):
@@ -110,3 +96,13 @@ def test_a_cache_can_be_copied_but_not_pickled(model, ids):
         with pytest.raises(longthink.UnsupportedFeatureError, match="cannot be pickled"):
             pickle.dumps(cache)
     other.close()
+
+
+def test_the_rows_asked_for_hold_in_every_way_into_a_step(model, ids):
+    with longthink.make_cache(model, budget=64, batch_size=1) as cache, torch.no_grad():
+        model(ids, past_key_values=cache)
+        cache.batch_repeat_interleave(2)
+        token = torch.tensor([[3], [4]])
+        for step in (DecodeStep(model, cache, compile=False), lambda new: model(new, past_key_values=cache)):
+            with pytest.raises(longthink.CacheStateError, match="batch_size=1 and was given 2 rows"):
+                step(token)

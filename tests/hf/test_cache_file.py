@@ -13,16 +13,7 @@ import longthink
 from longthink.hf.cachefile import checksum, read_cache_file, write_cache_file
 from tests.models import build, prompt
 
-
-@pytest.fixture(scope="module")
-def model():
-    return build("qwen2")
-
-
-@pytest.fixture(autouse=True)
-def model_is_left_alone(model):
-    yield
-    assert model.config._attn_implementation == "sdpa"
+pytestmark = pytest.mark.usefixtures("model_is_left_alone")
 
 
 def filled(model, policy="milestone:page_size=4:young=8:alpha=0.1", lengths=(9, 23), **options):

@@ -13,14 +13,8 @@ import pytest
 
 import longthink
 from tests.hf.test_cache_file import filled
-from tests.models import build
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def model():
-    return build("qwen2")
 
 
 @pytest.fixture(scope="module")

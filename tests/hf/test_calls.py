@@ -18,21 +18,7 @@ from tests.models import PAD, build, prompt
 GREEDY = dict(max_new_tokens=6, do_sample=False)
 
 
-@pytest.fixture(scope="module")
-def model():
-    return build("qwen2")
-
-
-@pytest.fixture(autouse=True)
-def model_is_left_alone(model):
-    yield
-    assert model.config._attn_implementation == "sdpa"
-    assert not model.training
-
-
-@pytest.fixture
-def ids():
-    return prompt((20,))[0]
+pytestmark = pytest.mark.usefixtures("model_is_left_alone")
 
 
 def of_model(model, monkeypatch, **options):

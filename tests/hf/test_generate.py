@@ -6,12 +6,7 @@ from transformers import GenerationConfig, TextStreamer
 
 import longthink
 from tests.grids import slow_but
-from tests.models import EOS, build, prompt
-
-
-@pytest.fixture(scope="module")
-def model():
-    return build("qwen2")
+from tests.models import EOS, prompt
 
 
 def test_returns_what_model_generate_returns(model):

@@ -5,14 +5,9 @@ import torch
 
 import longthink
 from tests.grids import slow_but
-from tests.models import PAD, build, prompt
+from tests.models import PAD, prompt
 
 POLICIES = [p for p in longthink.available_policies() if p != "dense"]
-
-
-@pytest.fixture(scope="module")
-def model():
-    return build("qwen2")
 
 
 def run(model, ids, mask, policy):

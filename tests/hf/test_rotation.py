@@ -9,22 +9,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import longthink
 from longthink.hf.rotation import rotations
-from tests.models import build
+from tests.models import TINY, build
 from tests.vision import build_vision
 
-SIZES = dict(
-    vocab_size=96,
-    hidden_size=64,
-    num_hidden_layers=1,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    intermediate_size=96,
-    max_position_embeddings=512,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=None,
-)
+SIZES = TINY | dict(num_hidden_layers=1, head_dim=16)
 MODELS = {
     "llama": {},
     "qwen2": {},

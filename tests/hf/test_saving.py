@@ -11,18 +11,13 @@ from hypothesis import strategies as st
 import longthink
 from longthink.policies import needs_budget
 from tests.grids import slow_but
-from tests.models import build, prompt
+from tests.models import prompt
 from tests.variants import BUILT_IN, PAGE, keep_first, override
 
 GREEDY = dict(do_sample=False)
 POLICIES = BUILT_IN | {"keep_first": keep_first()(steps=6, page_size=PAGE, then=BUILT_IN["raas"])}
 PADDED = (9, 23)
 STAGES = [("prompt", PADDED), ("decoded", PADDED), ("second turn", PADDED), ("second turn", (23,))]
-
-
-@pytest.fixture(scope="module")
-def model():
-    return build("qwen2")
 
 
 def budget_of(policy):

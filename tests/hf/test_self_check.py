@@ -11,22 +11,11 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 import longthink
 from longthink.hf import self_check
-from tests.models import ARCHITECTURES, build, prompt
+from tests.models import ARCHITECTURES, TINY, build, prompt
 from tests.vision import build_vision
 
 GREEDY = dict(max_new_tokens=6, do_sample=False)
-SIZES = dict(
-    vocab_size=96,
-    hidden_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    intermediate_size=96,
-    max_position_embeddings=512,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=None,
-)
+SIZES = TINY | dict(num_hidden_layers=2)
 
 
 def tiny(kind: str, **more):

@@ -16,11 +16,6 @@ POLICIES = longthink.available_policies()
 GREEDY = dict(do_sample=False, pad_token_id=PAD, suppress_tokens=[PAD])
 
 
-@pytest.fixture(scope="module")
-def model():
-    return build("qwen2")
-
-
 def budget_of(policy: str, **given: int) -> dict[str, int]:
     return given if needs_budget(make_policy(policy)) else {}
 
