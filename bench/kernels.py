@@ -17,7 +17,8 @@ from torch import Tensor
 
 from bench.command import run
 from longthink.cli.options import Switch
-from longthink.cli.terminal import out_console, visible, write_json
+from longthink.cli.terminal import out_console, write_json
+from longthink.cli.text import visible
 from longthink.config import check_int
 from longthink.environment import hardware, versions
 from longthink.errors import BenchError

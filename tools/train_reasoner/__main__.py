@@ -10,7 +10,8 @@ from cyclopts import App, Parameter
 
 from longthink.cli.errors import EXIT_INTERRUPTED, guarded
 from longthink.cli.progress import progress
-from longthink.cli.terminal import note, visible, write_text
+from longthink.cli.terminal import note, write_text
+from longthink.cli.text import visible
 from tools.train_reasoner.config import TrainConfig
 from tools.train_reasoner.evaluate import PROBLEMS, SEED, WEIGHTS
 from tools.train_reasoner.evaluate import evaluate as evaluate_model

@@ -155,11 +155,12 @@ class SlotStore:
     def release(self, pages: int) -> None:
         """Free the page slots behind the first `pages`, as far as they are empty in all rows."""
         old_pages = self.pages
-        filled_P = (self.table.page_BKP >= 0).flatten(0, 1).any(0)
-        # After a rewind the last slots may be in use, and others free.
-        pages = max(pages, int(filled_P.nonzero().max()) + 1 if bool(filled_P.any()) else 0)
         if pages >= old_pages:
             return
+        # After a rewind the last slots may be in use, and others free.
+        filled_P = (self.table.page_BKP >= 0).flatten(0, 1).any(0)
+        end_P = torch.arange(1, old_pages + 1, device=filled_P.device)
+        pages = max(pages, int((end_P * filled_P).max()))
 
         def shorten(tensor: Tensor) -> Tensor:
             if tensor.ndim <= 2 or tensor is self.shifted_BKND:

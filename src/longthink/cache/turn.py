@@ -16,7 +16,7 @@ from torch import Tensor
 from longthink import kernels
 from longthink.cache.step import QKV, open_pages, shift_keys
 from longthink.cache.store import SlotStore
-from longthink.kernels.reference import masked_softmax, wide_dtype
+from longthink.kernels.reference import weighted_attention
 from longthink.policies import Policy, ShiftsKeys, Step, reads_vectors
 
 _AT_ONCE = 64
@@ -50,7 +50,7 @@ def read_turn(
     query, key, value = (tensor.gather(2, _along(order_BJ, tensor)) for tensor in block)
     # One by one, each key and value would be read in the format that the cache keeps.
     kept = key.to(store.keys_BKSD.dtype), value.to(store.values_BKSD.dtype)
-    reader = _Reader(policy, store, kept, real_BQ.gather(1, order_BJ), scaling)
+    reader = _Reader(policy, store, kept, real_BQ.gather(1, order_BJ), scaling, query.dtype)
     saved: dict[int, list[Tensor]] = {}
     out_BHQD = torch.zeros_like(block[0])
     for start in range(0, max(counts), _AT_ONCE):
@@ -74,8 +74,9 @@ class _Reader:
     """The two halves of reading a block: attention of some of its tokens, and one token into the slots."""
 
     def __init__(
-        self, policy: Policy, store: SlotStore, kept: tuple[Tensor, Tensor], real_BJ: Tensor, scaling: float
-    ) -> None:
+        self, policy: Policy, store: SlotStore, kept: tuple[Tensor, Tensor], real_BJ: Tensor, scaling: float,
+        dtype: torch.dtype,
+    ) -> None:  # fmt: skip
         if isinstance(policy, ShiftsKeys):
             # Before the first decode step the first keys still stand where they were written.
             shift_keys(policy, store)
@@ -83,8 +84,8 @@ class _Reader:
         self._new_BKJD = kept
         resident_BKS = store.table.resident_BKS
         self._slots = resident_BKS.shape[2]
-        self._keys_BKND = torch.cat([store.keys_BKSD, kept[0]], 2)
-        self._values_BKND = torch.cat([store.values_BKSD, kept[1]], 2)
+        self._keys_BKND = torch.cat([store.keys_BKSD, kept[0]], 2).to(dtype)
+        self._values_BKND = torch.cat([store.values_BKSD, kept[1]], 2).to(dtype)
         real_BKJ = real_BJ[:, None].expand(-1, resident_BKS.shape[1], -1)
         self._readable_BKN = torch.cat([resident_BKS, real_BKJ], 2)
         # Where in the slots each token went.
@@ -96,14 +97,13 @@ class _Reader:
         key_N = torch.arange(self._readable_BKN.shape[2], device=query_BHMD.device)
         query_M = self._slots + start + torch.arange(many, device=query_BHMD.device)
         mask_BKMN = self._readable_BKN[:, :, None] & (key_N <= query_M[:, None])
-        dtype = query_BHMD.dtype
-        keys, values = self._keys_BKND.to(dtype), self._values_BKND.to(dtype)
+        keys, values = self._keys_BKND, self._values_BKND
         if "weights" not in self._store.needs:
             return kernels.block_attention(query_BHMD, keys, values, mask_BKMN, self._scaling), None
         query_BKGMD = query_BHMD.unflatten(1, (keys.shape[1], -1))
-        logits = (query_BKGMD @ keys[:, :, None].transpose(-1, -2)).to(wide_dtype(dtype)) * self._scaling
-        weights_BKGMN = masked_softmax(logits, mask_BKMN[:, :, None])
-        out_BKGMD = weights_BKGMN.to(dtype) @ values[:, :, None]
+        out_BKGMD, weights_BKGMN = weighted_attention(
+            query_BKGMD, keys[:, :, None], values[:, :, None], mask_BKMN[:, :, None], self._scaling
+        )
         return out_BKGMD.flatten(1, 2), weights_BKGMN
 
     def append(self, query_BHD: Tensor, j: int, weights_BKGN: Tensor | None, *, opens: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
@@ -15,7 +15,8 @@ from longthink.cli.models import load_model
 from longthink.cli.options import BudgetOptions, ModelOptions, ProblemOptions, SamplingOptions, Switch
 from longthink.cli.progress import progress
 from longthink.cli.prompts import check_words, encode_prompt, read_prompt
-from longthink.cli.terminal import note, shares_place, size_text, write_json, write_text
+from longthink.cli.terminal import note, shares_place, write_json, write_text
+from longthink.cli.text import size_text
 from longthink.config import DEFAULT_POLICY, Budget, check_int
 from longthink.environment import versions
 from longthink.models import REASONER, Loaded
@@ -61,11 +62,11 @@ _DEFAULTS = GenerateOptions()
 @dataclass(frozen=True, kw_only=True)
 class _Run:
     loaded: Loaded
-    inputs: dict[str, Tensor]
     policy: Policy
     budget: dict[str, Any]
     options: GenerateOptions
-    problem: Problem | None
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    problem: Problem | None = None
 
 
 def generate(prompt: str | None = None, /, *, options: GenerateOptions = _DEFAULTS) -> int:
@@ -87,7 +88,7 @@ def generate(prompt: str | None = None, /, *, options: GenerateOptions = _DEFAUL
         raise ValueError(
             'there is no prompt: pass it as an argument, with --file, or on standard input ("-")'
         )
-    run = _prepare(text, options)
+    run = _with_prompt(_load(options), text)
     from longthink import make_cache
 
     with make_cache(run.loaded.model, policy=run.policy, kv_dtype=options.kv_dtype, **run.budget) as cache:
@@ -118,7 +119,7 @@ def _chat(prompt: str | None, options: GenerateOptions) -> int:
         raise ValueError(
             "--chat reads its questions from standard input and prints text: omit --json and --file"
         )
-    run = _prepare(None, options)
+    run = _load(options)
     from longthink import make_cache
 
     loaded = run.loaded
@@ -128,24 +129,26 @@ def _chat(prompt: str | None, options: GenerateOptions) -> int:
     return EXIT_INTERRUPTED if ended == "interrupted" else 0
 
 
-def _prepare(text: str | None, options: GenerateOptions) -> _Run:
+def _load(options: GenerateOptions) -> _Run:
     from longthink.policies import make_policy
 
     if options.prefill_chunk_size is not None:
         check_int("prefill_chunk_size", options.prefill_chunk_size, 1)
     policy = make_policy(options.policy)
     budget = _budget(options, policy)
-    loaded = load_model(options)
-    problem = None
-    if options.chat:
-        return _Run(loaded=loaded, inputs={}, policy=policy, budget=budget, options=options, problem=None)
+    return _Run(loaded=load_model(options), policy=policy, budget=budget, options=options)
+
+
+def _with_prompt(run: _Run, text: str | None) -> _Run:
+    """The run with a prompt, a problem of the built-in model where there is no text."""
+    options, tokenizer, problem = run.options, run.loaded.tokenizer, None
     if text is None:
         problem = make_problem(seed=options.seed, profile=options.profile, size=options.size)
         text = problem.prompt
-    inputs = encode_prompt(loaded.tokenizer, text, raw=options.raw)
-    if loaded.builtin:
-        check_words(loaded.tokenizer, text)
-    return _Run(loaded=loaded, inputs=inputs, policy=policy, budget=budget, options=options, problem=problem)
+    inputs = encode_prompt(tokenizer, text, raw=options.raw)
+    if run.loaded.builtin:
+        check_words(tokenizer, text)
+    return replace(run, inputs=inputs, problem=problem)
 
 
 def _budget(options: GenerateOptions, policy: Policy) -> dict[str, Any]:

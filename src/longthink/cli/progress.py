@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from longthink.cli.terminal import err_console, is_terminal, note, visible
+from longthink.cli.terminal import err_console, is_terminal, note
+from longthink.cli.text import visible
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID

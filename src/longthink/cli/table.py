@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longthink.cli.text import for_markdown, size_text, visible
+from longthink.files import write_text
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -107,5 +108,5 @@ class Table:
     def save(self, folder: Path) -> None:
         """Write NAME.csv and NAME.md into a folder, which is created if needed."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{self.name}.csv").write_text(self.csv(), encoding="utf-8")
-        (folder / f"{self.name}.md").write_text(self.markdown(), encoding="utf-8")
+        write_text(folder / f"{self.name}.csv", self.csv())
+        write_text(folder / f"{self.name}.md", self.markdown())

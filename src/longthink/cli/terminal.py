@@ -1,6 +1,6 @@
 """Where the command line writes: results on standard output, everything else on standard error.
 
-Foreign text goes through :func:`visible` first.
+Foreign text goes through :func:`longthink.cli.text.visible` first.
 """
 
 from __future__ import annotations
@@ -11,17 +11,12 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, TextIO
 
 from longthink.cli.table import Table
-from longthink.cli.text import one_line, size_text, visible
+from longthink.cli.text import one_line, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Column
     from rich.table import Table as RichTable
-
-__all__ = [
-    "err_console", "is_terminal", "note", "one_line", "out_console", "shares_place", "size_text", "visible",
-    "write_json", "write_table", "write_text",
-]  # fmt: skip
 
 
 def is_terminal(stream: TextIO | None) -> bool:
@@ -71,10 +66,7 @@ def write_table(table: Table) -> None:
         console.print(title)
     for cells in zip(*(column.cells for column in grid.columns), strict=True):
         for column, cell in zip(grid.columns, cells, strict=True):
-            line = Text(f"{column.header}: ")
-            console.print(
-                line.append_text(cell if isinstance(cell, Text) else Text(str(cell))), overflow="fold"
-            )
+            console.print(Text(f"{column.header}: ") + cell, overflow="fold")
         console.print()
 
 

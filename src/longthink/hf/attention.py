@@ -113,22 +113,22 @@ def longthink_mask(
 
     It covers the new columns (our caches ask for no others). In a later turn the rest of the 2D mask is attached.
     """
-    follows = attention_mask is not None and isinstance(kv_offset, int) and kv_offset > 0
-    if follows and attention_mask is not None and attention_mask.shape[1] < kv_offset + q_length:
-        raise UnsupportedFeatureError(
-            f"attention_mask has {attention_mask.shape[1]} columns, and must cover the {kv_offset} in the cache "
-            f"and the {q_length} new ones"
-        )
-    later = follows
-    if follows and attention_mask is not None and q_length == 1:
-        # A single token is compared only where a mask has anything to say.
-        later = not torch.compiler.is_compiling() and not bool(attention_mask[:, :kv_offset].all())
+    seen = None
+    if attention_mask is not None and isinstance(kv_offset, int) and kv_offset > 0:
+        if attention_mask.shape[1] < kv_offset + q_length:
+            raise UnsupportedFeatureError(
+                f"attention_mask has {attention_mask.shape[1]} columns, and must cover the {kv_offset} in the cache "
+                f"and the {q_length} new ones"
+            )
+        seen = attention_mask[:, :kv_offset]
+        if q_length == 1 and (torch.compiler.is_compiling() or bool(seen.all())):
+            seen = None  # a single token is compared only where the mask hides anything
     mask: Tensor | None = sdpa_mask(
         batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask,
-        allow_is_causal_skip=allow_is_causal_skip and not later, **kwargs,
+        allow_is_causal_skip=allow_is_causal_skip and seen is None, **kwargs,
     )  # fmt: skip
-    if later and attention_mask is not None and mask is not None:
-        _attach_seen(mask, attention_mask[:, :kv_offset])
+    if seen is not None and mask is not None:
+        _attach_seen(mask, seen)
     return mask
 
 

@@ -100,7 +100,6 @@ class Batch:
     def admit(self, job: Job, cache: PagedCache) -> None:
         """Give a prefilled request, whose cache this is, a free seat."""
         assert self.occupied < self.seats
-        self._static = self._static or self._compiles_now()
         if self._cache is None and not self._static:
             self._cache, self.rows = cache, [job]
             self._step = DecodeStep(self.model, cache, compile=False)
@@ -112,10 +111,6 @@ class Batch:
             seat = self.rows.index(None) if None in self.rows else len(self.rows)
             self._cache.adopt(seat, cache)
             self.rows[seat : seat + 1] = [job]
-
-    def _compiles_now(self) -> bool:
-        """Whether to compile: with ``auto`` after as many steps as would have paid, since requests may end early."""
-        return compiles(self.model, self._template, self._compile, rows=self.seats, tokens=self._steps)
 
     def _make_static(self) -> None:
         """Switch to compiled steps: one shape, with a row for every seat."""
@@ -150,7 +145,10 @@ class Batch:
     @torch.no_grad()
     def step(self) -> None:
         """Decode one token of every running request."""
-        if self._step is not None and not self._static and self._compiles_now():
+        # With ``auto`` after as many steps as would have paid: requests may end early.
+        if not self._static and compiles(
+            self.model, self._template, self._compile, rows=self.seats, tokens=self._steps
+        ):
             self._static = True
             self._make_static()
         self._compact()

@@ -87,11 +87,21 @@ def decode_attention(
             query_BKGD.to(keys_BKSD.dtype), keys_BKSD, values_BKSD, attn_mask=mask, scale=scaling
         )
         return out_BKGD.to(query_BKGD.dtype), None
-    dtype = query_BKGD.dtype
-    logits_BKGS = (query_BKGD @ keys_BKSD.to(dtype).transpose(-1, -2)).to(wide_dtype(dtype)) * scaling
-    weights_BKGS = masked_softmax(logits_BKGS, mask_BKGS)
-    out_BKGD = weights_BKGS.to(dtype) @ values_BKSD.to(dtype)
+    out_BKGD, weights_BKGS = weighted_attention(query_BKGD, keys_BKSD, values_BKSD, mask_BKGS, scaling)
     return out_BKGD, weights_BKGS if with_weights else None
+
+
+def weighted_attention(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Attention of the queries in the second to last dimension, and its softmax weights (float32 or wider).
+
+    The dimensions before, and those of the mask, broadcast; keys and values may be narrower than the query.
+    """
+    dtype = query.dtype
+    logits = (query @ keys.to(dtype).transpose(-1, -2)).to(wide_dtype(dtype)) * scaling
+    weights = masked_softmax(logits, mask)
+    return weights.to(dtype) @ values.to(dtype), weights
 
 
 def paged_attention(query_BKGD: Tensor, paged: PagedKV, scaling: float) -> Tensor:

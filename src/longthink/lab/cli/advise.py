@@ -10,7 +10,8 @@ from cyclopts import Group, Parameter
 
 from longthink.cli.models import load_model
 from longthink.cli.options import Switch, policy_list
-from longthink.cli.terminal import note, one_line, size_text, write_json, write_table, write_text
+from longthink.cli.terminal import note, write_json, write_table, write_text
+from longthink.cli.text import one_line, size_text
 from longthink.lab.cli.analyze_options import Classes, Model, Problems, Recording, read_rules
 from longthink.lab.cli.tables import budget_text, policy_table
 from longthink.lab.cli.trace import record_traces

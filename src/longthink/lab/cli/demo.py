@@ -24,11 +24,12 @@ from longthink.cli.terminal import err_console, is_terminal, note, out_console, 
 from longthink.cli.text import one_line, size_text, visible
 from longthink.config import Budget, check_int
 from longthink.environment import cores, versions
-from longthink.lab.cli.lanes import Course, Helper, helpers, race
+from longthink.lab.cli.lanes import Course, helpers, race
 from longthink.lab.cli.picture import Panel, render, save_png
 from longthink.lab.cli.race import ENDS, Outcome, ResidentLog, Runner, outcome
 
 if TYPE_CHECKING:
+    from longthink.lab.processes import Child
     from longthink.models import Loaded
 
 # A chain of thought almost four times as long as the decode budget. With this seed RaaS as published goes wrong and
@@ -117,7 +118,7 @@ def demo(*, options: DemoOptions = _DEFAULTS) -> int:
     return 0
 
 
-def _race(runners: list[Runner], loaded: Loaded, course: Course, helping: list[Helper]) -> int:
+def _race(runners: list[Runner], loaded: Loaded, course: Course, helping: list[Child]) -> int:
     @contextmanager
     def lines(runner: Runner) -> Iterator[Callable[[], None]]:
         with progress(runner.name, total=course.limit, unit="tokens") as task:

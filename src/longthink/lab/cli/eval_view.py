@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from longthink.cli.progress import FIRST_LINE_S, LINE_EVERY_S
-from longthink.cli.terminal import err_console, is_terminal, note, visible, write_table
+from longthink.cli.terminal import err_console, is_terminal, note, write_table
+from longthink.cli.text import visible
 from longthink.lab.cli.tables import budget_text, policy_table
 
 if TYPE_CHECKING:

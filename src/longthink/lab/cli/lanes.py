@@ -22,7 +22,6 @@ from longthink.lab.processes import Child, Parent, serve
 if TYPE_CHECKING:
     from longthink.models import Loaded
 
-Helper = Child  # A process that runs policies beside this one.
 Shown = Callable[[Runner], AbstractContextManager[Callable[[], None]]]
 """Opens the display of a run; the context's value is called after every change."""
 
@@ -39,13 +38,13 @@ class Course:
 
 
 @contextmanager
-def helpers(count: int) -> Iterator[list[Helper]]:
+def helpers(count: int) -> Iterator[list[Child]]:
     with ExitStack() as stack:
-        yield [stack.enter_context(closing(Helper("longthink.lab.cli.lanes"))) for _ in range(count)]
+        yield [stack.enter_context(closing(Child("longthink.lab.cli.lanes"))) for _ in range(count)]
 
 
 def race(
-    runners: Sequence[Runner], loaded: Loaded, course: Course, helping: Sequence[Helper], shown: Shown
+    runners: Sequence[Runner], loaded: Loaded, course: Course, helping: Sequence[Child], shown: Shown
 ) -> int:
     """Run every policy, in all processes at once; return how many ran one. A run is followed in `shown`."""
     waiting = deque(runners)
@@ -76,7 +75,7 @@ def _next(waiting: deque[Runner]) -> Runner | None:
         return None
 
 
-def _follow(helper: Helper, waiting: deque[Runner], course: Course, shown: Shown, useful: set[int]) -> None:
+def _follow(helper: Child, waiting: deque[Runner], course: Course, shown: Shown, useful: set[int]) -> None:
     try:
         helper.receive()
     except Exception:

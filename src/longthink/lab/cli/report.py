@@ -4,7 +4,8 @@ import shlex
 from pathlib import Path
 
 from longthink.cli.progress import progress
-from longthink.cli.terminal import visible, write_text
+from longthink.cli.terminal import write_text
+from longthink.cli.text import visible
 
 
 def report(

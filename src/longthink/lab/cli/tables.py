@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from longthink.cli.app import PASSIVE
 from longthink.cli.table import Table
-from longthink.cli.terminal import out_console, size_text, visible, write_table
+from longthink.cli.terminal import out_console, write_table
+from longthink.cli.text import size_text, visible
 
 if TYPE_CHECKING:
     from longthink.lab.results.records import Measurement

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from longthink.cli.models import load_model
 from longthink.cli.progress import progress
-from longthink.cli.terminal import size_text, visible, write_text
+from longthink.cli.terminal import write_text
+from longthink.cli.text import size_text, visible
 from longthink.lab.cli.analyze_options import Model, Problems, Recording
 
 if TYPE_CHECKING:
