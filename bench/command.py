@@ -14,9 +14,9 @@ from bench.protocol import ENVIRONMENT
 from longthink.cli.app import PASSIVE
 from longthink.cli.errors import guarded
 from longthink.cli.table import Table
+from longthink.cli.terminal import write_table
 from longthink.cli.text import for_markdown
 from longthink.lab.cli.bench import conditions
-from longthink.lab.cli.tables import print_table
 
 
 def run(command: Callable[..., int], module: str, words: Sequence[str] | None = None) -> int:
@@ -75,5 +75,4 @@ def document_text(title: str, how: dict[str, Any], parts: Sequence[Table | str])
 def print_tables(tables: Sequence[Table]) -> None:
     """Print tables on standard output."""
     for table in tables:
-        columns, rows, note = table.shown()
-        print_table(f"{table.title}. {note}", {name: kind == "text" for name, kind in columns.items()}, rows)
+        write_table(table)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from longthink.cli.app import PASSIVE
@@ -28,11 +28,6 @@ def budget_text(budget: int | None, decode_budget: int | None) -> str:
     return "-" if decode_budget is None else f"+{decode_budget}"
 
 
-def print_table(title: str, columns: Mapping[str, bool], rows: Iterable[Sequence[str]]) -> None:
-    kinds = {name: "words" if is_text else "formatted" for name, is_text in columns.items()}
-    write_table(Table(title=title, columns=kinds, rows=[list(row) for row in rows]))
-
-
 def print_measurements(rows: Sequence[Measurement], conditions: dict[str, Any]) -> None:
     if rows[0].kind == "jct":
         each = "milliseconds per token, after this many decoded tokens"
@@ -55,7 +50,8 @@ def _by_length(title: str, rows: Sequence[Measurement], cell: Callable[[Measurem
     for system in dict.fromkeys(row.system for row in rows):
         at = {row.decode_tokens: cell(row) for row in rows if row.system == system}
         lines.append([system, *(at.get(length, "-") for length in lengths)])
-    print_table(title, {"cache": True} | {str(length): False for length in lengths}, lines)
+    columns = {"cache": "words"} | {str(length): "formatted" for length in lengths}
+    write_table(Table(title=title, columns=columns, rows=lines))
 
 
 def _comparison(rows: Sequence[Measurement]) -> list[str]:
