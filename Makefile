@@ -58,9 +58,10 @@ format: ready ## Put the code in its one format, fix what can be fixed
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
-build: ready ## Build the wheel and the sdist into dist/ and check what is inside
+build: ready ## Build the two wheels and the sdist into dist/ and check what is inside
 	rm -rf dist
 	$(BIN)/hatchling build -t sdist -t wheel
+	cd lab && $(abspath $(BIN))/hatchling build -t wheel -d ../dist
 	$(BIN)/python scripts/check_dist.py dist
 
 clean: ## Remove what the tools left (not .venv)

@@ -1,4 +1,4 @@
-"""Check that the wheel and the sdist in a folder hold what they must and nothing else: check_dist.py FOLDER."""
+"""Check that the two wheels and the sdist in a folder hold what they must and nothing else: check_dist.py FOLDER."""
 
 import sys
 import tarfile
@@ -6,11 +6,12 @@ import zipfile
 from pathlib import Path
 
 WEIGHTS = "longthink/reasoner/weights/"
+LAB = "longthink/lab/"
 MAX_MB = 16
 
 
 def wheel_faults(names):
-    """Say what is wrong with a wheel's file names, one line per fault."""
+    """Say what is wrong with the core's file names, one line per fault."""
     faults = []
     weights = {name.removeprefix(WEIGHTS) for name in names if name.startswith(WEIGHTS)}
     for wanted in ("config.json", ".safetensors", "tokenizer"):
@@ -19,13 +20,29 @@ def wheel_faults(names):
     for wanted in ("longthink/__init__.py", "longthink/py.typed"):
         if wanted not in names:
             faults.append(f"no {wanted}")
-    if not any(name.endswith("licenses/LICENSE") for name in names):
-        faults.append("no LICENSE")
     if not any(name.endswith("entry_points.txt") for name in names):
         faults.append("no entry points")
-    strangers = {name.split("/")[0] for name in names if not name.startswith(("longthink/", "longthink-"))}
-    faults += [f"should not be there: {name}" for name in sorted(strangers)]
-    return faults
+    if any(name.startswith(LAB) for name in names):
+        faults.append("holds the laboratory")
+    return faults + common_faults(names, "longthink")
+
+
+def lab_faults(names):
+    """Say what is wrong with the laboratory's file names, one line per fault."""
+    return common_faults(names, "longthink/lab")
+
+
+def common_faults(names, package):
+    faults = [] if any(name.endswith("licenses/LICENSE") for name in names) else ["no LICENSE"]
+    strangers = [name for name in names if not name.startswith(f"{package}/") and ".dist-info/" not in name]
+    return faults + [f"should not be there: {name}" for name in sorted(strangers)]
+
+
+def split_faults(core, lab, sdist):
+    """Say which files both wheels hold, and which of the sdist's package neither does."""
+    package = {name.removeprefix("src/") for name in sdist if name.startswith("src/longthink/")}
+    faults = [f"in both wheels: {name}" for name in sorted(set(core) & set(lab))]
+    return faults + [f"in no wheel: {name}" for name in sorted(package - {*core, *lab})]
 
 
 def sdist_faults(names):
@@ -34,6 +51,9 @@ def sdist_faults(names):
         "pyproject.toml",
         "LICENSE",
         "constraints.txt",
+        "lab/LICENSE",
+        "lab/hatch_build.py",
+        "lab/pyproject.toml",
         "Makefile",
         "bench/peers/requirements/kvpress.txt",
         "scripts/setup.sh",
@@ -46,15 +66,22 @@ def sdist_faults(names):
     return faults
 
 
-def check(folder):
-    """Return the faults of the one wheel and the one sdist in ``folder``."""
-    (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
+def names_of(wheel):
     with zipfile.ZipFile(wheel) as archive:
-        faults = [f"{wheel.name}: {fault}" for fault in wheel_faults(archive.namelist())]
+        return archive.namelist()
+
+
+def check(folder):
+    """Return the faults of the two wheels and the one sdist in ``folder``."""
+    (core,), (lab,) = folder.glob("longthink-*.whl"), folder.glob("longthink_lab-*.whl")
+    (sdist,) = folder.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
-        names = [name.partition("/")[2] for name in archive.getnames()]
+        names = [member.name.partition("/")[2] for member in archive.getmembers() if not member.isdir()]
+    faults = [f"{core.name}: {fault}" for fault in wheel_faults(names_of(core))]
+    faults += [f"{lab.name}: {fault}" for fault in lab_faults(names_of(lab))]
     faults += [f"{sdist.name}: {fault}" for fault in sdist_faults(names)]
-    for path in (wheel, sdist):
+    faults += split_faults(names_of(core), names_of(lab), names)
+    for path in (core, lab, sdist):
         megabytes = path.stat().st_size / 1e6
         print(f"{path.name}: {megabytes:.1f} MB")
         if megabytes > MAX_MB:

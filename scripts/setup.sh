@@ -21,7 +21,7 @@ esac
 venv=${1:-$name}
 python=$venv/bin/python
 log=$venv/setup.log
-inputs="pyproject.toml $constraints src/longthink/_version.py scripts/setup.sh"
+inputs="pyproject.toml lab/pyproject.toml lab/hatch_build.py $constraints src/longthink/_version.py scripts/setup.sh"
 
 say() { printf '%s\n' "$*"; }
 fail() { printf '\nsetup: %s\n' "$1" >&2; shift; for line in "$@"; do printf '       %s\n' "$line" >&2; done; exit 1; }
@@ -177,8 +177,8 @@ make_venv
 : >"$log"
 if [ "$stage" != dev ] || ! is_done demo; then install_torch; fi
 case $stage in
-  demo) install "longthink and what it draws with" -e ".[plot]" ;;
-  dev) install "longthink and its tools" -e ".[dev]"; fingerprint >"$(stamp_of demo)" ;;
+  demo) install "longthink and what it draws with" -e ".[plot]" -e ./lab ;; # no index has this longthink-lab
+  dev) install "longthink and its tools" -e ".[dev]" -e ./lab; fingerprint >"$(stamp_of demo)" ;;
   vllm) install "longthink and vLLM" -e ".[vllm-test]"; drop_strangers ;;
 esac
 fingerprint >"$(stamp_of "$stage")"

@@ -17,6 +17,8 @@ ROOT = Path(__file__).parent.parent
 INPUTS = (
     "scripts/setup.sh",
     "pyproject.toml",
+    "lab/pyproject.toml",
+    "lab/hatch_build.py",
     "constraints.txt",
     "constraints-vllm.txt",
     "src/longthink/_version.py",
@@ -70,18 +72,18 @@ def setup(tmp_path):
 
 def test_the_tools_come_on_top_of_what_the_demo_needs(setup):
     asked, out = setup("--quiet", "--demo")
-    assert asked == ["venv", PIN, "-e .[plot]"]
+    assert asked == ["venv", PIN, "-e .[plot] -e ./lab"]
     steps = [line for line in out.splitlines() if line.startswith("  ")]
     assert len(steps) == 3
     assert all(re.search(r"\.\.\. \d+ s$", line) for line in steps)
     assert re.search(r"^Done in \d+ s\.$", out, re.MULTILINE)
     assert setup("--quiet", "--demo") == ([], "")
-    assert setup("--quiet")[0] == ["-e .[dev]"]
+    assert setup("--quiet")[0] == ["-e .[dev] -e ./lab"]
     assert setup("--quiet") == setup("--quiet", "--demo") == ([], "")
 
 
 def test_all_at_once_is_installed_once(setup):
-    assert setup()[0] == ["venv", PIN, "-e .[dev]"]
+    assert setup()[0] == ["venv", PIN, "-e .[dev] -e ./lab"]
     assert setup("--demo") == ([], ".venv is up to date.\n")
 
 
@@ -90,17 +92,17 @@ def test_other_versions_are_installed(setup):
     setup()
     with (setup.checkout / "constraints.txt").open("a") as file:
         file.write("# moved\n")
-    assert setup("--demo")[0] == [PIN, "-e .[plot]"]
-    assert setup()[0] == ["-e .[dev]"]
+    assert setup("--demo")[0] == [PIN, "-e .[plot] -e ./lab"]
+    assert setup()[0] == ["-e .[dev] -e ./lab"]
 
 
 @pytest.mark.slow
 def test_a_failure_is_tried_again_from_there(setup):
-    assert setup("--demo", fails=".[plot]")[0] == ["venv", PIN, "-e .[plot]"]
-    assert setup("--demo")[0] == [PIN, "-e .[plot]"]
-    assert setup(fails=".[dev]")[0] == ["-e .[dev]"]
+    assert setup("--demo", fails=".[plot]")[0] == ["venv", PIN, "-e .[plot] -e ./lab"]
+    assert setup("--demo")[0] == [PIN, "-e .[plot] -e ./lab"]
+    assert setup(fails=".[dev]")[0] == ["-e .[dev] -e ./lab"]
     assert setup("--quiet", "--demo") == ([], "")
-    assert setup()[0] == ["-e .[dev]"]
+    assert setup()[0] == ["-e .[dev] -e ./lab"]
 
 
 def test_the_environment_for_vllm_is_apart(setup):
@@ -124,13 +126,14 @@ def test_only_the_demo_does_without_tools(target):
 # What the demo needs --------------------------------------------------------------------------------------------
 
 
-def declared(extra):
+def declared(extra, project=ROOT / "pyproject.toml"):
     """Names of the packages that ``longthink[extra]`` asks for, without what those need."""
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    projects = {"longthink": ROOT / "pyproject.toml", "longthink-lab": ROOT / "lab" / "pyproject.toml"}
+    extras = tomllib.loads(project.read_text())["project"]["optional-dependencies"]
     names = set()
     for requirement in map(Requirement, extras[extra]):
-        if requirement.name == "longthink":
-            names |= set().union(*map(declared, requirement.extras))
+        if requirement.name in projects:
+            names |= set().union(*(declared(name, projects[requirement.name]) for name in requirement.extras))
         else:
             names.add(canonicalize_name(requirement.name))
     return names

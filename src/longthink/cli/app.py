@@ -7,7 +7,8 @@ Only light modules are imported here; commands import torch, transformers and ma
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Annotated, Any
 
 from cyclopts import App, Parameter
@@ -21,18 +22,22 @@ from longthink.cli.policies import policies
 from longthink.cli.progress import show_log
 from longthink.cli.reasoner import reasoner_app
 from longthink.cli.vllm_args import vllm_args
+from longthink.errors import MissingExtraError
 
 LABORATORY = {
-    "demo": "demo:demo",
-    "eval": "eval:evaluate",
-    "bench": "bench:bench_app",
-    "trace": "trace:trace",
-    "what-if": "whatif:what_if",
-    "advise": "advise:advise",
-    "report": "report:report",
-    "lm-eval": "harness:lm_eval",
+    "demo": ("demo:demo", "plot"),
+    "eval": ("eval:evaluate", "eval"),
+    "bench": ("bench:bench_app", "eval"),
+    "trace": ("trace:trace", "analyze"),
+    "what-if": ("whatif:what_if", "analyze"),
+    "advise": ("advise:advise", "analyze"),
+    "report": ("report:report", "report"),
+    "lm-eval": ("harness:lm_eval", "lm-eval"),
 }
-"""Commands of the laboratory and their places in `longthink.lab.cli`, imported on use: the core needs none."""
+"""Commands of the laboratory, their places in `longthink.lab.cli`, imported on use, and the extra that brings each.
+
+The laboratory is a wheel of its own, longthink-lab, so it may be missing.
+"""
 
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 """Makes waiting threads sleep: spinning counts as CPU time and takes it from other threads."""
@@ -52,6 +57,29 @@ def wait_passively(words: list[str]) -> None:
         os.execve(sys.executable, sys.orig_argv, os.environ | PASSIVE)
 
 
+def add_laboratory(app: App, *, installed: bool) -> None:
+    """Add the commands of the laboratory; where it is not installed they say how to install it."""
+    for name, (place, extra) in LABORATORY.items():
+        if installed:
+            # The help of lm-eval is the harness's own.
+            own_help: dict[str, Any] = {"help_flags": [], "version_flags": []} if name == "lm-eval" else {}
+            app.command(f"longthink.lab.cli.{place}", name=name, **own_help)
+        else:
+            app.command(
+                _missing(name, extra), name=name, group="Not installed", help_flags=[], version_flags=[]
+            )
+
+
+def _missing(name: str, extra: str) -> Callable[..., None]:
+    remedy = f'pip install "longthink[{extra}]"'
+
+    def missing(*words: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)]) -> None:
+        raise MissingExtraError(f"{name} belongs to the laboratory, which is not installed: {remedy}")
+
+    missing.__doc__ = remedy
+    return missing
+
+
 app = App(
     name="longthink",
     help="Bounded KV cache for reasoning models: constant memory per token, however long the chain of thought.",
@@ -63,10 +91,7 @@ for _command in (generate, policies, doctor):
     app.command(_command)
 app.command(vllm_args, name="vllm-args")
 app.command(reasoner_app)
-for _name, _place in LABORATORY.items():
-    # The help of lm-eval is the harness's own.
-    _own_help: dict[str, Any] = {"help_flags": [], "version_flags": []} if _name == "lm-eval" else {}
-    app.command(f"longthink.lab.cli.{_place}", name=_name, **_own_help)
+add_laboratory(app, installed=find_spec("longthink.lab") is not None)
 app.meta.group_parameters = "Global options"
 app.meta.suppress_keyboard_interrupt = False
 # Words after "--" are for the command, so the delimiter must reach it.
