@@ -46,17 +46,21 @@ def test_settings_of_the_model_count_beside_a_generation_config(model, ids, monk
     ("name", "value"),
     [("output_hidden_states", True), ("stop_strings", ["x"]), ("num_beams", 2), ("token_healing", True)],
 )
-def test_options_that_only_the_library_supports_are_left_to_its_loop(model, name, value):
-    def own_loop(generation_config=None, **options):
-        merged = model._prepare_generation_config(generation_config, **options)
-        return generation_module._own_loop(*merged, "auto")
+def test_options_that_only_the_library_supports_are_left_to_its_loop(model, name, value, monkeypatch):
+    monkeypatch.setattr(generation_module, "compiles", lambda *args, **options: True)
+
+    def own_loop(compile="auto", **options):
+        with longthink.make_cache(model, budget=64) as cache:
+            return generation_module._compiles(model, cache, 1, compile, options)
 
     config = GenerationConfig(max_new_tokens=5)
     for given in (None, config):
-        assert own_loop(given, max_new_tokens=5)
-        assert not own_loop(given, **{name: value})
+        assert own_loop(generation_config=given, max_new_tokens=5)
+        assert not own_loop(generation_config=given, **{name: value})
     setattr(config, name, value)
-    assert not own_loop(config)
+    assert not own_loop(generation_config=config)
+    with pytest.raises(longthink.UnsupportedFeatureError, match=f"compile=True cannot be used with {name}="):
+        own_loop(compile=True, generation_config=config)
 
 
 @pytest.mark.parametrize(

@@ -109,9 +109,7 @@ def generate(
     check_compile(compile)
     check_model(model)
     input_ids, attention_mask = prompt_tensors(input_ids, attention_mask, generate_kwargs, model.device)
-    # Options of the call, of `generation_config=` and of the model, merged as `model.generate` merges them.
-    options = dict(generate_kwargs)
-    config, others = model._prepare_generation_config(options.pop("generation_config", None), **options)
+    config, others = _merge_options(model, generate_kwargs)
     _check_options(config, others)
     chunk_size = config.prefill_chunk_size if prefill_chunk_size is None else prefill_chunk_size
     if chunk_size is not None:
@@ -130,8 +128,7 @@ def generate(
         _check_live_cache(model, cache, policy, budget, decode_budget, kv_dtype)
     guards = LogitsProcessorList([_NonFiniteGuard(), *(generate_kwargs.pop("logits_processor", None) or [])])
     rows = (1 if prompt is None else len(prompt)) * (config.num_return_sequences or 1)
-    tokens = config.max_new_tokens or config.max_length
-    if _own_loop(config, others, compile) and compiles(model, cache, compile, rows=rows, tokens=tokens):
+    if _compiles(model, cache, rows, compile, generate_kwargs):
         generate_kwargs["custom_generate"] = DecodeLoop(compile, generate_kwargs.get("streamer"))
     announced = columns - cache.columns if chunk_size is not None else 0
     if announced:
@@ -150,14 +147,24 @@ def generate(
         return output
 
 
+def _merge_options(model: PreTrainedModel, kwargs: dict[str, Any]) -> tuple[GenerationConfig, dict[str, Any]]:
+    """Decoding options of the call and the model, merged as in `model.generate`, and arguments of the model."""
+    options = dict(kwargs)
+    config, others = model._prepare_generation_config(options.pop("generation_config", None), **options)
+    return config, others
+
+
 def _longest(config: GenerationConfig, columns: int) -> int:
     """Columns that the model may read: all but the last token of the longest output."""
     longest = columns + config.max_new_tokens if config.max_new_tokens else config.max_length or 0
     return max(columns, longest - 1)
 
 
-def _own_loop(config: GenerationConfig, others: dict[str, Any], compile: Compile) -> bool:
-    """Whether `DecodeLoop` supports the options; raise if it does not and compiling was requested."""
+def _compiles(
+    model: PreTrainedModel, cache: PagedCache, rows: int, compile: Compile, kwargs: dict[str, Any]
+) -> bool:
+    """Whether to decode with `DecodeLoop`; raise if it does not support the options and compiling was requested."""
+    config, others = _merge_options(model, kwargs)
     for name in NEEDS_LIBRARY:
         value = getattr(config, name, None) or others.get(name)
         if value is None or value is False or (name == "num_beams" and value == 1):
@@ -167,7 +174,7 @@ def _own_loop(config: GenerationConfig, others: dict[str, Any], compile: Compile
                 f"compile=True cannot be used with {name}={brief_repr(value)}: pass compile='auto'"
             )
         return False
-    return True
+    return compiles(model, cache, compile, rows=rows, tokens=config.max_new_tokens or config.max_length)
 
 
 def _check_options(config: GenerationConfig, others: dict[str, Any]) -> None:
