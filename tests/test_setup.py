@@ -123,6 +123,33 @@ def test_only_the_demo_does_without_tools(target):
     assert ("--demo" in line) == (target == "demo")
 
 
+@pytest.mark.parametrize(("ends", "model"), [(0, True), (3, False)])
+def test_ci_gives_the_tests_a_real_model_or_says_why_not(tmp_path, ends, model):
+    """In a checkout beside a get.sh that ends so, with a make that only says which models it was given."""
+    scripts = {
+        "checkout/.ci/run": (ROOT / ".ci" / "run").read_text(),
+        "checkout/scripts/chromium.sh": "#!/bin/sh\n",
+        "shared/models/get.sh": f'#!/bin/sh\necho "made $1 $2 with $PYTHON"\nexit {ends}\n',
+        "bin/make": '#!/bin/sh\necho "make $* with models in ${LONGTHINK_MODELS:-nothing}"\n',
+    }
+    for name, text in scripts.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+    environment = {k: v for k, v in os.environ.items() if k != "LONGTHINK_MODELS"}
+    environment |= {
+        "XDG_CACHE_HOME": str(tmp_path),
+        "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}",
+    }
+    done = subprocess.run([tmp_path / "checkout/.ci/run"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "longthink" / "models"
+    assert f"made {folder} smollm2-135m with {tmp_path}/checkout/.venv-ci/bin/python" in done.stdout
+    assert f"make --keep-going lint test with models in {folder if model else 'nothing'}" in done.stdout
+    assert ("tests/real will skip: ../shared/models/get.sh ended with status 3" in done.stderr) == (not model)
+
+
 # What the demo needs --------------------------------------------------------------------------------------------
 
 
