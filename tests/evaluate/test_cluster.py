@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from longthink.errors import SweepError
-from longthink.lab.evaluate.workers import run_sweep
+from longthink.lab.work.workers import run_work
 from tests.evaluate.sweeps import made, raw_keys, short_sweep
 
 ray = pytest.importorskip("ray", reason="needs the extra ray")
@@ -51,18 +51,18 @@ def test_a_killed_worker_costs_what_it_had_in_flight_and_no_more(cluster, tmp_pa
             os.kill(shards[0].pid, signal.SIGKILL)
 
     sweep.report = kill_one
-    run_sweep(sweep, ray=cluster.address)
+    run_work(sweep, ray=cluster.address)
     assert (sweep.total.made, sweep.is_complete) == (20, True)
     assert sweep.lost_workers >= 1 and "died" in said[0]
     assert max(at_once) == 2, "both nodes should have worked"
     assert set(raw_keys(tmp_path / "ray").values()) == {1}
-    run_sweep(short_sweep(tmp_path / "here", policies="recency,raas"))
+    run_work(short_sweep(tmp_path / "here", policies="recency,raas"))
     assert made(tmp_path / "ray") == made(tmp_path / "here")
 
 
 def test_an_error_of_a_task_is_the_error_of_the_sweep(cluster, tmp_path):
     with pytest.raises(ValueError, match="there is no such folder"):
-        run_sweep(short_sweep(tmp_path / "store", model=str(tmp_path / "gone")), ray=cluster.address)
+        run_work(short_sweep(tmp_path / "store", model=str(tmp_path / "gone")), ray=cluster.address)
 
 
 @pytest.mark.parametrize(
@@ -78,4 +78,4 @@ def test_no_cluster_is_said_in_words(tmp_path, monkeypatch, address, message):
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(SweepError, match=message):
-        run_sweep(short_sweep(tmp_path / "store"), ray=address)
+        run_work(short_sweep(tmp_path / "store"), ray=address)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from longthink.lab.evaluate.files import Item
 from longthink.lab.evaluate.plan import CacheConfig, Cell, Unit
-from longthink.lab.evaluate.sweep import Coordinator
+from longthink.lab.work.driver import Coordinator
 
 
 def units(caches, each):

@@ -9,14 +9,14 @@ from longthink.hf import generate
 from longthink.lab.evaluate.solver import Solver
 from longthink.lab.evaluate.summary import majority_is_right, summarize
 from longthink.lab.evaluate.tasks import prompt_ids
-from longthink.lab.evaluate.workers import run_sweep
+from longthink.lab.work.workers import run_work
 from tests.evaluate.sweeps import made, raw_keys, short_sweep
 
 SOLVER = "longthink.lab.evaluate.solver"
 
 
 def run(sweep, **options):
-    run_sweep(sweep, **options)
+    run_work(sweep, **options)
     return sweep
 
 
@@ -34,7 +34,7 @@ def whole(tmp_path_factory):
     """The short sweep, made in one go."""
     folder = tmp_path_factory.mktemp("whole") / "store"
     sweep = short_sweep(folder)
-    run_sweep(sweep)
+    run_work(sweep)
     assert sweep.total.made == 10
     return folder
 
@@ -95,7 +95,7 @@ def test_every_sample_is_stored_before_the_next_is_reported(tmp_path):
     sweep = short_sweep(tmp_path / "store", rows=3)
     sweep.report = stop_at
     with pytest.raises(Stop):
-        run_sweep(sweep)
+        run_work(sweep)
     sweep = short_sweep(tmp_path / "store", rows=1)
     assert counts(run(sweep)) == (3, 7)
 
@@ -105,8 +105,8 @@ def test_samples_differ_from_each_other_and_come_again(tmp_path):
     """Sampling with another number of rows and after a resume gives the same text."""
     sampled = dict(temperature=4, samples=2, sampling_seeds="0,1", count=3, policies="dense", budgets="")
     first = short_sweep(tmp_path / "a", rows=4, **sampled)
-    run_sweep(first)
-    run_sweep(short_sweep(tmp_path / "b", rows=3, **sampled | {"count": 2}))
+    run_work(first)
+    run_work(short_sweep(tmp_path / "b", rows=3, **sampled | {"count": 2}))
     again = short_sweep(tmp_path / "b", rows=1, **sampled)
     assert counts(run(again)) == (8, 4)
     assert made(tmp_path / "a") == made(tmp_path / "b")
@@ -132,7 +132,7 @@ def test_prompts_beyond_the_context_of_the_model_too(tmp_path):
         sweep.begin(solver.identity)
         cache = sweep.assign(0)
         unit = sweep.take(0)
-        ((back, sample),) = solver.solve(cache, [unit])
+        ((back, (sample,)),) = solver.solve(cache, [unit])
     assert back == unit
     assert (sample.finish, sample.generated_tokens, sample.correct) == ("no_room", 0, False)
     assert sample.prompt_tokens > 40
@@ -158,7 +158,7 @@ def test_samples_of_a_killed_worker_go_to_the_others(tmp_path, whole):
             workers()[0].kill()
 
     sweep.report = kill_one
-    run_sweep(sweep, workers=2)
+    run_work(sweep, workers=2)
     assert (sweep.total.made, sweep.lost_workers) == (10, 1)
     assert made(tmp_path / "store") == made(whole)
     assert set(raw_keys(tmp_path / "store").values()) == {1}
@@ -176,7 +176,7 @@ def test_a_sweep_whose_workers_all_die_ends_and_keeps_what_there_is(tmp_path):
 
     sweep.report = kill_all
     with pytest.raises(SweepError, match="all workers died"):
-        run_sweep(sweep, workers=2)
+        run_work(sweep, workers=2)
     kept = len(raw_keys(tmp_path / "store"))
     assert kept >= 1
     sweep = short_sweep(tmp_path / "store")
@@ -187,7 +187,7 @@ def test_a_sweep_whose_workers_all_die_ends_and_keeps_what_there_is(tmp_path):
 def test_an_error_in_a_worker_is_the_error_of_the_sweep(tmp_path):
     sweep = short_sweep(tmp_path / "store", model=str(tmp_path / "gone"))
     with pytest.raises(ValueError, match="there is no such folder"):
-        run_sweep(sweep, workers=2)
+        run_work(sweep, workers=2)
     assert not workers()
 
 

@@ -16,7 +16,7 @@ from pyarrow import parquet
 
 from longthink.errors import ResultStoreError
 from longthink.files import STALE_S
-from longthink.lab.results.records import to_row
+from longthink.lab.results.records import Sample, to_row
 from longthink.lab.results.schema import arrow_schema
 from longthink.lab.results.store import ResultStore
 from tests.results.making import make_measurement, make_sample
@@ -79,9 +79,9 @@ def test_done_tells_setups_apart(tmp_path):
     store = ResultStore(tmp_path / "a" / "store")
     one, other = make_sample(problem="p1", sample=2), make_sample(problem="p1", seed=1)
     store.add(one, other)
-    assert store.done(one.config) == {("p1", 2)}
-    assert store.done(other.config) == {("p1", 0)}
-    assert store.done("none") == set()
+    assert store.done(Sample, one.config) == {("p1", 2)}
+    assert store.done(Sample, other.config) == {("p1", 0)}
+    assert store.done(Sample, "none") == set()
 
 
 def test_a_folder_that_was_dropped_because_it_was_empty_comes_back(tmp_path):
@@ -303,7 +303,7 @@ def test_a_foreign_file_is_named(tmp_path, rows, message):
     store = ResultStore(tmp_path)
     store.add(make_sample())
     parquet.write_table(rows, tmp_path / "samples" / "guest.parquet")
-    for use in (store.compact, lambda: store.done("x")):
+    for use in (store.compact, lambda: store.done(Sample, "x")):
         with pytest.raises(ResultStoreError, match=r"guest\.parquet does not hold samples") as caught:
             use()
         assert message in str(caught.value)

@@ -2,6 +2,6 @@
 
 from longthink.cache.layer import LayerCache
 from longthink.cache.rotation import Rotation
-from longthink.cache.step import FusedStep
+from longthink.cache.step import QKV, FusedStep
 
-__all__ = ["FusedStep", "LayerCache", "Rotation"]
+__all__ = ["QKV", "FusedStep", "LayerCache", "Rotation"]

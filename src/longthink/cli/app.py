@@ -27,6 +27,7 @@ from longthink.errors import MissingExtraError
 LABORATORY = {
     "demo": ("demo:demo", "plot"),
     "eval": ("eval:evaluate", "eval"),
+    "fidelity": ("fidelity:fidelity", "eval"),
     "bench": ("bench:bench_app", "eval"),
     "trace": ("trace:trace", "analyze"),
     "what-if": ("whatif:what_if", "analyze"),

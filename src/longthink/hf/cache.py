@@ -242,7 +242,7 @@ class PagedCache(CacheContents, Cache):
             "transformers' own cache"
         )
 
-    # For `DecodeStep`, which does not use `update` -----------------------------------------------------------
+    # For `DecodeStep` and `ForcedDecode`, which do not use `update` ----------------------------------------
 
     @property
     def sizes(self) -> tuple[tuple[torch.Size, int], ...]:
@@ -252,26 +252,31 @@ class PagedCache(CacheContents, Cache):
     @outside_inference
     def begin_step(self, rows: int) -> bool:
         """Count one more token for every row, and return whether any row begins a page."""
+        self.begin_block(rows, 1)
+        opens = False
+        for layer in self.layers:
+            opens |= layer.slots.begin_step() is not None
+        return opens
+
+    def begin_block(self, rows: int, tokens: int) -> None:
+        """Prepare for so many decode steps, which each layer counts by itself."""
         self.binding.check_open()
         self._check_rows(rows)
         self._check_complete()
         if rows != self.rows:
             raise CacheStateError(f"the cache holds {self.rows} rows and was given {rows}")
         # Rows of a batch that changes are shorter than the columns that it has read.
-        self.binding.use.check_limit(max(self.layers[0].slots.rows.lengths) + 1)
-        self.binding.use.add(rows, self.columns + 1)
-        opens = False
+        self.binding.use.check_limit(max(self.layers[0].slots.rows.lengths) + tokens)
+        self.binding.use.add(rows, self.columns + tokens)
         for layer in self.layers:
             layer.pending = True
-            opens |= layer.slots.begin_step() is not None
-        return opens
 
-    def end_step(self) -> None:
-        """Complete the step that `begin_step` began."""
-        self._text.add_token()
+    def end_step(self, tokens: int = 1) -> None:
+        """Complete the steps that `begin_step` or `begin_block` began."""
+        self._text.add_tokens(tokens)
         for layer in self.layers:
             layer.pending = False
-            layer.columns += 1
+            layer.columns += tokens
 
     # Continuous batching ------------------------------------------------------------------------------------
 

@@ -82,9 +82,9 @@ class Columns:
         self.reset()
         self._add(None, columns)
 
-    def add_token(self) -> None:
-        """Count a column that is real in all rows."""
-        self._add(None, 1)
+    def add_tokens(self, columns: int) -> None:
+        """Count columns that are real in all rows."""
+        self._add(None, columns)
 
     def select_rows(self, layer: LayerCache, rows: Tensor) -> None:
         """Reorder rows as a layer does: row i becomes the old row ``rows[i]``. Only the first layer counts."""

@@ -116,7 +116,7 @@ def _grade(one: Advice | None, problems: Problems, model: Model, recording: Reco
     from longthink.lab.evaluate.plan import Plan
     from longthink.lab.evaluate.summary import summarize
     from longthink.lab.evaluate.sweep import Sweep
-    from longthink.lab.evaluate.workers import run_sweep
+    from longthink.lab.work.workers import run_work
     from longthink.lab.results.statistics import wilson
     from longthink.lab.results.store import ResultStore
 
@@ -130,7 +130,7 @@ def _grade(one: Advice | None, problems: Problems, model: Model, recording: Reco
         count=problems.count, seed=problems.seed, max_new_tokens=problems.max_new_tokens, **bounded,
     )  # fmt: skip
     sweep = Sweep(plan, plan.load_tasks(), store)
-    run_sweep(sweep)
+    run_work(sweep)
     rows = summarize(store, sweep.configs)
     total = sum(row.problems for row in rows)
     right = sum(row.accuracy * row.problems for row in rows)

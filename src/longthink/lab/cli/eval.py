@@ -111,7 +111,7 @@ def evaluate(
     """
     from longthink.lab.evaluate.settings import make_plan, read_settings
     from longthink.lab.evaluate.sweep import Sweep
-    from longthink.lab.evaluate.workers import run_sweep
+    from longthink.lab.work.workers import run_work
     from longthink.lab.results.store import ResultStore
 
     from_file = {} if run.config is None else read_settings(run.config.expanduser())
@@ -124,7 +124,7 @@ def evaluate(
     code = 0
     try:
         with watching(sweep):
-            run_sweep(sweep, workers=workers, ray=settings.get("ray"))
+            run_work(sweep, workers=workers, ray=settings.get("ray"))
     except KeyboardInterrupt:
         made = f"{sweep.total.made} samples were made and are stored"
         note(f"interrupted: {made}; the same command goes on from there")

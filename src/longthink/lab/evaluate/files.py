@@ -44,10 +44,15 @@ class Fields(NamedTuple):
 
 
 def read_file(path: Path) -> list[Item]:
+    return to_items(read_records(path), path.stem)
+
+
+def read_records(path: Path) -> Records:
+    """Return the records of a file, each with its place for messages."""
     readers = {".jsonl": _json_lines, ".parquet": _parquet_rows}
     if path.suffix not in readers:
         raise DataError(f"{path}: its name ends in {path.suffix!r}; expected a .jsonl or .parquet file")
-    return to_items(readers[path.suffix](path), path.stem)
+    return readers[path.suffix](path)
 
 
 def to_items(records: Records, task: str, fields: Fields | None = None) -> list[Item]:
@@ -84,24 +89,25 @@ def to_items(records: Records, task: str, fields: Fields | None = None) -> list[
     return items
 
 
-def _detect(place: str, record: Mapping[str, Any]) -> Fields:
+def find_field(record: Mapping[str, Any], wanted: tuple[str, ...]) -> str | None:
+    """Return the name of the first of these fields that a record has."""
     names = {name.lower().replace(" ", "_").replace("-", "_"): name for name in record}
+    return next((names[name] for name in wanted if name in names), None)
 
-    def find(wanted: tuple[str, ...]) -> str | None:
-        return next((names[name] for name in wanted if name in names), None)
 
-    question, answer = find(QUESTION_FIELDS), find(ANSWER_FIELDS)
+def _detect(place: str, record: Mapping[str, Any]) -> Fields:
+    question, answer = find_field(record, QUESTION_FIELDS), find_field(record, ANSWER_FIELDS)
     if question is None or answer is None:
         missing, wanted = ("question", QUESTION_FIELDS) if question is None else ("answer", ANSWER_FIELDS)
         raise DataError(
             f"{place}: no field holds the {missing}; expected one of {', '.join(wanted)}, "
             f"found {', '.join(record) or 'none'}"
         )
-    return Fields(question, answer, find(ID_FIELDS))
+    return Fields(question, answer, find_field(record, ID_FIELDS))
 
 
 def _item(place: str, record: Mapping[str, Any], task: str, fields: Fields) -> Item:
-    question, answer = (_text(place, record, field) for field in (fields.question, fields.answer))
+    question, answer = (text_of(place, record, field) for field in (fields.question, fields.answer))
     gold = stated_answer(answer)
     if gold is None and fields.answer.lower() == "solution":
         raise DataError(
@@ -109,11 +115,12 @@ def _item(place: str, record: Mapping[str, Any], task: str, fields: Fields) -> I
             "expected \\boxed{...}, or a line that begins with #### or A:"
         )
     digest = hashlib.sha256(question.encode()).hexdigest()[:12]
-    name = digest if fields.id is None else _text(place, record, fields.id)
+    name = digest if fields.id is None else text_of(place, record, fields.id)
     return Item(task=task, id=name, question=question, gold=gold or answer)
 
 
-def _text(place: str, record: Mapping[str, Any], field: str) -> str:
+def text_of(place: str, record: Mapping[str, Any], field: str) -> str:
+    """Return a field as text, or `DataError`."""
     if field not in record:
         raise DataError(f"{place}: field {field!r} is missing; expected text or a number")
     value = record[field]

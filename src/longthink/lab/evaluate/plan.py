@@ -12,18 +12,12 @@ from longthink.errors import BudgetError
 from longthink.lab.evaluate.files import Item
 from longthink.lab.evaluate.tasks import Task, load_tasks
 from longthink.lab.results.records import Setup
+from longthink.lab.work.driver import Identity
 from longthink.models import REASONER
 from longthink.policies import Policy, make_policy, needs_budget, policy_spec, policy_to_dict
 
 BUILTIN_ROWS = 32  # the built-in model is so small that it gains from many rows
 ROWS = 8  # default batch size for other models
-
-
-class Identity(NamedTuple):
-    """What belongs to a setup and is known only once the model has been loaded."""
-
-    revision: str | None
-    dtype: str
 
 
 class CacheConfig(NamedTuple):
@@ -47,6 +41,10 @@ class Unit(NamedTuple):
     cell: Cell
     item: Item
     sample: int
+
+    @property
+    def group(self) -> CacheConfig:
+        return self.cell.cache
 
     @property
     def key(self) -> str:
@@ -121,26 +119,10 @@ class Plan:
         for text in dict.fromkeys(self.policies):
             policy = make_policy(text)
             is_random = self.temperature > 0 or hasattr(policy, "seed")
-            for budget in self._budgets(policy):
+            for budget in budgets_for(policy, self.budgets, self.decode_budgets):
                 for seed in self.sampling_seeds if is_random else self.sampling_seeds[:1]:
                     found.append((policy_spec(policy), seed, _cache(policy, budget, seed)))
         return list(dict.fromkeys(found))
-
-    def _budgets(self, policy: Policy) -> list[Budget | None]:
-        if not needs_budget(policy):
-            return [None]
-        budgets = [Budget(budget=value) for value in self.budgets]
-        budgets += [Budget(decode_budget=value) for value in self.decode_budgets]
-        name, required = policy_spec(policy), policy.required_pages(1)
-        if not budgets:
-            raise BudgetError(f"policy {name!r} needs a budget: give budgets or decode_budgets")
-        for budget in budgets:
-            if budget.pages(1, policy.page_size) < required:
-                allowed = f">= {required * policy.page_size}"
-                raise BudgetError(
-                    f"{budget} is too small for policy {name!r} with any prompt: allowed is {allowed}"
-                )
-        return list(budgets)
 
     def load_tasks(self) -> list[Task]:
         data = [Path(path).expanduser() for path in self.data]
@@ -162,6 +144,26 @@ class Plan:
             temperature=float(self.temperature), top_p=None if self.top_p is None else float(self.top_p),
             top_k=self.top_k, max_new_tokens=cell.max_new_tokens,
         )  # fmt: skip
+
+
+def budgets_for(
+    policy: Policy, budgets: Sequence[int], decode_budgets: Sequence[int]
+) -> list[Budget | None]:
+    """Budgets to run a policy at; `BudgetError` if it needs one and there is none, or one is too small."""
+    if not needs_budget(policy):
+        return [None]
+    found = [Budget(budget=value) for value in budgets]
+    found += [Budget(decode_budget=value) for value in decode_budgets]
+    name, required = policy_spec(policy), policy.required_pages(1)
+    if not found:
+        raise BudgetError(f"policy {name!r} needs a budget: give budgets or decode_budgets")
+    for budget in found:
+        if budget.pages(1, policy.page_size) < required:
+            allowed = f">= {required * policy.page_size}"
+            raise BudgetError(
+                f"{budget} is too small for policy {name!r} with any prompt: allowed is {allowed}"
+            )
+    return list(found)
 
 
 def _cache(policy: Policy, budget: Budget | None, seed: int) -> CacheConfig:

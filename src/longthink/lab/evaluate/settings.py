@@ -48,11 +48,15 @@ def _checked(path: Path, key: str, known: Collection[str]) -> str:
 
 
 def make_plan(values: Mapping[str, Any]) -> tuple[Plan, dict[str, Any]]:
-    """Return the plan and the other settings; lists may be lists, single values or text with commas."""
-    types = get_type_hints(Plan) | RUN_SETTINGS
-    converted = {name: _convert(name, value, types[name]) for name, value in values.items()}
+    """Return the plan of a sweep and the other settings."""
+    converted = typed_settings(values, get_type_hints(Plan) | RUN_SETTINGS)
     run = {name: converted.pop(name) for name in RUN_SETTINGS if name in converted}
     return Plan(**converted), run
+
+
+def typed_settings(values: Mapping[str, Any], types: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings in their types, or `ValueError`; lists may be lists, single values or text with commas."""
+    return {name: _convert(name, value, types[name]) for name, value in values.items()}
 
 
 def _convert(name: str, value: Any, wanted: Any) -> Any:

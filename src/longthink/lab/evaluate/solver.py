@@ -1,24 +1,26 @@
-"""Making samples: a model decodes units, a grader judges the answers. As a program a worker of `ProcessWorkers`."""
+"""Making samples: a model decodes units, a grader judges the answers. As a program it is a worker process."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
-
-import torch
+from typing import Any
 
 from longthink.environment import hardware, versions
 from longthink.hf import Engine, Finished, Request, Sampling
 from longthink.lab.evaluate.grading import Grader
-from longthink.lab.evaluate.plan import CacheConfig, Identity, Plan, Unit
+from longthink.lab.evaluate.plan import CacheConfig, Plan, Unit
 from longthink.lab.evaluate.tasks import prompt_ids
-from longthink.lab.processes import Parent, serve
-from longthink.lab.results.records import Sample, to_row
+from longthink.lab.results.records import Record, Sample, to_row
+from longthink.lab.work.child import serve_solver
+from longthink.lab.work.driver import Identity
 from longthink.models import load_model
 
 
 class Solver(AbstractContextManager["Solver"]):
     """The model of a plan in this process; `device` replaces the plan's. Use it in a ``with`` block."""
+
+    plan_type, unit_type = Plan, Unit
 
     def __init__(self, plan: Plan, device: str | None = None) -> None:
         self.plan = plan
@@ -33,8 +35,9 @@ class Solver(AbstractContextManager["Solver"]):
     def __exit__(self, *exception: object) -> None:
         self._grader.close()
 
-    def solve(self, cache: CacheConfig, units: Iterable[Unit]) -> Iterator[tuple[Unit, Sample]]:
-        """Decode units in one batch; yield each with its sample as soon as it is finished."""
+    def solve(self, group: Sequence[Any], units: Iterable[Unit]) -> Iterator[tuple[Unit, list[Record]]]:
+        """Decode units of one cache (`CacheConfig`) in one batch; yield each as soon as it is finished."""
+        cache = CacheConfig(*group)
         too_long: list[Request] = []
 
         def requests() -> Iterator[Request]:
@@ -55,9 +58,9 @@ class Solver(AbstractContextManager["Solver"]):
             seats=self.plan.batch_size,
         ) as engine:  # fmt: skip
             for done in engine.map(requests()):
-                yield done.request.tag, self._sample(done)
+                yield done.request.tag, [self._sample(done)]
         for request in too_long:
-            yield request.tag, self._sample(Finished(request=request, tokens=(), finish="no_room"))
+            yield request.tag, [self._sample(Finished(request=request, tokens=(), finish="no_room"))]
 
     def _sample(self, done: Finished) -> Sample:
         unit: Unit = done.request.tag
@@ -77,28 +80,5 @@ class Solver(AbstractContextManager["Solver"]):
         )  # fmt: skip
 
 
-def _work(parent: Parent) -> None:
-    values, number = parent.receive()
-    plan, count = Plan.from_json(values), torch.cuda.device_count()
-    device = f"cuda:{number % count}" if plan.device == "auto" and count else plan.device
-    numbers: dict[Unit, int] = {}
-
-    def units() -> Iterator[Unit]:
-        while True:
-            parent.send(["take"])
-            if (taken := parent.receive()) is None:
-                return
-            unit = Unit.from_json(taken[1])
-            numbers[unit] = taken[0]
-            yield unit
-
-    with Solver(plan, device) as solver:
-        parent.send(["begin", *solver.identity])
-        while True:
-            parent.send(["idle"])
-            for unit, sample in solver.solve(CacheConfig(*parent.receive()), units()):
-                parent.send(["finish", numbers.pop(unit), to_row(sample)])
-
-
 if __name__ == "__main__":
-    serve(_work)
+    serve_solver(Solver)

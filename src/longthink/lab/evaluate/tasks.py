@@ -71,21 +71,31 @@ class Task:
 
 def prompt_text(item: Item, tokenizer: Any) -> str:
     """Return the prompt: the problem and, unless built in, the instruction, in the chat template if there is one."""
-    if item.is_builtin:
-        return item.question
-    text = f"{item.question}\n\n{INSTRUCTION}"
-    if not tokenizer.chat_template:
-        return text
-    chat = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    return item.question if item.is_builtin else _asked(item.question, tokenizer)
 
 
 def prompt_ids(item: Item, tokenizer: Any) -> list[int]:
-    """Return the tokens of the prompt; a chat template brings its own special tokens, so none are added."""
-    templated = not item.is_builtin and bool(tokenizer.chat_template)
-    text = prompt_text(item, tokenizer)
-    ids: list[int] = tokenizer(text, add_special_tokens=not templated)["input_ids"]
+    """Return the tokens of the prompt."""
+    if item.is_builtin:
+        ids: list[int] = tokenizer(item.question)["input_ids"]
+        return ids
+    return question_ids(item.question, tokenizer)
+
+
+def question_ids(question: str, tokenizer: Any) -> list[int]:
+    """Return the tokens of a question with the instruction; a chat template brings its own special tokens."""
+    templated = bool(tokenizer.chat_template)
+    ids: list[int] = tokenizer(_asked(question, tokenizer), add_special_tokens=not templated)["input_ids"]
     return ids
+
+
+def _asked(question: str, tokenizer: Any) -> str:
+    text = f"{question}\n\n{INSTRUCTION}"
+    if not tokenizer.chat_template:
+        return text
+    chat = [{"role": "user", "content": text}]
+    asked: str = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    return asked
 
 
 def load_tasks(

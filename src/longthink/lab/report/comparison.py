@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from longthink.lab.report.cells import Cell, Key, Problem, Row, dense_cell, make_cells
-from longthink.lab.results.statistics import Difference, holm, mcnemar, paired_bootstrap
+from longthink.lab.results.statistics import Interval, holm, mcnemar, paired_bootstrap
 
 LEVEL = 0.05  # a Holm-adjusted p value below this is called significant
 
@@ -18,7 +18,7 @@ class Comparison:
     unpaired: int  # problems in only one of the two
     before: float  # accuracy on the problems in both
     after: float
-    difference: Difference  # after minus before, with a paired bootstrap interval
+    difference: Interval  # after minus before, with a paired bootstrap interval
     better: int  # problems solved more often after than before
     worse: int
     p: float  # McNemar's exact test

@@ -26,8 +26,7 @@ class Setup:
 
     @property
     def config_hash(self) -> str:
-        text = json.dumps({field.name: getattr(self, field.name) for field in fields(Setup)}, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return _hash(self, Setup)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +53,56 @@ class Sample(Setup):
     versions: str  # JSON
     hardware: str  # JSON
     created: str  # UTC, ISO 8601
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """The configuration of a fidelity measurement: one policy at one budget over texts of one source."""
+
+    model: str
+    revision: str | None
+    dtype: str
+    policy: str
+    switches: str
+    budget: int | None
+    decode_budget: int | None
+    source: str  # name of the file of texts, or ``answers of TASK``
+    max_tokens: int | None  # texts are cut there
+    sure: float  # thresholds of long-range tokens: docs/fidelity.md
+    lost: float
+
+    @property
+    def config_hash(self) -> str:
+        return _hash(self, Reading)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fidelity(Reading):
+    """Predictions under a cache beside those of the dense model on one text: sums over its scored tokens, in nats."""
+
+    table: ClassVar[str] = "fidelity"
+    key: ClassVar[tuple[str, ...]] = ("config", "text")
+    config: str  # `Reading.config_hash`
+    text: str  # identifier
+    prompt_tokens: int
+    decoded_tokens: int
+    tokens: int  # scored: behind the budget; 0 if the text is too short, or its prompt has no room
+    nll_dense: float  # negative log-likelihood of the text under the dense model
+    nll: float  # and under the cache
+    kl: float  # divergence of the cache's next-token distribution from the dense one
+    differs: int  # tokens whose most likely next token is another one
+    long_tokens: int  # long-range tokens among them, and the same sums over those
+    long_nll_dense: float
+    long_nll: float
+    long_kl: float
+    long_differs: int
+    evicted: int  # at the end, summed over layers and KV heads
+    kv_bytes: int  # keys and values resident at the end
+    dense_kv_bytes: int
+    seconds: float  # of the unit of work that it was part of, divided by texts and policies
+    versions: str
+    hardware: str
+    created: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +136,13 @@ class Measurement:
     created: str
 
 
-Record = Sample | Measurement
+Record = Sample | Fidelity | Measurement
 
 
-def to_row(record: Setup | Measurement) -> dict[str, Any]:
+def _hash(record: Any, setup: type) -> str:
+    text = json.dumps({field.name: getattr(record, field.name) for field in fields(setup)}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def to_row(record: Setup | Reading | Measurement) -> dict[str, Any]:
     return {field.name: getattr(record, field.name) for field in fields(record)}

@@ -6,12 +6,12 @@ from functools import cache
 from typing import Any, get_args, get_type_hints
 
 from longthink.errors import ResultStoreError, needs_extra
-from longthink.lab.results.records import Measurement, Record, Sample, to_row
+from longthink.lab.results.records import Fidelity, Measurement, Record, Sample, to_row
 
 with needs_extra("eval"):
     import pyarrow as pa
 
-TABLES: dict[str, type[Sample] | type[Measurement]] = {kind.table: kind for kind in (Sample, Measurement)}
+TABLES: dict[str, type[Record]] = {kind.table: kind for kind in (Sample, Fidelity, Measurement)}
 
 _SQL = {str: "VARCHAR", int: "BIGINT", float: "DOUBLE", bool: "BOOLEAN"}
 _INT64 = range(-(2**63), 2**63)

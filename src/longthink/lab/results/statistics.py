@@ -23,7 +23,9 @@ def wilson(right: float, total: int) -> tuple[float, float]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Difference:
+class Interval:
+    """A mean, or mean difference, with its 95 % interval."""
+
     mean: float
     low: float
     high: float
@@ -31,7 +33,7 @@ class Difference:
 
 def paired_bootstrap(
     first: Sequence[float], second: Sequence[float], *, seed: int = 0, draws: int = DRAWS
-) -> Difference:
+) -> Interval:
     """Return the mean of ``second - first``, a value per problem each, with a percentile bootstrap interval."""
     if len(first) != len(second) or not len(first):
         raise ValueError(f"need two equally long, non-empty lists, got {len(first)} and {len(second)} values")
@@ -42,7 +44,27 @@ def paired_bootstrap(
     values, counts = np.unique(differences, return_counts=True)
     drawn = generator.multinomial(len(differences), counts / len(differences), size=draws)
     low, high = np.quantile(drawn @ values / len(differences), [0.025, 0.975])
-    return Difference(mean=float(differences.mean()), low=float(low), high=float(high))
+    return Interval(mean=float(differences.mean()), low=float(low), high=float(high))
+
+
+def ratio_bootstrap(
+    sums: Sequence[float], counts: Sequence[float], *, seed: int = 0, draws: int = 2000
+) -> Interval:
+    """Return ``sum(sums) / sum(counts)`` with a percentile bootstrap interval over the units, such as texts.
+
+    Lists of the same length are resampled alike. Draws without any count are left out.
+    """
+    if len(sums) != len(counts) or not sum(counts) > 0:
+        raise ValueError(
+            f"need two equally long lists and a positive count, got {len(sums)} and {len(counts)} values"
+        )
+    check_int("draws", draws, 1)
+    generator = np.random.default_rng(seed)
+    drawn = generator.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=draws)
+    totals = drawn @ np.asarray(counts, dtype=float)
+    ratios = (drawn @ np.asarray(sums, dtype=float))[totals > 0] / totals[totals > 0]
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    return Interval(mean=sum(sums) / sum(counts), low=float(low), high=float(high))
 
 
 def mcnemar(first_only: int, second_only: int) -> float:

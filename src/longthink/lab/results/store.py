@@ -15,7 +15,7 @@ from typing import Any
 
 from longthink.errors import ResultStoreError, needs_extra
 from longthink.files import remove_stale, replacing, write_text
-from longthink.lab.results.records import Record
+from longthink.lab.results.records import Fidelity, Record, Sample
 from longthink.lab.results.schema import TABLES, arrow_schema, check_schema, checked_row, sql_columns
 
 with needs_extra("eval"):
@@ -31,7 +31,7 @@ _GENERATION = re.compile(r"(.*)-g(\d+)")
 
 
 class ResultStore:
-    """The records in a folder: ``FOLDER/samples/*.parquet`` and ``FOLDER/measurements/*.parquet``.
+    """The records in a folder: ``FOLDER/samples/*.parquet``, and the same for ``fidelity`` and ``measurements``.
 
     File names sort in the order of writing. Needs a file system with POSIX file locks. `ResultStoreError` if the
     folder holds something else, has another format, or is missing and not to be created.
@@ -74,13 +74,14 @@ class ResultStore:
             name = f"{time.time_ns():020d}-{secrets.token_hex(6)}.parquet"
             _write(pa.Table.from_pylist(values, arrow_schema(table)), self.folder / table / name)
 
-    def done(self, config: str) -> set[tuple[str, int]]:
-        """Return problem and sample number of every stored sample of a setup (`Setup.config_hash`)."""
-        rows = self.query("SELECT problem, sample FROM samples WHERE config = ?", (config,))
-        return {(row["problem"], row["sample"]) for row in rows}
+    def done(self, kind: type[Sample] | type[Fidelity], config: str) -> set[tuple[Any, ...]]:
+        """Return the rest of the key of every stored record of a setup (its `config_hash`)."""
+        names = kind.key[1:]
+        rows = self.query(f"SELECT {', '.join(names)} FROM {kind.table} WHERE config = ?", (config,))
+        return {tuple(row[name] for name in names) for row in rows}
 
     def query(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[dict[str, Any]]:
-        """Run a DuckDB query over the views ``samples`` and ``measurements``, with each record once; return its rows.
+        """Run a DuckDB query over the views ``samples``, ``fidelity`` and ``measurements``, with each record once; return its rows.
 
         `parameters` are values for each ``?`` in the query, or by name for ``$name``. `ResultStoreError` names a file
         that is damaged or of another kind.

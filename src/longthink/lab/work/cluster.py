@@ -1,22 +1,21 @@
-"""Workers on a Ray cluster: a task makes a shard of samples and streams them back to the driver."""
+"""Workers on a Ray cluster: a task does a shard of units and streams the results back to the driver."""
 
 import logging
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache as cached
+from functools import cache
+from importlib import import_module
 from typing import Any
 
 from typing_extensions import override
 
 from longthink.errors import SweepError, needs_extra
-from longthink.lab.evaluate.plan import CacheConfig, Identity, Plan, Unit
-from longthink.lab.evaluate.solver import Solver
-from longthink.lab.evaluate.sweep import Sweep
-from longthink.lab.evaluate.workers import Workers
+from longthink.lab.work.driver import Driver, Identity
+from longthink.lab.work.workers import Workers
 
-LOCAL = "local"  # address that starts a cluster on this machine for the time of the sweep
+LOCAL = "local"  # address that starts a cluster on this machine for the time of the work
 BATCHES = 4  # maximum size of a shard, in batches
 _CONNECT_S = 10.0
 
@@ -56,30 +55,30 @@ def _check_reachable(address: str) -> None:
 
 
 class RayWorkers(Workers):
-    """Slots of a cluster, by default one per accelerator or CPU. Nodes need the model, not the store or problems."""
+    """Slots of a cluster, by default one per accelerator or CPU. Nodes need the model, not the store or the data."""
 
-    def __init__(self, sweep: Sweep, ray: Any, count: int | None) -> None:
-        super().__init__(sweep)
+    def __init__(self, driver: Driver, ray: Any, count: int | None) -> None:
+        super().__init__(driver)
         self._ray = ray
         resources = ray.cluster_resources()
-        gpus = int(resources.get("GPU", 0)) if sweep.plan.device != "cpu" else 0
+        gpus = int(resources.get("GPU", 0)) if driver.plan.device != "cpu" else 0
         self._slots = count or max(1, gpus or int(resources.get("CPU", 1)))
         options: dict[str, Any] = {"num_cpus": 1, "num_gpus": 1 if gpus else 0, "max_retries": 0}
         self._task = ray.remote(num_returns="streaming", **options)(_shard)
-        self._running: dict[Any, tuple[int, list[Unit]]] = {}  # streams of results, with their slot and units
+        self._running: dict[Any, tuple[int, list[Any]]] = {}  # streams of results, with their slot and units
         self.idle = list(range(1, self._slots))
         self._submit(0, None, [])  # a shard without units reports which model it is
 
     @override
-    def start(self, worker: int, cache: CacheConfig) -> None:
+    def start(self, worker: int, group: Any) -> None:
         # Keep every slot busy, and let no large last shard keep the others waiting.
-        fair = -(-self.sweep.coordinator.left // self._slots)
-        size = max(1, min(BATCHES * self.sweep.plan.batch_size, fair))
-        units = [unit for _ in range(size) if (unit := self.sweep.take(worker)) is not None]
-        self._submit(worker, cache, units)
+        fair = -(-self.driver.coordinator.left // self._slots)
+        size = max(1, min(BATCHES * self.driver.plan.batch_size, fair))
+        units = [unit for _ in range(size) if (unit := self.driver.take(worker)) is not None]
+        self._submit(worker, group, units)
 
-    def _submit(self, slot: int, cache: CacheConfig | None, units: list[Unit]) -> None:
-        self._running[self._task.remote(self.sweep.plan, cache, units)] = slot, units
+    def _submit(self, slot: int, group: Any, units: list[Any]) -> None:
+        self._running[self._task.remote(self.driver.solver, self.driver.plan, group, units)] = slot, units
 
     @override
     def receive(self) -> None:
@@ -96,25 +95,27 @@ class RayWorkers(Workers):
         except exceptions.RayError as error:
             del self._running[stream]
             self.lose(slot, type(error).__name__)
-            if self.sweep.identity is None:
+            if self.driver.identity is None:
                 self._submit(slot, None, [])
             else:
                 self.idle.append(slot)
         else:
             if isinstance(message, Identity):
-                self.sweep.begin(message)
+                self.driver.begin(message)
             else:
-                number, sample = message
-                self.sweep.finish(units[number], sample)
+                number, records = message
+                self.driver.finish(units[number], records)
 
 
-def _shard(plan: Plan, cache: CacheConfig | None, units: list[Unit]) -> Iterator[Any]:
-    solver = _solver(plan)
-    yield solver.identity
-    if cache is not None:
+def _shard(solver: str, plan: Any, group: Any, units: list[Any]) -> Iterator[Any]:
+    own = _solver(solver, plan)
+    yield own.identity
+    if group is not None:
         numbers = {unit: i for i, unit in enumerate(units)}
-        for unit, sample in solver.solve(cache, units):
-            yield numbers[unit], sample
+        for unit, records in own.solve(group, units):
+            yield numbers[unit], records
 
 
-_solver = cached(Solver)  # keeps the model for the next shard of the same process
+@cache  # keeps the model for the next shard of the same process
+def _solver(module: str, plan: Any) -> Any:
+    return import_module(module).Solver(plan)

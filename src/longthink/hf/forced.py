@@ -1,0 +1,164 @@
+"""`ForcedDecode`: a known text through the decode steps of a cache, many tokens a call (teacher forcing).
+
+The layers of a model see a block of tokens as one matrix, and only attention goes token by token, through the same
+decode step as in generation. So the logits are those that decoding would have given, at the cost of a prefill and of
+the cache's own small steps.
+
+Shape suffixes: B batch rows, N tokens of a block, V vocabulary, H query heads, K KV heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
+from transformers import PreTrainedModel
+
+from longthink.cache import QKV, LayerCache
+from longthink.hf.attention import mark
+from longthink.hf.binding import outside_inference
+from longthink.hf.cache import PagedCache
+from longthink.kernels.compiled import compile_isolated, is_compile_disabled, mark_dynamic
+from longthink.policies import grows, policy_spec
+
+_log = logging.getLogger(__name__)
+
+_programs: dict[Hashable, Callable[..., None]] = {}
+"""Compiled decode steps of a layer: they depend on no model, so they serve all layers of all models."""
+
+
+class ForcedDecode:
+    """Decodes known tokens for every row of a cache that holds the prompts.
+
+    A row whose text has ended may be given any tokens: rows do not see each other.
+
+    Parameters
+    ----------
+    model, cache
+        The model, and its open cache, in which every row has a prompt.
+    compile
+        Whether the decode step of a layer is compiled, which takes some seconds per policy and batch size. A step
+        that cannot be compiled runs eagerly.
+
+    Raises
+    ------
+    CacheStateError
+        If the cache is for another model; when called, if it is closed or a step was interrupted.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: PagedCache, *, compile: bool = False) -> None:
+        cache.binding.check_model(model)
+        self._model = model
+        self._cache = cache
+        self._layers = [
+            _Layer(layer.slots, compile and not is_compile_disabled()) for layer in cache.layers
+        ]
+
+    @torch.no_grad()
+    @outside_inference
+    def __call__(self, token_BN: Tensor) -> Tensor:
+        """Logits after each of these tokens, BNV."""
+        rows, tokens = token_BN.shape
+        self._cache.begin_block(rows, tokens)
+        first_B1 = self._cache.layers[0].slots.next_position_B[:, None]
+        out = self._model(
+            token_BN, position_ids=first_B1 + torch.arange(tokens, device=token_BN.device),
+            past_key_values=_View(self._layers), use_cache=True,
+        )  # fmt: skip
+        self._cache.end_step(tokens)
+        logits_BNV: Tensor = out.logits
+        return logits_BNV
+
+
+class _View:
+    """The cache as the model sees it during a call: a text of its own, whose positions are passed in."""
+
+    is_compileable = False
+
+    def __init__(self, layers: list[_Layer]) -> None:
+        self.layers = layers
+
+    def update(
+        self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        return mark(key, self.layers[layer_idx]), value
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return query_length, 0
+
+
+class _Layer:
+    """What the attention function finds on the keys."""
+
+    def __init__(self, slots: LayerCache, compile: bool) -> None:
+        self.slots = slots
+        self._compile = compile
+        if compile:
+            slots.prepare_compile()
+
+    def check_call(self, module: torch.nn.Module, dropout: float, use_cache: bool | None) -> None:
+        """Accept: `PagedLayer` has checked the model when it read the prompt."""
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        valid: Tensor | None,
+        scaling: float | None,
+        seen: Tensor | None,
+    ) -> Tensor:
+        """Append the tokens of a block one by one and return their attention output, BHND."""
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        # A clone has the same strides for every block, also for one of a single token.
+        block = tuple(
+            mark_dynamic(tensor.clone(memory_format=torch.contiguous_format), 2)
+            for tensor in (query, key, value)
+        )
+        out_BHND = mark_dynamic(torch.empty_like(block[0]), 2)
+        for index in torch.arange(query.shape[2], device=query.device).split(1):
+            function = _step if self.slots.begin_step() is None else _open_and_step
+            self._run(function, block, out_BHND, index, scaling)
+        return out_BHND
+
+    def _run(self, function: Callable[..., None], block: QKV, *args: Any) -> None:
+        if not self._compile:
+            function(self.slots, block, *args)
+            return
+        query, key, _ = block
+        shape = (len(query), query.shape[1], *key.shape[1::2], query.dtype, self.slots.kv_dtype, query.device)
+        program = _programs.get(known := (function, self.slots.policy, shape))
+        if program is None:
+            program = _programs[known] = compile_isolated(function)
+        try:
+            program(self.slots, block, *args)
+        except TorchDynamoException as error:
+            # The compiler failed before anything ran, so the same step can run eagerly.
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            _log.warning(
+                "the decode step of policy %r cannot be compiled (%s): decoding eagerly",
+                policy_spec(self.slots.policy), reason,
+            )  # fmt: skip
+            _programs[known] = function
+            function(self.slots, block, *args)
+
+
+def _open_and_step(slots: LayerCache, block: QKV, out_BHND: Tensor, index: Tensor, scaling: float) -> None:
+    slots.open_pages(evicts=not grows(slots.policy))
+    _step(slots, block, out_BHND, index, scaling)
+
+
+def _step(slots: LayerCache, block: QKV, out_BHND: Tensor, index: Tensor, scaling: float) -> None:
+    # The index is a tensor, or every token would be compiled anew.
+    query, key, value = (tensor.index_select(2, index)[:, :, 0] for tensor in block)
+    out_BHND.index_copy_(2, index, slots.step((query, key, value), scaling)[:, :, None])

@@ -1,0 +1,78 @@
+"""The driver of a measurement of fidelity: what is missing in the store is measured, a few texts at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby, islice
+from typing import Any
+
+from typing_extensions import override
+
+from longthink.lab.evaluate.plan import CacheConfig
+from longthink.lab.fidelity.plan import POLICIES_AT_ONCE, Group, Plan, Unit
+from longthink.lab.fidelity.texts import Text
+from longthink.lab.results.records import Fidelity, Record
+from longthink.lab.results.store import ResultStore
+from longthink.lab.work.driver import Driver, Identity, Tally
+
+
+class FidelitySweep(Driver):
+    """A unit is a few policies at one budget on a few texts, read side by side."""
+
+    solver = "longthink.lab.fidelity.solver"
+    noun = "measurements"
+
+    def __init__(
+        self, plan: Plan, texts: list[Text], store: ResultStore, say: Callable[[str], None] = lambda line: None
+    ) -> None:
+        super().__init__(plan, store, say)
+        self.texts = texts
+
+    @property
+    def configs(self) -> list[str]:
+        assert self.identity is not None
+        sources = dict.fromkeys(text.source for text in self.texts)
+        return [
+            self.plan.reading(cache, source, self.identity).config_hash
+            for source in sources
+            for cache in self.plan.caches
+        ]
+
+    @override
+    def missing(self, identity: Identity) -> Iterator[Unit]:
+        # Batches do not depend on what is stored, so that an interrupted run makes what an undisturbed one does.
+        batches = [
+            batch
+            for _, texts in groupby(self.texts, key=lambda text: text.source)
+            for batch in _batched(texts, self.plan.batch_size)
+        ]
+        done = {}
+        for cache in self.plan.caches:
+            self.tallies[cache] = Tally(total=len(self.texts))
+            for source in dict.fromkeys(text.source for text in self.texts):
+                config = self.plan.reading(cache, source, identity).config_hash
+                done[cache, source] = {name for (name,) in self.store.done(Fidelity, config)}
+            stored = sum(text.id in done[cache, text.source] for text in self.texts)
+            self.tallies[cache].stored = stored
+        for group in dict.fromkeys(Group(cache.budget, cache.decode_budget) for cache in self.plan.caches):
+            for batch in batches:
+                policies = [
+                    cache.policy
+                    for cache in self.plan.caches
+                    if Group(cache.budget, cache.decode_budget) == group
+                    and any(text.id not in done[cache, text.source] for text in batch)
+                ]
+                for part in _batched(policies, POLICIES_AT_ONCE):
+                    yield Unit(group=group, policies=part, texts=batch)
+
+    @override
+    def count(self, unit: Unit, records: list[Record]) -> None:
+        for record in records:
+            assert isinstance(record, Fidelity)
+            self.tallies[CacheConfig(record.policy, record.budget, record.decode_budget)].made += 1
+
+
+def _batched(values: Iterable[Any], size: int) -> Iterator[tuple[Any, ...]]:
+    rest = iter(values)
+    while batch := tuple(islice(rest, size)):
+        yield batch
