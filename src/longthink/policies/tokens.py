@@ -1,12 +1,14 @@
 """What policies share that rank single tokens: a window of recent tokens, rings of what queries read, pooling.
 
 Shape suffixes: B batch rows, K page tables (KV heads, or 1 for a whole layer), P page slots, S token slots (here as
-many as page slots), Q columns of a prompt block, W queries in a ring, N neighbours.
+many as page slots), Q columns of a prompt block, W queries in a ring.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -119,15 +121,19 @@ def pool_neighbours(
     count_BK1 = candidate_BKS.sum(-1, keepdim=True)
     held_BKS = torch.arange(order_BKS.shape[-1], device=order_BKS.device) < count_BK1
     sorted_BKSW = value_BKSW.gather(2, order_BKS[..., None].expand_as(value_BKSW)) * held_BKS[..., None]
-    beside_BKSWN = _beside(sorted_BKSW, kernel)
     if pooling == "max":
-        pooled_BKSW = beside_BKSWN.amax(-1)
+        pooled_BKSW = _over_neighbours(torch.maximum, sorted_BKSW, kernel)
     else:
-        pooled_BKSW = beside_BKSWN.sum(-1) / _beside(held_BKS[..., None], kernel).sum(-1).clamp(min=1)
+        counted_BKS1 = _over_neighbours(torch.add, held_BKS[..., None].to(value_BKSW.dtype), kernel)
+        pooled_BKSW = _over_neighbours(torch.add, sorted_BKSW, kernel) / counted_BKS1.clamp(min=1)
     back_BKSW = order_BKS.argsort(dim=-1)[..., None].expand_as(value_BKSW)
     return pooled_BKSW.gather(2, back_BKSW) * candidate_BKS[..., None]
 
 
-def _beside(value_BKSW: Tensor, kernel: int) -> Tensor:
-    """Each value with its neighbours along dimension 2, 0 beyond the ends, shape BKSWN."""
-    return pad(value_BKSW, (0, 0, kernel // 2, kernel // 2)).unfold(2, kernel, 1)
+def _over_neighbours(join: Callable[[Tensor, Tensor], Tensor], value_BKSW: Tensor, kernel: int) -> Tensor:
+    """Join each value with its neighbours along dimension 2, one after the other; 0 beyond the ends.
+
+    In this order tokens with the same neighbours tie, also in a compiled step.
+    """
+    padded, slots = pad(value_BKSW, (0, 0, kernel // 2, kernel // 2)), value_BKSW.shape[2]
+    return reduce(join, (padded.narrow(2, start, slots) for start in range(kernel)))
