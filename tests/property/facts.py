@@ -156,6 +156,9 @@ def check_slots(layer: LayerCache, rows: list[RowFacts]) -> None:
     if "stamp" in table.state:
         for stamp_KP, row in zip(table.state["stamp"].tolist(), rows, strict=True):
             assert all(stamp <= max(0, row.stamped - 1) for stamp_P in stamp_KP for stamp in stamp_P)
+    if "similar" in table.state:
+        for similar_KS, row in zip(table.state["similar"], rows, strict=True):
+            assert int(similar_KS.max()) <= row.stamped
 
 
 def check_key_bounds(layer: LayerCache) -> None:

@@ -88,9 +88,8 @@ class RKV(VotingPolicy):
         candidate_BKS, position_BKS = self.candidates(table), table.position_BKS
         # A softmax over all residents, restricted to the candidates, is the paper's softmax over the candidates.
         share_BKSW = table.state["attention"] * candidate_BKS[..., None]
-        share_BKSW = share_BKSW / share_BKSW.sum(2, keepdim=True).clamp(
-            min=torch.finfo(share_BKSW.dtype).tiny
-        )
+        total_BK1W = share_BKSW.sum(2, keepdim=True)
+        share_BKSW = share_BKSW / total_BK1W.clamp(min=torch.finfo(total_BK1W.dtype).tiny)
         importance_BKSW = pool_neighbours(share_BKSW, candidate_BKS, position_BKS, self.kernel, "max")
         redundancy_BKS = masked_softmax(table.state["likeness"], candidate_BKS)
         return self.lam * importance_BKSW.mean(-1) - (1 - self.lam) * redundancy_BKS
