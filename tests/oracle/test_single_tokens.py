@@ -131,6 +131,15 @@ def test_r_kv_visits_every_slot_within_the_time_it_promises(budget: int) -> None
     assert likeness.isfinite().all()
 
 
+def test_r_kv_forgets_that_dropped_tokens_were_similar() -> None:
+    layer, query = decoded("r_kv:refresh=1:threshold=0.2", 30, budget=24)
+    layer.rewind([30, 30])
+    table = layer.store.table
+    assert int(table.state["similar"].max()) > 31
+    layer.attend(query[:, :, :1], query[:, :2, :1], query[:, :2, :1])
+    assert int(table.state["similar"].max()) <= 31
+
+
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("slots", [1, 2, 3])
 def test_tiny_budgets_hold(spec: str, slots: int) -> None:
