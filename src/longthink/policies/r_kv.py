@@ -1,4 +1,7 @@
-"""R-KV: keep tokens that recent queries attend to, as long as no other key says the same."""
+"""R-KV: keep tokens that recent queries attend to, as long as no other key says the same.
+
+Shape suffixes besides the usual ones: W queries in the ring, V slots visited in a step.
+"""
 
 from __future__ import annotations
 
