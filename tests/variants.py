@@ -10,7 +10,10 @@ import torch
 
 from longthink.policies import (
     H2O,
+    RKV,
+    TOVA,
     Dense,
+    KeyDiff,
     Milestone,
     Moves,
     Policy,
@@ -18,6 +21,7 @@ from longthink.policies import (
     RaaS,
     Random,
     Recency,
+    SnapKV,
     StreamingLLM,
     page_tables,
 )
@@ -27,14 +31,19 @@ BUILT_IN: dict[str, Policy] = {
     "dense": Dense(page_size=PAGE),
     "h2o": H2O(),
     "h2o pinned": H2O(pin_prompt=True),
+    "keydiff": KeyDiff(),
     "milestone": Milestone(page_size=PAGE, young=8, alpha=0.1),
     "quest": Quest(page_size=PAGE),
+    "r_kv": RKV(window=4),
     "raas": RaaS(page_size=PAGE),
     "raas exact": RaaS(page_size=PAGE, score="exact", used="alpha", alpha=0.05),
     "raas layer": RaaS(page_size=PAGE, sharing="layer"),
     "random": Random(page_size=PAGE),
     "recency": Recency(page_size=PAGE),
+    "snapkv": SnapKV(window=4),
+    "snapkv unpinned": SnapKV(window=4, pooling="max", pin_prompt=False),
     "streaming_llm": StreamingLLM(),
+    "tova": TOVA(),
 }
 
 

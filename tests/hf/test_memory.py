@@ -104,8 +104,9 @@ def test_kv_bytes_equal_the_formula_and_metadata_is_small(policy, rows):
     keys = torch.randn(rows, 2, 40, 128)
     layer.attend(torch.randn(rows, 4, 40, 128), keys, keys)
     assert layer.kv_bytes == 2 * rows * 2 * 512 * 128 * 4
-    # Positions cost 4 bytes a token; representatives 2 keys a page; stamps and masses 4 bytes each.
-    assert layer.metadata_bytes <= 0.09 * layer.kv_bytes
+    # Positions cost 4 bytes a token; representatives 2 keys a page; stamps and masses 4 bytes each. SnapKV's votes
+    # of 32 queries are an eighth of a key and value in float32.
+    assert layer.metadata_bytes <= (0.14 if policy == "snapkv" else 0.09) * layer.kv_bytes
 
 
 @pytest.mark.parametrize("budget", [{"budget": 64}, {"decode_budget": 40}])

@@ -16,6 +16,7 @@ from longthink.policies import make_policy
 from tests.oracle.base import Heads, Limit, RowOracle, Setting
 from tests.oracle.milestone import MilestoneOracle
 from tests.oracle.pages import QuestOracle, RaasOracle, RandomOracle, WindowOracle
+from tests.oracle.single_tokens import KeyDiffOracle, RKVOracle, SnapKVOracle, TovaOracle
 from tests.oracle.tokens import DenseOracle, H2OOracle, StreamingOracle
 
 ORACLES = {
@@ -28,11 +29,16 @@ ORACLES = {
     "recency": WindowOracle,
     "fifo": WindowOracle,
     "random": RandomOracle,
+    "keydiff": KeyDiffOracle,
+    "r_kv": RKVOracle,
+    "snapkv": SnapKVOracle,
+    "tova": TovaOracle,
 }
 DEFAULT_PAGE_SIZE = {"recency": 1, "fifo": 16}
 OUTPUT_TOLERANCE = {"float64": 1e-9, "float32": 1e-5}
 TIE_TOLERANCE = {"float64": 1e-11, "float32": 1e-4}
-ACCUMULATOR_TOLERANCE = 1e-4  # H2O adds up attention in float32 whatever the inputs are
+FLOAT32_TOLERANCE = {"h2o": 1e-4, "r_kv": 1e-6, "snapkv": 1e-6, "tova": 1e-6}
+"""What they remember is float32 whatever the inputs are, and H2O adds up all attention."""
 PADDING_GARBAGE = 1e3
 
 Turn = tuple[tuple[bool, ...], ...]
@@ -73,7 +79,7 @@ class Case:
         if self.policy in DEFAULT_PAGE_SIZE:
             options.setdefault("page_size", DEFAULT_PAGE_SIZE[self.policy])
         heads = Heads(self.kv_heads, self.group)
-        tolerance = ACCUMULATOR_TOLERANCE if self.policy == "h2o" else TIE_TOLERANCE[self.dtype]
+        tolerance = max(FLOAT32_TOLERANCE.get(self.policy, 0.0), TIE_TOLERANCE[self.dtype])
         setting = Setting(limit, heads, scaling, tolerance)
         return ORACLES[self.policy](setting, **options)
 

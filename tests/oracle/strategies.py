@@ -151,6 +151,33 @@ def streaming_cases(draw: Draw) -> Case:
 
 
 @st.composite
+def token_options(draw: Draw, policy: str) -> dict[str, object]:
+    options: dict[str, object] = {"pin_prompt": draw(st.booleans())}
+    if policy == "keydiff":
+        return {**options, "recent_share": draw(st.sampled_from((0.0, 0.2, 0.55, 1.0)))}
+    if policy == "tova":
+        return {**options, "sharing": draw(st.sampled_from(("kv_head", "layer")))}
+    options |= {"window": draw(st.sampled_from((1, 3, 32))), "kernel": draw(st.sampled_from((1, 3, 7)))}
+    if policy == "snapkv":
+        return {**options, "pooling": draw(st.sampled_from(("avg", "max")))}
+    # Cosines of the integer styles are often 0.5.
+    threshold, refresh = draw(st.sampled_from((-0.3, 0.3, 0.8))), draw(st.sampled_from((1, 3, 8)))
+    return {**options, "lam": draw(st.sampled_from(FRACTIONS)), "threshold": threshold, "refresh": refresh}
+
+
+@st.composite
+def token_cases(draw: Draw) -> Case:
+    """keydiff, r_kv, snapkv and tova."""
+    policy = draw(st.sampled_from(("keydiff", "r_kv", "snapkv", "tova")))
+    options = draw(token_options(policy))
+    shape = draw(shapes(3, chunked=bool(options["pin_prompt"])))
+    least = user_pages(shape, 1) + 1 if options["pin_prompt"] else 2
+    budget = draw(budgets(shape, 1, least))
+    # Short budgets of the pages would leave nothing to choose from.
+    return Case(policy, options, **{kind: tokens + 4 for kind, tokens in budget.items()}, **shape)
+
+
+@st.composite
 def whole_cases(draw: Draw) -> Case:
     """quest and dense: nothing is ever evicted."""
     if draw(st.integers(0, 3)):
@@ -159,5 +186,13 @@ def whole_cases(draw: Draw) -> Case:
 
 
 def all_cases() -> st.SearchStrategy[Case]:
-    families = (raas_cases, control_cases, milestone_cases, h2o_cases, streaming_cases, whole_cases)
+    families = (
+        raas_cases,
+        control_cases,
+        milestone_cases,
+        h2o_cases,
+        streaming_cases,
+        token_cases,
+        whole_cases,
+    )
     return st.one_of(*(family() for family in families))

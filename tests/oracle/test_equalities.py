@@ -15,6 +15,10 @@ PINNED = [
     Case("random", {"page_size": 4}, decode_budget=8, prompts=(9, 3), then=(14,), kv_heads=2, group=2),
     Case("recency", {}, decode_budget=6, prompts=(9, 3), then=(14,), kv_heads=2, group=2),
     Case("h2o", {"pin_prompt": True}, decode_budget=6, prompts=(9, 3), then=(14,), kv_heads=2, group=2),
+    Case("keydiff", {}, decode_budget=6, prompts=(9, 3), then=(14,), kv_heads=2, group=2),
+    Case("r_kv", {"window": 2}, decode_budget=6, prompts=(9, 3), then=(14,), kv_heads=2, group=2),
+    Case("snapkv", {"window": 2}, decode_budget=6, prompts=(9, 3), then=(14,), kv_heads=2, group=2),
+    Case("tova", {}, decode_budget=6, prompts=(9, 3), then=(14,), kv_heads=2, group=2),
     Case("quest", {"page_size": 4}, budget=8, prompts=(9, 3), then=(14,), kv_heads=2, group=2),
     Case("dense", prompts=(9, 3), then=(14,), kv_heads=2, group=2),
 ]
@@ -22,6 +26,7 @@ CUTTING = [
     Case("raas", {"page_size": 4, "pin_prompt": False}, budget=8, prompts=(9, 3), then=(14,), kv_heads=2),
     Case("h2o", {}, budget=7, prompts=(9, 3), then=(14,), kv_heads=2),
     Case("streaming_llm", {"positions": "logical"}, budget=7, prompts=(9, 3), then=(14,), kv_heads=2),
+    Case("snapkv", {"pin_prompt": False}, budget=7, prompts=(9, 3), then=(14,), kv_heads=2),
 ]
 
 

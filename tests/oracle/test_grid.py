@@ -23,6 +23,17 @@ MILESTONE = [
 PAGED += [("raas", switches) for switches in RAAS_SWITCHES]
 TOKEN_LEVEL = [("h2o", {"pin_prompt": False}), ("h2o", {"pin_prompt": True}), ("h2o", {"heavy": 0.25})]
 TOKEN_LEVEL += [("streaming_llm", {"sinks": 4, "positions": "logical"})]
+VOTING = {"window": 4, "kernel": 3}
+TOKEN_LEVEL += [
+    ("keydiff", {"recent_share": 0.4}),
+    ("r_kv", {**VOTING, "threshold": 0.3, "refresh": 2}),
+    ("snapkv", VOTING),
+    ("snapkv", {**VOTING, "pooling": "max"}),
+    ("tova", {}),
+    ("tova", {"sharing": "kv_head"}),
+]
+NOT_PINNED = [(policy, {**options, "pin_prompt": False}) for policy, options in TOKEN_LEVEL[-6:]]
+TOKEN_LEVEL += NOT_PINNED[::2]
 A_TURN = ((True, True, True, True), (False, True, False, True), (False, False, False, True))
 
 
@@ -112,7 +123,7 @@ def test_policies_that_work_token_by_token(
     assert compare(case) > 1
 
 
-@pytest.mark.parametrize(("policy", "options"), [*TOKEN_LEVEL[::2], PAGED[-1]], ids=name_of)
+@pytest.mark.parametrize(("policy", "options"), [*TOKEN_LEVEL[0:4:2], *NOT_PINNED, PAGED[-1]], ids=name_of)
 def test_a_prompt_over_the_budget_is_cut_after_the_prefill(policy: str, options: dict) -> None:
     page = {"page_size": 4} if policy == "raas" else {}
     case = Case(policy, {**options, **page}, budget=9, prompts=(30, 4, 17), then=(12, A_TURN, 3), kv_heads=2)

@@ -33,8 +33,18 @@ PINNED = [
     ("recency", {}),
     ("h2o", {"pin_prompt": True}),
     ("milestone", MILESTONE),
+    ("keydiff", {}),
+    ("r_kv", {"window": 4, "kernel": 3}),
+    ("snapkv", {"window": 4, "kernel": 3}),
+    ("tova", {}),
 ]
-UNPINNED = [("raas", PAGE | {"pin_prompt": False}), ("h2o", {}), ("streaming_llm", {"positions": "logical"})]
+UNPINNED = [
+    ("raas", PAGE | {"pin_prompt": False}),
+    ("h2o", {}),
+    ("streaming_llm", {"positions": "logical"}),
+    ("r_kv", {"window": 4, "kernel": 3, "pin_prompt": False}),
+    ("tova", {"pin_prompt": False, "sharing": "kv_head"}),
+]
 GROWING = [Case("quest", PAGE, decode_budget=8, **SHAPE), Case("dense", **SHAPE)]
 BOUNDED = [
     # The fixed budgets are full when the turn comes, so something has to be evicted for it.
@@ -190,7 +200,7 @@ def test_a_turn_that_does_not_fit_changes_nothing(policy: str, options: dict) ->
 
 # Rewinds --------------------------------------------------------------------------------------------------------
 
-LEARNS = ("raas", "h2o", "milestone")
+LEARNS = ("raas", "h2o", "milestone", "r_kv", "snapkv", "tova")
 """Their state is that of a text that was read, so they agree only until something is evicted."""
 
 

@@ -21,8 +21,8 @@ def page_size_of(case: Case) -> int:
 
 
 def pins_prompt(case: Case) -> bool:
-    if case.policy in ("raas", "h2o"):
-        return bool(case.options.get("pin_prompt", case.policy == "raas"))
+    if case.policy in ("raas", "h2o", "keydiff", "r_kv", "snapkv", "tova"):
+        return bool(case.options.get("pin_prompt", case.policy != "h2o"))
     return case.policy in ("fifo", "recency", "random", "milestone")
 
 
@@ -156,6 +156,9 @@ def check_slots(layer: LayerCache, rows: list[RowFacts]) -> None:
     if "stamp" in table.state:
         for stamp_KP, row in zip(table.state["stamp"].tolist(), rows, strict=True):
             assert all(stamp <= max(0, row.stamped - 1) for stamp_P in stamp_KP for stamp in stamp_P)
+    if "similar" in table.state:
+        for similar_KS, row in zip(table.state["similar"], rows, strict=True):
+            assert int(similar_KS.max()) <= row.stamped
 
 
 def check_key_bounds(layer: LayerCache) -> None:

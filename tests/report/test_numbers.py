@@ -221,7 +221,7 @@ def test_styles_do_not_depend_on_what_else_is_there():
     assert few["raas"] == many["raas"]
     assert many["raas"].colour == many["raas:r=0.1"].colour
     assert many["raas"].dash != many["raas:r=0.1"].dash
-    names = "dense raas quest h2o streaming_llm recency random fifo".split()
+    names = "dense raas quest h2o streaming_llm recency random fifo keydiff r_kv snapkv tova".split()
     assert len({(s.colour, s.marker) for s in make_styles(names).values()}) == len(names)
 
 

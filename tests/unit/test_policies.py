@@ -21,6 +21,7 @@ NAMES = longthink.available_policies()
 
 def test_the_systems_of_the_paper_and_the_controls_are_there():
     assert set(NAMES) >= {"dense", "streaming_llm", "h2o", "quest", "raas", "recency", "random", "milestone"}
+    assert set(NAMES) >= {"keydiff", "r_kv", "snapkv", "tova"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -59,6 +60,25 @@ def test_raas_round_trips_with_any_switches(policy):
     assert policy_from_dict(json.loads(json.dumps(policy_to_dict(policy)))) == policy
 
 
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ("snapkv:page_size=16", "page_size=16 is not one of 1"),
+        ("snapkv:window=0", "window=0 is out of range: allowed is >= 1"),
+        ("snapkv:kernel=4", "kernel=4 must be odd: allowed is 1, 3, 5"),
+        ("snapkv:pooling=min", "pooling='min' is not one of 'avg', 'max'"),
+        ("tova:sharing=row", "sharing='row' is not one of 'kv_head', 'layer'"),
+        ("keydiff:recent_share=1.5", "recent_share=1.5 is out of range: allowed is 0.0 to 1.0"),
+        ("r_kv:lam=-1", "lam=-1.0 is out of range: allowed is 0.0 to 1.0"),
+        ("r_kv:threshold=2", "threshold=2.0 is out of range: allowed is -1.0 to 1.0"),
+        ("r_kv:refresh=0", "refresh=0 is out of range: allowed is >= 1"),
+    ],
+)
+def test_options_out_of_range_are_named(policy, message):
+    with pytest.raises(ValueError, match=message):
+        longthink.make_policy(policy)
+
+
 def test_policies_are_frozen_and_hold_no_state():
     policy = longthink.RaaS()
     with pytest.raises(AttributeError):
@@ -85,7 +105,8 @@ def test_public_names_are_the_declared_ones():
     for name in longthink.__all__:
         assert getattr(longthink, name) is not None
     assert dir(longthink) == sorted(longthink.__all__)
-    assert len(longthink.__all__) <= 30
+    ours = {policies.get_policy_class(name).__name__ for name in NAMES}
+    assert len(set(longthink.__all__) - ours) <= 22
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         longthink.nonsense  # noqa: B018
 

@@ -21,8 +21,10 @@ from longthink.policies.base import (
 )
 from longthink.policies.dense import Dense
 from longthink.policies.h2o import H2O
+from longthink.policies.keydiff import KeyDiff
 from longthink.policies.milestone import Milestone
 from longthink.policies.quest import Quest
+from longthink.policies.r_kv import RKV
 from longthink.policies.raas import RaaS
 from longthink.policies.random import Random
 from longthink.policies.recency import Recency
@@ -37,13 +39,19 @@ from longthink.policies.registry import (
     register,
     with_page_size,
 )
+from longthink.policies.snapkv import SnapKV
 from longthink.policies.streaming_llm import StreamingLLM
+from longthink.policies.tokens import TokenPolicy
+from longthink.policies.tova import TOVA
 
 __all__ = [
     "H2O",
     "NEEDS",
     "PAGE_SIZES",
+    "RKV",
+    "TOVA",
     "Dense",
+    "KeyDiff",
     "Milestone",
     "Moves",
     "PageTable",
@@ -58,8 +66,10 @@ __all__ = [
     "Shape",
     "SharesTable",
     "ShiftsKeys",
+    "SnapKV",
     "Step",
     "StreamingLLM",
+    "TokenPolicy",
     "TrimsPrompt",
     "available_policies",
     "get_policy_class",

@@ -16,6 +16,7 @@ from longthink.policies import (
     SelectsPages,
     Shape,
     ShiftsKeys,
+    TokenPolicy,
     grows,
     make_policy,
     page_tables,
@@ -105,6 +106,7 @@ def check_policy(policy: Policy) -> None:
         "reads only some of its pages": isinstance(policy, SelectsPages),
         "needs both weights and key_bounds": {"weights", "key_bounds"} <= policy.needs,
         "shifts keys in the cache": isinstance(policy, ShiftsKeys),
+        "ranks single tokens": isinstance(policy, TokenPolicy),
     }
     for reason, applies in reasons.items():
         if applies:

@@ -33,6 +33,10 @@ _COLOURS = {
     "byte floor": FOREGROUND,
     "belady": "#b5495b",
     "optimum": FOREGROUND,
+    "keydiff": "#3a7d44",
+    "r_kv": "#c2185b",
+    "snapkv": "#00838f",
+    "tova": "#6d4c41",
 }
 _SPARE = ("#6b8e23", "#b03060", "#4f7f8f")
 _MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
