@@ -27,6 +27,9 @@ from longthink.policies import grows, policy_spec
 
 _log = logging.getLogger(__name__)
 
+FEW_KINDS = 4
+"""Different policies in the layers of a cache up to which each is compiled."""
+
 _programs: dict[Hashable, Callable[..., None]] = {}
 """Compiled decode steps of a layer: they depend on no model, so they serve all layers of all models."""
 
@@ -42,7 +45,7 @@ class ForcedDecode:
         The model, and its open cache, in which every row has a prompt.
     compile
         Whether the decode step of a layer is compiled, which takes some seconds per policy and batch size. A step
-        that cannot be compiled runs eagerly.
+        that cannot be compiled runs eagerly, and so do policies that differ in every layer, such as `random`.
 
     Raises
     ------
@@ -54,9 +57,9 @@ class ForcedDecode:
         cache.binding.check_model(model)
         self._model = model
         self._cache = cache
-        self._layers = [
-            _Layer(layer.slots, compile and not is_compile_disabled()) for layer in cache.layers
-        ]
+        kinds = {layer.slots.policy for layer in cache.layers}
+        compile = compile and len(kinds) <= FEW_KINDS and not is_compile_disabled()
+        self._layers = [_Layer(layer.slots, compile) for layer in cache.layers]
 
     @torch.no_grad()
     @outside_inference

@@ -58,12 +58,18 @@ def draws(seed: int, page_BKP: Tensor, now_B: Tensor) -> Tensor:
     0xBF58476D1CE4E5B9; z = (z ^ z >> 27) * 0x94D049BB133111EB; z ^ z >> 31``, shifts unsigned) and ``h`` the
     index of the KV head: ``x = mix(mix(mix(mix(seed) + h) + page) + now)``, of which the upper 32 bits count.
     """
-    heads = torch.arange(page_BKP.shape[1], device=page_BKP.device)[:, None]
-    x = _mix(torch.tensor(_signed(seed & _MASK64), device=page_BKP.device))
-    x = _mix(x + heads)
-    x = _mix(x + page_BKP.long())
+    # The first two rounds as numbers: the compiler folds sums of such constants, and cannot wrap around.
+    streams = [_signed(_mix_number(_mix_number(seed) + head)) for head in range(page_BKP.shape[1])]
+    x = _mix(torch.tensor(streams, device=page_BKP.device)[:, None] + page_BKP.long())
     x = _mix(x + now_B[:, None, None])
     return _shift(x, 32)
+
+
+def _mix_number(x: int) -> int:
+    x = (x + 0x9E3779B97F4A7C15) & _MASK64
+    x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) & _MASK64
+    x = ((x ^ x >> 27) * 0x94D049BB133111EB) & _MASK64
+    return x ^ x >> 31
 
 
 def _mix(x: Tensor) -> Tensor:

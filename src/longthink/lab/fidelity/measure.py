@@ -21,7 +21,7 @@ from longthink.config import Budget
 from longthink.hf import PagedCache, make_cache
 from longthink.hf.forced import ForcedDecode
 from longthink.lab.fidelity.texts import Encoded
-from longthink.policies import PAGE_SIZES, Policy, Recency, needs_budget
+from longthink.policies import Policy, Recency, needs_budget
 
 LOGITS_AT_ONCE = 1 << 25
 """Numbers in the logits of a block: they take 128 MiB in float32, a few times."""
@@ -77,7 +77,7 @@ def measure(
     """Scores of each policy (outer list) on each text.
 
     Scored are the tokens behind the budget: those before them are predicted while nothing has been evicted. A text
-    that ends before, or whose prompt leaves no room for pages of any size, has no scored tokens.
+    that ends before, or whose prompt leaves no room for the policy or for the window, has no scored tokens.
 
     Parameters
     ----------
@@ -86,13 +86,15 @@ def measure(
     compile
         Whether the decode steps are compiled where they can be.
     """
-    rows = [row for row, text in enumerate(texts) if _is_usable(text, budget)]
     columns = [[NOTHING] * len(texts) for _ in policies]
-    if rows:
-        found = _measure(model, [texts[row] for row in rows], policies, budget, compile=compile)
-        for column, scores in zip(columns, found, strict=True):
+    usable = [tuple(i for i, text in enumerate(texts) if _is_usable(text, policy, budget)) for policy in policies]
+    for rows in filter(None, dict.fromkeys(usable)):
+        alike = [i for i, own in enumerate(usable) if own == rows]
+        read = [texts[row] for row in rows]
+        found = _measure(model, read, [policies[i] for i in alike], budget, compile=compile)
+        for i, scores in zip(alike, found, strict=True):
             for row, one in zip(rows, scores, strict=True):
-                column[row] = one
+                columns[i][row] = one
     return columns
 
 
@@ -126,11 +128,15 @@ def _measure(
         return _scores(texts, readers, torch.cat(dense_nll, 1), budget, with_window=bool(window))
 
 
-def _is_usable(text: Encoded, budget: Budget | None) -> bool:
+def _is_usable(text: Encoded, policy: Policy, budget: Budget | None) -> bool:
+    """Whether a text goes on behind the budget, and its prompt leaves room for both the policy and the window."""
     if len(text.decoded) <= _first_scored(text, budget):
         return False
-    largest = PAGE_SIZES[-1]
-    return budget is None or budget.pages(len(text.prompt), largest) > -(-len(text.prompt) // largest)
+    return budget is None or all(
+        one.required_pages(len(text.prompt)) <= budget.pages(len(text.prompt), one.page_size)
+        for one in (policy, Recency())
+        if needs_budget(one)
+    )
 
 
 def compiles(model: PreTrainedModel, tokens: int) -> bool:
