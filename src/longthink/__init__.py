@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from longthink.hf import Engine, PagedCache, Sampling, generate, load_cache, make_cache
+    from longthink.lab.fidelity.api import fidelity
     from longthink.policies import (
         H2O,
         RKV,
@@ -72,6 +73,7 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
     "available_policies",
+    "fidelity",
     "generate",
     "load_cache",
     "make_cache",
@@ -95,6 +97,7 @@ __getattr__ = lazy_names(
             "UnsupportedModelError",
         ),
         "hf": ("Engine", "PagedCache", "Sampling", "generate", "load_cache", "make_cache"),
+        "lab.fidelity.api": ("fidelity",),
         "policies": (
             "Dense",
             "H2O",

@@ -9,8 +9,8 @@ import pytest
 from longthink.errors import BudgetError
 from longthink.lab.cli.eval import DecodingFlags, ModelFlags, PolicyFlags, ProblemFlags, RunFlags, given
 from longthink.lab.evaluate.plan import Plan, Unit
-from longthink.lab.work.driver import Identity
 from longthink.lab.evaluate.settings import RUN_SETTINGS, SWEEP_SETTINGS, make_plan, read_settings
+from longthink.lab.work.driver import Identity
 
 GROUPS = (ProblemFlags, PolicyFlags, ModelFlags, DecodingFlags, RunFlags)
 IDENTITY = Identity(revision=None, dtype="float32")

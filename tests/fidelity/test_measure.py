@@ -6,11 +6,13 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+import longthink
 from longthink.config import Budget
 from longthink.hf import DecodeStep, make_cache
 from longthink.lab.fidelity import measure as measuring
 from longthink.lab.fidelity.measure import LOST, NOTHING, SURE, measure
 from longthink.lab.fidelity.texts import Encoded
+from longthink.models import load_model
 from longthink.policies import Dense, RaaS, Recency, StreamingLLM
 from tests.models import build
 
@@ -82,19 +84,26 @@ def test_scores_are_those_of_a_slow_reading(model, texts, policy, budget, firsts
             and math.exp(window[t][token[t]] - dense[t][token[t]]) <= LOST
         ]  # fmt: skip
         for chosen, prefix in ((list(steps), ""), (far, "long_")):
-            found = {name: getattr(scores, prefix + name) for name in ("tokens", "nll_dense", "nll", "kl", "differs")}
+            found = {
+                name: getattr(scores, prefix + name)
+                for name in ("tokens", "nll_dense", "nll", "kl", "differs")
+            }
             wanted = {
                 "tokens": len(chosen),
                 "nll_dense": -sum(dense[t][token[t]] for t in chosen),
                 "nll": -sum(held[t][token[t]] for t in chosen),
-                "kl": sum(math.exp(p) * (p - q) for t in chosen for p, q in zip(dense[t], held[t], strict=True)),
+                "kl": sum(
+                    math.exp(p) * (p - q) for t in chosen for p, q in zip(dense[t], held[t], strict=True)
+                ),
                 "differs": sum(dense[t].index(max(dense[t])) != held[t].index(max(held[t])) for t in chosen),
             }
             assert found == pytest.approx(wanted, rel=1e-3, abs=2e-4)
         assert scores.evicted == cache.num_evicted
         assert scores.dense_kv_bytes == cache.dense_kv_bytes
         held_tokens = sum(len(head) for layer in range(2) for head in cache.resident_positions(layer)[0])
-        assert scores.kv_bytes == pytest.approx(held_tokens * 2 * 8 * cache.layers[0].slots.store.keys_BKSD.shape[-1])
+        assert scores.kv_bytes == pytest.approx(
+            held_tokens * 2 * 8 * cache.layers[0].slots.store.keys_BKSD.shape[-1]
+        )
 
 
 def test_long_range_tokens_are_found(model, texts):
@@ -119,7 +128,40 @@ def test_a_text_without_room_or_without_tokens_is_not_scored_and_keeps_no_other_
     empty, policies = Encoded(texts[0].prompt, ()), [Recency(), RaaS(page_size=16), StreamingLLM()]
     together = [long, texts[2], empty]
     window, paged, sinks = measure(model, together, policies, Budget(budget=52), compile=False)
-    for column in (window, paged, sinks):  # the window defines the long-range tokens, so without it nothing counts
+    for column in (
+        window,
+        paged,
+        sinks,
+    ):  # the window defines the long-range tokens, so without it nothing counts
         assert column[0] == column[2] == NOTHING and column[1].tokens > 0
     window, paged, _ = measure(model, together, policies, Budget(budget=56), compile=False)
     assert paged[0] == NOTHING and window[0].tokens == 27
+
+
+def test_the_function_takes_tokens_and_summarises(model, texts):
+    found = longthink.fidelity(
+        model, texts, policies=["raas:page_size=4", "recency", "dense"], decode_budgets=[12], rows=2
+    )
+    assert [(row.policy, row.decode_budget, row.texts) for row in found] == [
+        ("raas:page_size=4", 12, 3), ("recency", 12, 3), ("dense", None, 3),
+    ]  # fmt: skip
+    (column,) = measure(model, texts, [RaaS(page_size=4)], Budget(decode_budget=12), compile=False)
+    assert found[0].kl.mean == pytest.approx(
+        sum(s.kl for s in column) / sum(s.tokens for s in column), rel=1e-3
+    )
+    assert found[2].kl.mean == pytest.approx(0, abs=1e-5)
+    assert set(found[0].versus) >= {"kl", "loss", "differs"} and not found[1].versus
+
+
+def test_the_function_takes_text_with_a_tokenizer_only():
+    loaded = load_model("reasoner", device="cpu")
+    plain = "ant = 3 bee = 4 ant + bee " * 8
+    with pytest.raises(ValueError, match="give the model's tokenizer"):
+        longthink.fidelity(loaded.model, [plain], policies=["raas"], decode_budgets=[16])
+    with pytest.raises(ValueError, match="texts is empty"):
+        longthink.fidelity(loaded.model, [], policies=["raas"], decode_budgets=[16])
+    for text in (plain, (plain[:26], plain)):
+        (row,) = longthink.fidelity(
+            loaded.model, [text], policies=["raas"], decode_budgets=[16], tokenizer=loaded.tokenizer
+        )
+        assert row.tokens > 0

@@ -124,14 +124,14 @@ class _Layer:
         """Append the tokens of a block one by one and return their attention output, BHND."""
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         # A clone has the same strides for every block, also for one of a single token.
-        block = tuple(
+        query, key, value = (
             mark_dynamic(tensor.clone(memory_format=torch.contiguous_format), 2)
             for tensor in (query, key, value)
         )
-        out_BHND = mark_dynamic(torch.empty_like(block[0]), 2)
+        out_BHND = mark_dynamic(torch.empty_like(query), 2)
         for index in torch.arange(query.shape[2], device=query.device).split(1):
             function = _step if self.slots.begin_step() is None else _open_and_step
-            self._run(function, block, out_BHND, index, scaling)
+            self._run(function, (query, key, value), out_BHND, index, scaling)
         return out_BHND
 
     def _run(self, function: Callable[..., None], block: QKV, *args: Any) -> None:

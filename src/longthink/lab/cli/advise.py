@@ -116,9 +116,9 @@ def _grade(one: Advice | None, problems: Problems, model: Model, recording: Reco
     from longthink.lab.evaluate.plan import Plan
     from longthink.lab.evaluate.summary import summarize
     from longthink.lab.evaluate.sweep import Sweep
-    from longthink.lab.work.workers import run_work
     from longthink.lab.results.statistics import wilson
     from longthink.lab.results.store import ResultStore
+    from longthink.lab.work.workers import run_work
 
     out = recording.out.expanduser()
     store = ResultStore(out.with_name(f"{out.name}-answers"))

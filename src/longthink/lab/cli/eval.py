@@ -111,8 +111,8 @@ def evaluate(
     """
     from longthink.lab.evaluate.settings import make_plan, read_settings
     from longthink.lab.evaluate.sweep import Sweep
-    from longthink.lab.work.workers import run_work
     from longthink.lab.results.store import ResultStore
+    from longthink.lab.work.workers import run_work
 
     from_file = {} if run.config is None else read_settings(run.config.expanduser())
     plan, settings = make_plan(from_file | given(problems, policies, model, decoding, run))

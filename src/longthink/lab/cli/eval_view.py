@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from longthink.lab.evaluate.summary import Summary
-    from longthink.lab.evaluate.sweep import Sweep, Tally
+    from longthink.lab.evaluate.sweep import Sweep
+    from longthink.lab.work.driver import Tally
 
 MAX_ROWS = 12  # configurations shown at a time: those in progress first
 

@@ -91,7 +91,9 @@ def fidelity(
         code = EXIT_INTERRUPTED
     if sweep.identity is not None:
         _show(sweep, run)
-    note(f"{sweep.total.made} measurements made, {sweep.total.stored} were there, all in {sweep.store.folder}")
+    note(
+        f"{sweep.total.made} measurements made, {sweep.total.stored} were there, all in {sweep.store.folder}"
+    )
     return code
 
 

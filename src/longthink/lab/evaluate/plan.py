@@ -146,9 +146,7 @@ class Plan:
         )  # fmt: skip
 
 
-def budgets_for(
-    policy: Policy, budgets: Sequence[int], decode_budgets: Sequence[int]
-) -> list[Budget | None]:
+def budgets_for(policy: Policy, budgets: Sequence[int], decode_budgets: Sequence[int]) -> list[Budget | None]:
     """Budgets to run a policy at; `BudgetError` if it needs one and there is none, or one is too small."""
     if not needs_budget(policy):
         return [None]

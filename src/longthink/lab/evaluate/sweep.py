@@ -20,7 +20,11 @@ class Sweep(Driver):
     noun = "samples"
 
     def __init__(
-        self, plan: Plan, tasks: list[Task], store: ResultStore, say: Callable[[str], None] = lambda line: None
+        self,
+        plan: Plan,
+        tasks: list[Task],
+        store: ResultStore,
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
         super().__init__(plan, store, say)
         self.tasks = tasks

@@ -1,4 +1,4 @@
-"""The measurement: dense model and bounded caches read the same text side by side, and their predictions are compared.
+"""The measurement: dense model and bounded caches read the same text side by side; their predictions are compared.
 
 Exact and without sampling noise: the text is given (teacher forcing), and every cache takes it token by token through
 its decode steps. Nothing is kept but a few numbers per token.
@@ -38,7 +38,8 @@ LOST = 0.5
 class Scores(NamedTuple):
     """Sums over the scored tokens of one text: negative log-likelihood (nats) of the text under the dense model and
     under the cache, KL divergence of the cache's distribution from the dense one, and tokens whose most likely next
-    token differs; each on all tokens and on the long-range ones."""
+    token differs; each on all tokens and on the long-range ones.
+    """
 
     tokens: int
     nll_dense: float
@@ -87,7 +88,9 @@ def measure(
         Whether the decode steps are compiled where they can be.
     """
     columns = [[NOTHING] * len(texts) for _ in policies]
-    usable = [tuple(i for i, text in enumerate(texts) if _is_usable(text, policy, budget)) for policy in policies]
+    usable = [
+        tuple(i for i, text in enumerate(texts) if _is_usable(text, policy, budget)) for policy in policies
+    ]
     for rows in filter(None, dict.fromkeys(usable)):
         alike = [i for i, own in enumerate(usable) if own == rows]
         read = [texts[row] for row in rows]
@@ -166,7 +169,9 @@ def _logits(
     return reader.step(decoded_BN[:, start - 1 : stop - 1])
 
 
-def _prefill(model: PreTrainedModel, cache: DynamicCache | PagedCache, prompt_BN: Tensor, real_BN: Tensor) -> Tensor:
+def _prefill(
+    model: PreTrainedModel, cache: DynamicCache | PagedCache, prompt_BN: Tensor, real_BN: Tensor
+) -> Tensor:
     position_BN = (real_BN.cumsum(1) - 1).clamp(min=0)
     logits: Tensor = model(
         prompt_BN, attention_mask=real_BN, position_ids=position_BN, past_key_values=cache, logits_to_keep=1
@@ -175,7 +180,12 @@ def _prefill(model: PreTrainedModel, cache: DynamicCache | PagedCache, prompt_BN
 
 
 def _dense_logits(
-    model: PreTrainedModel, cache: DynamicCache, prompt: tuple[Tensor, Tensor], decoded_BN: Tensor, start: int, stop: int
+    model: PreTrainedModel,
+    cache: DynamicCache,
+    prompt: tuple[Tensor, Tensor],
+    decoded_BN: Tensor,
+    start: int,
+    stop: int,
 ) -> Tensor:
     if start == 0:
         return _prefill(model, cache, *prompt)
@@ -227,12 +237,16 @@ def _scores(
         rows = []
         for row, text in enumerate(texts):
             part = slice(_first_scored(text, budget), len(text.decoded))
-            dense, nll, kl, differs = (x[row, part].double() for x in (dense_nll_BN, nll_BN, kl_BN, differs_BN))
+            dense, nll, kl, differs = (
+                x[row, part].double() for x in (dense_nll_BN, nll_BN, kl_BN, differs_BN)
+            )
             sure = dense <= -torch.tensor(SURE).log()
             lost = torch.zeros_like(sure)
             if window_BN is not None:
                 lost = sure & (window_BN[row, part].double() - dense >= -torch.tensor(LOST).log())
-            sums = [[float(x[chosen].sum()) for x in (dense, nll, kl, differs)] for chosen in (slice(None), lost)]
+            sums = [
+                [float(x[chosen].sum()) for x in (dense, nll, kl, differs)] for chosen in (slice(None), lost)
+            ]
             (all_dense, all_nll, all_kl, all_differs), (far_dense, far_nll, far_kl, far_differs) = sums
             evicted, held, whole = reader.held[row]
             rows.append(

@@ -48,9 +48,7 @@ class Unit:
     @classmethod
     def from_json(cls, values: Sequence[Any]) -> Self:
         group, policies, texts = values
-        return cls(
-            group=Group(*group), policies=tuple(policies), texts=tuple(Text(**text) for text in texts)
-        )
+        return cls(group=Group(*group), policies=tuple(policies), texts=tuple(Text(**text) for text in texts))
 
 
 @dataclass(frozen=True, kw_only=True)

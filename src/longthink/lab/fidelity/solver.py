@@ -52,11 +52,14 @@ class Solver(AbstractContextManager["Solver"]):
                 self.loaded.model, texts, policies, budget, compile=compiles(self.loaded.model, tokens)
             )
             seconds = (time.monotonic() - started) / (len(texts) * len(policies))
-            yield unit, [
-                self._record(unit, spec, (text, encoded), scores, seconds)
-                for spec, column in zip(unit.policies, found, strict=True)
-                for text, encoded, scores in zip(unit.texts, texts, column, strict=True)
-            ]
+            yield (
+                unit,
+                [
+                    self._record(unit, spec, (text, encoded), scores, seconds)
+                    for spec, column in zip(unit.policies, found, strict=True)
+                    for text, encoded, scores in zip(unit.texts, texts, column, strict=True)
+                ],
+            )
 
     def _record(
         self, unit: Unit, policy: str, text: tuple[Text, Encoded], scores: Scores, seconds: float

@@ -1,8 +1,8 @@
-"""Results of a measurement of fidelity: each policy at each budget, with intervals over texts and paired differences."""
+"""Results of a measurement of fidelity: each policy at each budget, with intervals over texts, and differences."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,26 +44,34 @@ def summarize(store: ResultStore, configs: Sequence[str], *, reference: str = "r
         "SELECT * FROM fidelity WHERE config IN (SELECT unnest($configs)) ORDER BY text",
         {"configs": list(configs)},
     )
-    cells: dict[str, list[dict[str, Any]]] = {config: [] for config in configs}
+    order = {config: i for i, config in enumerate(configs)}
+    return summaries(sorted(rows, key=lambda row: order[row["config"]]), reference=reference)
+
+
+def summaries(rows: Iterable[dict[str, Any]], *, reference: str = "recency") -> list[Summary]:
+    """Summaries of the rows of `Fidelity` records, in the order in which their configurations come."""
+    cells: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        cells[row["config"]].append(row)
-    filled = [cell for cell in cells.values() if cell]
-    references = {_place(cell[0]): cell for cell in filled if cell[0]["policy"] == reference}
-    return [_summary(cell, references.get(_place(cell[0]))) for cell in filled]
+        cells.setdefault(row["config"], []).append(row)
+    references = {_place(cell[0]): cell for cell in cells.values() if cell[0]["policy"] == reference}
+    return [_summary(cell, references.get(_place(cell[0]))) for cell in cells.values()]
 
 
 def _place(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["source"], row["budget"], row["decode_budget"]
+    return row["model"], row["source"], row["budget"], row["decode_budget"]
 
 
 def _summary(cell: list[dict[str, Any]], reference: list[dict[str, Any]] | None) -> Summary:
     scored = [row for row in cell if row["tokens"]]
     other = {row["text"]: row for row in reference or ()}
     pairs = [(row, other[row["text"]]) for row in scored if row["text"] in other]
-    measured, versus = {}, {}
+    measured: dict[str, Any] = {}
+    versus: dict[str, Interval] = {}
     for name in MEASURES:
         weights = [_weight(row, name) for row in scored]
-        measured[name] = ratio_bootstrap([_total(row, name) for row in scored], weights) if sum(weights) else None
+        measured[name] = (
+            ratio_bootstrap([_total(row, name) for row in scored], weights) if sum(weights) else None
+        )
         weights = [_weight(row, name) for row, _ in pairs]
         if pairs and sum(weights) and scored[0]["policy"] != pairs[0][1]["policy"]:
             versus[name] = ratio_bootstrap(

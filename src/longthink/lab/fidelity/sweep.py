@@ -23,7 +23,11 @@ class FidelitySweep(Driver):
     noun = "measurements"
 
     def __init__(
-        self, plan: Plan, texts: list[Text], store: ResultStore, say: Callable[[str], None] = lambda line: None
+        self,
+        plan: Plan,
+        texts: list[Text],
+        store: ResultStore,
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
         super().__init__(plan, store, say)
         self.texts = texts

@@ -58,7 +58,9 @@ def read_texts(paths: Sequence[Path], count: int | None = None) -> list[Text]:
         for place, record in read_records(path):
             text = _text(place, record, path.stem)
             if text.id in seen:
-                raise DataError(f"{place}: text {text.id!r} is also at {seen[text.id]}; expected unique texts")
+                raise DataError(
+                    f"{place}: text {text.id!r} is also at {seen[text.id]}; expected unique texts"
+                )
             seen[text.id] = place
             found.append(text)
         texts += found[:count]
@@ -78,4 +80,6 @@ def _text(place: str, record: Mapping[str, Any], source: str) -> Text:
     asked = None if question is None else text_of(place, record, question)
     told, name = text_of(place, record, body), find_field(record, ID_FIELDS)
     digest = hashlib.sha256(f"{asked}\n{told}".encode()).hexdigest()[:12]
-    return Text(source=source, id=digest if name is None else text_of(place, record, name), question=asked, body=told)
+    return Text(
+        source=source, id=digest if name is None else text_of(place, record, name), question=asked, body=told
+    )

@@ -16,6 +16,7 @@ from longthink.lab.report.cells import (
     series_labels,
 )
 from longthink.lab.report.comparison import against_dense, compare_stores
+from longthink.lab.report.fidelity import fidelity_cells, fidelity_figures, fidelity_table
 from longthink.lab.report.figures import Figure, Look, budget_figures, sample_figures
 from longthink.lab.report.measured import measurement_figures
 from longthink.lab.report.page import Page
@@ -49,16 +50,18 @@ def build(
         import jinja2  # noqa: F401
         import matplotlib  # noqa: F401
     store = ResultStore(store_folder, create=False)
-    samples, measurements = _load(store)
+    samples, fidelity, measurements = _load(store)
     other = _load(ResultStore(against, create=False))[0] if against is not None else None
 
     cells = make_cells(samples)
     shown = [*cells, *pooled_cells(cells)]
     labels = series_labels(cell.series for cell in cells)
     systems = [row["system"] for row in measurements]
-    look = Look(labels=labels, styles=make_styles([*labels.values(), *systems]))
+    readers = [row["policy"] for row in fidelity]
+    look = Look(labels=labels, styles=make_styles([*labels.values(), *systems, *readers]))
     page = Page(
-        title=title or f"Report of {store.folder.resolve().name}", summary=_summary(samples, measurements)
+        title=title or f"Report of {store.folder.resolve().name}",
+        summary=_summary(samples, fidelity, measurements),
     )
     if other is not None:
         found = compare_stores(samples, other)
@@ -69,6 +72,11 @@ def build(
         page.add("Incomplete", "incomplete", missing)
     for figure in _figures(shown, measurements, look):
         page.add(figure.section, "figure", figure)
+    if fidelity:
+        read = fidelity_cells(fidelity)
+        for figure in fidelity_figures(read, look.styles):
+            page.add(figure.section, "figure", figure)
+        page.add("Fidelity", "table", fidelity_table(read))
     _add_tables(page, shown, measurements, labels)
     if samples:
         page.add("Answers", "answers", sample_answers(store))
@@ -77,29 +85,32 @@ def build(
     return page.save(Path(out_folder) / PAGE)
 
 
-def _load(store: ResultStore) -> tuple[list[Row], list[Row]]:
-    """Return samples and measurements; a store without either is an error."""
+def _load(store: ResultStore) -> tuple[list[Row], list[Row], list[Row]]:
+    """Return samples, fidelity and measurements; a store without any is an error."""
     samples = load_samples(store)
+    fidelity = store.query("SELECT * FROM fidelity ORDER BY text")
     measurements = store.query("SELECT * FROM measurements ORDER BY kind, system, run, decode_tokens")
-    if not samples and not measurements:
+    if not samples and not fidelity and not measurements:
         raise ResultStoreError(f"{store.folder} is an empty result store: there is nothing to report")
-    return samples, measurements
+    return samples, fidelity, measurements
 
 
 _ORIGIN = """
     SELECT versions, hardware, count(*) AS count, min(created) AS first, max(created) AS last
     FROM (SELECT versions, hardware, created FROM samples
+          UNION ALL SELECT versions, hardware, created FROM fidelity
           UNION ALL SELECT versions, hardware, created FROM measurements)
     GROUP BY ALL ORDER BY first, versions, hardware
 """
 
 
-def _summary(samples: Sequence[Row], measurements: Sequence[Row]) -> str:
+def _summary(samples: Sequence[Row], fidelity: Sequence[Row], measurements: Sequence[Row]) -> str:
     counts = {
         "answer/answers": len(samples),
         "problem/problems": len({(row["task"], row["problem"]) for row in samples}),
-        "policy/policies": len({(row["policy"], row["switches"]) for row in samples}),
-        "model/models": len({row["model"] for row in samples}),
+        "text read under a cache/texts read under a cache": len(fidelity),
+        "policy/policies": len({(row["policy"], row["switches"]) for row in (*samples, *fidelity)}),
+        "model/models": len({row["model"] for row in (*samples, *fidelity)}),
         "measured point/measured points": len(measurements),
     }
     parts = [f"{count:,} {words.split('/')[count > 1]}" for words, count in counts.items() if count]

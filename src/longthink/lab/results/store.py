@@ -81,10 +81,10 @@ class ResultStore:
         return {tuple(row[name] for name in names) for row in rows}
 
     def query(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[dict[str, Any]]:
-        """Run a DuckDB query over the views ``samples``, ``fidelity`` and ``measurements``, with each record once; return its rows.
+        """Run a DuckDB query over the views ``samples``, ``fidelity`` and ``measurements``, with each record once.
 
-        `parameters` are values for each ``?`` in the query, or by name for ``$name``. `ResultStoreError` names a file
-        that is damaged or of another kind.
+        Returns its rows. `parameters` are values for each ``?`` in the query, or by name for ``$name``.
+        `ResultStoreError` names a file that is damaged or of another kind.
         """
         # The lock keeps compaction from deleting files between listing and reading them.
         offline: dict[str, Any] = {"autoinstall_known_extensions": False}
