@@ -16,6 +16,7 @@ from longthink.policies import make_policy
 from tests.oracle.base import Heads, Limit, RowOracle, Setting
 from tests.oracle.milestone import MilestoneOracle
 from tests.oracle.pages import QuestOracle, RaasOracle, RandomOracle, WindowOracle
+from tests.oracle.recall import RecallOracle
 from tests.oracle.single_tokens import KeyDiffOracle, RKVOracle, SnapKVOracle, TovaOracle
 from tests.oracle.tokens import DenseOracle, H2OOracle, StreamingOracle
 
@@ -24,6 +25,7 @@ ORACLES = {
     "streaming_llm": StreamingOracle,
     "h2o": H2OOracle,
     "milestone": MilestoneOracle,
+    "recall": RecallOracle,
     "quest": QuestOracle,
     "raas": RaasOracle,
     "recency": WindowOracle,

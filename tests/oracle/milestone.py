@@ -1,6 +1,7 @@
-"""Oracle of `milestone`: young pages, keepers, and a discriminant by Gaussian elimination."""
+"""Oracle of `milestone`: young pages, keepers, and a discriminant by Gaussian elimination; what `recall` shares."""
 
 import math
+from typing import Any
 
 from tests.oracle.base import RowOracle, Setting, Vector, dot, exact_product, softmax
 
@@ -65,24 +66,23 @@ class YoungPagesOracle(RowOracle):
         return prompt_pages + 1
 
 
-class MilestoneOracle(YoungPagesOracle):
+class KeepersOracle(YoungPagesOracle):
     """Per KV head: the prompt's pages, the keepers, and the young pages in order."""
 
     def __init__(
-        self,
-        setting: Setting,
-        *,
-        page_size: int = 16,
-        keep: float = 0.8,
-        young: int = 32,
-        alpha: float = 0.5,
-        ridge: float = 0.003,
+        self, setting: Setting, *, page_size: int = 16, keep: float = 0.8, young: int = 32, alpha: float
     ) -> None:
         super().__init__(setting, page_size)
-        self.keep, self.smallest_young = keep, young
-        self.alpha, self.ridge = alpha, ridge
+        self.keep, self.smallest_young, self.alpha = keep, young, alpha
         self.keepers: list[list[int]] = [[] for _ in range(self.heads.kv)]
         self.marked: list[set[int]] = [set() for _ in range(self.heads.kv)]
+
+    def scores(self, kv_head: int, resident: list[int]) -> dict[int, float]:
+        """Worth of every resident token."""
+        raise NotImplementedError
+
+    def see_shares(self, kv_head: int, shares: list[dict[int, float]]) -> None:
+        """Take the attention of each query head of a KV head."""
 
     def generations(self) -> tuple[int, int]:
         """How many decode pages are keepers, and how many are young."""
@@ -98,13 +98,17 @@ class MilestoneOracle(YoungPagesOracle):
             if now not in self.pinned():
                 self.place(kv_head, now)
             positions = self.residents()[kv_head]
-            for query_head in self.heads.queries_of(kv_head):
-                shares = softmax(self.logits(query[query_head], kv_head, positions))
+            each = [
+                softmax(self.logits(query[query_head], kv_head, positions))
+                for query_head in self.heads.queries_of(kv_head)
+            ]
+            for shares in each:
                 self.marked[kv_head] |= {
                     p
                     for p in positions
                     if now - p > self.smallest_young // 2 and self.above(shares[p], self.alpha)
                 }
+            self.see_shares(kv_head, each)
 
     def place(self, kv_head: int, now: int) -> None:
         """Put a token that is about to be written on a young page; when there is none left, the oldest goes."""
@@ -119,11 +123,7 @@ class MilestoneOracle(YoungPagesOracle):
         candidates = self.keepers[kv_head] + going
         if len(candidates) > room:
             resident = [*self.pinned(), *candidates, *(p for page in self.young[kv_head] for p in page)]
-            marked = self.marked[kv_head] & set(resident)
-            scores = dict.fromkeys(resident, 0.0)
-            for vectors in (self.keys[kv_head], self.values[kv_head]):
-                found = likeness({p: vectors[p] for p in resident}, marked, self.ridge)
-                scores = {p: scores[p] + found[p] for p in resident}
+            scores = self.scores(kv_head, resident)
             # Of equal ones the latest stay: `best` gives ties to the lower index.
             kept = self.best({-p: scores[p] for p in candidates}, room)
             candidates = [-index for index in kept]
@@ -134,3 +134,19 @@ class MilestoneOracle(YoungPagesOracle):
             sorted([*self.pinned(), *keepers, *(p for page in young for p in page)])
             for keepers, young in zip(self.keepers, self.young, strict=True)
         ]
+
+
+class MilestoneOracle(KeepersOracle):
+    """Old tokens are ranked by their likeness to the marked ones."""
+
+    def __init__(self, setting: Setting, *, alpha: float = 0.5, ridge: float = 0.003, **options: Any) -> None:
+        super().__init__(setting, alpha=alpha, **options)
+        self.ridge = ridge
+
+    def scores(self, kv_head: int, resident: list[int]) -> dict[int, float]:
+        marked = self.marked[kv_head] & set(resident)
+        scores = dict.fromkeys(resident, 0.0)
+        for vectors in (self.keys[kv_head], self.values[kv_head]):
+            found = likeness({p: vectors[p] for p in resident}, marked, self.ridge)
+            scores = {p: scores[p] + found[p] for p in resident}
+        return scores

@@ -20,6 +20,10 @@ MILESTONE = [
     ("milestone", {"alpha": alpha, "keep": keep, "young": young})
     for alpha, keep, young in ((0.5, 0.8, 12), (0.2, 0.3, 2))
 ]
+RECALL = [
+    ("recall", {"alpha": alpha, "keep": keep, "young": young, "memory": memory, "head_start": 0.05})
+    for alpha, keep, young, memory in ((0.3, 0.8, 2, 8), (0.6, 0.5, 12, 100))
+]
 PAGED += [("raas", switches) for switches in RAAS_SWITCHES]
 TOKEN_LEVEL = [("h2o", {"pin_prompt": False}), ("h2o", {"pin_prompt": True}), ("h2o", {"heavy": 0.25})]
 TOKEN_LEVEL += [("streaming_llm", {"sinks": 4, "positions": "logical"})]
@@ -38,6 +42,7 @@ A_TURN = ((True, True, True, True), (False, True, False, True), (False, False, F
 
 
 KINDS = ("budget", "decode_budget")
+KEEPERS = ("milestone", "recall")
 
 
 def name_of(value: object) -> str:
@@ -59,16 +64,16 @@ def long_case(
 ) -> Case:
     """Three rows with prompts of different lengths, a decode past the cap, a padded turn, more decoding.
 
-    The budget has just enough room for the turn. Milestone's oracle knows of no turns within a budget.
+    The budget has just enough room for the turn. The oracle of keeper pages knows of no turns within a budget.
     """
     prompts = (page_size + 3, 2, 2 * page_size)
     # Keepers and young pages need room to differ from a plain window.
-    decode_pages = 5 if policy == "milestone" else 2
+    decode_pages = 5 if policy in KEEPERS else 2
     turn_pages = math.ceil(4 / page_size) + (page_size > 1)
     pages = decode_pages
     if kind == "budget":
         pages += math.ceil(max(prompts) / page_size) + turn_pages - 1
-    turns = () if (policy, kind) == ("milestone", "budget") else (A_TURN,)
+    turns = () if policy in KEEPERS and kind == "budget" else (A_TURN,)
     return Case(
         policy,
         options,
@@ -82,7 +87,7 @@ def long_case(
     )
 
 
-@grid(PAGED + MILESTONE, page_size=PAGE_SIZES[:3], kind=KINDS, style=("normal", "integers"))
+@grid(PAGED + MILESTONE + RECALL, page_size=PAGE_SIZES[:3], kind=KINDS, style=("normal", "integers"))
 def test_policies_with_pages(chosen: tuple[str, dict], page_size: int, kind: str, style: str) -> None:
     policy, options = chosen
     group = {1: 4, 4: 2, 8: 1}[page_size]

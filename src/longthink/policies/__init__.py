@@ -27,6 +27,7 @@ from longthink.policies.quest import Quest
 from longthink.policies.r_kv import RKV
 from longthink.policies.raas import RaaS
 from longthink.policies.random import Random
+from longthink.policies.recall import Recall
 from longthink.policies.recency import Recency
 from longthink.policies.registry import (
     available_policies,
@@ -60,6 +61,7 @@ __all__ = [
     "Quest",
     "RaaS",
     "Random",
+    "Recall",
     "Recency",
     "SavesTokens",
     "SelectsPages",

@@ -9,29 +9,26 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from longthink.config import check_int, check_range
+from longthink.config import check_range
 from longthink.kernels.reference import wide_dtype
-from longthink.policies.base import Moves, PageTable, Policy, PolicyInfo, SavesTokens, Shape, Step
+from longthink.policies.base import PageTable, PolicyInfo, Shape, Step
+from longthink.policies.keepers import KeeperPages
 from longthink.policies.registry import register
 
 
 @register("milestone")
 @dataclass(frozen=True, kw_only=True)
-class Milestone(Policy, SavesTokens):
+class Milestone(KeeperPages):
     """Keep the prompt, a window of young pages, and keeper pages for tokens likely to be re-read (our own).
 
-    A token is marked once a distant query gave it more than `alpha` of its attention: the model re-read it. When the
-    oldest young page is evicted, its tokens compete with those in the keeper pages, and the tokens that most resemble
-    the marked ones stay, by a linear discriminant on keys and values fitted to the resident tokens. A result that
-    nothing has read yet is thus kept for its kind, which no rule that only counts reads can do.
+    A token is marked once a distant query, more than `young` / 2 positions away, gave it more than `alpha` of its
+    attention: the model re-read it. Old tokens are ranked by how much they resemble the marked ones, by a linear
+    discriminant on keys and values fitted to the resident tokens. A result that nothing has read yet is thus kept for
+    its kind, which no rule that only counts reads can do.
     Differs from the paper: there is none; `raas` gave the idea of milestones.
 
     Parameters
     ----------
-    keep
-        Fraction of the decode pages that are keeper pages, after `young` is served.
-    young
-        Minimum number of tokens in young pages. A query is distant from tokens more than `young` / 2 positions back.
     alpha
         Share of a query's attention above which it re-reads a token.
     ridge
@@ -45,15 +42,11 @@ class Milestone(Policy, SavesTokens):
         source="longthink",
     )
 
-    keep: float = 0.8
-    young: int = 32
     alpha: float = 0.5
     ridge: float = 0.003
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range("keep", self.keep, 0.0, 1.0)
-        check_int("young", self.young, 1)
         check_range("alpha", self.alpha, 0.0, 1.0)
         check_range("ridge", self.ridge, 0.0)
 
@@ -67,57 +60,11 @@ class Milestone(Policy, SavesTokens):
         return {"marked": torch.zeros(shape.B, shape.K, shape.P * shape.T, dtype=torch.int8, device=device)}
 
     @override
-    def protected(self, table: PageTable) -> Tensor:
-        return super().protected(table) | self._keeper_pages(table)
-
-    @override
-    def moves(self, table: PageTable, slot_BK: Tensor, full_BK: Tensor) -> Moves:
-        T, pages = self.page_size, torch.arange(table.page_BKP.shape[-1], device=slot_BK.device)
-        keeper_BKS = self._keeper_pages(table).repeat_interleave(T, -1)
-        going_BKS = (pages == slot_BK[..., None]).repeat_interleave(T, -1)
-        kept_BKS = self._best(table, (keeper_BKS | going_BKS) & table.resident_BKS)
-
-        going_BKT = slot_BK[..., None] * T + torch.arange(T, device=slot_BK.device)
-        promoted_BKT = kept_BKS.gather(-1, going_BKT) & full_BK[..., None]
-        slot_S = torch.arange(kept_BKS.shape[-1], device=slot_BK.device)
-        room_BKT = _smallest(slot_S, keeper_BKS & ~kept_BKS, T).clamp(max=len(slot_S) - 1)
-        place_BKT = room_BKT.gather(-1, (promoted_BKT.cumsum(-1) - 1).clamp(min=0))
-        return Moves(going_BKT, torch.where(promoted_BKT, place_BKT, going_BKT))
-
-    @override
     def observe(self, table: PageTable, step: Step) -> None:
-        near_B = table.now_B - self.young // 2
-        far_BKS = table.resident_BKS & (table.position_BKS < near_B[:, None, None])
-        table.state["marked"].bitwise_or_((far_BKS & (step.weights_BKGS.amax(2) > self.alpha)).to(torch.int8))
+        mark_reread(table, step, self.alpha, self.young // 2)
 
-    def keepers(self, table: PageTable) -> Tensor:
-        """Number of keeper pages of each row, shape B."""
-        decode_B = table.cap_B - table.prompt_pages_B
-        count_B = (decode_B.double() * self.keep + 0.5 + 1e-9).floor().to(decode_B.dtype)
-        young = -(-self.young // self.page_size)
-        return torch.minimum(count_B, (decode_B - young).clamp(min=0))
-
-    def _keeper_pages(self, table: PageTable) -> Tensor:
-        """The first slots without prompt tokens, bool BKP: decode tokens fill them first; they are never reopened."""
-        free_BKP = ~table.prompt_BKP
-        return free_BKP & (free_BKP.cumsum(-1) <= self.keepers(table)[:, None, None])
-
-    def _best(self, table: PageTable, candidate_BKS: Tensor) -> Tensor:
-        """The best candidates, as many as the keeper pages hold; ties go to the higher position."""
-        score_BKS, T = self._scores(table), self.page_size
-        room_B = self.keepers(table) * T
-        # The keeper pages and one more compete, so at most a page of tokens loses.
-        surplus_BK1 = candidate_BKS.sum(-1, keepdim=True) - room_B[:, None, None]
-        last_BK1 = _smallest(score_BKS, candidate_BKS, T).gather(-1, (surplus_BK1 - 1).clamp(0, T - 1))
-        worse_BKS = candidate_BKS & (score_BKS < last_BK1)
-        tied_BKS = candidate_BKS & (score_BKS == last_BK1)
-        left_BK1 = surplus_BK1 - worse_BKS.sum(-1, keepdim=True)
-        oldest_BKT = _smallest(table.position_BKS, tied_BKS, T)
-        oldest_BK1 = oldest_BKT.gather(-1, (left_BK1 - 1).clamp(0, T - 1))
-        goes_BKS = worse_BKS | (tied_BKS & (table.position_BKS <= oldest_BK1))
-        return candidate_BKS & ~(goes_BKS & (surplus_BK1 > 0))
-
-    def _scores(self, table: PageTable) -> Tensor:
+    @override
+    def scores(self, table: PageTable) -> Tensor:
         """How much each token resembles the marked ones, by key plus by value."""
         marked_BKS, resident_BKS = table.state["marked"] > 0, table.resident_BKS
         by_key_BKS, by_value_BKS = (
@@ -125,6 +72,13 @@ class Milestone(Policy, SavesTokens):
             for features_BKSD in (table.keys_BKSD, table.values_BKSD)
         )
         return by_key_BKS + by_value_BKS
+
+
+def mark_reread(table: PageTable, step: Step, alpha: float, distance: int) -> None:
+    """Mark, in the state ``marked``, tokens more than `distance` back that got more than `alpha` of some head."""
+    near_B = table.now_B - distance
+    far_BKS = table.resident_BKS & (table.position_BKS < near_B[:, None, None])
+    table.state["marked"].bitwise_or_((far_BKS & (step.weights_BKGS.amax(2) > alpha)).to(torch.int8))
 
 
 def discriminant_scores(
@@ -157,8 +111,3 @@ def discriminant_scores(
     score_BKS = (x * direction_BKD1[..., 0].unsqueeze(tokens)).sum(features)
     return score_BKS.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
-
-def _smallest(value_BKS: Tensor, of_BKS: Tensor, count: int) -> Tensor:
-    """The `count` smallest of the masked values, ascending and padded with the largest value, shape BKT."""
-    most = torch.inf if value_BKS.is_floating_point() else torch.iinfo(value_BKS.dtype).max
-    return torch.where(of_BKS, value_BKS, most).topk(count, largest=False).values
