@@ -11,6 +11,7 @@ import torch
 from longthink.policies import (
     H2O,
     Dense,
+    LazyEviction,
     Milestone,
     Moves,
     Policy,
@@ -19,6 +20,7 @@ from longthink.policies import (
     Random,
     Recency,
     StreamingLLM,
+    VaSE,
     page_tables,
 )
 
@@ -27,6 +29,7 @@ BUILT_IN: dict[str, Policy] = {
     "dense": Dense(page_size=PAGE),
     "h2o": H2O(),
     "h2o pinned": H2O(pin_prompt=True),
+    "lazy_eviction": LazyEviction(alpha=0.05, window=4),
     "milestone": Milestone(page_size=PAGE, young=8, alpha=0.1),
     "quest": Quest(page_size=PAGE),
     "raas": RaaS(page_size=PAGE),
@@ -35,6 +38,7 @@ BUILT_IN: dict[str, Policy] = {
     "random": Random(page_size=PAGE),
     "recency": Recency(page_size=PAGE),
     "streaming_llm": StreamingLLM(),
+    "vase": VaSE(window=4),
 }
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from longthink.policies import (
         H2O,
         Dense,
+        LazyEviction,
         Milestone,
         Policy,
         Quest,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
         Random,
         Recency,
         StreamingLLM,
+        VaSE,
         available_policies,
         make_policy,
     )
@@ -48,6 +50,7 @@ __all__ = [
     "Dense",
     "Engine",
     "EngineError",
+    "LazyEviction",
     "LongthinkError",
     "Milestone",
     "NonFiniteError",
@@ -62,6 +65,7 @@ __all__ = [
     "UnknownPolicyError",
     "UnsupportedFeatureError",
     "UnsupportedModelError",
+    "VaSE",
     "__version__",
     "available_policies",
     "generate",
@@ -90,6 +94,7 @@ __getattr__ = lazy_names(
         "policies": (
             "Dense",
             "H2O",
+            "LazyEviction",
             "Milestone",
             "Policy",
             "Quest",
@@ -97,6 +102,7 @@ __getattr__ = lazy_names(
             "Random",
             "Recency",
             "StreamingLLM",
+            "VaSE",
             "available_policies",
             "make_policy",
         ),

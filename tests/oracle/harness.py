@@ -14,25 +14,31 @@ from longthink.config import Budget
 from longthink.errors import BudgetError
 from longthink.policies import make_policy
 from tests.oracle.base import Heads, Limit, RowOracle, Setting
+from tests.oracle.lazy_eviction import LazyEvictionOracle
 from tests.oracle.milestone import MilestoneOracle
 from tests.oracle.pages import QuestOracle, RaasOracle, RandomOracle, WindowOracle
 from tests.oracle.tokens import DenseOracle, H2OOracle, StreamingOracle
+from tests.oracle.vase import VaseOracle
 
 ORACLES = {
     "dense": DenseOracle,
     "streaming_llm": StreamingOracle,
     "h2o": H2OOracle,
+    "lazy_eviction": LazyEvictionOracle,
     "milestone": MilestoneOracle,
     "quest": QuestOracle,
     "raas": RaasOracle,
     "recency": WindowOracle,
     "fifo": WindowOracle,
     "random": RandomOracle,
+    "vase": VaseOracle,
 }
 DEFAULT_PAGE_SIZE = {"recency": 1, "fifo": 16}
 OUTPUT_TOLERANCE = {"float64": 1e-9, "float32": 1e-5}
 TIE_TOLERANCE = {"float64": 1e-11, "float32": 1e-4}
-ACCUMULATOR_TOLERANCE = 1e-4  # H2O adds up attention in float32 whatever the inputs are
+ACCUMULATES = ("h2o", "vase")
+"""They add up attention in float32 whatever the inputs are."""
+ACCUMULATOR_TOLERANCE = 1e-4
 PADDING_GARBAGE = 1e3
 
 Turn = tuple[tuple[bool, ...], ...]
@@ -73,7 +79,7 @@ class Case:
         if self.policy in DEFAULT_PAGE_SIZE:
             options.setdefault("page_size", DEFAULT_PAGE_SIZE[self.policy])
         heads = Heads(self.kv_heads, self.group)
-        tolerance = ACCUMULATOR_TOLERANCE if self.policy == "h2o" else TIE_TOLERANCE[self.dtype]
+        tolerance = ACCUMULATOR_TOLERANCE if self.policy in ACCUMULATES else TIE_TOLERANCE[self.dtype]
         setting = Setting(limit, heads, scaling, tolerance)
         return ORACLES[self.policy](setting, **options)
 

@@ -23,6 +23,9 @@ MILESTONE = [
 PAGED += [("raas", switches) for switches in RAAS_SWITCHES]
 TOKEN_LEVEL = [("h2o", {"pin_prompt": False}), ("h2o", {"pin_prompt": True}), ("h2o", {"heavy": 0.25})]
 TOKEN_LEVEL += [("streaming_llm", {"sinks": 4, "positions": "logical"})]
+TOKEN_LEVEL += [("lazy_eviction", {"alpha": 0.07, "window": 2, "pin_prompt": pin}) for pin in (True, False)]
+TOKEN_LEVEL += [("vase", {"window": 2, "large": 0.3, "pin_prompt": pin}) for pin in (True, False)]
+CUT = [(policy, options) for policy, options in TOKEN_LEVEL if not options.get("pin_prompt", False)]
 A_TURN = ((True, True, True, True), (False, True, False, True), (False, False, False, True))
 
 
@@ -112,7 +115,7 @@ def test_policies_that_work_token_by_token(
     assert compare(case) > 1
 
 
-@pytest.mark.parametrize(("policy", "options"), [*TOKEN_LEVEL[::2], PAGED[-1]], ids=name_of)
+@pytest.mark.parametrize(("policy", "options"), [*CUT, PAGED[-1]], ids=name_of)
 def test_a_prompt_over_the_budget_is_cut_after_the_prefill(policy: str, options: dict) -> None:
     page = {"page_size": 4} if policy == "raas" else {}
     case = Case(policy, {**options, **page}, budget=9, prompts=(30, 4, 17), then=(12, A_TURN, 3), kv_heads=2)

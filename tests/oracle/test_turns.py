@@ -32,9 +32,17 @@ PINNED = [
     ("random", PAGE),
     ("recency", {}),
     ("h2o", {"pin_prompt": True}),
+    ("lazy_eviction", {"alpha": 0.1, "window": 3}),
+    ("vase", {"window": 3}),
     ("milestone", MILESTONE),
 ]
-UNPINNED = [("raas", PAGE | {"pin_prompt": False}), ("h2o", {}), ("streaming_llm", {"positions": "logical"})]
+UNPINNED = [
+    ("raas", PAGE | {"pin_prompt": False}),
+    ("h2o", {}),
+    ("lazy_eviction", {"alpha": 0.1, "window": 3, "pin_prompt": False}),
+    ("streaming_llm", {"positions": "logical"}),
+    ("vase", {"window": 3, "pin_prompt": False}),
+]
 GROWING = [Case("quest", PAGE, decode_budget=8, **SHAPE), Case("dense", **SHAPE)]
 BOUNDED = [
     # The fixed budgets are full when the turn comes, so something has to be evicted for it.
@@ -190,7 +198,7 @@ def test_a_turn_that_does_not_fit_changes_nothing(policy: str, options: dict) ->
 
 # Rewinds --------------------------------------------------------------------------------------------------------
 
-LEARNS = ("raas", "h2o", "milestone")
+LEARNS = ("raas", "h2o", "lazy_eviction", "milestone", "vase")
 """Their state is that of a text that was read, so they agree only until something is evicted."""
 
 

@@ -21,8 +21,8 @@ def page_size_of(case: Case) -> int:
 
 
 def pins_prompt(case: Case) -> bool:
-    if case.policy in ("raas", "h2o"):
-        return bool(case.options.get("pin_prompt", case.policy == "raas"))
+    if case.policy in ("raas", "h2o", "lazy_eviction", "vase"):
+        return bool(case.options.get("pin_prompt", case.policy != "h2o"))
     return case.policy in ("fifo", "recency", "random", "milestone")
 
 

@@ -21,6 +21,7 @@ from longthink.policies.base import (
 )
 from longthink.policies.dense import Dense
 from longthink.policies.h2o import H2O
+from longthink.policies.lazy_eviction import LazyEviction
 from longthink.policies.milestone import Milestone
 from longthink.policies.quest import Quest
 from longthink.policies.raas import RaaS
@@ -38,12 +39,14 @@ from longthink.policies.registry import (
     with_page_size,
 )
 from longthink.policies.streaming_llm import StreamingLLM
+from longthink.policies.vase import VaSE
 
 __all__ = [
     "H2O",
     "NEEDS",
     "PAGE_SIZES",
     "Dense",
+    "LazyEviction",
     "Milestone",
     "Moves",
     "PageTable",
@@ -61,6 +64,7 @@ __all__ = [
     "Step",
     "StreamingLLM",
     "TrimsPrompt",
+    "VaSE",
     "available_policies",
     "get_policy_class",
     "grows",

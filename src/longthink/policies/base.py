@@ -273,6 +273,13 @@ def holds_first(table: PageTable, tokens_B: Tensor) -> Tensor:
     return table.page_BKP * table.page_size < tokens_B[:, None, None]
 
 
+def latest_pages(position_BQ: Tensor, length_B: Tensor, cap_B: Tensor, page_size: int) -> Tensor:
+    """Prompt tokens in the last `cap_B` pages, bool B1Q: what `TrimsPrompt.trim` returns to keep only them."""
+    pages_B = (length_B + page_size - 1).div(page_size, rounding_mode="floor")
+    first_B1 = ((pages_B - cap_B).clamp(min=0) * page_size)[:, None]
+    return ((position_BQ >= first_B1) & (position_BQ >= 0))[:, None]
+
+
 def reads_vectors(needs: frozenset[str]) -> bool:
     """Whether these needs include queries, keys or values."""
     return "vectors" in needs or "key_bounds" in needs

@@ -11,7 +11,16 @@ from typing_extensions import override
 
 from longthink.config import check_choice, check_flag, check_int, check_range
 from longthink.kernels import bound_scores, page_mass, top_fraction
-from longthink.policies.base import PageTable, Policy, PolicyInfo, Shape, SharesTable, Step, TrimsPrompt
+from longthink.policies.base import (
+    PageTable,
+    Policy,
+    PolicyInfo,
+    Shape,
+    SharesTable,
+    Step,
+    TrimsPrompt,
+    latest_pages,
+)
 from longthink.policies.dense import Dense
 from longthink.policies.registry import register
 
@@ -89,11 +98,7 @@ class RaaS(Policy, TrimsPrompt, SharesTable):
     def trim(
         self, position_BQ: Tensor, length_B: Tensor, cap_B: Tensor, mass_BKQ: Tensor | None
     ) -> Tensor | None:
-        if self.pin_prompt:
-            return None
-        pages_B = (length_B + self.page_size - 1).div(self.page_size, rounding_mode="floor")
-        first_B1 = ((pages_B - cap_B).clamp(min=0) * self.page_size)[:, None]
-        return ((position_BQ >= first_B1) & (position_BQ >= 0))[:, None]
+        return None if self.pin_prompt else latest_pages(position_BQ, length_B, cap_B, self.page_size)
 
     @override
     def admit(self, table: PageTable, mass_BKS: Tensor | None) -> None:
