@@ -23,6 +23,10 @@ def test_the_systems_of_the_paper_and_the_controls_are_there():
     assert set(NAMES) >= {"dense", "streaming_llm", "h2o", "quest", "raas", "recency", "random", "milestone"}
 
 
+def test_peers_with_newer_rules_are_there():
+    assert set(NAMES) >= {"lazy_eviction", "vase"}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_policy_says_what_it_is_and_how_it_differs_from_its_paper(name):
     policy = longthink.make_policy(name)

@@ -103,6 +103,7 @@ def check_policy(policy: Policy) -> None:
         "may evict the prompt": not policy.pins_prompt(),
         "learns from the prompt's attention": "prompt_mass" in policy.needs,
         "reads only some of its pages": isinstance(policy, SelectsPages),
+        "evicts single tokens": not _takes_pages(policy),
         "needs both weights and key_bounds": {"weights", "key_bounds"} <= policy.needs,
         "shifts keys in the cache": isinstance(policy, ShiftsKeys),
     }
@@ -112,6 +113,15 @@ def check_policy(policy: Policy) -> None:
                 f"policy {policy_spec(policy)!r} {reason}, which vLLM's blocks do not allow: "
                 "allowed are raas, milestone, recency, fifo and random"
             )
+
+
+def _takes_pages(policy: Policy) -> bool:
+    """Whether a page may hold as many tokens as vLLM's blocks."""
+    try:
+        with_page_size(policy, max(PAGE_SIZES))
+    except ValueError:
+        return False
+    return True
 
 
 def layer_policies(policy: Policy, layers: Iterable[int]) -> list[Policy]:

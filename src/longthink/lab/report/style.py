@@ -33,6 +33,8 @@ _COLOURS = {
     "byte floor": FOREGROUND,
     "belady": "#b5495b",
     "optimum": FOREGROUND,
+    "lazy_eviction": "#4b8b3b",
+    "vase": "#9c2f4f",
 }
 _SPARE = ("#6b8e23", "#b03060", "#4f7f8f")
 _MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
