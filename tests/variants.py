@@ -20,6 +20,7 @@ from longthink.policies import (
     Random,
     Recency,
     StreamingLLM,
+    TriAttention,
     VaSE,
     page_tables,
 )
@@ -38,6 +39,7 @@ BUILT_IN: dict[str, Policy] = {
     "random": Random(page_size=PAGE),
     "recency": Recency(page_size=PAGE),
     "streaming_llm": StreamingLLM(),
+    "tri_attention": TriAttention(window=4),
     "vase": VaSE(window=4),
 }
 

@@ -160,6 +160,14 @@ def lazy_eviction_cases(draw: Draw) -> Case:
 
 
 @st.composite
+def tri_attention_cases(draw: Draw) -> Case:
+    options = {"window": draw(st.sampled_from((1, 2, 5))), "pin_prompt": draw(st.booleans())}
+    shape = draw(shapes(4, chunked=bool(options["pin_prompt"])))
+    budget = draw(token_budgets(shape, pinned=bool(options["pin_prompt"])))
+    return Case("tri_attention", options, **budget, **shape)
+
+
+@st.composite
 def vase_cases(draw: Draw) -> Case:
     options = {
         "window": draw(st.sampled_from((1, 2, 3, 5))),
@@ -200,6 +208,7 @@ def all_cases() -> st.SearchStrategy[Case]:
         h2o_cases,
         lazy_eviction_cases,
         streaming_cases,
+        tri_attention_cases,
         vase_cases,
         whole_cases,
     )

@@ -16,6 +16,7 @@ PINNED = [
     Case("recency", {}, decode_budget=6, prompts=(9, 3), then=(14,), kv_heads=2, group=2),
     Case("h2o", {"pin_prompt": True}, decode_budget=6, prompts=(9, 3), then=(14,), kv_heads=2, group=2),
     Case("lazy_eviction", {"window": 2}, decode_budget=6, prompts=(9, 3), then=(14,), kv_heads=2, group=2),
+    Case("tri_attention", {"window": 2}, decode_budget=6, prompts=(9, 3), then=(14,), kv_heads=2, group=2),
     Case("vase", {"window": 2}, decode_budget=6, prompts=(9, 3), then=(14,), kv_heads=2, group=2),
     Case("quest", {"page_size": 4}, budget=8, prompts=(9, 3), then=(14,), kv_heads=2, group=2),
     Case("dense", prompts=(9, 3), then=(14,), kv_heads=2, group=2),
@@ -25,6 +26,9 @@ CUTTING = [
     Case("h2o", {}, budget=7, prompts=(9, 3), then=(14,), kv_heads=2),
     Case(
         "lazy_eviction", {"window": 2, "pin_prompt": False}, budget=7, prompts=(9, 3), then=(14,), kv_heads=2
+    ),
+    Case(
+        "tri_attention", {"window": 2, "pin_prompt": False}, budget=7, prompts=(9, 3), then=(14,), kv_heads=2
     ),
     Case("vase", {"window": 2, "pin_prompt": False}, budget=7, prompts=(9, 3), then=(14,), kv_heads=2),
     Case("streaming_llm", {"positions": "logical"}, budget=7, prompts=(9, 3), then=(14,), kv_heads=2),
@@ -138,7 +142,13 @@ def test_a_prompt_that_leaves_no_free_page_is_refused(policy: str) -> None:
 
 @pytest.mark.parametrize(
     ("policy", "options"),
-    [("recency", {}), ("h2o", {"pin_prompt": True}), ("lazy_eviction", {}), ("vase", {})],
+    [
+        ("recency", {}),
+        ("h2o", {"pin_prompt": True}),
+        ("lazy_eviction", {}),
+        ("tri_attention", {}),
+        ("vase", {}),
+    ],
 )
 def test_a_prompt_that_leaves_no_free_token_is_refused(policy: str, options: dict) -> None:
     case = Case(policy, options, budget=8, prompts=(8, 2), then=())

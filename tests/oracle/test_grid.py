@@ -24,6 +24,7 @@ PAGED += [("raas", switches) for switches in RAAS_SWITCHES]
 TOKEN_LEVEL = [("h2o", {"pin_prompt": False}), ("h2o", {"pin_prompt": True}), ("h2o", {"heavy": 0.25})]
 TOKEN_LEVEL += [("streaming_llm", {"sinks": 4, "positions": "logical"})]
 TOKEN_LEVEL += [("lazy_eviction", {"alpha": 0.07, "window": 2, "pin_prompt": pin}) for pin in (True, False)]
+TOKEN_LEVEL += [("tri_attention", {"window": 4, "pin_prompt": pin}) for pin in (True, False)]
 TOKEN_LEVEL += [("vase", {"window": 2, "large": 0.3, "pin_prompt": pin}) for pin in (True, False)]
 CUT = [(policy, options) for policy, options in TOKEN_LEVEL if not options.get("pin_prompt", False)]
 A_TURN = ((True, True, True, True), (False, True, False, True), (False, False, False, True))

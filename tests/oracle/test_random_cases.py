@@ -5,7 +5,7 @@ from hypothesis import event, given
 from hypothesis import strategies as st
 
 from tests.examples import few, some
-from tests.oracle.harness import ACCUMULATES, Case, compare
+from tests.oracle.harness import ROUNDED, Case, compare
 from tests.oracle.strategies import (
     all_cases,
     control_cases,
@@ -14,6 +14,7 @@ from tests.oracle.strategies import (
     milestone_cases,
     raas_cases,
     streaming_cases,
+    tri_attention_cases,
     vase_cases,
     whole_cases,
 )
@@ -25,6 +26,7 @@ FAMILIES = {
     "lazy_eviction": lazy_eviction_cases,
     "milestone": milestone_cases,
     "streaming_llm": streaming_cases,
+    "tri_attention": tri_attention_cases,
     "vase": vase_cases,
     "whole": whole_cases,
 }
@@ -35,7 +37,7 @@ def check(case: Case) -> None:
     decode_calls = sum(part if isinstance(part, int) else 1 for part in case.then)
     complete = compared == decode_calls + max(1, len(case.chunks))
     event(f"{case.policy}, {case.style}: {'complete' if complete else 'cut short by a rounding doubt'}")
-    if case.style == "normal" and case.dtype == "float64" and case.policy not in ACCUMULATES:
+    if case.style == "normal" and case.dtype == "float64" and case.policy not in ROUNDED:
         assert complete
 
 

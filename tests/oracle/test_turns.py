@@ -33,6 +33,7 @@ PINNED = [
     ("recency", {}),
     ("h2o", {"pin_prompt": True}),
     ("lazy_eviction", {"alpha": 0.1, "window": 3}),
+    ("tri_attention", {"window": 3}),
     ("vase", {"window": 3}),
     ("milestone", MILESTONE),
 ]
@@ -41,6 +42,7 @@ UNPINNED = [
     ("h2o", {}),
     ("lazy_eviction", {"alpha": 0.1, "window": 3, "pin_prompt": False}),
     ("streaming_llm", {"positions": "logical"}),
+    ("tri_attention", {"window": 3, "pin_prompt": False}),
     ("vase", {"window": 3, "pin_prompt": False}),
 ]
 GROWING = [Case("quest", PAGE, decode_budget=8, **SHAPE), Case("dense", **SHAPE)]

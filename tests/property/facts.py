@@ -21,7 +21,7 @@ def page_size_of(case: Case) -> int:
 
 
 def pins_prompt(case: Case) -> bool:
-    if case.policy in ("raas", "h2o", "lazy_eviction", "vase"):
+    if case.policy in ("raas", "h2o", "lazy_eviction", "tri_attention", "vase"):
         return bool(case.options.get("pin_prompt", case.policy != "h2o"))
     return case.policy in ("fifo", "recency", "random", "milestone")
 

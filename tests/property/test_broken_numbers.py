@@ -20,6 +20,7 @@ POLICIES = [
     ("raas", {"page_size": 4}),
     ("raas", {"page_size": 4, "score": "exact"}),
     ("raas", {"page_size": 4, "used": "alpha", "alpha": 0.1, "pin_prompt": False}),
+    ("tri_attention", {"window": 2}),
     ("vase", {"window": 2}),
 ]
 POISONED_CALL = 5

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from longthink import kernels
 from longthink.cache.prompt import ChunkedPrompt, causal_mask, write_prompt
-from longthink.cache.rotation import Rotation
 from longthink.cache.rows import RowCounts
 from longthink.cache.stats import CacheStats
 from longthink.cache.step import QKV, FusedStep, Read, decode_step, open_pages, read_slots
-from longthink.cache.store import SlotStore
+from longthink.cache.store import SlotStore, check_rotates
 from longthink.cache.turn import read_turn
 from longthink.config import Budget
 from longthink.errors import BudgetError, CacheStateError
+from longthink.kernels.rotation import Rotation, query_sums
 from longthink.policies import NEEDS, Policy, grows, needs_budget
 
 
@@ -37,7 +37,7 @@ class LayerCache(CacheStats):
     budget
         How many to keep; None only where the policy needs no budget (`dense`).
     rotation
-        How the keys carry positions, for policies that shift keys.
+        How the keys carry positions, for policies that shift keys or need "query_stats".
     kv_dtype
         Dtype of the stored keys and values; None for that of the model.
     fused
@@ -48,6 +48,8 @@ class LayerCache(CacheStats):
     ------
     BudgetError
         If the policy needs a budget and there is none.
+    UnsupportedModelError
+        If the policy needs "query_stats", and RoPE does not rotate all features of the keys, or is not known.
     ValueError
         If the policy declares an unknown need.
     """
@@ -67,6 +69,8 @@ class LayerCache(CacheStats):
             raise BudgetError(f"policy {policy.name!r} needs a budget: give budget=... or decode_budget=...")
         if unknown := policy.needs.difference(NEEDS):
             raise ValueError(f"policy {policy.name!r} needs {sorted(unknown)}: allowed is {', '.join(NEEDS)}")
+        if "query_stats" in policy.needs:
+            check_rotates(policy, rotation)
         fused_step = (fused or {}).get(type(policy))
         self.fused = None if fused_step is None else fused_step(policy)
         self.policy = policy
@@ -294,10 +298,19 @@ class LayerCache(CacheStats):
             mask = causal_mask(readable_BN, columns) if mask_B1QN is None else mask_B1QN
             mass_BKN = kernels.column_mass(query_BHQD, keys_BKND, mask, read_BQ, scaling)
             mass_BKN = chunks.add_mass(mass_BKN) if chunks else mass_BKN
+        sums_BH3F = None
+        if "query_stats" in self.policy.needs:
+            assert self.rotation is not None
+            rotation = self.rotation.to(query_BHQD.device)
+            sums_BH3F = query_sums(query_BHQD, position_BQ[:, -columns:], rotation)
+            sums_BH3F = chunks.add_queries(sums_BH3F) if chunks else sums_BH3F
 
         if chunks is None or chunks.complete:
             self._chunks = None
             self._admit(key_BKQD, value_BKQD, position_BQ, counts, caps, mass_BKN)
+            if sums_BH3F is not None:
+                count_B1 = real_BQ.sum(1, keepdim=True).clamp(min=1)
+                self.store.keep_query_stats(sums_BH3F.flatten(1) / count_B1, self.rotation)
         return out_BHQD
 
     def _admit(

@@ -1,7 +1,7 @@
 """Prompts on their way to the slots: the buffer of a chunked prefill, the mask, and the writing.
 
 Shape suffixes: B batch rows, K KV heads, Q new columns, N columns so far (token slots before them), S token slots,
-D head dim.
+D head dim, H query heads, F frequency pairs.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class ChunkedPrompt:
         self._values_BKND: Tensor | None = None
         self._real_BN: Tensor | None = None
         self._mass_BKN: Tensor | None = None
+        self._query_sums: Tensor | None = None
 
     @property
     def complete(self) -> bool:
@@ -69,6 +70,11 @@ class ChunkedPrompt:
             self._mass_BKN = mass_BKN.new_zeros(*mass_BKN.shape[:2], self.columns)
         self._mass_BKN[..., : self.seen] += mass_BKN
         return self._mass_BKN[..., : self.seen]
+
+    def add_queries(self, sums_BH3F: Tensor) -> Tensor:
+        """Add the sums over the queries of the last chunk; returns those over all so far."""
+        self._query_sums = sums_BH3F if self._query_sums is None else self._query_sums + sums_BH3F
+        return self._query_sums
 
 
 def causal_mask(real_BN: Tensor, queries: int) -> Tensor:

@@ -67,10 +67,12 @@ class PagedCache(CacheContents, Cache):
         count = model.config.get_text_config(decoder=True).num_hidden_layers
         dtype = None if kv_dtype is None else getattr(torch, kv_dtype)
         policies = [policy.for_layer(i) for i in range(count)]
-        shifting = [
-            i for i, own in enumerate(policies) if isinstance(own, ShiftsKeys) and own.shifted_tokens()
+        rotated = [
+            i
+            for i, own in enumerate(policies)
+            if "query_stats" in own.needs or (isinstance(own, ShiftsKeys) and own.shifted_tokens())
         ]
-        rotation = rotations(model, shifting) if shifting else {}
+        rotation = rotations(model, rotated) if rotated else {}
         slots = [
             LayerCache(own, budget, rotation=rotation.get(i), kv_dtype=dtype, fused=self._fused)
             for i, own in enumerate(policies)

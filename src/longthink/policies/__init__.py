@@ -39,6 +39,7 @@ from longthink.policies.registry import (
     with_page_size,
 )
 from longthink.policies.streaming_llm import StreamingLLM
+from longthink.policies.tri_attention import TriAttention
 from longthink.policies.vase import VaSE
 
 __all__ = [
@@ -63,6 +64,7 @@ __all__ = [
     "ShiftsKeys",
     "Step",
     "StreamingLLM",
+    "TriAttention",
     "TrimsPrompt",
     "VaSE",
     "available_policies",

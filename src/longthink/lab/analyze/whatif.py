@@ -30,6 +30,10 @@ def check_replayable(policy: Policy, trace: Trace) -> None:
             f"policy {policy_spec(policy)!r} reads queries, keys or values, and the trace of {trace.header.task} "
             f"{trace.header.problem} has none: record with --with-vectors"
         )
+    if "query_stats" in policy.needs:
+        raise TraceError(
+            f"policy {policy_spec(policy)!r} needs the queries of the prompt, which no trace holds"
+        )
     if policy.page_size % trace.header.page_size:
         raise TraceError(
             f"policy {policy_spec(policy)!r} has pages of {policy.page_size} tokens, and the trace pages of "
