@@ -26,10 +26,11 @@ BENCH = ROOT / "bench"
 PEERS = BENCH / "peers"
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
-MAX_WHEEL_LINES = 21_200
+MAX_WHEEL_LINES = 21_700
 """It only goes down, but for a new policy: the aim is 18,500."""
 BUILT_IN = (
-    "dense", "h2o", "lazy_eviction", "milestone", "quest", "raas", "random", "recency", "streaming_llm", "vase"
+    "dense", "h2o", "lazy_eviction", "milestone", "quest", "raas", "random", "recency", "streaming_llm",
+    "tri_attention", "vase",
 )  # fmt: skip
 
 python_files = sorted(

@@ -24,7 +24,7 @@ def test_the_systems_of_the_paper_and_the_controls_are_there():
 
 
 def test_peers_with_newer_rules_are_there():
-    assert set(NAMES) >= {"lazy_eviction", "vase"}
+    assert set(NAMES) >= {"lazy_eviction", "tri_attention", "vase"}
 
 
 @pytest.mark.parametrize("name", NAMES)

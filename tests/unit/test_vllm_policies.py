@@ -14,6 +14,7 @@ REASONS = {
     "lazy_eviction:pin_prompt=false": "may evict the prompt",
     "quest": "keeps everything",
     "streaming_llm": "may evict the prompt",
+    "tri_attention": "learns from the prompt's queries",
     "vase": "evicts single tokens",
     "vase:pin_prompt=false": "may evict the prompt",
 }

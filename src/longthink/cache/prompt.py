@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from longthink.cache.store import SlotStore
-from longthink.errors import CacheStateError
-from longthink.policies import Policy, TrimsPrompt
+from longthink.errors import CacheStateError, UnsupportedFeatureError, UnsupportedModelError
+from longthink.kernels.rotation import Rotation
+from longthink.policies import Policy, TrimsPrompt, policy_spec
 
 
 class ChunkedPrompt:
@@ -121,3 +122,30 @@ def write_prompt(
         mass_BKS[..., :old_slots] += mass_BKN[..., :old_slots]
     store.mark_prompt(starts)
     policy.admit(table, mass_BKS)
+
+
+def check_query_stats(policy: Policy, rotation: Rotation | None, means_N: Tensor | None) -> None:
+    """Check what a policy that needs "query_stats" is given.
+
+    Raises
+    ------
+    UnsupportedModelError
+        Unless RoPE rotates all features of the keys, and it is known how.
+    UnsupportedFeatureError
+        If the policy needs "calibration" and there are no calibrated means: a wrapper does not pass its file on.
+    """
+    if "calibration" in policy.needs and means_N is None:
+        raise UnsupportedFeatureError(
+            f"policy {policy_spec(policy)!r} needs calibrated statistics of queries, and was given none: a policy "
+            "that wraps another must also be `Calibrated`"
+        )
+    if rotation is None or not rotation.inv_freq_D.all():
+        fault = (
+            "it is not known"
+            if rotation is None
+            else "it leaves features of the keys as they are, or all of them"
+        )
+        raise UnsupportedModelError(
+            f"policy {policy_spec(policy)!r} takes the positions out of queries and keys: it needs RoPE, as "
+            f"rotation=..., that rotates all their features; {fault}"
+        )

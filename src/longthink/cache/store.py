@@ -372,17 +372,3 @@ class SlotStore:
         resident = (table.position_BKS[entries(token_BKS, table.position_BKS)] >= 0) & wanted
         at = entries(token_BKS, self.keys_BKSD)
         return self.keys_BKSD[at], self.values_BKSD[at], resident
-
-
-def check_rotates(policy: Policy, rotation: Rotation | None) -> None:
-    """Raise `UnsupportedModelError` unless RoPE rotates all features of the keys, and it is known how."""
-    if rotation is None or not rotation.inv_freq_D.all():
-        fault = (
-            "it is not known"
-            if rotation is None
-            else "it leaves features of the keys as they are, or all of them"
-        )
-        raise UnsupportedModelError(
-            f"policy {policy_spec(policy)!r} takes the positions out of queries and keys: it needs RoPE, as "
-            f"rotation=..., that rotates all their features; {fault}"
-        )

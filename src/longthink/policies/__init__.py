@@ -3,6 +3,7 @@
 from longthink.policies.base import (
     NEEDS,
     PAGE_SIZES,
+    Calibrated,
     Moves,
     PageTable,
     Policy,
@@ -46,6 +47,7 @@ __all__ = [
     "H2O",
     "NEEDS",
     "PAGE_SIZES",
+    "Calibrated",
     "Dense",
     "LazyEviction",
     "Milestone",

@@ -21,7 +21,7 @@ from longthink.kernels import logical_pages
 from longthink.kernels.rotation import Rotation
 
 PAGE_SIZES = (1, 4, 8, 16, 32)
-NEEDS = ("weights", "key_bounds", "prompt_mass", "query_stats", "vectors")
+NEEDS = ("weights", "key_bounds", "prompt_mass", "query_stats", "calibration", "vectors")
 
 
 @dataclass(eq=False)
@@ -44,6 +44,8 @@ class PageTable:
         Page slots that each row may fill (or read, where the cache grows), int64; and their maximum.
     user_BKP
         Pages that hold a token of any turn's prompt, int8; None where there can be one turn only (vLLM).
+    query_means_BN, key_rotation
+        Read them as `query_stats_BH3F` and `rotation`; None where not declared.
     state
         The policy's own tensors, from `Policy.init_state`. Dimension 2 counts page slots or token slots. The cache
         zeroes an entry when its page is opened, moves token entries with their tokens, and selects rows along
@@ -204,7 +206,7 @@ class Policy(ABC):
 
     The defaults pin the prompt and evict the oldest page. State lives in the table, never in the policy object, so
     one object serves any number of layers and caches. Optional behaviour is a protocol that a policy also implements:
-    `TrimsPrompt`, `SavesTokens`, `SelectsPages`, `ShiftsKeys`, `SharesTable`.
+    `TrimsPrompt`, `SavesTokens`, `SelectsPages`, `ShiftsKeys`, `SharesTable`, `Calibrated`.
 
     When the new token of a decode step opens a page and all slots are full, the unprotected page with the least
     `worth` is evicted. Then the token is written, attention runs, and `observe` updates the state.
@@ -233,8 +235,8 @@ class Policy(ABC):
         """What the cache must provide: any of "weights" (attention weights for `observe`), "key_bounds" (elementwise
         minimum and maximum of each page's keys), "prompt_mass" (attention that the prompt's columns received, for
         `trim` and `admit`), "query_stats" (means over the first prompt's queries before RoPE, and the rotation of
-        keys), "vectors" (keys and values in the table). "key_bounds" and "vectors" include queries.
-        Reading what is not declared raises `UndeclaredNeedError`.
+        keys), "calibration" (these means from a file: `Calibrated`), "vectors" (keys and values in the table).
+        "key_bounds" and "vectors" include queries. Reading what is not declared raises `UndeclaredNeedError`.
         """
         return frozenset()
 
@@ -379,6 +381,15 @@ class SharesTable(Protocol):
 
     def tables(self, kv_heads: int) -> int:
         """Number of page tables: `kv_heads`, or 1."""
+        ...
+
+
+@runtime_checkable
+class Calibrated(Protocol):
+    """A policy whose "query_stats" come from a file, if its needs have "calibration"."""
+
+    def stats_file(self) -> str:
+        """Path of a file that ``longthink calibrate`` has written for the model."""
         ...
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from longthink.config import check_choice, check_flag, check_int
-from longthink.policies.base import PageTable, Policy, PolicyInfo, TrimsPrompt, latest_pages
+from longthink.config import check_choice, check_flag, check_int, check_path
+from longthink.policies.base import Calibrated, PageTable, Policy, PolicyInfo, TrimsPrompt, latest_pages
 from longthink.policies.registry import register
 
 _DISTANCES = tuple(2**i for i in range(17))
@@ -21,7 +21,7 @@ _STEPS = 4096
 
 @register("tri_attention")
 @dataclass(frozen=True, kw_only=True)
-class TriAttention(Policy, TrimsPrompt):
+class TriAttention(Policy, TrimsPrompt, Calibrated):
     """Evict the key that the centre of the prompt's queries scores lowest over future distances (arXiv 2604.04921).
 
     Before RoPE, a query and a key are a complex number ``q_f``, ``k_f`` for each frequency ``w_f``. With means over
@@ -30,12 +30,14 @@ class TriAttention(Policy, TrimsPrompt):
     to 16. Scores are standardised over the tokens that compete, per query head; the worth of a token is the maximum
     over the query heads of its KV head. Tokens of this round of `window` steps do not compete.
 
-    Differs from the paper: means are those of the row's own first prompt, not of a calibration corpus; a full row
-    evicts one token in each step, so that the budget is a hard bound, and not a round's worth at its end. Worths are
-    compared in steps of 1/4096.
+    Differs from the paper: without `stats`, means are those of the row's own first prompt; a full row evicts one
+    token in each step, so that the budget is a hard bound, and not a round's worth at its end. Worths are compared in
+    steps of 1/4096.
 
     Parameters
     ----------
+    stats
+        File of ``longthink calibrate`` with means over the queries of other texts; ``prompt`` for the first prompt.
     window
         Steps in a round.
     pin_prompt
@@ -50,11 +52,13 @@ class TriAttention(Policy, TrimsPrompt):
     )
 
     page_size: int = 1
+    stats: str = "prompt"
     window: int = 128
     pin_prompt: bool = True
 
     def __post_init__(self) -> None:
         check_choice("page_size", self.page_size, (1,))
+        check_path("stats", self.stats)
         check_int("window", self.window, 1)
         check_flag("pin_prompt", self.pin_prompt)
 
@@ -65,7 +69,12 @@ class TriAttention(Policy, TrimsPrompt):
     @property
     @override
     def needs(self) -> frozenset[str]:
-        return frozenset({"query_stats", "vectors"})
+        needs = frozenset({"query_stats", "vectors"})
+        return needs if self.stats == "prompt" else needs | {"calibration"}
+
+    @override
+    def stats_file(self) -> str:
+        return self.stats
 
     @override
     def trim(
@@ -82,6 +91,16 @@ class TriAttention(Policy, TrimsPrompt):
 
     @override
     def worth(self, table: PageTable) -> Tensor:
+        score_BKGS = self.scores(table).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        competes_BK1S = ((table.page_BKP >= 0) & ~self.protected(table))[:, :, None]
+        count_BK11 = competes_BK1S.sum(-1, keepdim=True).clamp(min=1)
+        distance = score_BKGS - (score_BKGS * competes_BK1S).sum(-1, keepdim=True) / count_BK11
+        deviation = ((distance**2 * competes_BK1S).sum(-1, keepdim=True) / count_BK11).sqrt()
+        # Two tokens that compete are one deviation apart from their mean for every head: rounding must not decide.
+        return ((distance / deviation.clamp(min=1e-6)).amax(2) * _STEPS).round()
+
+    def scores(self, table: PageTable) -> Tensor:
+        """What a typical query of each head gives the keys over the distances ahead, BKGS."""
         keys_BKSD = table.rotation.paired(table.keys_BKSD).to(table.query_stats_BH3F.dtype)
         stats_BKG3F = table.query_stats_BH3F.unflatten(1, (keys_BKSD.shape[1], -1))
         real, imaginary, magnitude = stats_BKG3F.unbind(3)
@@ -90,14 +109,7 @@ class TriAttention(Policy, TrimsPrompt):
         centre_BKGD = torch.cat([real * turn - imaginary * pull, real * pull + imaginary * turn], -1)
         size_BKSF = torch.hypot(*keys_BKSD.chunk(2, -1))
         spread_BKGF = magnitude - torch.hypot(real, imaginary)
-        score_BKGS = centre_BKGD @ keys_BKSD.transpose(2, 3) + spread_BKGF @ size_BKSF.transpose(2, 3)
-        score_BKGS = score_BKGS.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-        competes_BK1S = ((table.page_BKP >= 0) & ~self.protected(table))[:, :, None]
-        count_BK11 = competes_BK1S.sum(-1, keepdim=True).clamp(min=1)
-        distance = score_BKGS - (score_BKGS * competes_BK1S).sum(-1, keepdim=True) / count_BK11
-        deviation = ((distance**2 * competes_BK1S).sum(-1, keepdim=True) / count_BK11).sqrt()
-        # Two tokens that compete are one deviation apart from their mean for every head: rounding must not decide.
-        return ((distance / deviation.clamp(min=1e-6)).amax(2) * _STEPS).round()
+        return centre_BKGD @ keys_BKSD.transpose(2, 3) + spread_BKGF @ size_BKSF.transpose(2, 3)
 
     def _turns(self, table: PageTable, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Mean cosine and sine of the angles at which each frequency is seen from the distances ahead, B11F."""

@@ -34,6 +34,7 @@ _COLOURS = {
     "belady": "#b5495b",
     "optimum": FOREGROUND,
     "lazy_eviction": "#4b8b3b",
+    "tri_attention": "#2e5fa3",
     "vase": "#9c2f4f",
 }
 _SPARE = ("#6b8e23", "#b03060", "#4f7f8f")
