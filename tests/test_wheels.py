@@ -135,6 +135,16 @@ def test_the_core_alone_generates_and_names_what_is_missing(wheels, install):
     assert [name for name in LABORATORY if name not in listed] == []
 
 
+def test_the_core_alone_calibrates_a_policy(wheels, install, tmp_path):
+    (tmp_path / "texts.jsonl").write_text('{"text": "a = b + 3; b = 4"}\n')
+    run = install(wheels[0])
+    done = run("calibrate", "reasoner", "--data", "texts.jsonl", "--out", "stats.safetensors")
+    assert done.returncode == 0, done.stderr
+    policy = "tri_attention:stats=stats.safetensors"
+    done = run("generate", "--policy", policy, "--decode-budget", "64", "--max-new-tokens", "8")
+    assert done.returncode == 0, done.stderr
+
+
 def test_both_run_the_laboratory(wheels, install):
     run = install(*wheels)
     done = run("eval", "--help")

@@ -14,6 +14,7 @@ from longthink.policies import (
     TOVA,
     Dense,
     KeyDiff,
+    LazyEviction,
     Milestone,
     Moves,
     Policy,
@@ -23,6 +24,8 @@ from longthink.policies import (
     Recency,
     SnapKV,
     StreamingLLM,
+    TriAttention,
+    VaSE,
     page_tables,
 )
 
@@ -32,6 +35,7 @@ BUILT_IN: dict[str, Policy] = {
     "h2o": H2O(),
     "h2o pinned": H2O(pin_prompt=True),
     "keydiff": KeyDiff(),
+    "lazy_eviction": LazyEviction(alpha=0.05, window=4),
     "milestone": Milestone(page_size=PAGE, young=8, alpha=0.1),
     "quest": Quest(page_size=PAGE),
     "r_kv": RKV(window=4),
@@ -44,6 +48,8 @@ BUILT_IN: dict[str, Policy] = {
     "snapkv unpinned": SnapKV(window=4, pooling="max", pin_prompt=False),
     "streaming_llm": StreamingLLM(),
     "tova": TOVA(),
+    "tri_attention": TriAttention(window=4),
+    "vase": VaSE(window=4),
 }
 
 

@@ -46,6 +46,12 @@ def check_flag(field: str, value: bool) -> None:
     check_choice(field, value if isinstance(value, bool) else brief_repr(value), (True, False))
 
 
+def check_path(field: str, value: str) -> None:
+    """Raise `ValueError` unless the value is a path that a policy's spec can hold: colons separate its options."""
+    if not isinstance(value, str) or not value or set(":()") & set(value):
+        raise ValueError(f"{field}={brief_repr(value)} must be a path without colons and parentheses")
+
+
 def check_sampling(temperature: float, top_p: float | None, top_k: int | None) -> None:
     """Raise `ValueError` unless these are valid together; temperature 0 is greedy."""
     check_range("temperature", temperature, 0.0)

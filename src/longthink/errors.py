@@ -41,6 +41,10 @@ class CacheFileError(LongthinkError, ValueError):
     """A cache cannot be written to a file, or a file holds no cache for this model; the message says why."""
 
 
+class StatsFileError(LongthinkError, ValueError):
+    """Statistics of queries cannot be written, or a file holds none for this model; the message says why."""
+
+
 class CacheUnusedWarning(UserWarning):
     """A cache is open and the model decodes without it, so nothing bounds its memory."""
 

@@ -126,6 +126,10 @@ def test_what_a_trace_cannot_say_is_refused(tmp_path):
     for spec in ("milestone", "quest", "raas"):
         with pytest.raises(TraceError, match=f"'{spec}'.*--with-vectors"):
             what_if(plain, [make_policy(spec)], [Budget(budget=64)])
+    with pytest.raises(
+        TraceError, match="'tri_attention' needs the queries of the prompt, which no trace holds"
+    ):
+        what_if(plain, [make_policy("tri_attention")], [Budget(budget=64)])
     with pytest.raises(TraceError, match=r"pages of 1 tokens.*--page-size 1"):
         what_if(paged, [make_policy("recency")], [Budget(budget=64)])
 

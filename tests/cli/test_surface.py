@@ -34,7 +34,7 @@ def test_surface_is_the_frozen_one():
 def test_help_names_every_command(call):
     code, out, _ = call("--help")
     assert code == 0
-    for name in ("generate", "demo", "policies", "doctor", "reasoner", "--version", "--debug"):
+    for name in ("generate", "demo", "policies", "calibrate", "doctor", "reasoner", "--version", "--debug"):
         assert name in out
 
 
@@ -53,7 +53,7 @@ def test_help_loads_no_heavy_package():
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("command", ["generate", "demo", "policies", "doctor", "reasoner"])
+@pytest.mark.parametrize("command", ["generate", "demo", "policies", "calibrate", "doctor", "reasoner"])
 def test_every_command_explains_itself(call, command):
     code, out, err = call(command, "--help")
     assert (code, err) == (0, "")

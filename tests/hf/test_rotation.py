@@ -156,3 +156,55 @@ def test_the_probe_runs_once_and_leaves_the_model_as_it_was():
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["glm", "smollm3 without"])
+def test_features_that_are_not_rotated_are_refused_where_positions_must_be_taken_out(name):
+    """TriAttention is defined for frequencies: nothing says what it would be for the other features."""
+    model = tiny(name, **({"partial_rotary_factor": 0.5} if name == "glm" else {}))
+    with pytest.raises(longthink.UnsupportedModelError, match="leaves features of the keys as they are"):
+        longthink.make_cache(model, policy="tri_attention", budget=24)
+
+
+def test_keys_that_no_rotation_describes_are_refused_by_name():
+    with pytest.raises(
+        longthink.UnsupportedModelError, match="depends on how keys carry positions cannot serve"
+    ):
+        longthink.make_cache(build_vision("qwen2_vl"), policy="tri_attention", budget=24)
+
+
+@pytest.mark.parametrize("name", ["llama", "cohere", "nanochat"])
+def test_the_layout_of_the_features_changes_nothing_of_what_tri_attention_keeps(name):
+    """Here keys are rotated back and seen from each distance, one at a time, as the paper writes it."""
+    model = tiny(name).double()
+    ids = torch.randint(3, 90, (1, 12), generator=torch.Generator().manual_seed(1))
+    with (
+        longthink.make_cache(model, policy="tri_attention:window=4", decode_budget=40) as cache,
+        torch.no_grad(),
+    ):
+        model(ids, past_key_values=cache)
+        layer = cache.layers[0].slots
+        table, rotation = layer.store.table, rotations(model, [0])[0]
+        now = 16
+        table.now_B.fill_(now)
+        assert torch.equal(table.rotation.inv_freq_D, rotation.inv_freq_D)
+        mean = table.query_stats_BH3F[0]
+        keys = rotation.paired(table.keys_BKSD[0])[:, :12]
+        place = torch.arange(12, dtype=torch.float64)
+        group = mean.shape[0] // keys.shape[0]
+        for head in range(mean.shape[0]):
+            real, imaginary = keys[head // group].chunk(2, -1)
+            key = torch.complex(real, imaginary) * torch.polar(
+                torch.ones(12, rotation.inv_freq_D.numel(), dtype=torch.float64),
+                -place[:, None] * rotation.inv_freq_D.double(),
+            )
+            centre = torch.complex(mean[head, 0], mean[head, 1])
+            score = torch.zeros(12, dtype=torch.float64)
+            for distance in (now + 2**j for j in range(17)):
+                turn = torch.polar(
+                    torch.ones_like(key.real), (distance - place)[:, None] * rotation.inv_freq_D.double()
+                )
+                score += (centre * turn * key.conj()).real.sum(-1) / 17
+            score += ((mean[head, 2] - centre.abs()) * key.abs()).sum(-1)
+            found = layer.policy.scores(table)[0, head // group, head % group, :12]
+            torch.testing.assert_close(found, score, atol=1e-6, rtol=1e-6)

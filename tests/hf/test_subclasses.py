@@ -6,6 +6,7 @@ Routes: the eager step, the compiled step, and the fused route of a GPU, forced 
 import pytest
 import torch
 
+from longthink.accelerators.table import FUSED
 from longthink.config import Budget
 from longthink.hf import DecodeStep, PagedCache
 from longthink.policies import needs_budget
@@ -64,8 +65,6 @@ def assert_same(found, wanted):
 
 def on_fused_route(model, policy, monkeypatch):
     """Decode with kernels wherever they are allowed; they are stand-ins that fail, unless `policy` may take them."""
-    from longthink.accelerators.table import FUSED
-
     fused.force(monkeypatch)
     return decode(model, policy, table=FUSED)
 

@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache
 
 import longthink
+from longthink.accelerators.table import FUSED
 from longthink.policies import grows, make_policy, needs_budget
 from longthink.reasoner import Size, grade, load_reasoner, make_problem
 from tests import fused
@@ -224,8 +225,6 @@ def test_a_compiled_step_after_a_second_turn_writes_the_eager_tokens(policy, lig
 )
 def test_fused_steps_end_with_a_second_turn(model, policy, monkeypatch):
     """The kernels know the prompt as the first pages of the text."""
-    from longthink.accelerators.table import FUSED
-
     has_kernels = type(make_policy(policy)) in FUSED
     first, second, texts = question(21, rows=2), question(19, seed=2, rows=2), []
     for forced in (False, True):

@@ -9,21 +9,25 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 
-from longthink.cache import LayerCache
+from longthink.cache import LayerCache, Rotation
 from longthink.config import Budget
 from longthink.errors import BudgetError
 from longthink.policies import make_policy
 from tests.oracle.base import Heads, Limit, RowOracle, Setting
+from tests.oracle.lazy_eviction import LazyEvictionOracle
 from tests.oracle.milestone import MilestoneOracle
 from tests.oracle.pages import QuestOracle, RaasOracle, RandomOracle, WindowOracle
 from tests.oracle.recall import RecallOracle
 from tests.oracle.single_tokens import KeyDiffOracle, RKVOracle, SnapKVOracle, TovaOracle
 from tests.oracle.tokens import DenseOracle, H2OOracle, StreamingOracle
+from tests.oracle.tri_attention import TriAttentionOracle, frequencies
+from tests.oracle.vase import VaseOracle
 
 ORACLES = {
     "dense": DenseOracle,
     "streaming_llm": StreamingOracle,
     "h2o": H2OOracle,
+    "lazy_eviction": LazyEvictionOracle,
     "milestone": MilestoneOracle,
     "recall": RecallOracle,
     "quest": QuestOracle,
@@ -35,12 +39,18 @@ ORACLES = {
     "r_kv": RKVOracle,
     "snapkv": SnapKVOracle,
     "tova": TovaOracle,
+    "tri_attention": TriAttentionOracle,
+    "vase": VaseOracle,
 }
 DEFAULT_PAGE_SIZE = {"recency": 1, "fifo": 16}
 OUTPUT_TOLERANCE = {"float64": 1e-9, "float32": 1e-5}
 TIE_TOLERANCE = {"float64": 1e-11, "float32": 1e-4}
-FLOAT32_TOLERANCE = {"h2o": 1e-4, "r_kv": 1e-6, "snapkv": 1e-6, "tova": 1e-6}
-"""What they remember is float32 whatever the inputs are, and H2O adds up all attention."""
+FLOAT32_TOLERANCE = {"h2o": 1e-4, "r_kv": 1e-6, "snapkv": 1e-6, "tova": 1e-6, "vase": 1e-4}
+"""What they remember is float32 whatever the inputs are, and H2O and VaSE add up attention."""
+ANGLE_TOLERANCE = {"float64": 1e-9, "float32": 1e-5}
+"""For cosines of angles up to 65536 radians."""
+ROUNDED = (*FLOAT32_TOLERANCE, "tri_attention")
+"""Where even random numbers are sometimes so close that rounding decides."""
 PADDING_GARBAGE = 1e3
 
 Turn = tuple[tuple[bool, ...], ...]
@@ -72,7 +82,11 @@ class Case:
         policy = replace(make_policy(self.policy), **self.options)
         if self.budget is None and self.decode_budget is None:
             return LayerCache(policy)
-        return LayerCache(policy, Budget(budget=self.budget, decode_budget=self.decode_budget))
+        rotation = None
+        if self.policy == "tri_attention":
+            rotation = Rotation(torch.tensor(frequencies(self.dim), dtype=torch.float64))
+        budget = Budget(budget=self.budget, decode_budget=self.decode_budget)
+        return LayerCache(policy, budget, rotation=rotation)
 
     def make_oracle(self) -> RowOracle:
         limit = Limit(self.budget or self.decode_budget or 0, on_top_of_prompt=self.budget is None)
@@ -82,6 +96,8 @@ class Case:
             options.setdefault("page_size", DEFAULT_PAGE_SIZE[self.policy])
         heads = Heads(self.kv_heads, self.group)
         tolerance = max(FLOAT32_TOLERANCE.get(self.policy, 0.0), TIE_TOLERANCE[self.dtype])
+        if self.policy == "tri_attention":
+            tolerance = ANGLE_TOLERANCE[self.dtype]
         setting = Setting(limit, heads, scaling, tolerance)
         return ORACLES[self.policy](setting, **options)
 

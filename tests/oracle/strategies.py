@@ -137,6 +137,48 @@ def h2o_cases(draw: Draw) -> Case:
     return Case("h2o", options, **draw(budgets(shape, 1, least)), **shape)
 
 
+def token_budgets(shape: dict[str, object], *, pinned: bool) -> st.SearchStrategy[dict[str, int]]:
+    """Room for several tokens that compete, besides the prompts of all turns where they are pinned."""
+    least = (user_pages(shape, 1) if pinned else 0) + 4
+    return st.one_of(
+        st.fixed_dictionaries({"budget": st.integers(least, least + 8)}),
+        st.fixed_dictionaries({"decode_budget": st.integers(1, 10)}),
+    )
+
+
+@st.composite
+def lazy_eviction_cases(draw: Draw) -> Case:
+    options = {
+        "alpha": draw(st.sampled_from((0.05, 0.125, 0.25))),
+        "window": draw(st.sampled_from((1, 2, 5, 64))),
+        "pin_prompt": draw(st.booleans()),
+    }
+    shape = draw(shapes(5, chunked=bool(options["pin_prompt"])))
+    return Case(
+        "lazy_eviction", options, **draw(token_budgets(shape, pinned=bool(options["pin_prompt"]))), **shape
+    )
+
+
+@st.composite
+def tri_attention_cases(draw: Draw) -> Case:
+    options = {"window": draw(st.sampled_from((1, 2, 5))), "pin_prompt": draw(st.booleans())}
+    shape = draw(shapes(4, chunked=bool(options["pin_prompt"])))
+    budget = draw(token_budgets(shape, pinned=bool(options["pin_prompt"])))
+    return Case("tri_attention", options, **budget, **shape)
+
+
+@st.composite
+def vase_cases(draw: Draw) -> Case:
+    options = {
+        "window": draw(st.sampled_from((1, 2, 3, 5))),
+        "large": draw(st.sampled_from((0.0, 0.3, 0.5, 1.0))),
+        "seed": draw(st.integers(0, 2**31 - 1)),
+        "pin_prompt": draw(st.booleans()),
+    }
+    shape = draw(shapes(5, chunked=bool(options["pin_prompt"])))
+    return Case("vase", options, **draw(token_budgets(shape, pinned=bool(options["pin_prompt"]))), **shape)
+
+
 @st.composite
 def streaming_cases(draw: Draw) -> Case:
     sinks = draw(st.integers(0, 5))
@@ -191,8 +233,11 @@ def all_cases() -> st.SearchStrategy[Case]:
         control_cases,
         milestone_cases,
         h2o_cases,
+        lazy_eviction_cases,
         streaming_cases,
         token_cases,
+        tri_attention_cases,
+        vase_cases,
         whole_cases,
     )
     return st.one_of(*(family() for family in families))

@@ -15,6 +15,9 @@ PINNED = [
     Case("random", {"page_size": 4}, decode_budget=8, prompts=(9, 3), then=(14,), kv_heads=2, group=2),
     Case("recency", {}, decode_budget=6, prompts=(9, 3), then=(14,), kv_heads=2, group=2),
     Case("h2o", {"pin_prompt": True}, decode_budget=6, prompts=(9, 3), then=(14,), kv_heads=2, group=2),
+    Case("lazy_eviction", {"window": 2}, decode_budget=6, prompts=(9, 3), then=(14,), kv_heads=2, group=2),
+    Case("tri_attention", {"window": 2}, decode_budget=6, prompts=(9, 3), then=(14,), kv_heads=2, group=2),
+    Case("vase", {"window": 2}, decode_budget=6, prompts=(9, 3), then=(14,), kv_heads=2, group=2),
     Case("keydiff", {}, decode_budget=6, prompts=(9, 3), then=(14,), kv_heads=2, group=2),
     Case("r_kv", {"window": 2}, decode_budget=6, prompts=(9, 3), then=(14,), kv_heads=2, group=2),
     Case("snapkv", {"window": 2}, decode_budget=6, prompts=(9, 3), then=(14,), kv_heads=2, group=2),
@@ -25,6 +28,13 @@ PINNED = [
 CUTTING = [
     Case("raas", {"page_size": 4, "pin_prompt": False}, budget=8, prompts=(9, 3), then=(14,), kv_heads=2),
     Case("h2o", {}, budget=7, prompts=(9, 3), then=(14,), kv_heads=2),
+    Case(
+        "lazy_eviction", {"window": 2, "pin_prompt": False}, budget=7, prompts=(9, 3), then=(14,), kv_heads=2
+    ),
+    Case(
+        "tri_attention", {"window": 2, "pin_prompt": False}, budget=7, prompts=(9, 3), then=(14,), kv_heads=2
+    ),
+    Case("vase", {"window": 2, "pin_prompt": False}, budget=7, prompts=(9, 3), then=(14,), kv_heads=2),
     Case("streaming_llm", {"positions": "logical"}, budget=7, prompts=(9, 3), then=(14,), kv_heads=2),
     Case("snapkv", {"pin_prompt": False}, budget=7, prompts=(9, 3), then=(14,), kv_heads=2),
 ]
@@ -135,7 +145,16 @@ def test_a_prompt_that_leaves_no_free_page_is_refused(policy: str) -> None:
     next(calls(fits)).attend(fits.make_layer(), None)
 
 
-@pytest.mark.parametrize(("policy", "options"), [("recency", {}), ("h2o", {"pin_prompt": True})])
+@pytest.mark.parametrize(
+    ("policy", "options"),
+    [
+        ("recency", {}),
+        ("h2o", {"pin_prompt": True}),
+        ("lazy_eviction", {}),
+        ("tri_attention", {}),
+        ("vase", {}),
+    ],
+)
 def test_a_prompt_that_leaves_no_free_token_is_refused(policy: str, options: dict) -> None:
     case = Case(policy, options, budget=8, prompts=(8, 2), then=())
     with pytest.raises(BudgetError, match=r"8"):

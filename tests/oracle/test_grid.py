@@ -28,16 +28,20 @@ PAGED += [("raas", switches) for switches in RAAS_SWITCHES]
 TOKEN_LEVEL = [("h2o", {"pin_prompt": False}), ("h2o", {"pin_prompt": True}), ("h2o", {"heavy": 0.25})]
 TOKEN_LEVEL += [("streaming_llm", {"sinks": 4, "positions": "logical"})]
 VOTING = {"window": 4, "kernel": 3}
-TOKEN_LEVEL += [
+PEERS = [
     ("keydiff", {"recent_share": 0.4}),
     ("r_kv", {**VOTING, "threshold": 0.3, "refresh": 2}),
     ("snapkv", VOTING),
     ("snapkv", {**VOTING, "pooling": "max"}),
     ("tova", {}),
     ("tova", {"sharing": "kv_head"}),
+    ("lazy_eviction", {"alpha": 0.07, "window": 2}),
+    ("tri_attention", {"window": 4}),
+    ("vase", {"window": 2, "large": 0.3}),
 ]
-NOT_PINNED = [(policy, {**options, "pin_prompt": False}) for policy, options in TOKEN_LEVEL[-6:]]
-TOKEN_LEVEL += NOT_PINNED[::2]
+NOT_PINNED = [(policy, {**options, "pin_prompt": False}) for policy, options in PEERS]
+CUT = [*TOKEN_LEVEL[:1], *TOKEN_LEVEL[2:], *NOT_PINNED, PAGED[-1]]
+TOKEN_LEVEL += [*PEERS, *NOT_PINNED[:6:2], *NOT_PINNED[6:]]
 A_TURN = ((True, True, True, True), (False, True, False, True), (False, False, False, True))
 
 
@@ -128,7 +132,7 @@ def test_policies_that_work_token_by_token(
     assert compare(case) > 1
 
 
-@pytest.mark.parametrize(("policy", "options"), [*TOKEN_LEVEL[0:4:2], *NOT_PINNED, PAGED[-1]], ids=name_of)
+@pytest.mark.parametrize(("policy", "options"), CUT, ids=name_of)
 def test_a_prompt_over_the_budget_is_cut_after_the_prefill(policy: str, options: dict) -> None:
     page = {"page_size": 4} if policy == "raas" else {}
     case = Case(policy, {**options, **page}, budget=9, prompts=(30, 4, 17), then=(12, A_TURN, 3), kv_heads=2)

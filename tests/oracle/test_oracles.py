@@ -1,10 +1,14 @@
 """The oracles themselves on examples small enough to work out by hand."""
 
+import math
+
 import pytest
 
+from tests.oracle import lazy_eviction, tri_attention
 from tests.oracle.base import Heads, Limit, RowOracle, Setting, exactly_representable, softmax
 from tests.oracle.pages import QuestOracle, RaasOracle, RandomOracle, WindowOracle, mix
 from tests.oracle.tokens import H2OOracle, StreamingOracle
+from tests.oracle.vase import VaseOracle
 
 ONE = Heads(kv=1, group=1)
 
@@ -56,6 +60,31 @@ def test_h2o_trims_a_long_prompt_to_window_and_heaviest() -> None:
     oracle = H2OOracle(total(3), heavy=0.34)
     feed(oracle, [0.0] * 6, [])
     assert oracle.residents() == [[0, 4, 5]]
+
+
+def test_lazy_eviction_keeps_what_was_important_again() -> None:
+    assert lazy_eviction.worth(0, 1) == 2.0
+    assert lazy_eviction.worth(1, 0) == 0.0
+    oracle = lazy_eviction.LazyEvictionOracle(total(4), alpha=0.4, window=1)
+    # Token 1 is important in step 2, and in step 3 each of four tokens receives a quarter.
+    feed(oracle, [0.0], [(0.0, 9.0), (1.0, 0.0), (0.0, 0.0), (0.0, 0.0)])
+    assert oracle.important[0][1] == [1, 2]
+    assert oracle.residents() == [[0, 1, 3, 4]]  # 2 and 3 were never important again; the lower one goes
+
+
+def test_vase_reserves_the_largest_values_and_samples_the_others() -> None:
+    oracle = VaseOracle(total(7), window=1, large=0.5)
+    oracle.see_values([[[0.0, 0.0]] * 4 + [[-3.0, 5.0], [1.0, 1.0], [0.0, 0.5], [0.0, 0.0]]])
+    # Behind the four tokens of the prompt 4 and 5 compete in step 7; 6 and 7 are of this round and the last.
+    feed(oracle, [0.0] * 4, [(0.0, 0.0)] * 4)
+    assert oracle.residents() == [[0, 1, 2, 3, 4, 6, 7]]
+
+
+def test_tri_attention_takes_rope_out_and_looks_from_a_distance() -> None:
+    (plain,) = tri_attention.without_rope([math.cos(3.0), math.sin(3.0)], 3)
+    assert abs(plain - 1) < 1e-12
+    far = tri_attention.score([1 + 0j], 5, [1 + 0j], [1.5])
+    assert abs(far - (math.cos(5.0) + 0.5)) < 1e-12
 
 
 def test_raas_evicts_the_oldest_stamp_and_breaks_ties_downwards() -> None:

@@ -5,15 +5,18 @@ from hypothesis import event, given
 from hypothesis import strategies as st
 
 from tests.examples import few, some
-from tests.oracle.harness import FLOAT32_TOLERANCE, Case, compare
+from tests.oracle.harness import ROUNDED, Case, compare
 from tests.oracle.strategies import (
     all_cases,
     control_cases,
     h2o_cases,
+    lazy_eviction_cases,
     milestone_cases,
     raas_cases,
     streaming_cases,
     token_cases,
+    tri_attention_cases,
+    vase_cases,
     whole_cases,
 )
 
@@ -21,9 +24,12 @@ FAMILIES = {
     "raas": raas_cases,
     "controls": control_cases,
     "h2o": h2o_cases,
+    "lazy_eviction": lazy_eviction_cases,
     "milestone": milestone_cases,
     "streaming_llm": streaming_cases,
     "tokens": token_cases,
+    "tri_attention": tri_attention_cases,
+    "vase": vase_cases,
     "whole": whole_cases,
 }
 
@@ -33,7 +39,7 @@ def check(case: Case) -> None:
     decode_calls = sum(part if isinstance(part, int) else 1 for part in case.then)
     complete = compared == decode_calls + max(1, len(case.chunks))
     event(f"{case.policy}, {case.style}: {'complete' if complete else 'cut short by a rounding doubt'}")
-    if case.style == "normal" and case.dtype == "float64" and case.policy not in FLOAT32_TOLERANCE:
+    if case.style == "normal" and case.dtype == "float64" and case.policy not in ROUNDED:
         assert complete
 
 

@@ -32,6 +32,9 @@ PINNED = [
     ("random", PAGE),
     ("recency", {}),
     ("h2o", {"pin_prompt": True}),
+    ("lazy_eviction", {"alpha": 0.1, "window": 3}),
+    ("tri_attention", {"window": 3}),
+    ("vase", {"window": 3}),
     ("milestone", MILESTONE),
     ("keydiff", {}),
     ("r_kv", {"window": 4, "kernel": 3}),
@@ -41,7 +44,10 @@ PINNED = [
 UNPINNED = [
     ("raas", PAGE | {"pin_prompt": False}),
     ("h2o", {}),
+    ("lazy_eviction", {"alpha": 0.1, "window": 3, "pin_prompt": False}),
     ("streaming_llm", {"positions": "logical"}),
+    ("tri_attention", {"window": 3, "pin_prompt": False}),
+    ("vase", {"window": 3, "pin_prompt": False}),
     ("r_kv", {"window": 4, "kernel": 3, "pin_prompt": False}),
     ("tova", {"pin_prompt": False, "sharing": "kv_head"}),
 ]
@@ -200,7 +206,7 @@ def test_a_turn_that_does_not_fit_changes_nothing(policy: str, options: dict) ->
 
 # Rewinds --------------------------------------------------------------------------------------------------------
 
-LEARNS = ("raas", "h2o", "milestone", "r_kv", "snapkv", "tova")
+LEARNS = ("raas", "h2o", "lazy_eviction", "milestone", "r_kv", "snapkv", "tova", "vase")
 """Their state is that of a text that was read, so they agree only until something is evicted."""
 
 

@@ -1,4 +1,4 @@
-"""Oracles of the policies that work token by token: dense, StreamingLLM, H2O."""
+"""Oracles of the policies that work token by token: dense, StreamingLLM, H2O; and a base for those in other files."""
 
 import math
 
@@ -109,3 +109,62 @@ class H2OOracle(RowOracle):
 
     def residents(self) -> list[list[int]]:
         return [sorted(mass) for mass in self.mass]
+
+
+class CompetingTokensOracle(RowOracle):
+    """A full row evicts one of the tokens that compete: those that are neither pinned nor recent."""
+
+    def __init__(self, setting: Setting, *, pin_prompt: bool = True) -> None:
+        super().__init__(setting)
+        self.pin_prompt = pin_prompt
+        self.kept: list[list[int]] = [[] for _ in range(self.heads.kv)]
+
+    def least_pages(self, prompt_pages: int) -> int:
+        return prompt_pages + 1 if self.pin_prompt else 1
+
+    def room(self) -> int:
+        """Tokens that a row may hold besides the pinned ones."""
+        return self.capacity() - (len(self.prompt_pages) if self.pin_prompt else 0)
+
+    def prefill(self, queries: list[list[Vector]], keys: list[list[Vector]]) -> None:
+        first = self.length
+        super().prefill(queries, keys)
+        for kv_head, kept in enumerate(self.kept):
+            kept.extend(range(first, self.length))
+            self.after_prefill(kv_head, first, queries)
+            if not self.pin_prompt and self.length > self.capacity():
+                kept[:] = self.cut(kept)
+
+    def cut(self, kept: list[int]) -> list[int]:
+        """What stays of a prompt over budget."""
+        return kept[-self.capacity() :]
+
+    def step(self, query: list[Vector], key: list[Vector]) -> None:
+        now = self.length
+        self.append(key)
+        for kv_head, kept in enumerate(self.kept):
+            if len(kept) >= self.capacity():
+                pinned = self.prompt_pages if self.pin_prompt else set()
+                competing = [p for p in kept if p not in pinned and p < self.first_recent(now)]
+                kept.remove(self.victim(kv_head, competing, now))
+            kept.append(now)
+            shares = [softmax(self.logits(query[h], kv_head, kept)) for h in self.heads.queries_of(kv_head)]
+            self.after_step(kv_head, shares, now)
+
+    def first_recent(self, now: int) -> int:
+        """The first position that is too recent to compete."""
+        raise NotImplementedError
+
+    def victim(self, kv_head: int, competing: list[int], now: int) -> int:
+        raise NotImplementedError
+
+    def after_prefill(self, kv_head: int, first: int, queries: list[list[Vector]]) -> None:
+        """Learn of the prompt tokens from `first` on."""
+        raise NotImplementedError
+
+    def after_step(self, kv_head: int, shares: list[dict[int, float]], now: int) -> None:
+        """Learn from the attention of each query head of the group."""
+        raise NotImplementedError
+
+    def residents(self) -> list[list[int]]:
+        return [sorted(kept) for kept in self.kept]

@@ -15,6 +15,7 @@ POLICIES = [
     ("random", {"page_size": 4}),
     ("recency", {}),
     ("h2o", {}),
+    ("lazy_eviction", {"alpha": 0.1, "window": 2}),
     ("streaming_llm", {"positions": "logical"}),
     ("keydiff", {}),
     ("r_kv", {"window": 2}),
@@ -23,6 +24,8 @@ POLICIES = [
     ("raas", {"page_size": 4}),
     ("raas", {"page_size": 4, "score": "exact"}),
     ("raas", {"page_size": 4, "used": "alpha", "alpha": 0.1, "pin_prompt": False}),
+    ("tri_attention", {"window": 2}),
+    ("vase", {"window": 2}),
 ]
 POISONED_CALL = 5
 GRID = (POLICIES, ("key_BKQD", "value_BKQD"), (torch.nan, torch.inf, -torch.inf))

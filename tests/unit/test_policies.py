@@ -21,7 +21,7 @@ NAMES = longthink.available_policies()
 
 def test_the_systems_of_the_paper_and_the_controls_are_there():
     assert set(NAMES) >= {"dense", "streaming_llm", "h2o", "quest", "raas", "recency", "random", "milestone"}
-    assert set(NAMES) >= {"keydiff", "r_kv", "snapkv", "tova"}
+    assert set(NAMES) >= {"keydiff", "lazy_eviction", "r_kv", "snapkv", "tova", "tri_attention", "vase"}
 
 
 @pytest.mark.parametrize("name", NAMES)

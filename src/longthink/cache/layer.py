@@ -1,7 +1,7 @@
 """Bounded KV cache of one attention layer: prefill, decode steps, row operations.
 
 Shape suffixes: B batch rows, H query heads, K KV heads, G query heads per KV head, Q new tokens, S token slots,
-D head dim, N columns that a block of queries may read.
+D head dim, N columns that a block of queries may read, or numbers in a row.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from longthink import kernels
-from longthink.cache.prompt import ChunkedPrompt, causal_mask, write_prompt
-from longthink.cache.rotation import Rotation
+from longthink.cache.prompt import ChunkedPrompt, causal_mask, check_query_stats, write_prompt
 from longthink.cache.rows import RowCounts
 from longthink.cache.stats import CacheStats
 from longthink.cache.step import QKV, FusedStep, Read, decode_step, open_pages, read_slots
@@ -21,6 +20,7 @@ from longthink.cache.store import SlotStore
 from longthink.cache.turn import read_turn
 from longthink.config import Budget
 from longthink.errors import BudgetError, CacheStateError
+from longthink.kernels.rotation import Rotation, query_sums
 from longthink.policies import NEEDS, Policy, grows, needs_budget
 
 
@@ -37,7 +37,9 @@ class LayerCache(CacheStats):
     budget
         How many to keep; None only where the policy needs no budget (`dense`).
     rotation
-        How the keys carry positions, for policies that shift keys.
+        How the keys carry positions, for policies that shift keys or need "query_stats".
+    query_means_N
+        Calibrated `query_sums` of all query heads for one query, flat, for policies that need "calibration".
     kv_dtype
         Dtype of the stored keys and values; None for that of the model.
     fused
@@ -48,6 +50,8 @@ class LayerCache(CacheStats):
     ------
     BudgetError
         If the policy needs a budget and there is none.
+    UnsupportedModelError
+        If the policy needs "query_stats", and RoPE does not rotate all features of the keys, or is not known.
     ValueError
         If the policy declares an unknown need.
     """
@@ -60,6 +64,7 @@ class LayerCache(CacheStats):
         budget: Budget | None = None,
         *,
         rotation: Rotation | None = None,
+        query_means_N: Tensor | None = None,
         kv_dtype: torch.dtype | None = None,
         fused: Mapping[type[Policy], type[FusedStep]] | None = None,
     ) -> None:
@@ -67,12 +72,15 @@ class LayerCache(CacheStats):
             raise BudgetError(f"policy {policy.name!r} needs a budget: give budget=... or decode_budget=...")
         if unknown := policy.needs.difference(NEEDS):
             raise ValueError(f"policy {policy.name!r} needs {sorted(unknown)}: allowed is {', '.join(NEEDS)}")
+        if "query_stats" in policy.needs:
+            check_query_stats(policy, rotation, query_means_N)
         fused_step = (fused or {}).get(type(policy))
         self.fused = None if fused_step is None else fused_step(policy)
         self.policy = policy
         self.budget = budget
         self.kv_dtype = kv_dtype
         self.rotation = rotation
+        self.query_means_N = query_means_N
         self.reset()
 
     def reset(self) -> None:
@@ -210,7 +218,7 @@ class LayerCache(CacheStats):
         block = query_BHQD, key_BKQD, value_BKQD
         by_user = columns > 1 or self._announced > 0
         if self._store is None or (by_user and grows(self.policy)):
-            out_BHQD = self._prefill(*block, valid_BQ, scaling)
+            out_BHQD = self._prefill(block, valid_BQ, scaling)
         elif by_user:
             out_BHQD = self._read_turn(block, valid_BQ, scaling)
         else:
@@ -261,14 +269,8 @@ class LayerCache(CacheStats):
 
     # Prefill ------------------------------------------------------------------------------------------------
 
-    def _prefill(
-        self,
-        query_BHQD: Tensor,
-        key_BKQD: Tensor,
-        value_BKQD: Tensor,
-        valid_BQ: Tensor | None,
-        scaling: float,
-    ) -> Tensor:
+    def _prefill(self, block: QKV, valid_BQ: Tensor | None, scaling: float) -> Tensor:
+        query_BHQD, key_BKQD, value_BKQD = block
         rows, _, columns, _ = query_BHQD.shape
         read_BQ = query_BHQD.new_ones(rows, columns, dtype=torch.bool) if valid_BQ is None else valid_BQ
         chunks, real_BQ = self._chunks, read_BQ
@@ -294,10 +296,21 @@ class LayerCache(CacheStats):
             mask = causal_mask(readable_BN, columns) if mask_B1QN is None else mask_B1QN
             mass_BKN = kernels.column_mass(query_BHQD, keys_BKND, mask, read_BQ, scaling)
             mass_BKN = chunks.add_mass(mass_BKN) if chunks else mass_BKN
+        sums_BH3F = None
+        if "query_stats" in self.policy.needs:
+            assert self.rotation is not None
+            rotation = self.rotation.to(query_BHQD.device)
+            sums_BH3F = query_sums(query_BHQD, position_BQ[:, -columns:], rotation)
+            sums_BH3F = chunks.add_queries(sums_BH3F) if chunks else sums_BH3F
 
         if chunks is None or chunks.complete:
             self._chunks = None
             self._admit(key_BKQD, value_BKQD, position_BQ, counts, caps, mass_BKN)
+            if sums_BH3F is not None:
+                means_BN = sums_BH3F.flatten(1) / real_BQ.sum(1, keepdim=True).clamp(min=1)
+                if self.query_means_N is not None:
+                    means_BN = self.query_means_N.to(means_BN).expand_as(means_BN).clone()
+                self.store.keep_query_stats(means_BN, self.rotation)
         return out_BHQD
 
     def _admit(

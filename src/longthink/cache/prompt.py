@@ -1,7 +1,7 @@
 """Prompts on their way to the slots: the buffer of a chunked prefill, the mask, and the writing.
 
 Shape suffixes: B batch rows, K KV heads, Q new columns, N columns so far (token slots before them), S token slots,
-D head dim.
+D head dim, H query heads, F frequency pairs.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from longthink.cache.store import SlotStore
-from longthink.errors import CacheStateError
-from longthink.policies import Policy, TrimsPrompt
+from longthink.errors import CacheStateError, UnsupportedFeatureError, UnsupportedModelError
+from longthink.kernels.rotation import Rotation
+from longthink.policies import Policy, TrimsPrompt, policy_spec
 
 
 class ChunkedPrompt:
@@ -30,6 +31,7 @@ class ChunkedPrompt:
         self._values_BKND: Tensor | None = None
         self._real_BN: Tensor | None = None
         self._mass_BKN: Tensor | None = None
+        self._query_sums: Tensor | None = None
 
     @property
     def complete(self) -> bool:
@@ -69,6 +71,11 @@ class ChunkedPrompt:
             self._mass_BKN = mass_BKN.new_zeros(*mass_BKN.shape[:2], self.columns)
         self._mass_BKN[..., : self.seen] += mass_BKN
         return self._mass_BKN[..., : self.seen]
+
+    def add_queries(self, sums_BH3F: Tensor) -> Tensor:
+        """Add the sums over the queries of the last chunk; returns those over all so far."""
+        self._query_sums = sums_BH3F if self._query_sums is None else self._query_sums + sums_BH3F
+        return self._query_sums
 
 
 def causal_mask(real_BN: Tensor, queries: int) -> Tensor:
@@ -115,3 +122,30 @@ def write_prompt(
         mass_BKS[..., :old_slots] += mass_BKN[..., :old_slots]
     store.mark_prompt(starts)
     policy.admit(table, mass_BKS)
+
+
+def check_query_stats(policy: Policy, rotation: Rotation | None, means_N: Tensor | None) -> None:
+    """Check what a policy that needs "query_stats" is given.
+
+    Raises
+    ------
+    UnsupportedModelError
+        Unless RoPE rotates all features of the keys, and it is known how.
+    UnsupportedFeatureError
+        If the policy needs "calibration" and there are no calibrated means: a wrapper does not pass its file on.
+    """
+    if "calibration" in policy.needs and means_N is None:
+        raise UnsupportedFeatureError(
+            f"policy {policy_spec(policy)!r} needs calibrated statistics of queries, and was given none: a policy "
+            "that wraps another must also be `Calibrated`"
+        )
+    if rotation is None or not rotation.inv_freq_D.all():
+        fault = (
+            "it is not known"
+            if rotation is None
+            else "it leaves features of the keys as they are, or all of them"
+        )
+        raise UnsupportedModelError(
+            f"policy {policy_spec(policy)!r} takes the positions out of queries and keys: it needs RoPE, as "
+            f"rotation=..., that rotates all their features; {fault}"
+        )

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from longthink.cache.layer import LayerCache
-from longthink.cache.rotation import Rotation
 from longthink.cache.rows import page_caps
 from longthink.cache.store import SlotStore
 from longthink.config import Budget
 from longthink.errors import CacheStateError
+from longthink.kernels.rotation import Rotation
 from longthink.policies import Policy, SelectsPages
 
 

@@ -17,6 +17,7 @@ from longthink.cache.layer import LayerCache
 from longthink.cache.rows import PromptPages, RowCounts
 from longthink.cache.store import SlotStore
 from longthink.errors import CacheFileError
+from longthink.kernels.reference import wide_dtype
 from longthink.policies import grows, needs_budget
 
 _MOST = 2**31 - 1
@@ -78,6 +79,17 @@ def restore_layer(
     )
     store = SlotStore(layer.policy, none, rows.caps, pages, shape.dtype)
     store.keep_shifted(layer.policy, layer.rotation)
+    if "query_stats" in layer.policy.needs:
+        means = tensors.get("query_means_BN")
+        numbers = shape.kv_heads * 3 * (shape.head_dim // 2)
+        _require(
+            means is not None and means.ndim == 2 and means.shape[1] > 0 and means.shape[1] % numbers == 0,
+            f"query_means_BN: expected a multiple of {numbers} numbers in each row",
+        )
+        assert means is not None
+        wide = wide_dtype(shape.dtype)
+        empty = torch.empty(len(rows.lengths), means.shape[1], dtype=wide, device=shape.device)
+        store.keep_query_stats(empty, layer.rotation)
     _fill(store, tensors)
     _check(store, rows)
     layer._store, layer.rows, layer.later_turns = store, rows, counts["later_turns"]

@@ -1,7 +1,8 @@
 """Page slots of one layer: the only memory for keys and values.
 
 Shape suffixes: B batch rows, K KV heads (1 in tables that a whole layer shares), P page slots, T tokens in a page,
-S = P * T token slots, D head dim, Q columns of a prompt block, M tokens moved, R pages read, N first token slots.
+S = P * T token slots, D head dim, Q columns of a prompt block, M tokens moved, R pages read, N first token slots, or
+numbers in a row.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from longthink import kernels
-from longthink.cache.rotation import Rotation
 from longthink.errors import UnsupportedModelError
 from longthink.kernels import At, entries
+from longthink.kernels.rotation import Rotation
 from longthink.policies import Moves, PageTable, Policy, Shape, ShiftsKeys, page_tables, policy_spec
 
 _OF_STORE = ("keys_BKSD", "values_BKSD", "tail_BK", "kmin_BKPD", "kmax_BKPD")
 _OF_TABLE = ("position_BKS", "now_B", "prompt_B", "cap_B", "user_BKP")
+_MEANS = "query_means_BN"
 _STATE = "state."
 
 
@@ -108,7 +110,7 @@ class SlotStore:
             if name.startswith(_STATE):
                 state[name.removeprefix(_STATE)] = change(tensor)
             else:
-                setattr(self.table if name in _OF_TABLE else self, name, change(tensor))
+                setattr(self.table if name in (*_OF_TABLE, _MEANS) else self, name, change(tensor))
         self.table.state = state
         self._expose_needs()
 
@@ -121,7 +123,8 @@ class SlotStore:
         named = {name: getattr(self, name) for name in _OF_STORE}
         named |= {name: getattr(self.table, name) for name in _OF_TABLE}
         named |= {_STATE + name: tensor for name, tensor in self.table.state.items()}
-        return named if self.shifted_BKND is None else named | {"shifted_BKND": self.shifted_BKND}
+        more = {"shifted_BKND": self.shifted_BKND, _MEANS: self.table.query_means_BN}
+        return named | {name: tensor for name, tensor in more.items() if tensor is not None}
 
     def mark_for_compiler(self, *, varies: bool) -> None:
         """Mark static addresses, and where it `varies` the number of slots, for the compiler."""
@@ -204,6 +207,11 @@ class SlotStore:
             )
         self.shifted_BKND = self.keys_BKSD[:, :, :count].clone()
         self.rotation = rotation.to(self.keys_BKSD.device)
+
+    def keep_query_stats(self, means_BN: Tensor, rotation: Rotation | None) -> None:
+        """Keep what a policy that needs "query_stats" reads: means over the queries of each row's first prompt."""
+        assert rotation is not None
+        self.table.query_means_BN, self.table.key_rotation = means_BN, rotation.to(means_BN.device)
 
     # Prefill ------------------------------------------------------------------------------------------------
 

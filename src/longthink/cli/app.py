@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from cyclopts import App, Parameter
 
 from longthink import __version__
+from longthink.cli.calibrate import calibrate
 from longthink.cli.doctor import doctor
 from longthink.cli.errors import check_surroundings, guarded
 from longthink.cli.generate import generate
@@ -88,7 +89,7 @@ app = App(
     help_format="markdown",
     suppress_keyboard_interrupt=False,
 )
-for _command in (generate, policies, doctor):
+for _command in (generate, policies, calibrate, doctor):
     app.command(_command)
 app.command(vllm_args, name="vllm-args")
 app.command(reasoner_app)

@@ -25,6 +25,7 @@ from longthink.hf.binding import ModelBinding, outside_inference
 from longthink.hf.columns import Columns
 from longthink.hf.contents import CacheContents
 from longthink.hf.layer import PagedLayer
+from longthink.hf.query_stats import calibrated_means
 from longthink.hf.rotation import rotations
 from longthink.hf.self_check import self_check
 from longthink.hf.support import check_model, text_limit
@@ -67,12 +68,22 @@ class PagedCache(CacheContents, Cache):
         count = model.config.get_text_config(decoder=True).num_hidden_layers
         dtype = None if kv_dtype is None else getattr(torch, kv_dtype)
         policies = [policy.for_layer(i) for i in range(count)]
-        shifting = [
-            i for i, own in enumerate(policies) if isinstance(own, ShiftsKeys) and own.shifted_tokens()
+        rotated = [
+            i
+            for i, own in enumerate(policies)
+            if "query_stats" in own.needs or (isinstance(own, ShiftsKeys) and own.shifted_tokens())
         ]
-        rotation = rotations(model, shifting) if shifting else {}
+        rotation = rotations(model, rotated) if rotated else {}
+        means = calibrated_means(model, policies)
         slots = [
-            LayerCache(own, budget, rotation=rotation.get(i), kv_dtype=dtype, fused=self._fused)
+            LayerCache(
+                own,
+                budget,
+                rotation=rotation.get(i),
+                query_means_N=means.get(i),
+                kv_dtype=dtype,
+                fused=self._fused,
+            )
             for i, own in enumerate(policies)
         ]
         if needs_budget(policy) and not any(needs_budget(layer.policy) for layer in slots):

@@ -1,4 +1,4 @@
-"""How a model rotates its keys (RoPE), found out by running it: for policies that read keys at other positions.
+"""How a model rotates its keys (RoPE), found out by running it: for policies that depend on it.
 
 Every text of one token has the same hidden states wherever it stands, since it attends to itself only. So the keys of
 all layers, at several positions, come from one short forward pass, and show layer by layer which rotation takes the
@@ -78,8 +78,8 @@ def rotations(model: PreTrainedModel, layers: list[int]) -> dict[int, Rotation]:
         layer = known[index]
         if isinstance(layer, str):
             raise UnsupportedModelError(
-                f"a policy that reads keys at other positions cannot serve layer {index} of {type(model).__name__}: "
-                f"{layer}; with streaming_llm use streaming_llm:positions=logical"
+                f"a policy that depends on how keys carry positions cannot serve layer {index} of "
+                f"{type(model).__name__}: {layer}; with streaming_llm use streaming_llm:positions=logical"
             )
         found[index] = layer.rotation()
     return found

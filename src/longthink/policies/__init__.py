@@ -3,6 +3,7 @@
 from longthink.policies.base import (
     NEEDS,
     PAGE_SIZES,
+    Calibrated,
     Moves,
     PageTable,
     Policy,
@@ -22,6 +23,7 @@ from longthink.policies.base import (
 from longthink.policies.dense import Dense
 from longthink.policies.h2o import H2O
 from longthink.policies.keydiff import KeyDiff
+from longthink.policies.lazy_eviction import LazyEviction
 from longthink.policies.milestone import Milestone
 from longthink.policies.quest import Quest
 from longthink.policies.r_kv import RKV
@@ -44,6 +46,8 @@ from longthink.policies.snapkv import SnapKV
 from longthink.policies.streaming_llm import StreamingLLM
 from longthink.policies.tokens import TokenPolicy
 from longthink.policies.tova import TOVA
+from longthink.policies.tri_attention import TriAttention
+from longthink.policies.vase import VaSE
 
 __all__ = [
     "H2O",
@@ -51,8 +55,10 @@ __all__ = [
     "PAGE_SIZES",
     "RKV",
     "TOVA",
+    "Calibrated",
     "Dense",
     "KeyDiff",
+    "LazyEviction",
     "Milestone",
     "Moves",
     "PageTable",
@@ -72,7 +78,9 @@ __all__ = [
     "Step",
     "StreamingLLM",
     "TokenPolicy",
+    "TriAttention",
     "TrimsPrompt",
+    "VaSE",
     "available_policies",
     "get_policy_class",
     "grows",

@@ -2,7 +2,7 @@
 
 Shape suffixes: B batch rows, K KV heads (1 where one table serves the whole layer), G query heads per KV head,
 P page slots, T tokens in a page, S = P * T token slots, D head dim, Q columns of a prompt block, R pages read,
-M tokens moved, N first token slots.
+M tokens moved, N first token slots, F frequency pairs, H query heads.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from torch import Tensor
 from longthink.config import check_choice
 from longthink.errors import UndeclaredNeedError
 from longthink.kernels import logical_pages
+from longthink.kernels.rotation import Rotation
 
 PAGE_SIZES = (1, 4, 8, 16, 32)
-NEEDS = ("weights", "key_bounds", "prompt_mass", "vectors")
+NEEDS = ("weights", "key_bounds", "prompt_mass", "query_stats", "calibration", "vectors")
 
 
 @dataclass(eq=False)
@@ -43,6 +44,8 @@ class PageTable:
         Page slots that each row may fill (or read, where the cache grows), int64; and their maximum.
     user_BKP
         Pages that hold a token of any turn's prompt, int8; None where there can be one turn only (vLLM).
+    query_means_BN, key_rotation
+        Read them as `query_stats_BH3F` and `rotation`; None where not declared.
     state
         The policy's own tensors, from `Policy.init_state`. Dimension 2 counts page slots or token slots. The cache
         zeroes an entry when its page is opened, moves token entries with their tokens, and selects rows along
@@ -59,6 +62,8 @@ class PageTable:
     vectors: tuple[Tensor, Tensor] | None = None
     key_bounds: tuple[Tensor, Tensor] | None = None
     user_BKP: Tensor | None = None
+    query_means_BN: Tensor | None = None
+    key_rotation: Rotation | None = None
 
     @property
     def page_BKP(self) -> Tensor:
@@ -103,6 +108,20 @@ class PageTable:
     def kmax_BKPD(self) -> Tensor:
         """Elementwise maximum of the keys of each page; only if `needs` has "key_bounds"."""
         return self._key_bounds()[1]
+
+    @property
+    def query_stats_BH3F(self) -> Tensor:
+        """Means over the prompt's queries before RoPE, see `kernels.rotation.query_sums`; needs "query_stats"."""
+        if self.query_means_BN is None:
+            raise UndeclaredNeedError("query_stats", "means of queries")
+        return self.query_means_BN.unflatten(1, (-1, 3, len(self.rotation.inv_freq_D)))
+
+    @property
+    def rotation(self) -> Rotation:
+        """How keys carry positions; only if `needs` has "query_stats"."""
+        if self.key_rotation is None:
+            raise UndeclaredNeedError("query_stats", "the rotation of keys")
+        return self.key_rotation
 
     def _vectors(self) -> tuple[Tensor, Tensor]:
         if self.vectors is None:
@@ -187,7 +206,7 @@ class Policy(ABC):
 
     The defaults pin the prompt and evict the oldest page. State lives in the table, never in the policy object, so
     one object serves any number of layers and caches. Optional behaviour is a protocol that a policy also implements:
-    `TrimsPrompt`, `SavesTokens`, `SelectsPages`, `ShiftsKeys`, `SharesTable`.
+    `TrimsPrompt`, `SavesTokens`, `SelectsPages`, `ShiftsKeys`, `SharesTable`, `Calibrated`.
 
     When the new token of a decode step opens a page and all slots are full, the unprotected page with the least
     `worth` is evicted. Then the token is written, attention runs, and `observe` updates the state.
@@ -215,8 +234,9 @@ class Policy(ABC):
     def needs(self) -> frozenset[str]:
         """What the cache must provide: any of "weights" (attention weights for `observe`), "key_bounds" (elementwise
         minimum and maximum of each page's keys), "prompt_mass" (attention that the prompt's columns received, for
-        `trim` and `admit`), "vectors" (keys and values in the table). "key_bounds" and "vectors" include queries.
-        Reading what is not declared raises `UndeclaredNeedError`.
+        `trim` and `admit`), "query_stats" (means over the first prompt's queries before RoPE, and the rotation of
+        keys), "calibration" (these means from a file: `Calibrated`), "vectors" (keys and values in the table).
+        "key_bounds" and "vectors" include queries. Reading what is not declared raises `UndeclaredNeedError`.
         """
         return frozenset()
 
@@ -354,6 +374,15 @@ class SharesTable(Protocol):
 
     def tables(self, kv_heads: int) -> int:
         """Number of page tables: `kv_heads`, or 1."""
+        ...
+
+
+@runtime_checkable
+class Calibrated(Protocol):
+    """A policy whose "query_stats" come from a file, if its needs have "calibration"."""
+
+    def stats_file(self) -> str:
+        """Path of a file that ``longthink calibrate`` has written for the model."""
         ...
 
 

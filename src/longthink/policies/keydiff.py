@@ -53,7 +53,7 @@ class KeyDiff(TokenPolicy):
         return frozenset({"vectors"})
 
     @override
-    def recent_tokens(self, free_B: Tensor) -> Tensor:
+    def recent_tokens(self, free_B: Tensor, now_B: Tensor) -> Tensor:
         # The offset cancels binary rounding: 0.7 * 10 slots must count 7.
         share_B = (free_B.double() * self.recent_share + 1e-9).floor().to(free_B.dtype)
         return torch.minimum(share_B, free_B - 1).clamp(min=0)

@@ -40,8 +40,11 @@ class TokenPolicy(Policy, TrimsPrompt):
     def pins_prompt(self) -> bool:
         return self.pin_prompt
 
-    def recent_tokens(self, free_B: Tensor) -> Tensor:
-        """How many recent tokens stay, of the slots that a pinned prompt leaves free; shape B, less than `free_B`."""
+    def recent_tokens(self, free_B: Tensor, now_B: Tensor) -> Tensor:
+        """How many tokens before `now_B` stay, of the slots that a pinned prompt leaves free.
+
+        Shape B, less than `free_B`, so that a token is left to evict.
+        """
         return torch.zeros_like(free_B)
 
     @override
@@ -60,7 +63,7 @@ class TokenPolicy(Policy, TrimsPrompt):
     def recent(self, table: PageTable) -> Tensor:
         """The most recent tokens, which stay, bool BKS; the token at `now_B` is not yet written."""
         free_B = table.cap_B - table.prompt_pages_B if self.pin_prompt else table.cap_B
-        first_B = table.now_B - self.recent_tokens(free_B)
+        first_B = table.now_B - self.recent_tokens(free_B, table.now_B)
         return table.position_BKS >= first_B[:, None, None]
 
     def candidates(self, table: PageTable) -> Tensor:
@@ -91,7 +94,7 @@ class VotingPolicy(TokenPolicy):
             raise ValueError(f"kernel={self.kernel} must be odd: allowed is 1, 3, 5, ...")
 
     @override
-    def recent_tokens(self, free_B: Tensor) -> Tensor:
+    def recent_tokens(self, free_B: Tensor, now_B: Tensor) -> Tensor:
         return free_B.div(2, rounding_mode="floor").clamp(max=self.window)
 
 

@@ -103,6 +103,7 @@ def check_policy(policy: Policy) -> None:
         "keeps everything": grows(policy),
         "may evict the prompt": not policy.pins_prompt(),
         "learns from the prompt's attention": "prompt_mass" in policy.needs,
+        "learns from the prompt's queries": "query_stats" in policy.needs,
         "reads only some of its pages": isinstance(policy, SelectsPages),
         "needs both weights and key_bounds": {"weights", "key_bounds"} <= policy.needs,
         "shifts keys in the cache": isinstance(policy, ShiftsKeys),

@@ -25,6 +25,10 @@ from longthink.policies import Policy, grows, needs_budget, policy_spec, reads_v
 
 def check_replayable(policy: Policy, trace: Trace) -> None:
     """Raise `TraceError`, with the option of ``longthink trace`` to use, if the trace lacks what the policy needs."""
+    if "query_stats" in policy.needs:
+        raise TraceError(
+            f"policy {policy_spec(policy)!r} needs the queries of the prompt, which no trace holds"
+        )
     if reads_vectors(policy.needs) and not trace.header.vectors:
         raise TraceError(
             f"policy {policy_spec(policy)!r} reads queries, keys or values, and the trace of {trace.header.task} "

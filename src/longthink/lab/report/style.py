@@ -37,6 +37,9 @@ _COLOURS = {
     "r_kv": "#c2185b",
     "snapkv": "#00838f",
     "tova": "#6d4c41",
+    "lazy_eviction": "#4b8b3b",
+    "tri_attention": "#2e5fa3",
+    "vase": "#9c2f4f",
 }
 _SPARE = ("#6b8e23", "#b03060", "#4f7f8f")
 _MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")

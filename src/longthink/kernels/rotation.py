@@ -1,6 +1,7 @@
-"""`Rotation`: how the keys of a layer carry their positions (RoPE).
+"""`Rotation`: how the queries and keys of a layer carry their positions (RoPE), and queries without them.
 
-Shape suffixes: D head dim, or its half where pairs are counted.
+Shape suffixes: B batch rows, H query heads, Q query tokens, F frequency pairs, D head dim, or its half
+where pairs are counted.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from longthink.kernels.reference import wide_dtype
 
 
 @dataclass(frozen=True)
@@ -40,3 +43,18 @@ class Rotation:
     def unpaired(self, keys: Tensor) -> Tensor:
         """Keys in half-split layout as the model has them."""
         return keys if self.order_D is None else keys[..., self.order_D.argsort()]
+
+
+def query_sums(query_BHQD: Tensor, position_BQ: Tensor, rotation: Rotation) -> Tensor:
+    """Sums over the queries as they were before RoPE, by frequency pair: BH3F, float32 or wider.
+
+    A pair of features is a complex number; the three sums are those of its real part, its imaginary part and its
+    magnitude. Queries at negative positions are padding.
+    """
+    wide = wide_dtype(query_BHQD.dtype)
+    real, imaginary = rotation.paired(query_BHQD).to(wide).chunk(2, -1)
+    angle_B1QF = (position_BQ.double()[..., None] * rotation.inv_freq_D.double())[:, None]
+    cos, sin = angle_B1QF.cos().to(wide), angle_B1QF.sin().to(wide)
+    parts = real * cos + imaginary * sin, imaginary * cos - real * sin, torch.hypot(real, imaginary)
+    token_B1Q1 = (position_BQ >= 0)[:, None, :, None]
+    return torch.stack([torch.where(token_B1Q1, part, 0).sum(2) for part in parts], 2)
