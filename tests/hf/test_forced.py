@@ -62,7 +62,7 @@ def test_a_block_gives_what_its_tokens_give_one_by_one(model, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["h2o pinned", "milestone", "quest", "raas", "random", "dense"])
+@pytest.mark.parametrize("name", ["h2o pinned", "milestone", "quest", "raas", "random", "recall", "dense"])
 def test_so_does_the_compiled_step(model, name):
     assert_same(in_blocks(model, BUILT_IN[name], compile=True), one_by_one(model, BUILT_IN[name]))
     programs = [program for (_, policy, _), program in forced._programs.items() if policy == BUILT_IN[name]]

@@ -12,7 +12,16 @@ from tests import fused
 from tests.grids import slow_but
 from tests.models import PAD, build, prompt
 
-PINNED = ["raas", "raas:sharing=layer", "milestone", "recency", "fifo", "random", "h2o:pin_prompt=true"]
+PINNED = [
+    "raas",
+    "raas:sharing=layer",
+    "milestone",
+    "recall",
+    "recency",
+    "fifo",
+    "random",
+    "h2o:pin_prompt=true",
+]
 POLICIES = longthink.available_policies()
 GREEDY = dict(do_sample=False, pad_token_id=PAD, suppress_tokens=[PAD])
 

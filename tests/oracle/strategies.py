@@ -10,7 +10,7 @@ from tests.oracle.harness import Case, Turn
 PAGE_SIZES = (1, 4, 8)
 FRACTIONS = (0.1, 0.25, 0.3, 0.5, 0.55, 0.75, 1.0)
 STYLES = ("normal", "integers", "duplicates", "spiky")
-PINNED = ("raas", "recency", "fifo", "random", "milestone")
+PINNED = ("raas", "recency", "fifo", "random", "milestone", "recall")
 
 Draw = Callable[[st.SearchStrategy], object]
 
@@ -105,11 +105,11 @@ def control_cases(draw: Draw) -> Case:
 
 @st.composite
 def milestone_cases(draw: Draw) -> Case:
-    """Decode pages enough for both generations, and decoding long enough for many promotions.
+    """Milestone and recall: decode pages enough for both generations, and decoding long enough for many promotions.
 
-    Its oracle knows of several turns only where they take nothing from the decode pages.
+    Their oracle knows of several turns only where they take nothing from the decode pages.
     """
-    page_size = draw(st.sampled_from(PAGE_SIZES))
+    policy, page_size = draw(st.sampled_from(("milestone", "recall"))), draw(st.sampled_from(PAGE_SIZES))
     options = {
         "page_size": page_size,
         "keep": draw(st.sampled_from((0.0, 0.3, 0.5, 0.8, 1.0))),
@@ -117,6 +117,10 @@ def milestone_cases(draw: Draw) -> Case:
         "alpha": draw(st.sampled_from((0.1, 0.2, 0.5))),
         "ridge": draw(st.sampled_from((0.003, 0.1))),
     }
+    if policy == "recall":
+        options["memory"] = draw(st.sampled_from((2, 8, 100)))
+        options["window"] = draw(st.sampled_from((0.0, 0.3, 0.5, 1.0)))
+        options["head_start"] = draw(st.sampled_from((0.0, 0.05, 1.0)))
     shape = draw(shapes(page_size, chunked=True))
     decode_pages = draw(st.integers(1, 5))
     steps = draw(st.integers((decode_pages + 1) * page_size, (decode_pages + 5) * page_size + 6))
@@ -124,9 +128,9 @@ def milestone_cases(draw: Draw) -> Case:
     if draw(st.booleans()):
         shape["then"] = tuple(part for part in shape["then"] if isinstance(part, int))
         pages = decode_pages + math.ceil(max(shape["prompts"]) / page_size)
-        return Case("milestone", options, budget=pages * page_size, **shape)
+        return Case(policy, options, budget=pages * page_size, **shape)
     budget = {"decode_budget": decode_pages * page_size}
-    return Case("milestone", options, **budget, **shape)
+    return Case(policy, options, **budget, **shape)
 
 
 @st.composite

@@ -36,6 +36,7 @@ PINNED = [
     ("tri_attention", {"window": 3}),
     ("vase", {"window": 3}),
     ("milestone", MILESTONE),
+    ("recall", MILESTONE | {"memory": 10}),
     ("keydiff", {}),
     ("r_kv", {"window": 4, "kernel": 3}),
     ("snapkv", {"window": 4, "kernel": 3}),
@@ -206,7 +207,7 @@ def test_a_turn_that_does_not_fit_changes_nothing(policy: str, options: dict) ->
 
 # Rewinds --------------------------------------------------------------------------------------------------------
 
-LEARNS = ("raas", "h2o", "lazy_eviction", "milestone", "r_kv", "snapkv", "tova", "vase")
+LEARNS = ("raas", "h2o", "lazy_eviction", "milestone", "r_kv", "recall", "snapkv", "tova", "vase")
 """Their state is that of a text that was read, so they agree only until something is evicted."""
 
 

@@ -10,7 +10,7 @@ from longthink.cache import LayerCache
 from tests.oracle.base import Limit
 from tests.oracle.harness import DEFAULT_PAGE_SIZE, Case
 
-PAGED = ("raas", "fifo", "recency", "random", "milestone", "quest")
+PAGED = ("raas", "fifo", "recency", "random", "milestone", "recall", "quest")
 UNBOUNDED = ("dense", "quest")
 SINGLE_TOKENS = ("keydiff", "lazy_eviction", "r_kv", "snapkv", "tova", "tri_attention", "vase")
 
@@ -24,7 +24,7 @@ def page_size_of(case: Case) -> int:
 def pins_prompt(case: Case) -> bool:
     if case.policy in ("raas", "h2o", *SINGLE_TOKENS):
         return bool(case.options.get("pin_prompt", case.policy != "h2o"))
-    return case.policy in ("fifo", "recency", "random", "milestone")
+    return case.policy in ("fifo", "recency", "random", "milestone", "recall")
 
 
 def least_pages(case: Case, prompt_pages: int) -> int:
@@ -107,7 +107,7 @@ def check_row(case: Case, row: RowFacts, positions: list[int]) -> None:
     assert all(left < right for left, right in itertools.pairwise(positions))
     assert kept <= set(range(length))
     assert len(positions) <= row.cap * page_size
-    moves_tokens = case.policy == "milestone"
+    moves_tokens = case.policy in ("milestone", "recall")
     if not moves_tokens:
         assert len({position // page_size for position in positions}) <= row.cap
     tail = max(0, length - 1) // page_size

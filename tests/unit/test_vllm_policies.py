@@ -6,7 +6,7 @@ from longthink.errors import UnsupportedFeatureError
 from longthink.policies import Policy, available_policies, make_policy
 from longthink.vllm.config import PluginOptions
 
-SERVED = ("fifo", "milestone", "raas", "random", "recency")
+SERVED = ("fifo", "milestone", "raas", "random", "recall", "recency")
 REASONS = {
     "dense": "keeps everything",
     "h2o": "may evict the prompt",

@@ -110,4 +110,3 @@ def discriminant_scores(
     direction_BKD1 = torch.linalg.solve_ex(ridged_BKDD, difference_BKD[..., None])[0]
     score_BKS = (x * direction_BKD1[..., 0].unsqueeze(tokens)).sum(features)
     return score_BKS.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-

@@ -30,9 +30,9 @@ class Recall(KeeperPages):
     - attention received, as a mean over the heads of the group, with an exponential memory of `memory` steps, times
       the norm of the token's value over the mean norm: what the token has added to the output lately;
     - `head_start` for the latest `window` of the decode tokens;
-    - likeness: the fit of a ridge regression, on keys and on values, of the marks of re-read tokens (as in `milestone`),
-      scaled to 1 for the marked tokens, times the trust that its leave-one-out R^2 deserves. In heads that re-read
-      single tokens it keeps results that nothing has read yet; in all others it is 0.
+    - likeness: the fit of a ridge regression, on keys and on values, of the marks of re-read tokens (see `milestone`),
+      scaled to 1 for the marked ones, times the trust that its leave-one-out R^2 deserves. In heads that re-read
+      single tokens it keeps results that nothing has read yet; in most others it is 0.
 
     Differs from the paper: there is none; attention with forgetting stands between `h2o` and `tova`.
 
@@ -57,6 +57,7 @@ class Recall(KeeperPages):
         source="longthink",
     )
 
+    page_size: int = 8
     memory: int = 100
     window: float = 0.5
     head_start: float = 0.1
@@ -97,7 +98,9 @@ class Recall(KeeperPages):
         decode_B = self.decode_pages(table) * self.page_size
         started_B = table.now_B - (decode_B.double() * self.window + 1e-9).long()
         head_start_BKS = self.head_start * (table.position_BKS >= started_B[:, None, None])
-        return (recent_BKS + head_start_BKS + self._likeness(table)).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        return (recent_BKS + head_start_BKS + self._likeness(table)).nan_to_num(
+            nan=0.0, posinf=0.0, neginf=0.0
+        )
 
     def _relative_norms(self, table: PageTable) -> Tensor:
         resident_BKS, values_BKSD = table.resident_BKS, table.values_BKSD
@@ -131,7 +134,7 @@ def leave_one_out_ridge(
     Returns
     -------
     tuple of Tensor
-        The fit without the mean, BKS, and the R^2 of the predictions of tokens left out, BK1, 0 where it is not finite.
+        The fit without the mean, BKS, and the R^2 of the predictions of tokens left out, BK1.
     """
     x = features_BKSD.to(wide_dtype(features_BKSD.dtype))
     resident, marked = resident_BKS.to(x.dtype), marked_BKS.to(x.dtype)

@@ -113,7 +113,7 @@ def check_policy(policy: Policy) -> None:
         if applies:
             raise UnsupportedFeatureError(
                 f"policy {policy_spec(policy)!r} {reason}, which vLLM's blocks do not allow: "
-                "allowed are raas, milestone, recency, fifo and random"
+                "allowed are raas, milestone, recall, recency, fifo and random"
             )
 
 

@@ -25,6 +25,7 @@ _COLOURS = {
     "hf dynamic": "#8577d0",
     "hf static compiled": "#b5495b",
     "milestone": "#7b5ea7",
+    "recall": "#111d8c",
     "openvino f32": "#2f4f6f",
     "openvino f32 eviction": "#1f9e89",
     "openvino u8": "#6a8caf",
