@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-DEFAULT_POLICY = "milestone"
-"""Chosen by the measurements in `benchmarks/2026-11-21-reasoner.md`."""
+DEFAULT_POLICY = "recall"
+"""Chosen by the measurements in `benchmarks/2026-11-27-real-models.md`."""
 
 KV_DTYPES = ("bfloat16", "float16", "float32")
 """Dtypes for keys and values, if not that of the model."""

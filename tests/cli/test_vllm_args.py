@@ -25,7 +25,7 @@ def read(words):
 @pytest.mark.parametrize(
     ("arguments", "meant"),
     [
-        ((), {"policy": "milestone", "decode_budget": 512}),
+        ((), {"policy": "recall", "decode_budget": 512}),
         (("--policy", "raas:r=0.25:sharing=layer"), {"policy": "raas:r=0.25:sharing=layer", "decode_budget": 512}),
         (
             ("--policy", "raas", "--max-prompt-tokens", 4096, "--reserve", "--tp-sync"),

@@ -180,7 +180,7 @@ def test_a_prompt_over_the_budget_is_an_error(evaluate):
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
-        ({}, BudgetError, "policy 'milestone' needs a budget"),
+        ({}, BudgetError, "policy 'recall' needs a budget"),
         ({"policy": "dense", "budget": 64}, BudgetError, "policy 'dense' keeps everything"),
         ({"policy": "lru", "budget": 64}, UnknownPolicyError, "lru"),
         ({"budget": 64, "decode_budget": 64}, ValueError, "exactly one of budget"),

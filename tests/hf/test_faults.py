@@ -136,14 +136,14 @@ def test_bad_arguments_name_field_value_and_range(model, options, message):
 
 
 def test_prompt_that_does_not_fit_says_the_numbers_and_what_to_do(model):
-    message = r"budget=64 holds 4 pages of 16 tokens.*needs 6 for a prompt of 70 tokens.*budget >= 96.*decode_budget"
+    message = r"budget=64 holds 8 pages of 8 tokens.*needs 10 for a prompt of 70 tokens.*budget >= 80.*decode_budget"
     with pytest.raises(longthink.BudgetError, match=message):
         longthink.generate(model, prompt((70,))[0], budget=64, max_new_tokens=4)
 
 
 def test_smallest_budget_of_the_message_is_enough(model):
     ids, _ = prompt((70,))
-    tokens = longthink.generate(model, ids, budget=96, max_new_tokens=100, do_sample=False)
+    tokens = longthink.generate(model, ids, budget=80, max_new_tokens=100, do_sample=False)
     assert tokens.shape == (1, 170)
 
 
@@ -187,7 +187,7 @@ def test_foreign_cache_and_contradictions_with_a_live_cache(model):
     with longthink.make_cache(model, budget=64) as cache:
         with pytest.raises(ValueError, match="has its own budget"):
             longthink.generate(model, ids, past_key_values=cache, budget=64, max_new_tokens=2)
-        with pytest.raises(ValueError, match="has policy 'milestone', not 'h2o'"):
+        with pytest.raises(ValueError, match="has policy 'recall', not 'h2o'"):
             longthink.generate(model, ids, past_key_values=cache, policy="h2o", max_new_tokens=2)
 
 

@@ -4,7 +4,7 @@ import json
 from dataclasses import fields
 from typing import Any
 
-from longthink.lab.results.records import Measurement, Sample, Setup
+from longthink.lab.results.records import Fidelity, Measurement, Reading, Sample, Setup
 
 SETUP: dict[str, Any] = dict(
     model="reasoner",
@@ -81,3 +81,19 @@ def make_measurement(**changes: Any) -> Measurement:
         threads=1,
     )
     return Measurement(**(point | MADE | changes))
+
+
+def make_fidelity(**changes: Any) -> Fidelity:
+    """Return the measurement of a text, with the given fields changed."""
+    reading: dict[str, Any] = {
+        name: SETUP[name] for name in ("model", "revision", "dtype", "switches", "budget")
+    }
+    reading |= dict(policy="raas", decode_budget=64, source="texts", max_tokens=None, sure=0.5, lost=0.5)
+    reading |= {name: value for name, value in changes.items() if name in reading}
+    result: dict[str, Any] = dict(
+        text="t0", prompt_tokens=10, decoded_tokens=164, tokens=100, nll_dense=50.0, nll=60.0, kl=5.0, differs=9,
+        long_tokens=0, long_nll_dense=0.0, long_nll=0.0, long_kl=0.0, long_differs=0, evicted=36, kv_bytes=1000,
+        dense_kv_bytes=2000, seconds=0.1,
+    )  # fmt: skip
+    result |= {name: value for name, value in changes.items() if name not in reading}
+    return Fidelity(**(reading | result | MADE | {"config": Reading(**reading).config_hash}))

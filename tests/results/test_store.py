@@ -280,7 +280,9 @@ def test_wrong_values_are_refused_and_nothing_is_added(tmp_path, change, message
 
 
 def test_an_object_that_is_no_record_is_refused(tmp_path):
-    with pytest.raises(ResultStoreError, match="dict is not a record: allowed are Sample, Measurement"):
+    with pytest.raises(
+        ResultStoreError, match="dict is not a record: allowed are Sample, Fidelity, Measurement"
+    ):
         ResultStore(tmp_path).add({"problem": "p"})
 
 

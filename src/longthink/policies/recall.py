@@ -30,7 +30,7 @@ class Recall(KeeperPages):
     - attention received, as a mean over the heads of the group, with an exponential memory of `memory` steps, times
       the norm of the token's value over the mean norm: what the token has added to the output lately;
     - `head_start` for the latest `window` of the decode tokens;
-    - likeness: the fit of a ridge regression, on keys and on values, of the marks of re-read tokens (see `milestone`),
+    - likeness: the fit of a ridge regression, on keys and on values, of the marks of re-read tokens (`milestone`),
       scaled to 1 for the marked ones, times the trust that its leave-one-out R^2 deserves. In heads that re-read
       single tokens it keeps results that nothing has read yet; in most others it is 0.
 

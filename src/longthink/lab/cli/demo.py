@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from longthink.models import Loaded
 
 # A chain of thought almost four times as long as the decode budget. With this seed RaaS as published goes wrong and
-# milestone does not; the README has their accuracy over many problems.
-POLICIES = "dense,raas,milestone,streaming_llm"
+# the default policy does not; the README has their accuracy over many problems.
+POLICIES = "dense,raas,recall,streaming_llm"
 DECODE_BUDGET = 768
 
 
