@@ -25,7 +25,8 @@ def store(tmp_path_factory):
                     make_fidelity(
                         policy=policy, decode_budget=budget, text=f"t{text}", tokens=100, nll_dense=50.0,
                         nll=50.0 + 10 * rise, kl=10 * rise + text, long_tokens=4 if text else 0,
-                        long_nll_dense=1.0, long_nll=1.0 + rise, kv_bytes=budget << 20, dense_kv_bytes=400 << 20,
+                        long_nll_dense=1.0, long_nll=1.0 + (rise if text else 0.0), kv_bytes=budget << 20,
+                        dense_kv_bytes=400 << 20,
                     )
                 )  # fmt: skip
     store.add(make_fidelity(policy="raas", decode_budget=64, text="short", tokens=0))

@@ -19,9 +19,9 @@ from torch._dynamo.exc import TorchDynamoException
 from transformers import PreTrainedModel
 
 from longthink.cache import QKV, LayerCache
-from longthink.hf.attention import mark
 from longthink.hf.binding import outside_inference
 from longthink.hf.cache import PagedCache
+from longthink.hf.view import CacheView, ViewLayer
 from longthink.kernels.compiled import compile_isolated, is_compile_disabled, mark_dynamic
 from longthink.policies import grows, policy_spec
 
@@ -70,47 +70,19 @@ class ForcedDecode:
         first_B1 = self._cache.layers[0].slots.next_position_B[:, None]
         out = self._model(
             token_BN, position_ids=first_B1 + torch.arange(tokens, device=token_BN.device),
-            past_key_values=_View(self._layers), use_cache=True,
+            past_key_values=CacheView(self._layers), use_cache=True,
         )  # fmt: skip
         self._cache.end_step(tokens)
         logits_BNV: Tensor = out.logits
         return logits_BNV
 
 
-class _View:
-    """The cache as the model sees it during a call: a text of its own, whose positions are passed in."""
-
-    is_compileable = False
-
-    def __init__(self, layers: list[_Layer]) -> None:
-        self.layers = layers
-
-    def update(
-        self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        return mark(key, self.layers[layer_idx]), value
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        return 0
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return query_length, 0
-
-
-class _Layer:
-    """What the attention function finds on the keys."""
-
+class _Layer(ViewLayer):
     def __init__(self, slots: LayerCache, compile: bool) -> None:
-        self.slots = slots
+        super().__init__(slots)
         self._compile = compile
         if compile:
             slots.prepare_compile()
-
-    def check_call(self, module: torch.nn.Module, dropout: float, use_cache: bool | None) -> None:
-        """Accept: `PagedLayer` has checked the model when it read the prompt."""
 
     def attend(
         self,

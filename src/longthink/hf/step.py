@@ -25,13 +25,12 @@ from torch.compiler import nested_compile_region
 from transformers import PreTrainedModel
 
 from longthink.accelerators import group_layers
-from longthink.cache import LayerCache
 from longthink.config import check_choice
 from longthink.errors import UnsupportedFeatureError
-from longthink.hf.attention import mark
 from longthink.hf.binding import outside_inference
 from longthink.hf.cache import PagedCache
 from longthink.hf.linears import few_rows_backend
+from longthink.hf.view import CacheView, ViewLayer
 from longthink.kernels.compiled import compile_isolated, is_compile_disabled, without_guards
 from longthink.policies import grows, policy_spec
 
@@ -49,15 +48,7 @@ COMPILING = (
 _log = logging.getLogger(__name__)
 
 
-class _StaticLayer:
-    """What the attention function finds on the keys during a decode step."""
-
-    def __init__(self, slots: LayerCache) -> None:
-        self.slots = slots
-
-    def check_call(self, module: torch.nn.Module, dropout: float, use_cache: bool | None) -> None:
-        """Accept: `PagedLayer` has checked the model when it read the prompt."""
-
+class _StaticLayer(ViewLayer):
     def attend(
         self,
         query: Tensor,
@@ -88,31 +79,15 @@ class _SharedLayer(_StaticLayer):
     open_pages = nested_compile_region(_StaticLayer.open_pages)
 
 
-class _StaticCache:
-    is_compileable = True
+class _StaticCache(CacheView):
+    layers: list[_StaticLayer]
 
     def __init__(self, cache: PagedCache, device: torch.device) -> None:
         kind = _SharedLayer if device.type == "cpu" else _StaticLayer
-        self.layers = [kind(layer.slots) for layer in cache.layers]
+        super().__init__([kind(layer.slots) for layer in cache.layers])
         self.groups = group_layers([layer.slots for layer in cache.layers])
         grouped = [slots for group in self.groups for slots in group.layers]
         self.ungrouped = [layer for layer in self.layers if layer.slots not in grouped]
-
-    def update(
-        self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        return mark(key, self.layers[layer_idx]), value
-
-    # transformers builds masks and positions for a text of one token; the real positions are passed in.
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        return 0
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return query_length, 0
 
 
 def _forward(model: PreTrainedModel, cache: _StaticCache, token_B1: Tensor, position_B1: Tensor) -> Tensor:
