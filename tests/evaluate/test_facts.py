@@ -67,6 +67,20 @@ def test_a_text_depends_on_the_seed_alone(tokenizer):
     assert len({*map(tuple, texts)}) == 6
 
 
+def test_a_stored_sample_of_a_seed_means_this_text():
+    """The store tells tasks apart by name: texts of the same name must not change."""
+
+    def letters(text, **options):
+        return {"input_ids": [*text.encode()]}
+
+    assert bytes(facts.given_ids(0, 160, letters)).decode() == (
+        " A goat slept under the old oaks in the morning. The code of the locker at the greenhouse is 6257. The "
+        "snow lasted for days, and even the donkey became surprised. The code of the locker at the harbour is "
+        "2673. Everybody was proud when the hail finally ended. What is the code of the locker at the greenhouse? "
+        "The code of the locker at the greenhouse is"
+    )
+
+
 @pytest.mark.parametrize("distance", [16, 17, 50, 200, 501, 2000])
 def test_between_fact_and_question_are_exactly_so_many_tokens(tokenizer, distance):
     for seed in range(ENOUGH if distance < 500 else 8):
@@ -336,6 +350,13 @@ def test_samples_are_stored_and_a_sweep_is_resumed(tmp_path, folder, tokenizer):
         assert row["prompt_tokens"] == len(tokenizer(facts.PROMPT)["input_ids"])
         assert 1 <= row["generated_tokens"] <= facts.MAX_NEW_TOKENS
         assert row["evicted"] > 0 and row["kv_bytes_peak"] < row["dense_kv_bytes"]
+
+
+@pytest.mark.slow
+def test_workers_make_the_same_samples(tmp_path, folder):
+    for name, workers in (("one", 1), ("two", 2)):
+        run_work(sweep(tmp_path / name, folder, tasks="fact/20,fact/50", count=4), workers=workers)
+    assert rows(tmp_path / "one") == rows(tmp_path / "two")
 
 
 def test_texts_and_ordinary_problems_go_through_one_sweep(tmp_path, folder):
