@@ -21,7 +21,7 @@ DISTANCES = (50, 200, 500, 1000, 2000)
 SHORTEST, LONGEST = 16, 8192
 """Allowed distances."""
 MAX_NEW_TOKENS = 8
-"""Enough for every value; no answer is longer, so the task does not reward stopping."""
+"""Enough for every value where a word is not cut into letters; what follows the value does not count."""
 
 _LEAD = 16  # fewest tokens before the fact
 _ROUND = 64  # lead, fact and question together are a multiple of this
