@@ -68,8 +68,7 @@ class Batch:
         self._step: DecodeStep | None = None
         # Of each seat in a static batch: tokens that its padding row has decoded.
         self._padding_age: list[int] = []
-        ends = getattr(model.generation_config, "eos_token_id", None)
-        self.end_tokens = frozenset([ends] if isinstance(ends, int) else ends or [])
+        self.end_tokens = end_tokens(model)
 
     @property
     def occupied(self) -> int:
@@ -250,6 +249,12 @@ class Batch:
             evicted=cache.row_evicted(row),
             cache=cache.row(row) if keeps else None,
         )
+
+
+def end_tokens(model: PreTrainedModel) -> frozenset[int]:
+    """Tokens that end a text of the model."""
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    return frozenset([ends] if isinstance(ends, int) else ends or [])
 
 
 def _pace(times: list[float]) -> tuple[float | None, float | None]:

@@ -27,11 +27,23 @@ from longthink.policies import grows, policy_spec
 
 _log = logging.getLogger(__name__)
 
+LOGITS_AT_ONCE = 1 << 25
+"""Numbers in the logits of a block: they take 128 MiB in float32, a few times."""
+
+PAYS_FROM = 20_000
+"""Decode steps of a layer from which compiling them pays: half a millisecond each, against some ten seconds."""
+
 FEW_KINDS = 4
 """Different policies in the layers of a cache up to which each is compiled."""
 
 _programs: dict[Hashable, Callable[..., None]] = {}
 """Compiled decode steps of a layer: they depend on no model, so they serve all layers of all models."""
+
+
+def compiles(model: PreTrainedModel, tokens: int) -> bool:
+    """Whether compiling the decode step of a layer pays for so many tokens."""
+    steps = tokens * model.config.get_text_config().num_hidden_layers
+    return model.device.type == "cpu" and steps >= PAYS_FROM
 
 
 class ForcedDecode:

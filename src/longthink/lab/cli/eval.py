@@ -26,7 +26,7 @@ class ProblemFlags:
     """In all groups None means "not given": then the config file counts, and then the default."""
 
     tasks: str | None = None
-    """gsm8k, math500, aime24, aime25, aime, reasoner/SIZE/PROFILE, or the name of a file given with --data."""
+    """gsm8k, math500, aime24, aime25, aime, reasoner/SIZE/PROFILE, fact/DISTANCE, or the stem of a --data file."""
     data: Files = None
     """Problem file (.jsonl, .parquet); repeatable."""
     count: Annotated[int | None, Parameter(name=("--count", "-n"))] = None

@@ -24,13 +24,17 @@ Records = Iterator[tuple[str, Mapping[str, Any]]]  # location for messages, and 
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One problem; `is_builtin` ones are graded exactly, and their prompt is used as it is."""
+    """One problem; `is_builtin` ones are graded exactly, and their prompt is used as it is.
+
+    Those of the task ``fact`` have a `distance`: the model is given the text up to the answer (`facts.given_ids`).
+    """
 
     task: str
-    id: str  # its own, else of the SHA-256 of the question; the seed of a built-in problem
+    id: str  # its own, else of the SHA-256 of the question; the seed of a problem that is made
     question: str  # for built-in tasks the whole prompt
     gold: str  # right final answer; for built-in tasks words such as ``cow: 55``
     steps: int | None = None  # tokens of the worked solution of a built-in problem
+    distance: int | None = None  # tokens between the fact and the question
 
     @property
     def is_builtin(self) -> bool:

@@ -16,6 +16,7 @@ MAX_ANSWER = 1000  # characters that computer algebra gets; longer answers are c
 TAIL = 1000  # characters at the end of a text that are searched for phrases such as "the answer is"
 
 _START_S = 120.0
+_FIRST_WORD = re.compile(r"\W*(\w+)")
 # Differences without meaning: spacing and sizing commands, "$", a final full stop.
 _STYLE = re.compile(r"\\(?:left|right|displaystyle|,|!|;|:| )|[\s$]|\.$")
 
@@ -46,8 +47,13 @@ class Grader(AbstractContextManager["Grader"]):
 
         The text after the last ``</think>`` is searched first, then the whole text; in each the last ``\boxed{}``,
         else a line ``#### 18`` or ``A: 18``; without one, the end of the text for "the answer is". The text of a
-        built-in problem must end with the exact words of the gold answer.
+        built-in problem must end with the exact words of the gold answer, and its first word must be the gold answer
+        in the task ``fact``.
         """
+        if item.distance is not None:
+            begun = _FIRST_WORD.match(text)
+            answer = begun and begun[1]
+            return Verdict(answer=answer, correct=answer == item.gold)
         if item.is_builtin:
             answer = final_value(text)
             return Verdict(answer=answer, correct=answer == item.gold)

@@ -126,7 +126,9 @@ class Plan:
 
     def load_tasks(self) -> list[Task]:
         data = [Path(path).expanduser() for path in self.data]
-        return load_tasks(self.tasks, data=data, count=self.count, choose=self.choose, seed=self.seed)
+        return load_tasks(
+            self.tasks, data=data, count=self.count, choose=self.choose, seed=self.seed, given=True
+        )
 
     def cells(self, tasks: Sequence[Task]) -> list[tuple[Cell, Task]]:
         return [

@@ -1,5 +1,6 @@
 """Making samples: a model decodes units, a grader judges the answers. As a program it is a worker process."""
 
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -8,6 +9,8 @@ from typing import Any
 
 from longthink.environment import hardware, versions
 from longthink.hf import Engine, Finished, Request, Sampling
+from longthink.lab.evaluate.facts import given_ids
+from longthink.lab.evaluate.given import Given, decode_given
 from longthink.lab.evaluate.grading import Grader
 from longthink.lab.evaluate.plan import CacheConfig, Plan, Unit
 from longthink.lab.evaluate.tasks import prompt_ids
@@ -38,17 +41,23 @@ class Solver(AbstractContextManager["Solver"]):
     def solve(self, group: Sequence[Any], units: Iterable[Unit]) -> Iterator[tuple[Unit, list[Record]]]:
         """Decode units of one cache (`CacheConfig`) in one batch; yield each as soon as it is finished."""
         cache = CacheConfig(*group)
-        too_long: list[Request] = []
+        for is_given, run in itertools.groupby(units, key=lambda unit: unit.item.distance is not None):
+            too_long: list[Request] = []
+            decode = self._decode_given if is_given else self._decode
+            for done in decode(cache, run, too_long):
+                yield done.request.tag, [self._sample(done)]
+            for request in too_long:
+                yield request.tag, [self._sample(Finished(request=request, tokens=(), finish="no_room"))]
+
+    def _decode(
+        self, cache: CacheConfig, units: Iterable[Unit], too_long: list[Request]
+    ) -> Iterator[Finished]:
+        """Decode from the prompts on; append to `too_long` what the context of the model has no room for."""
 
         def requests() -> Iterator[Request]:
             for unit in units:
-                tokens, limit = tuple(prompt_ids(unit.item, self.loaded.tokenizer)), unit.cell.max_new_tokens
-                if self.loaded.context is not None:
-                    limit = min(limit, self.loaded.context - len(tokens))
-                request = Request(
-                    key=unit.key, tokens=tokens, max_new_tokens=max(1, limit), sampling=self._sampling, tag=unit
-                )  # fmt: skip
-                if limit >= 1:
+                request, has_room = self._request(unit, 0)
+                if has_room:
                     yield request
                 else:
                     too_long.append(request)
@@ -57,10 +66,34 @@ class Solver(AbstractContextManager["Solver"]):
             self.loaded.model, policy=cache.policy, budget=cache.budget, decode_budget=cache.decode_budget,
             seats=self.plan.batch_size,
         ) as engine:  # fmt: skip
-            for done in engine.map(requests()):
-                yield done.request.tag, [self._sample(done)]
-        for request in too_long:
-            yield request.tag, [self._sample(Finished(request=request, tokens=(), finish="no_room"))]
+            yield from engine.map(requests())
+
+    def _decode_given(
+        self, cache: CacheConfig, units: Iterable[Unit], too_long: list[Request]
+    ) -> Iterator[Finished]:
+        """The same behind texts that are given."""
+
+        def texts() -> Iterator[Given]:
+            for unit in units:
+                assert unit.item.distance is not None
+                text = tuple(given_ids(int(unit.item.id), unit.item.distance, self.loaded.tokenizer))
+                request, has_room = self._request(unit, len(text))
+                if has_room:
+                    yield Given(request, text)
+                else:
+                    too_long.append(request)
+
+        yield from decode_given(self.loaded.model, cache, texts(), self.plan.batch_size)
+
+    def _request(self, unit: Unit, given: int) -> tuple[Request, bool]:
+        """Return the request of a unit, and whether the context has room for it behind so many `given` tokens."""
+        tokens, limit = tuple(prompt_ids(unit.item, self.loaded.tokenizer)), unit.cell.max_new_tokens
+        if self.loaded.context is not None:
+            limit = min(limit, self.loaded.context - len(tokens) - given)
+        request = Request(
+            key=unit.key, tokens=tokens, max_new_tokens=max(1, limit), sampling=self._sampling, tag=unit
+        )  # fmt: skip
+        return request, limit >= 1
 
     def _sample(self, done: Finished) -> Sample:
         unit: Unit = done.request.tag

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from longthink.config import check_choice, check_int
 from longthink.errors import DataError, needs_extra
+from longthink.lab.evaluate import facts
 from longthink.lab.evaluate.files import Fields, Item, read_file, to_items
 from longthink.reasoner.profiles import PROFILES
 from longthink.reasoner.task import SIZES, make_problem
@@ -52,6 +53,7 @@ def read_hub(name: str) -> list[Item]:
 
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
 BUILTIN = "reasoner"  # first part of the names of the built-in tasks
+FACT = "fact"  # and of those that give the model a text
 DEFAULT_SIZE = "m"
 FILE_MAX_NEW_TOKENS = 32768  # default token limit for problem files, about which nothing is known
 
@@ -70,8 +72,11 @@ class Task:
 
 
 def prompt_text(item: Item, tokenizer: Any) -> str:
-    """Return the prompt: the problem and, unless built in, the instruction, in the chat template if there is one."""
-    return item.question if item.is_builtin else _asked(item.question, tokenizer)
+    """Return the prompt, in the chat template if there is one and the problem is not built in.
+
+    Problems from files and from the Hub are followed by the instruction.
+    """
+    return item.question if item.is_builtin else _templated(_asked(item), tokenizer)
 
 
 def prompt_ids(item: Item, tokenizer: Any) -> list[int]:
@@ -79,18 +84,26 @@ def prompt_ids(item: Item, tokenizer: Any) -> list[int]:
     if item.is_builtin:
         ids: list[int] = tokenizer(item.question)["input_ids"]
         return ids
-    return question_ids(item.question, tokenizer)
+    return _templated_ids(_asked(item), tokenizer)
 
 
 def question_ids(question: str, tokenizer: Any) -> list[int]:
-    """Return the tokens of a question with the instruction; a chat template brings its own special tokens."""
+    """Return the tokens of a question with the instruction."""
+    return _templated_ids(f"{question}\n\n{INSTRUCTION}", tokenizer)
+
+
+def _asked(item: Item) -> str:
+    return item.question if item.distance is not None else f"{item.question}\n\n{INSTRUCTION}"
+
+
+def _templated_ids(text: str, tokenizer: Any) -> list[int]:
+    """Return the tokens of a prompt; a chat template brings its own special tokens."""
     templated = bool(tokenizer.chat_template)
-    ids: list[int] = tokenizer(_asked(question, tokenizer), add_special_tokens=not templated)["input_ids"]
+    ids: list[int] = tokenizer(_templated(text, tokenizer), add_special_tokens=not templated)["input_ids"]
     return ids
 
 
-def _asked(question: str, tokenizer: Any) -> str:
-    text = f"{question}\n\n{INSTRUCTION}"
+def _templated(text: str, tokenizer: Any) -> str:
     if not tokenizer.chat_template:
         return text
     chat = [{"role": "user", "content": text}]
@@ -100,14 +113,15 @@ def _asked(question: str, tokenizer: Any) -> str:
 
 def load_tasks(
     names: Sequence[str], *, data: Sequence[Path] = (), count: int | None = None, choose: str = "first",
-    seed: int = 0,
+    seed: int = 0, given: bool = False,
 ) -> list[Task]:  # fmt: skip
     """Load problem sets by name; docs/tasks.md lists them.
 
     Each file in `data` is a task named by its stem and replaces a set of that name on the Hub; files that `names`
     does not mention come last. `count` limits the problems of a task; built-in tasks are endless and require it.
-    `choose` is ``first``, or ``random`` by `seed` (a larger count extends the choice of a smaller one); built-in
-    problems take consecutive seeds from `seed`, or random ones.
+    `choose` is ``first``, or ``random`` by `seed` (a larger count extends the choice of a smaller one); problems that
+    are made take consecutive seeds from `seed`, or random ones. `given` says that the caller can give a model the
+    text of its own side, which the task ``fact`` needs.
     """
     check_choice("choose", choose, ("first", "random"))
     check_int("seed", seed, 0)
@@ -121,17 +135,27 @@ def load_tasks(
     wanted = dict.fromkeys([*(full for name in names for full in _expand(name, files)), *files])
     if not wanted:
         raise ValueError(f"tasks is empty: name at least one of {_known(files)}, or give a problem file")
+    if not given and (refused := [name for name in wanted if name not in files and _is_fact(name)]):
+        raise ValueError(
+            f"task {refused[0]!r} gives the model a text to go on from: only longthink eval runs it"
+        )
     return [_load(name, files, count, choose, seed) for name in wanted]
 
 
 def _known(files: Iterable[str]) -> str:
-    return ", ".join([*files, *SOURCES, f"{BUILTIN}[/size[/profile]]"])
+    return ", ".join([*files, *SOURCES, f"{BUILTIN}[/size[/profile]]", f"{FACT}[/distance]"])
+
+
+def _is_fact(name: str) -> bool:
+    return name.split("/")[0] == FACT
 
 
 def _expand(name: str, files: dict[str, Path]) -> list[str]:
     if name in files or name in SOURCES:
         return [name]
     first, *rest = name.split("/")
+    if first == FACT and len(rest) <= 1:
+        return [f"{FACT}/{distance}" for distance in (_distances(name, rest[0]) if rest else facts.DISTANCES)]
     if first != BUILTIN or len(rest) > 2:
         raise ValueError(f"task={name!r} is unknown: allowed are {_known(files)}")
     size = rest[0] if rest else DEFAULT_SIZE
@@ -142,9 +166,19 @@ def _expand(name: str, files: dict[str, Path]) -> list[str]:
     return [f"{BUILTIN}/{size}/{profile}" for profile in profiles]
 
 
+def _distances(name: str, text: str) -> list[int]:
+    if not text.isdecimal():
+        fault = f"is not a number: allowed are {facts.SHORTEST} to {facts.LONGEST} tokens"
+        raise ValueError(f"distance of task {name!r}={text!r} {fault}")
+    check_int(f"distance of task {name!r}", int(text), facts.SHORTEST, facts.LONGEST)
+    return [int(text)]
+
+
 def _load(name: str, files: dict[str, Path], count: int | None, choose: str, seed: int) -> Task:
     if name not in files and name not in SOURCES:
-        return _builtin(name, count, choose, seed)
+        if count is None:
+            raise ValueError(f"task {name!r} is endless: give a count (count=None is not a number)")
+        return (_fact if _is_fact(name) else _builtin)(name, count, choose, seed)
     items = read_file(files[name]) if name in files else read_hub(name)
     if choose == "random":
         items = random.Random(f"{name}/{seed}").sample(items, len(items))
@@ -152,17 +186,33 @@ def _load(name: str, files: dict[str, Path], count: int | None, choose: str, see
     return Task(name=name, items=items[:count], max_new_tokens=limit)
 
 
-def _builtin(name: str, count: int | None, choose: str, seed: int) -> Task:
-    if count is None:
-        raise ValueError(f"task {name!r} is endless: give a count (count=None is not a number)")
+def _numbers(name: str, count: int, choose: str, seed: int) -> list[int]:
+    """Seeds of problems that are made."""
+    if choose == "first":
+        return [*range(seed, seed + count)]
+    rng, found = random.Random(f"{name}/{seed}"), dict[int, None]()
+    while len(found) < count:
+        found[rng.randrange(_MAX_SEED)] = None
+    return list(found)
+
+
+def _fact(name: str, count: int, choose: str, seed: int) -> Task:
+    distance = int(name.split("/")[1])
+    # A number is the same fact at every distance.
+    items = [
+        Item(task=name, id=str(number), question=facts.PROMPT, gold=facts.make_fact(number).value, distance=distance)
+        for number in _numbers(FACT, count, choose, seed)
+    ]  # fmt: skip
+    return Task(name=name, items=items, max_new_tokens=facts.MAX_NEW_TOKENS)
+
+
+def _builtin(name: str, count: int, choose: str, seed: int) -> Task:
     _, size, profile = name.split("/")
-    rng = random.Random(f"{name}/{seed}")
-    items: dict[int, Item] = {}
-    while len(items) < count:
-        number = rng.randrange(_MAX_SEED) if choose == "random" else seed + len(items)
+    items = []
+    for number in _numbers(name, count, choose, seed):
         problem = make_problem(profile=profile, size=size, seed=number)
         gold, steps = f"{problem.query}: {problem.answer}", len(problem.solution.split())
-        items[number] = Item(task=name, id=str(number), question=problem.prompt, gold=gold, steps=steps)
+        items.append(Item(task=name, id=str(number), question=problem.prompt, gold=gold, steps=steps))
     # All solutions of a size have the same number of tokens.
-    longest = max(item.steps or 0 for item in items.values())
-    return Task(name=name, items=list(items.values()), max_new_tokens=longest + _SPARE_TOKENS)
+    longest = max(item.steps or 0 for item in items)
+    return Task(name=name, items=items, max_new_tokens=longest + _SPARE_TOKENS)

@@ -7,8 +7,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from longthink.hf.forced import compiles
 from longthink.lab.evaluate.plan import budgets_for
-from longthink.lab.fidelity.measure import compiles, measure
+from longthink.lab.fidelity.measure import measure
 from longthink.lab.fidelity.solver import encode
 from longthink.lab.fidelity.summary import Summary, summaries
 from longthink.lab.fidelity.texts import Encoded, Text

@@ -19,15 +19,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from longthink.config import Budget
 from longthink.hf import PagedCache, make_cache
-from longthink.hf.forced import ForcedDecode
+from longthink.hf.forced import LOGITS_AT_ONCE, ForcedDecode
 from longthink.lab.fidelity.texts import Encoded
 from longthink.policies import Policy, Recency, needs_budget
-
-LOGITS_AT_ONCE = 1 << 25
-"""Numbers in the logits of a block: they take 128 MiB in float32, a few times."""
-
-PAYS_FROM = 20_000
-"""Decode steps of a layer from which compiling them pays: half a millisecond each, against some ten seconds."""
 
 SURE = 0.5
 """A token is long-range if the dense model gives it at least this probability ..."""
@@ -140,12 +134,6 @@ def _is_usable(text: Encoded, policy: Policy, budget: Budget | None) -> bool:
         for one in (policy, Recency())
         if needs_budget(one)
     )
-
-
-def compiles(model: PreTrainedModel, tokens: int) -> bool:
-    """Whether compiling the decode step of a layer pays for so many tokens."""
-    steps = tokens * model.config.get_text_config().num_hidden_layers
-    return model.device.type == "cpu" and steps >= PAYS_FROM
 
 
 def _blocks(ends: Sequence[int], vocabulary: int) -> Iterator[tuple[int, int]]:

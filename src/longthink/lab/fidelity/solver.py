@@ -11,9 +11,10 @@ from typing import Any
 
 from longthink.environment import hardware, versions
 from longthink.hf import Engine, Request
+from longthink.hf.forced import compiles
 from longthink.lab.evaluate.plan import CacheConfig
 from longthink.lab.evaluate.tasks import question_ids
-from longthink.lab.fidelity.measure import Scores, compiles, measure
+from longthink.lab.fidelity.measure import Scores, measure
 from longthink.lab.fidelity.plan import Group, Plan, Unit, budget_of
 from longthink.lab.fidelity.texts import Encoded, Text
 from longthink.lab.results.records import Fidelity, Record, to_row
