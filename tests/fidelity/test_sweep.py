@@ -7,6 +7,7 @@ import threading
 import time
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 
 from longthink.cli import main
@@ -75,6 +76,17 @@ def test_a_policy_that_comes_later_is_measured_alone(tmp_path):
     more = sweep_in(tmp_path / "store", policies=("raas", "h2o"), decode_budgets=(16,))
     run_work(more)
     assert (more.total.stored, more.total.made) == (5, 5)
+
+
+def test_texts_that_come_later_are_measured_alone(tmp_path):
+    run_work(sweep_in(tmp_path / "store", count=3))
+    run_work(sweep_in(tmp_path / "store", count=4, policies=("raas",)))
+    more = sweep_in(tmp_path / "store")
+    run_work(more)
+    assert (more.total.stored, more.total.made, more.total.left) == (14, 6, 0)
+    assert len(measured(tmp_path / "store")) == 20
+    rows = [pq.read_table(path).num_rows for path in (tmp_path / "store" / "fidelity").glob("*.parquet")]
+    assert sum(rows) == 20
 
 
 def test_a_summary_holds_the_numbers_of_its_texts(whole):

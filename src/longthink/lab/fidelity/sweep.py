@@ -44,7 +44,7 @@ class FidelitySweep(Driver):
 
     @override
     def missing(self, identity: Identity) -> Iterator[Unit]:
-        # Batches do not depend on what is stored, so that an interrupted run makes what an undisturbed one does.
+        # Batches are of all texts, so that an interrupted run makes what an undisturbed one does.
         batches = [
             batch
             for _, texts in groupby(self.texts, key=lambda text: text.source)
@@ -60,14 +60,14 @@ class FidelitySweep(Driver):
             self.tallies[cache].stored = stored
         for group in dict.fromkeys(Group(cache.budget, cache.decode_budget) for cache in self.plan.caches):
             for batch in batches:
-                policies = [
-                    cache.policy
-                    for cache in self.plan.caches
-                    if Group(cache.budget, cache.decode_budget) == group
-                    and any(text.id not in done[cache, text.source] for text in batch)
-                ]
-                for part in _batched(policies, POLICIES_AT_ONCE):
-                    yield Unit(group=group, policies=part, texts=batch)
+                lacking: dict[tuple[Text, ...], list[str]] = {}
+                for cache in self.plan.caches:
+                    if Group(cache.budget, cache.decode_budget) == group:
+                        texts = tuple(text for text in batch if text.id not in done[cache, text.source])
+                        lacking.setdefault(texts, []).append(cache.policy)
+                for texts, policies in lacking.items():
+                    for part in _batched(policies if texts else (), POLICIES_AT_ONCE):
+                        yield Unit(group=group, policies=part, texts=texts)
 
     @override
     def count(self, unit: Unit, records: list[Record]) -> None:
