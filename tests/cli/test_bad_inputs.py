@@ -25,7 +25,7 @@ CASES = {
         "generate hello --model {model} --policy dense --budget 64",
         "'dense' keeps everything",
     ),
-    "budget too small": ("generate hello --model {model} --budget 16", "budget=16"),
+    "budget too small": ("generate hello --model {model} --budget 8", "budget=8"),
     "unknown policy": ("generate hello --policy best", "unknown policy 'best'"),
     "unknown policy option": ("generate hello --policy raas:x=1", "no option 'x'"),
     "policy out of range": ("generate hello --policy raas:r=7", "r=7"),

@@ -6,6 +6,8 @@ import subprocess
 
 import pytest
 
+from longthink.policies import make_policy
+
 
 def read(words):
     """The words as vLLM's parser reads them: dots are levels of a JSON object."""
@@ -47,12 +49,13 @@ def test_line_and_json_mean_the_same(call, arguments, meant):
     )
     assert echoed.stdout.splitlines() == words
     options, additional = read(words)
-    assert options == {"--block-size": "16", "--attention-backend": "CUSTOM"}
+    size = make_policy(meant["policy"]).page_size
+    assert options == {"--block-size": str(size), "--attention-backend": "CUSTOM"}
     assert additional == {"longthink": meant}
     code, out, _ = call("vllm-args", "--decode-budget", 512, *arguments, "--json")
     assert code == 0
     assert json.loads(out) == {
-        "block_size": 16, "attention_backend": "CUSTOM", "additional_config": {"longthink": meant},
+        "block_size": size, "attention_backend": "CUSTOM", "additional_config": {"longthink": meant},
     }  # fmt: skip
 
 

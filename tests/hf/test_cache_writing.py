@@ -105,7 +105,9 @@ while True:
 @pytest.mark.slow
 def test_a_killed_save_leaves_a_file_that_loads(model, tmp_path):
     path, lengths, halfway = tmp_path / "cache", [], 0
-    for kill in range(4):
+    for kill in range(16):
+        if kill >= 4 and halfway:
+            break  # on a busy machine it takes more tries
         process = subprocess.Popen(
             [sys.executable, "-c", SAVES_FOREVER, str(path)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
             env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},

@@ -125,7 +125,7 @@ def test_more_than_the_bound_raises(model, ids):
         model.generate(ids, past_key_values=cache, max_new_tokens=80, do_sample=False)
         guard.check_bound(cache)
         cache.layers[1].slots.rows.caps[0] = 3
-        with pytest.raises(longthink.CacheStateError, match=r"layer 1 .* beyond its bound of 48"):
+        with pytest.raises(longthink.CacheStateError, match=r"layer 1 .* beyond its bound of 24"):
             guard.check_bound(cache)
 
 
