@@ -33,6 +33,7 @@ def model(tmp_path_factory):
         "raas",
         "raas:score=exact:sharing=layer",
         "milestone:alpha=0.05",
+        "recall:page_size=16:alpha=0.05",
         "random",
         "recency:page_size=16",
     ],
