@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from longthink.config import DEFAULT_POLICY
 from longthink.errors import BudgetError, DataError
 from longthink.lab.fidelity.plan import Group, Plan, Unit
 from longthink.lab.fidelity.texts import Text, read_texts
@@ -103,3 +104,8 @@ def test_a_unit_survives_the_way_to_a_worker():
     unit = Unit(group=Group(None, 32), policies=("raas", "dense"), texts=texts)
     assert Unit.from_json(json.loads(json.dumps(unit.to_json()))) == unit
     assert unit.key == "1, 2 at decode_budget=32"
+
+
+def test_without_policies_the_default_is_measured_beside_raas_and_the_window():
+    plan = Plan(data=("x.jsonl",), decode_budgets=(32,))
+    assert [cache.policy for cache in plan.caches] == [DEFAULT_POLICY, "raas", "recency"]

@@ -17,7 +17,7 @@ from longthink.cli.text import size_text
 from longthink.config import check_int
 from longthink.environment import hardware, versions
 from longthink.lab.cli.analyze_options import Files
-from longthink.lab.cli.eval import DEFAULT_OUT, ModelFlags, PolicyFlags, given
+from longthink.lab.cli.eval import DEFAULT_OUT, ModelFlags, given
 from longthink.lab.cli.tables import budget_text, policy_table
 
 if TYPE_CHECKING:
@@ -37,6 +37,17 @@ class TextFlags:
     """Texts per file or task [default: all]."""
     max_tokens: int | None = None
     """Cut each text after so many tokens behind the question."""
+
+
+@Parameter(name="*", group=Group("Policies", sort_key=1))
+@dataclass(frozen=True, kw_only=True)
+class PolicyFlags:
+    policies: str | None = None
+    """Such as raas:r=0.25,snapkv [default: recall,raas,recency]."""
+    budgets: str | None = None
+    """Tokens kept per layer, such as 256,512."""
+    decode_budgets: str | None = None
+    """The same on top of the prompt."""
 
 
 @Parameter(name="*", group=Group("Run", sort_key=4))

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from longthink.config import Budget, check_choice, check_int
+from longthink.config import DEFAULT_POLICY, Budget, check_choice, check_int
 from longthink.lab.evaluate.plan import CacheConfig, budgets_for
 from longthink.lab.evaluate.tasks import load_tasks
 from longthink.lab.fidelity.measure import LOST, SURE
@@ -63,7 +63,7 @@ class Plan:
     tasks: tuple[str, ...] = ()  # problem sets, whose dense greedy answers are the texts
     count: int | None = None  # texts per file or task
     max_tokens: int | None = None  # texts are cut there, without the prompt
-    policies: tuple[str, ...] = ()
+    policies: tuple[str, ...] = (DEFAULT_POLICY, "raas", "recency")
     budgets: tuple[int, ...] = ()
     decode_budgets: tuple[int, ...] = ()
     rows: int | None = None  # texts side by side; None for `ROWS`
