@@ -71,6 +71,7 @@ def test_an_interrupted_run_makes_what_an_undisturbed_one_does(tmp_path, whole):
     assert measured(tmp_path / "store") == measured(whole)
 
 
+@pytest.mark.slow
 def test_a_policy_that_comes_later_is_measured_alone(tmp_path):
     run_work(sweep_in(tmp_path / "store", policies=("raas",), decode_budgets=(16,)))
     more = sweep_in(tmp_path / "store", policies=("raas", "h2o"), decode_budgets=(16,))
@@ -78,6 +79,7 @@ def test_a_policy_that_comes_later_is_measured_alone(tmp_path):
     assert (more.total.stored, more.total.made) == (5, 5)
 
 
+@pytest.mark.slow
 def test_texts_that_come_later_are_measured_alone(tmp_path):
     run_work(sweep_in(tmp_path / "store", count=3))
     run_work(sweep_in(tmp_path / "store", count=4, policies=("raas",)))

@@ -60,6 +60,12 @@ BOUNDED = [
     for budget in ({"decode_budget": 12}, {"budget": 28})
 ]
 CASES = BOUNDED + GROWING
+SLOW = ("keydiff", "lazy_eviction", "r_kv", "tova", "tri_attention", "vase")
+"""Policies of single tokens, for which `snapkv` stands in `make test-fast`."""
+
+
+def some_slow(cases: list[Case]) -> list:
+    return [pytest.param(case, marks=pytest.mark.slow) if case.policy in SLOW else case for case in cases]
 
 
 def by_name(case: Case) -> str:
@@ -106,7 +112,7 @@ def assert_same_state(left: LayerCache, right: LayerCache) -> None:
             torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("case", CASES, ids=by_name)
+@pytest.mark.parametrize("case", some_slow(CASES), ids=by_name)
 @pytest.mark.parametrize("sizes", [[1] * 7, [3, 4], [1, 6], [6, 1]], ids=str)
 def test_a_turn_in_chunks_equals_the_turn_at_once(case: Case, sizes: list[int]) -> None:
     before, turn, after = parts(case)
@@ -121,7 +127,7 @@ def test_a_turn_in_chunks_equals_the_turn_at_once(case: Case, sizes: list[int]) 
     assert_same_state(chunked, whole)
 
 
-@pytest.mark.parametrize("case", BOUNDED, ids=by_name)
+@pytest.mark.parametrize("case", some_slow(BOUNDED), ids=by_name)
 def test_a_block_equals_its_tokens_one_by_one(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """With room for the block, that is: early in the text where the budget is fixed."""
     case = replace(case, then=(1 if case.budget else 14, TURN, 30))
@@ -143,7 +149,7 @@ def test_a_block_equals_its_tokens_one_by_one(case: Case, monkeypatch: pytest.Mo
     assert_same_state(block, singles)
 
 
-@pytest.mark.parametrize("case", CASES, ids=by_name)
+@pytest.mark.parametrize("case", some_slow(CASES), ids=by_name)
 def test_a_row_of_a_turn_is_the_same_alone(case: Case) -> None:
     """For the row without tokens there is no turn."""
     before, turn, after = parts(case)
@@ -211,7 +217,7 @@ LEARNS = ("raas", "h2o", "lazy_eviction", "milestone", "r_kv", "recall", "snapkv
 """Their state is that of a text that was read, so they agree only until something is evicted."""
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not case.budget], ids=by_name)
+@pytest.mark.parametrize("case", some_slow([case for case in CASES if not case.budget]), ids=by_name)
 @pytest.mark.parametrize("dropped", [2, 5, 9])
 def test_a_rewind_before_any_eviction_takes_everything_back(case: Case, dropped: int) -> None:
     steps = 12 if case.policy in LEARNS else 60
@@ -232,7 +238,7 @@ def test_a_rewind_before_any_eviction_takes_everything_back(case: Case, dropped:
         assert plain.num_evicted > 0
 
 
-@pytest.mark.parametrize("case", BOUNDED, ids=by_name)
+@pytest.mark.parametrize("case", some_slow(BOUNDED), ids=by_name)
 def test_a_rewind_leaves_nothing_in_the_slots_of_what_it_drops(case: Case) -> None:
     before, turn, after = parts(case)
     layer = case.make_layer()
