@@ -34,10 +34,10 @@ ready-demo:
 demo: ready-demo ## Solve a long problem with four caches side by side
 	@$(BIN)/longthink demo
 
-test: ready ## Run all tests (13 minutes on 2 cores of an AMD EPYC)
+test: ready ## Run all tests (about 20 minutes on 2 cores of an AMD EPYC)
 	$(TEST_ENV) $(PYTEST) $(PYTEST_ARGS)
 
-test-fast: ready ## Run the quick tests (80 seconds on the same)
+test-fast: ready ## Run the quick tests (two minutes on the same)
 	$(TEST_ENV) $(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 # One worker: a server of vLLM has several processes of its own.
