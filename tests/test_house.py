@@ -86,8 +86,7 @@ def test_size_rule_sees_long_files_and_functions():
 @pytest.mark.parametrize("name", wheels)
 def test_the_wheels_are_small(name):
     lines = sum(path.read_text().count("\n") for path in wheels[name])
-    assert lines <= MAX_LINES[name]
-    assert MAX_LINES["longthink"] <= 18_500
+    assert lines <= MAX_LINES[name] <= 18_500
 
 
 # Safety ---------------------------------------------------------------------------------------------------------
@@ -343,9 +342,8 @@ def test_no_trace_of_a_machine_in_tracked_files():
     found = {}
     for path in tracked_files():
         if path.is_file() and path.suffix not in (".safetensors", ".png"):
-            rows = path.suffix == ".parquet"
-            text = str(parquet.read_table(path).to_pylist()) if rows else path.read_text()
-            found[name_of(path)] = traces(text)
+            rows = parquet.read_table(path).to_pylist() if path.suffix == ".parquet" else None
+            found[name_of(path)] = traces(path.read_text() if rows is None else str(rows))
     assert len(found) > 20
     assert {name: hits for name, hits in found.items() if hits} == {}
 
