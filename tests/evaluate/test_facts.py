@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from longthink.config import Budget
-from longthink.hf import DecodeStep, PagedCache, Request, Sampling
+from longthink.hf import DecodeStep, PagedCache, Request, Sampling, forced
 from longthink.lab.evaluate import facts, given
 from longthink.lab.evaluate.files import Item
 from longthink.lab.evaluate.given import Given, decode_given
@@ -253,7 +253,7 @@ def test_texts_of_different_lengths_are_read_apart_and_blocks_do_not_matter(mode
     mixed = [mixed[i] for i in (0, 2, 1, 3)]
     found = {one.request: one for one in decode_given(model, config, mixed, rows=4)}
     assert [found[one.request].rows for one in mixed] == [2] * 4
-    monkeypatch.setattr(given, "LOGITS_AT_ONCE", 1)
+    monkeypatch.setattr(forced, "LOGITS_AT_ONCE", 1)
     for one in mixed:
         (alone,) = decode_given(model, config, [one], rows=1)
         together = found[one.request]

@@ -8,8 +8,7 @@ from transformers import DynamicCache
 
 import longthink
 from longthink.config import Budget
-from longthink.hf import DecodeStep, make_cache
-from longthink.lab.fidelity import measure as measuring
+from longthink.hf import DecodeStep, forced, make_cache
 from longthink.lab.fidelity.measure import LOST, NOTHING, SURE, measure
 from longthink.lab.fidelity.texts import Encoded
 from longthink.models import load_model
@@ -67,7 +66,7 @@ def slow(model, text, policy=None, **budget):
 )
 def test_scores_are_those_of_a_slow_reading(model, texts, policy, budget, firsts):
     bound = Budget(**budget) if budget else None
-    (column,) = measure(model, texts, [policy], bound, compile=False)
+    (column,) = measure(model, texts, [policy], bound)
     for text, first, scores in zip(texts, firsts, column, strict=True):
         steps = range(first, len(text.decoded))
         assert scores.tokens == len(steps)
@@ -108,18 +107,18 @@ def test_scores_are_those_of_a_slow_reading(model, texts, policy, budget, firsts
 
 def test_long_range_tokens_are_found(model, texts):
     """Otherwise the test above says little about them."""
-    (column,) = measure(model, texts, [RaaS(page_size=4)], Budget(decode_budget=16), compile=False)
+    (column,) = measure(model, texts, [RaaS(page_size=4)], Budget(decode_budget=16))
     assert sum(scores.long_tokens for scores in column) >= 3
 
 
 def test_neither_the_company_nor_the_size_of_blocks_matters(model, texts, monkeypatch):
     bound = Budget(decode_budget=12)
     policies = [RaaS(page_size=4), StreamingLLM(), Recency()]
-    together = measure(model, texts, policies, bound, compile=False)
-    monkeypatch.setattr(measuring, "LOGITS_AT_ONCE", 1)
+    together = measure(model, texts, policies, bound)
+    monkeypatch.setattr(forced, "LOGITS_AT_ONCE", 1)
     for policy, column in zip(policies, together, strict=True):
         for text, scores in zip(texts, column, strict=True):
-            ((alone,),) = measure(model, [text], [policy], bound, compile=False)
+            ((alone,),) = measure(model, [text], [policy], bound)
             assert alone == pytest.approx(scores, rel=1e-4, abs=1e-4)
 
 
@@ -127,14 +126,14 @@ def test_a_text_without_room_or_without_tokens_is_not_scored_and_keeps_no_other_
     long = Encoded(tuple(range(3, 56)), texts[0].decoded)
     empty, policies = Encoded(texts[0].prompt, ()), [Recency(), RaaS(page_size=16), StreamingLLM()]
     together = [long, texts[2], empty]
-    window, paged, sinks = measure(model, together, policies, Budget(budget=52), compile=False)
+    window, paged, sinks = measure(model, together, policies, Budget(budget=52))
     for column in (
         window,
         paged,
         sinks,
     ):  # the window defines the long-range tokens, so without it nothing counts
         assert column[0] == column[2] == NOTHING and column[1].tokens > 0
-    window, paged, _ = measure(model, together, policies, Budget(budget=56), compile=False)
+    window, paged, _ = measure(model, together, policies, Budget(budget=56))
     assert paged[0] == NOTHING and window[0].tokens == 27
 
 
@@ -145,7 +144,7 @@ def test_the_function_takes_tokens_and_summarises(model, texts):
     assert [(row.policy, row.decode_budget, row.texts) for row in found] == [
         ("raas:page_size=4", 12, 3), ("recency", 12, 3), ("dense", None, 3),
     ]  # fmt: skip
-    (column,) = measure(model, texts, [RaaS(page_size=4)], Budget(decode_budget=12), compile=False)
+    (column,) = measure(model, texts, [RaaS(page_size=4)], Budget(decode_budget=12))
     assert found[0].kl.mean == pytest.approx(
         sum(s.kl for s in column) / sum(s.tokens for s in column), rel=1e-3
     )

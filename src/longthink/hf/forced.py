@@ -46,6 +46,11 @@ def compiles(model: PreTrainedModel, tokens: int) -> bool:
     return model.device.type == "cpu" and steps >= PAYS_FROM
 
 
+def block_tokens(model: PreTrainedModel, rows: int) -> int:
+    """Tokens of a block whose logits, for so many rows, take `LOGITS_AT_ONCE` numbers at most."""
+    return max(16, LOGITS_AT_ONCE // (rows * model.config.get_text_config().vocab_size))
+
+
 class ForcedDecode:
     """Decodes known tokens for every row of a cache that holds the prompts.
 

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Group, Parameter
 
-from longthink.cli.errors import EXIT_INTERRUPTED
 from longthink.cli.options import Switch
 from longthink.cli.terminal import note, write_json
 from longthink.config import check_int
 from longthink.environment import hardware, versions
 from longthink.lab.cli.analyze_options import Files
 from longthink.lab.cli.eval_view import print_summaries, watching
+from longthink.lab.cli.work import carry_out, note_outcome
 
 if TYPE_CHECKING:
     from longthink.lab.evaluate.sweep import Sweep
@@ -112,7 +112,6 @@ def evaluate(
     from longthink.lab.evaluate.settings import make_plan, read_settings
     from longthink.lab.evaluate.sweep import Sweep
     from longthink.lab.results.store import ResultStore
-    from longthink.lab.work.workers import run_work
 
     from_file = {} if run.config is None else read_settings(run.config.expanduser())
     plan, settings = make_plan(from_file | given(problems, policies, model, decoding, run))
@@ -121,19 +120,10 @@ def evaluate(
     # Problem sets first: if they cannot be read, no empty store must stay.
     tasks = plan.load_tasks()
     sweep = Sweep(plan, tasks, ResultStore(Path(settings.get("out", DEFAULT_OUT)).expanduser()), say=note)
-    code = 0
-    try:
-        with watching(sweep):
-            run_work(sweep, workers=workers, ray=settings.get("ray"))
-    except KeyboardInterrupt:
-        made = f"{sweep.total.made} samples were made and are stored"
-        note(f"interrupted: {made}; the same command goes on from there")
-        code = EXIT_INTERRUPTED
+    code = carry_out(sweep, watching(sweep), workers=workers, ray=settings.get("ray"))
     if sweep.identity is not None:
         _show(sweep, run.json)
-    died = f"; {sweep.lost_workers} workers died on the way" if sweep.lost_workers else ""
-    total = sweep.total
-    note(f"{total.made} samples made, {total.stored} were there, all in {sweep.store.folder}{died}")
+    note_outcome(sweep)
     return code
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_type_hints
 
 from cyclopts import Group, Parameter
 
-from longthink.cli.errors import EXIT_INTERRUPTED
 from longthink.cli.options import Switch
 from longthink.cli.progress import progress
 from longthink.cli.terminal import note, write_json, write_table
@@ -18,7 +18,9 @@ from longthink.config import check_int
 from longthink.environment import hardware, versions
 from longthink.lab.cli.analyze_options import Files
 from longthink.lab.cli.eval import DEFAULT_OUT, ModelFlags, given
+from longthink.lab.cli.eval import PolicyFlags as EvalPolicyFlags
 from longthink.lab.cli.tables import budget_text, policy_table
+from longthink.lab.cli.work import carry_out, note_outcome
 
 if TYPE_CHECKING:
     from longthink.lab.fidelity.summary import Summary
@@ -41,13 +43,9 @@ class TextFlags:
 
 @Parameter(name="*", group=Group("Policies", sort_key=1))
 @dataclass(frozen=True, kw_only=True)
-class PolicyFlags:
+class PolicyFlags(EvalPolicyFlags):
     policies: str | None = None
     """Such as raas:r=0.25,snapkv [default: recall,raas,recency]."""
-    budgets: str | None = None
-    """Tokens kept per layer, such as 256,512."""
-    decode_budgets: str | None = None
-    """The same on top of the prompt."""
 
 
 @Parameter(name="*", group=Group("Run", sort_key=4))
@@ -82,7 +80,6 @@ def fidelity(
     from longthink.lab.fidelity.plan import Plan
     from longthink.lab.fidelity.sweep import FidelitySweep
     from longthink.lab.results.store import ResultStore
-    from longthink.lab.work.workers import run_work
 
     values = given(texts, policies, model) | ({} if run.rows is None else {"rows": run.rows})
     plan = Plan(**typed_settings(values, get_type_hints(Plan)))
@@ -91,21 +88,19 @@ def fidelity(
     # The texts first: if they cannot be read, no empty store must stay.
     chosen = plan.load_texts()
     sweep = FidelitySweep(plan, chosen, ResultStore(run.out.expanduser()), say=note)
-    code = 0
-    total = len(chosen) * len(plan.caches)
-    try:
-        with progress(f"reading with {plan.model}", total=total, unit="texts under a cache") as task:
-            sweep.report = lambda sweep: task.advance_to(total - sweep.total.left)
-            run_work(sweep, workers=run.workers, ray=run.ray)
-    except KeyboardInterrupt:
-        note(f"interrupted: {sweep.total.made} measurements are stored; the same command goes on from there")
-        code = EXIT_INTERRUPTED
+    code = carry_out(sweep, _watching(sweep), workers=run.workers, ray=run.ray)
     if sweep.identity is not None:
         _show(sweep, run)
-    note(
-        f"{sweep.total.made} measurements made, {sweep.total.stored} were there, all in {sweep.store.folder}"
-    )
+    note_outcome(sweep)
     return code
+
+
+@contextmanager
+def _watching(sweep: FidelitySweep) -> Iterator[None]:
+    total = len(sweep.texts) * len(sweep.plan.caches)
+    with progress(f"reading with {sweep.plan.model}", total=total, unit="texts under a cache") as task:
+        sweep.report = lambda sweep: task.advance_to(total - sweep.total.left)
+        yield
 
 
 def _show(sweep: FidelitySweep, run: RunFlags) -> None:
@@ -123,7 +118,7 @@ def _show(sweep: FidelitySweep, run: RunFlags) -> None:
 def print_fidelity(rows: Sequence[Summary], reference: str) -> None:
     table = [
         [row.policy, budget_text(row.budget, row.decode_budget), str(row.texts), size_text(row.kv_bytes),
-         _interval(row.loss, 3), _interval(row.kl, 3), _interval(row.versus.get("kl"), 3, signed=True),
+         _interval(row.loss), _interval(row.kl), _interval(row.versus.get("kl"), sign="+"),
          _percent(row.differs), _interval(row.long_loss, 2), str(row.long_tokens)]
         for row in rows
     ]  # fmt: skip
@@ -137,11 +132,8 @@ def print_fidelity(rows: Sequence[Summary], reference: str) -> None:
     write_table(policy_table(headings, table, caption=caption))
 
 
-def _interval(value: Interval | None, digits: int, *, signed: bool = False) -> str:
-    if value is None:
-        return "-"
-    sign = "+" if signed else ""
-    return f"{value.mean:{sign}.{digits}f} ({value.low:{sign}.{digits}f} to {value.high:{sign}.{digits}f})"
+def _interval(value: Interval | None, digits: int = 3, *, sign: str = "") -> str:
+    return "-" if value is None else value.text(digits, sign=sign)
 
 
 def _percent(value: Interval | None) -> str:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from longthink.errors import BudgetError
 from longthink.hf import DecodeStep, Finished, PagedCache, Request, make_cache
 from longthink.hf.batch import end_tokens
-from longthink.hf.forced import LOGITS_AT_ONCE, ForcedDecode, compiles
+from longthink.hf.forced import ForcedDecode, block_tokens, compiles
 from longthink.hf.guard import check_limit, check_run
 from longthink.hf.request import Job
 from longthink.hf.sampling import sample_rows
@@ -77,8 +77,7 @@ def _read(model: PreTrainedModel, cache: PagedCache, batch: Sequence[Given]) -> 
     peak = cache.kv_bytes
     text_BN = torch.tensor([one.text for one in batch], device=model.device)
     forced = ForcedDecode(model, cache, compile=compiles(model, text_BN.shape[1]))
-    size = max(16, LOGITS_AT_ONCE // (len(batch) * model.config.get_text_config().vocab_size))
-    for block_BN in text_BN.split(size, 1):
+    for block_BN in text_BN.split(block_tokens(model, len(batch)), 1):
         logits_BV = forced(block_BN)[:, -1]
         peak = max(peak, cache.kv_bytes)
     return logits_BV, peak // len(batch)

@@ -27,6 +27,11 @@ class CacheConfig(NamedTuple):
     budget: int | None
     decode_budget: int | None
 
+    @classmethod
+    def of(cls, policy: Policy, budget: Budget | None) -> Self:
+        bounds = (None, None) if budget is None else (budget.budget, budget.decode_budget)
+        return cls(policy_spec(policy), *bounds)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
@@ -170,6 +175,4 @@ def _cache(policy: Policy, budget: Budget | None, seed: int) -> CacheConfig:
     """Return the cache of a cell; a random policy's own seed counts from the cell's."""
     if hasattr(policy, "seed"):
         policy = replace(policy, seed=policy.seed + seed)  # type: ignore[call-arg]
-    if budget is None:
-        return CacheConfig(policy_spec(policy), None, None)
-    return CacheConfig(policy_spec(policy), budget.budget, budget.decode_budget)
+    return CacheConfig.of(policy, budget)

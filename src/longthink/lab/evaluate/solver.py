@@ -1,13 +1,11 @@
 """Making samples: a model decodes units, a grader judges the answers. As a program it is a worker process."""
 
 import itertools
-import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from datetime import UTC, datetime
 from typing import Any
 
-from longthink.environment import hardware, versions
+from typing_extensions import override
+
 from longthink.hf import Engine, Finished, Request, Sampling
 from longthink.lab.evaluate.facts import given_ids
 from longthink.lab.evaluate.given import Given, decode_given
@@ -15,29 +13,22 @@ from longthink.lab.evaluate.grading import Grader
 from longthink.lab.evaluate.plan import CacheConfig, Plan, Unit
 from longthink.lab.evaluate.tasks import prompt_ids
 from longthink.lab.results.records import Record, Sample, to_row
-from longthink.lab.work.child import serve_solver
-from longthink.lab.work.driver import Identity
-from longthink.models import load_model
+from longthink.lab.work.child import ModelSolver, serve_solver
 
 
-class Solver(AbstractContextManager["Solver"]):
-    """The model of a plan in this process; `device` replaces the plan's. Use it in a ``with`` block."""
-
+class Solver(ModelSolver):
     plan_type, unit_type = Plan, Unit
 
     def __init__(self, plan: Plan, device: str | None = None) -> None:
-        self.plan = plan
-        place = device or plan.device
-        self.loaded = load_model(plan.model, device=place, dtype=plan.dtype, revision=plan.revision)
-        dtype = str(self.loaded.model.dtype).removeprefix("torch.")
-        self.identity = Identity(revision=self.loaded.revision, dtype=dtype)
+        super().__init__(plan, device)
         self._sampling = Sampling(temperature=plan.temperature, top_p=plan.top_p, top_k=plan.top_k)
         self._grader = Grader()
-        self._versions, self._hardware = json.dumps(versions()), json.dumps(hardware())
 
+    @override
     def __exit__(self, *exception: object) -> None:
         self._grader.close()
 
+    @override
     def solve(self, group: Sequence[Any], units: Iterable[Unit]) -> Iterator[tuple[Unit, list[Record]]]:
         """Decode units of one cache (`CacheConfig`) in one batch; yield each as soon as it is finished."""
         cache = CacheConfig(*group)
@@ -108,8 +99,7 @@ class Solver(AbstractContextManager["Solver"]):
             answer=verdict.answer, gold=unit.item.gold, correct=correct, finish=done.finish,
             ms_per_token_early=done.ms_per_token_early, ms_per_token_late=done.ms_per_token_late,
             seconds=done.seconds, rows=done.rows, kv_bytes_peak=done.kv_bytes_peak,
-            dense_kv_bytes=done.dense_kv_bytes, evicted=done.evicted, versions=self._versions,
-            hardware=self._hardware, created=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            dense_kv_bytes=done.dense_kv_bytes, evicted=done.evicted, **self.made_now(),
         )  # fmt: skip
 
 

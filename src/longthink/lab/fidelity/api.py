@@ -7,7 +7,6 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from longthink.hf.forced import compiles
 from longthink.lab.evaluate.plan import budgets_for
 from longthink.lab.fidelity.measure import measure
 from longthink.lab.fidelity.solver import encode
@@ -63,13 +62,12 @@ def fidelity(
         raise ValueError("texts is empty: give at least one")
     chosen = [make_policy(policy) for policy in policies]
     bounds = {policy: budgets_for(policy, budgets, decode_budgets) for policy in chosen}
-    longest = max(len(text.decoded) for text in encoded)
     found = []
     for bound in dict.fromkeys(bound for own in bounds.values() for bound in own):
         alike = [policy for policy in chosen if bound in bounds[policy]]
         for start in range(0, len(encoded), rows):
             part = encoded[start : start + rows]
-            columns = measure(model, part, alike, bound, compile=compiles(model, longest))
+            columns = measure(model, part, alike, bound)
             for policy, column in zip(alike, columns, strict=True):
                 spec = policy_spec(policy)
                 found += [

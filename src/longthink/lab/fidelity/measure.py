@@ -8,6 +8,7 @@ Shape suffixes: B texts, N tokens of a block, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -19,7 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from longthink.config import Budget
 from longthink.hf import PagedCache, make_cache
-from longthink.hf.forced import LOGITS_AT_ONCE, ForcedDecode
+from longthink.hf.forced import ForcedDecode, block_tokens, compiles
 from longthink.lab.fidelity.texts import Encoded
 from longthink.policies import Policy, Recency, needs_budget
 
@@ -66,9 +67,8 @@ class _Reader:
 
 
 def measure(
-    model: PreTrainedModel, texts: Sequence[Encoded], policies: Sequence[Policy], budget: Budget | None, *,
-    compile: bool,
-) -> list[list[Scores]]:  # fmt: skip
+    model: PreTrainedModel, texts: Sequence[Encoded], policies: Sequence[Policy], budget: Budget | None
+) -> list[list[Scores]]:
     """Scores of each policy (outer list) on each text.
 
     Scored are the tokens behind the budget: those before them are predicted while nothing has been evicted. A text
@@ -78,8 +78,6 @@ def measure(
     ----------
     budget
         For all policies; None if they keep everything.
-    compile
-        Whether the decode steps are compiled where they can be.
     """
     columns = [[NOTHING] * len(texts) for _ in policies]
     usable = [
@@ -88,7 +86,7 @@ def measure(
     for rows in filter(None, dict.fromkeys(usable)):
         alike = [i for i, own in enumerate(usable) if own == rows]
         read = [texts[row] for row in rows]
-        found = _measure(model, read, [policies[i] for i in alike], budget, compile=compile)
+        found = _measure(model, read, [policies[i] for i in alike], budget)
         for i, scores in zip(alike, found, strict=True):
             for row, one in zip(rows, scores, strict=True):
                 columns[i][row] = one
@@ -96,31 +94,23 @@ def measure(
 
 
 def _measure(
-    model: PreTrainedModel, texts: Sequence[Encoded], policies: Sequence[Policy], budget: Budget | None, *,
-    compile: bool,
-) -> list[list[Scores]]:  # fmt: skip
-    window = [Recency()] if budget is not None else []
-    prompt_BN, real_BN = _left_padded([text.prompt for text in texts], model.device)
-    decoded_BN = _right_padded([text.decoded for text in texts], model.device)
-    ends = [len(text.decoded) for text in texts]
+    model: PreTrainedModel, texts: Sequence[Encoded], policies: Sequence[Policy], budget: Budget | None
+) -> list[list[Scores]]:
+    window = [] if budget is None else [Recency()]
+    batch = _Batch(model, texts)
     dense, dense_nll = DynamicCache(config=model.config), []
     with ExitStack() as stack, torch.no_grad():
         readers = []
         for policy in [*policies, *window]:
-            bound = budget if needs_budget(policy) and budget is not None else None
-            given = {} if bound is None else asdict(bound)
-            cache = stack.enter_context(make_cache(model, policy=policy, **given))
+            bound = asdict(budget) if budget is not None and needs_budget(policy) else {}
+            cache = stack.enter_context(make_cache(model, policy=policy, **bound))
             readers.append(_Reader(cache, None, [], [], [], {}))
-        for start, stop in _blocks(ends, len(texts) * model.config.get_text_config().vocab_size):
-            expected = _Expected(
-                _dense_logits(model, dense, (prompt_BN, real_BN), decoded_BN, start, stop),
-                decoded_BN[:, start:stop],
-            )
+        for start, stop in batch.blocks():
+            expected = _Expected(batch.dense_logits(dense, start, stop), batch.decoded_BN[:, start:stop])
             dense_nll.append(expected.nll)
             for reader in readers:
-                logits_BNV = _logits(model, reader, (prompt_BN, real_BN), decoded_BN, start, stop, compile)
-                expected.compare(reader, logits_BNV)
-                for row in (row for row, end in enumerate(ends) if end == stop):
+                expected.compare(reader, batch.logits(reader, start, stop))
+                for row in (row for row, end in enumerate(batch.ends) if end == stop):
                     reader.held[row] = _held(reader.cache, row)
         return _scores(texts, readers, torch.cat(dense_nll, 1), budget, with_window=bool(window))
 
@@ -136,55 +126,60 @@ def _is_usable(text: Encoded, policy: Policy, budget: Budget | None) -> bool:
     )
 
 
-def _blocks(ends: Sequence[int], vocabulary: int) -> Iterator[tuple[int, int]]:
-    """Bounds of the blocks of predicted tokens: the first alone, by the prompt, and then as many as fit in memory.
+class _Batch:
+    """Texts that are read side by side: prompts padded on the left, and what is decoded padded on the right."""
 
-    Every text ends with a block, so that what the caches hold then can be read off.
-    """
-    size = max(16, LOGITS_AT_ONCE // vocabulary)
-    cuts = sorted({1, *range(1, max(ends), size), *ends})
-    yield from zip([0, *cuts], cuts, strict=False)
+    def __init__(self, model: PreTrainedModel, texts: Sequence[Encoded]) -> None:
+        self._model = model
+        self.ends = [len(text.decoded) for text in texts]
+        width, length = max(len(text.prompt) for text in texts), max(self.ends)
+        pads = [[0] * (width - len(text.prompt)) for text in texts]
+        rows = list(zip(pads, texts, strict=True))
+        self._prompt_BN = torch.tensor([[*pad, *text.prompt] for pad, text in rows], device=model.device)
+        self._real_BN = torch.tensor(
+            [pad + [1] * len(text.prompt) for pad, text in rows], device=model.device
+        )
+        decoded = [[*text.decoded] + [0] * (length - len(text.decoded)) for text in texts]
+        self.decoded_BN = torch.tensor(decoded, device=model.device)
 
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """Bounds of the blocks of predicted tokens: the first alone, by the prompt, then as many as fit in memory.
 
-def _logits(
-    model: PreTrainedModel, reader: _Reader, prompt: tuple[Tensor, Tensor], decoded_BN: Tensor, start: int,
-    stop: int, compile: bool,
-) -> Tensor:  # fmt: skip
-    if reader.step is None:
-        logits_B1V = _prefill(model, reader.cache, *prompt)
-        reader.step = ForcedDecode(model, reader.cache, compile=compile)
+        Every text ends with a block, so that what the caches hold then can be read off.
+        """
+        size = block_tokens(self._model, len(self.ends))
+        cuts = sorted({1, *range(1, max(self.ends), size), *self.ends})
+        yield from zip([0, *cuts], cuts, strict=False)
+
+    def logits(self, reader: _Reader, start: int, stop: int) -> Tensor:
+        """Predictions of the tokens from `start` to `stop` under a bounded cache, BNV."""
+        if reader.step is None:
+            logits_B1V = self._prefill(reader.cache)
+            compile = compiles(self._model, max(self.ends))
+            reader.step = ForcedDecode(self._model, reader.cache, compile=compile)
+            return logits_B1V
+        return reader.step(self.decoded_BN[:, start - 1 : stop - 1])
+
+    def dense_logits(self, cache: DynamicCache, start: int, stop: int) -> Tensor:
+        """The same under a dense cache."""
+        if start == 0:
+            return self._prefill(cache)
+        real_BN = self._real_BN
+        position_N = torch.arange(start - 1, stop - 1, device=real_BN.device)
+        logits_BNV: Tensor = self._model(
+            self.decoded_BN[:, start - 1 : stop - 1],
+            attention_mask=torch.cat([real_BN, real_BN.new_ones(len(real_BN), stop - 1)], 1),
+            position_ids=real_BN.sum(1, keepdim=True) + position_N, past_key_values=cache,
+        ).logits  # fmt: skip
+        return logits_BNV
+
+    def _prefill(self, cache: DynamicCache | PagedCache) -> Tensor:
+        position_BN = (self._real_BN.cumsum(1) - 1).clamp(min=0)
+        logits_B1V: Tensor = self._model(
+            self._prompt_BN, attention_mask=self._real_BN, position_ids=position_BN, past_key_values=cache,
+            logits_to_keep=1,
+        ).logits  # fmt: skip
         return logits_B1V
-    return reader.step(decoded_BN[:, start - 1 : stop - 1])
-
-
-def _prefill(
-    model: PreTrainedModel, cache: DynamicCache | PagedCache, prompt_BN: Tensor, real_BN: Tensor
-) -> Tensor:
-    position_BN = (real_BN.cumsum(1) - 1).clamp(min=0)
-    logits: Tensor = model(
-        prompt_BN, attention_mask=real_BN, position_ids=position_BN, past_key_values=cache, logits_to_keep=1
-    ).logits
-    return logits
-
-
-def _dense_logits(
-    model: PreTrainedModel,
-    cache: DynamicCache,
-    prompt: tuple[Tensor, Tensor],
-    decoded_BN: Tensor,
-    start: int,
-    stop: int,
-) -> Tensor:
-    if start == 0:
-        return _prefill(model, cache, *prompt)
-    real_BN = prompt[1]
-    read_BN = decoded_BN[:, start - 1 : stop - 1]
-    mask_BN = torch.cat([real_BN, real_BN.new_ones(len(real_BN), stop - 1)], 1)
-    position_BN = real_BN.sum(1, keepdim=True) + torch.arange(start - 1, stop - 1, device=real_BN.device)
-    logits: Tensor = model(
-        read_BN, attention_mask=mask_BN, position_ids=position_BN, past_key_values=cache
-    ).logits
-    return logits
 
 
 class _Expected:
@@ -228,10 +223,10 @@ def _scores(
             dense, nll, kl, differs = (
                 x[row, part].double() for x in (dense_nll_BN, nll_BN, kl_BN, differs_BN)
             )
-            sure = dense <= -torch.tensor(SURE).log()
+            sure = dense <= -math.log(SURE)
             lost = torch.zeros_like(sure)
             if window_BN is not None:
-                lost = sure & (window_BN[row, part].double() - dense >= -torch.tensor(LOST).log())
+                lost = sure & (window_BN[row, part].double() - dense >= -math.log(LOST))
             sums = [
                 [float(x[chosen].sum()) for x in (dense, nll, kl, differs)] for chosen in (slice(None), lost)
             ]
@@ -254,15 +249,3 @@ def _first_scored(text: Encoded, budget: Budget | None) -> int:
         return budget.decode_budget
     assert budget.budget is not None
     return max(0, budget.budget - len(text.prompt))
-
-
-def _left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    width = max(map(len, rows))
-    tokens = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
-    real = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return tokens, real
-
-
-def _right_padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    width = max(map(len, rows))
-    return torch.tensor([list(row) + [0] * (width - len(row)) for row in rows], device=device)

@@ -17,7 +17,7 @@ from longthink.lab.fidelity.texts import Text, read_texts
 from longthink.lab.results.records import Reading
 from longthink.lab.work.driver import Identity
 from longthink.models import REASONER
-from longthink.policies import make_policy, policy_spec, policy_to_dict
+from longthink.policies import make_policy, policy_to_dict
 
 ROWS = 4  # texts read side by side
 POLICIES_AT_ONCE = 8  # beside one dense model
@@ -90,11 +90,11 @@ class Plan:
 
     @cached_property
     def caches(self) -> list[CacheConfig]:
-        found = []
-        for policy in map(make_policy, self.policies):
-            for budget in budgets_for(policy, self.budgets, self.decode_budgets):
-                bounds = (None, None) if budget is None else (budget.budget, budget.decode_budget)
-                found.append(CacheConfig(policy_spec(policy), *bounds))
+        found = [
+            CacheConfig.of(policy, budget)
+            for policy in map(make_policy, self.policies)
+            for budget in budgets_for(policy, self.budgets, self.decode_budgets)
+        ]
         return list(dict.fromkeys(found))
 
     def load_texts(self) -> list[Text]:

@@ -2,45 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from datetime import UTC, datetime
 from typing import Any
 
-from longthink.environment import hardware, versions
+from typing_extensions import override
+
 from longthink.hf import Engine, Request
-from longthink.hf.forced import compiles
 from longthink.lab.evaluate.plan import CacheConfig
 from longthink.lab.evaluate.tasks import question_ids
 from longthink.lab.fidelity.measure import Scores, measure
 from longthink.lab.fidelity.plan import Group, Plan, Unit, budget_of
 from longthink.lab.fidelity.texts import Encoded, Text
 from longthink.lab.results.records import Fidelity, Record, to_row
-from longthink.lab.work.child import serve_solver
-from longthink.lab.work.driver import Identity
-from longthink.models import load_model
+from longthink.lab.work.child import ModelSolver, serve_solver
 from longthink.policies import make_policy
 
 
-class Solver(AbstractContextManager["Solver"]):
-    """The model of a plan in this process; `device` replaces the plan's."""
-
+class Solver(ModelSolver):
     plan_type, unit_type = Plan, Unit
 
     def __init__(self, plan: Plan, device: str | None = None) -> None:
-        self.plan = plan
-        place = device or plan.device
-        self.loaded = load_model(plan.model, device=place, dtype=plan.dtype, revision=plan.revision)
-        dtype = str(self.loaded.model.dtype).removeprefix("torch.")
-        self.identity = Identity(revision=self.loaded.revision, dtype=dtype)
+        super().__init__(plan, device)
         self._encoded: dict[Text, Encoded] = {}
-        self._versions, self._hardware = json.dumps(versions()), json.dumps(hardware())
 
-    def __exit__(self, *exception: object) -> None:
-        self._encoded.clear()
-
+    @override
     def solve(self, group: Sequence[Any], units: Iterable[Unit]) -> Iterator[tuple[Unit, list[Record]]]:
         """Measure units of one budget; yield each as soon as it is finished."""
         budget = budget_of(Group(*group))
@@ -48,19 +34,14 @@ class Solver(AbstractContextManager["Solver"]):
             started = time.monotonic()
             texts = self._encode(unit.texts)
             policies = [make_policy(spec) for spec in unit.policies]
-            tokens = max(len(text.decoded) for text in texts)
-            found = measure(
-                self.loaded.model, texts, policies, budget, compile=compiles(self.loaded.model, tokens)
-            )
+            found = measure(self.loaded.model, texts, policies, budget)
             seconds = (time.monotonic() - started) / (len(texts) * len(policies))
-            yield (
-                unit,
-                [
-                    self._record(unit, spec, (text, encoded), scores, seconds)
-                    for spec, column in zip(unit.policies, found, strict=True)
-                    for text, encoded, scores in zip(unit.texts, texts, column, strict=True)
-                ],
-            )
+            records: list[Record] = [
+                self._record(unit, spec, (text, encoded), scores, seconds)
+                for spec, column in zip(unit.policies, found, strict=True)
+                for text, encoded, scores in zip(unit.texts, texts, column, strict=True)
+            ]
+            yield unit, records
 
     def _record(
         self, unit: Unit, policy: str, text: tuple[Text, Encoded], scores: Scores, seconds: float
@@ -69,8 +50,7 @@ class Solver(AbstractContextManager["Solver"]):
         reading = self.plan.reading(CacheConfig(policy, *unit.group), name.source, self.identity)
         return Fidelity(
             **to_row(reading), config=reading.config_hash, text=name.id, prompt_tokens=len(encoded.prompt),
-            decoded_tokens=len(encoded.decoded), **scores._asdict(), seconds=seconds, versions=self._versions,
-            hardware=self._hardware, created=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            decoded_tokens=len(encoded.decoded), **scores._asdict(), seconds=seconds, **self.made_now(),
         )  # fmt: skip
 
     def _encode(self, texts: Sequence[Text]) -> list[Encoded]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from itertools import groupby, islice
+from itertools import groupby, islice, product
 from typing import Any
 
 from typing_extensions import override
@@ -33,12 +33,15 @@ class FidelitySweep(Driver):
         self.texts = texts
 
     @property
+    def sources(self) -> list[str]:
+        return list(dict.fromkeys(text.source for text in self.texts))
+
+    @property
     def configs(self) -> list[str]:
         assert self.identity is not None
-        sources = dict.fromkeys(text.source for text in self.texts)
         return [
             self.plan.reading(cache, source, self.identity).config_hash
-            for source in sources
+            for source in self.sources
             for cache in self.plan.caches
         ]
 
@@ -50,24 +53,27 @@ class FidelitySweep(Driver):
             for _, texts in groupby(self.texts, key=lambda text: text.source)
             for batch in _batched(texts, self.plan.batch_size)
         ]
-        done = {}
+        done: dict[CacheConfig, set[tuple[str, str]]] = {}
+        groups: dict[Group, list[CacheConfig]] = {}
         for cache in self.plan.caches:
-            self.tallies[cache] = Tally(total=len(self.texts))
-            for source in dict.fromkeys(text.source for text in self.texts):
-                config = self.plan.reading(cache, source, identity).config_hash
-                done[cache, source] = {name for (name,) in self.store.done(Fidelity, config)}
-            stored = sum(text.id in done[cache, text.source] for text in self.texts)
-            self.tallies[cache].stored = stored
-        for group in dict.fromkeys(Group(cache.budget, cache.decode_budget) for cache in self.plan.caches):
-            for batch in batches:
-                lacking: dict[tuple[Text, ...], list[str]] = {}
-                for cache in self.plan.caches:
-                    if Group(cache.budget, cache.decode_budget) == group:
-                        texts = tuple(text for text in batch if text.id not in done[cache, text.source])
-                        lacking.setdefault(texts, []).append(cache.policy)
-                for texts, policies in lacking.items():
-                    for part in _batched(policies if texts else (), POLICIES_AT_ONCE):
-                        yield Unit(group=group, policies=part, texts=texts)
+            groups.setdefault(Group(cache.budget, cache.decode_budget), []).append(cache)
+            done[cache] = {
+                (source, name)
+                for source in self.sources
+                for (name,) in self.store.done(
+                    Fidelity, self.plan.reading(cache, source, identity).config_hash
+                )
+            }
+            stored = sum((text.source, text.id) in done[cache] for text in self.texts)
+            self.tallies[cache] = Tally(total=len(self.texts), stored=stored)
+        for (group, caches), batch in product(groups.items(), batches):
+            lacking: dict[tuple[Text, ...], list[str]] = {}
+            for cache in caches:
+                texts = tuple(text for text in batch if (text.source, text.id) not in done[cache])
+                lacking.setdefault(texts, []).append(cache.policy)
+            for texts, policies in lacking.items():
+                for part in _batched(policies if texts else (), POLICIES_AT_ONCE):
+                    yield Unit(group=group, policies=part, texts=texts)
 
     @override
     def count(self, unit: Unit, records: list[Record]) -> None:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from longthink.errors import DataError
+from longthink.lab.evaluate import files
 from longthink.lab.evaluate.files import ID_FIELDS, find_field, read_records, text_of
 
 REASONING_FIELDS = ("reasoning", "reasoning_content", "generation", "response", "completion", "output")
 PLAIN_FIELDS = ("text", "content")
-QUESTION_FIELDS = ("question", "problem", "prompt", "instruction")
+QUESTION_FIELDS = (*files.QUESTION_FIELDS, "instruction")
 
 
 @dataclass(frozen=True, kw_only=True)

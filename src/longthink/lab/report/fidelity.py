@@ -15,7 +15,6 @@ _DRAWN = {
     "loss": ("Rise of the loss", "loss above dense (nats per token)"),
     "long_loss": ("Rise of the loss on long-range tokens", "loss above dense (nats per token)"),
 }
-_INTERVAL = "{:.3f} ({:.3f} to {:.3f})"
 
 Place = tuple[str, str]
 """Model and source of texts."""
@@ -95,4 +94,4 @@ def fidelity_table(cells: dict[Place, list[Summary]]) -> Table:
 
 
 def _text(value: Interval | None) -> str | None:
-    return None if value is None else _INTERVAL.format(value.mean, value.low, value.high)
+    return None if value is None else value.text()

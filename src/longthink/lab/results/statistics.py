@@ -30,6 +30,11 @@ class Interval:
     low: float
     high: float
 
+    def text(self, digits: int = 3, *, sign: str = "") -> str:
+        """The mean with its interval in parentheses; `sign` is ``+`` for a difference."""
+        mean, low, high = (f"{value:{sign}.{digits}f}" for value in (self.mean, self.low, self.high))
+        return f"{mean} ({low} to {high})"
+
 
 def paired_bootstrap(
     first: Sequence[float], second: Sequence[float], *, seed: int = 0, draws: int = DRAWS
