@@ -10,8 +10,9 @@ DENSE = "scripts.gpu_check.dense:measure_dense"
 
 CELLS = ((4096, 16), (1024, 16), (4096, 64), (1024, 1), (4096, 1), (1024, 64))
 """Budgets and rows, most informative first."""
-POLICIES = ("raas", "milestone")
 ROUTES = ("general", "fused")
+CASES = (*((policy, route) for policy in ("raas", "milestone") for route in ROUTES), ("recall", "general"))
+"""Policies and routes: `recall` has no kernels of its own."""
 LAYERS = 28
 """Layers of both shapes."""
 FEW_LAYERS = 7
@@ -58,7 +59,7 @@ def full_plan() -> list[Part]:
         parts += [_tests(group, [group], shard, shards) for shard in range(shards)]
     parts += _routes("1.5B", LAYERS)
     # Both numbers of layers, to check how well few layers predict all.
-    parts += [_route("1.5B", FEW_LAYERS, POLICIES[0], *CELLS[0], route) for route in ROUTES]
+    parts += [_route("1.5B", FEW_LAYERS, "raas", *CELLS[0], route) for route in ROUTES]
     parts += [_dense("1.5B", LAYERS, rows) for rows in (16, 1, 64)]
     parts += _routes("7B", FEW_LAYERS)
     parts += [_dense("7B", FEW_LAYERS, rows) for rows in (16, 1, 64)]
@@ -73,10 +74,9 @@ def small_plan() -> list[Part]:
     }  # fmt: skip
     parts = [Part("device", DEVICE)]
     parts.append(_tests("all groups", list(GROUPS), 0, FEW, rehearse=True))
-    for policy in POLICIES:
-        for route in ROUTES:
-            cell = {"policy": policy, "budget": 64, "route": route, "profile": True}
-            parts.append(Part(f"tiny {policy} {route}", ROUTE, tiny | cell))
+    for policy, route in CASES:
+        cell = {"policy": policy, "budget": 64, "route": route, "profile": True}
+        parts.append(Part(f"tiny {policy} {route}", ROUTE, tiny | cell))
     few = {"layers": 1, "policy": "raas", "budget": 64, "route": "general", "profile": False}
     parts.append(Part("tiny raas general, 1 of 2 layers", ROUTE, tiny | few))
     parts.append(Part("tiny dense", DENSE, tiny | {"lengths": (40, 200)}))
@@ -94,8 +94,7 @@ def _routes(shape: str, layers: int) -> list[Part]:
     return [
         _route(shape, layers, policy, budget, rows, route)
         for budget, rows in CELLS
-        for policy in POLICIES
-        for route in ROUTES
+        for policy, route in CASES
     ]
 
 
