@@ -1,6 +1,7 @@
 """A pretrained model from Python: the text of dense where nothing is evicted, bounded and readable where much is."""
 
 import time
+from copy import deepcopy
 
 import pytest
 import torch
@@ -14,6 +15,13 @@ pytestmark = pytest.mark.slow
 GREEDY = dict(do_sample=False, return_dict_in_generate=True)
 TURN = "<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 NEXT = "Which of these steps takes the longest, and why?"
+FACTS = {
+    "What is the capital of France?": "Paris",
+    "What is the chemical symbol of gold?": "Au",
+    "Which planet is the largest in the solar system?": "Jupiter",
+    "Who wrote Romeo and Juliet?": "Shakespeare",
+}
+"""Questions that the model answers right when nothing was said before."""
 BYTES_PER_TOKEN = 30 * 3 * 64 * 2 * 4
 """Layers, KV heads, head dimension, key and value, float32."""
 
@@ -76,6 +84,24 @@ def test_two_turns_stay_bounded_and_readable(model, ids, tokenizer):
     assert all({*question} <= {*positions} for positions in cache.resident_positions(0)[0])
     for text in (first[0, ids.shape[1] :], second[0, first.shape[1] + asked :]):
         assert reading.faults(tokenizer.decode(text, skip_special_tokens=True)) == []
+
+
+@pytest.mark.parametrize("policy", ["recall", "raas"])
+def test_a_second_question_is_answered_as_well_as_alone(model, ids, tokenizer, policy):
+    def ask(text, asked, **options):
+        text = torch.cat([text, asked], 1)
+        out = longthink.generate(model, text, max_new_tokens=20, do_sample=False, **options)
+        return tokenizer.decode(out[0, text.shape[1] :])
+
+    with longthink.make_cache(model, policy=policy, decode_budget=32) as cache:
+        first = longthink.generate(model, ids, past_key_values=cache, max_new_tokens=90, do_sample=False)
+        assert cache.num_evicted > 0
+        for question, answer in FACTS.items():
+            asked = tokenizer(TURN.format(question), add_special_tokens=False, return_tensors="pt").input_ids
+            # The turn begins with the end of the answer before it.
+            alone = asked[:, 2:]
+            assert answer in ask(ids[:, :0], alone, policy="dense")
+            assert answer in ask(first, asked, past_key_values=deepcopy(cache))
 
 
 def test_the_engine_serves_several_at_once(model, ids, dense, tokenizer):
