@@ -78,6 +78,23 @@ def load_model(
     )  # fmt: skip
 
 
+def load_empty(name: str = REASONER, *, dtype: str = "auto", revision: str | None = None) -> Any:
+    """The model that `load_model` loads, for its sizes and formats: on the meta device, so no weights are read.
+
+    The built-in one is small, and comes as it is.
+    """
+    if name == REASONER:
+        return load_model(name, device="cpu", dtype=dtype).model
+    import torch
+    from transformers import AutoConfig
+
+    source = _source(name)
+    config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    kind = _model_class(source, revision)
+    with torch.device("meta"):
+        return kind.from_config(config, dtype=config.dtype if dtype == "auto" else getattr(torch, dtype))
+
+
 def pick_device(torch: Any, name: str) -> torch.device:
     """Return the named device, or `ValueError` if it cannot be used; ``auto`` is the first accelerator or the CPU."""
     if name == "auto":
@@ -90,7 +107,8 @@ def pick_device(torch: Any, name: str) -> torch.device:
     return device
 
 
-def _from_pretrained(name: str, dtype: str, revision: str | None) -> tuple[Any, Any]:
+def _source(name: str) -> str:
+    """What transformers calls the model; `ValueError` if that can be neither a folder nor an id."""
     folder = Path(name).expanduser()
     local = folder.is_dir()
     if not local and (folder.is_absolute() or name.startswith((".", "~")) or not _HUB_ID.fullmatch(name)):
@@ -99,7 +117,11 @@ def _from_pretrained(name: str, dtype: str, revision: str | None) -> tuple[Any, 
         )
     if local and not (folder / "config.json").is_file():
         raise ValueError(f"model folder {name!r} has no config.json")
-    source = str(folder) if local else name
+    return str(folder) if local else name
+
+
+def _from_pretrained(name: str, dtype: str, revision: str | None) -> tuple[Any, Any]:
+    source = _source(name)
     try:
         tokenizer = _tokenizer(source, revision)
         model = _model_class(source, revision).from_pretrained(

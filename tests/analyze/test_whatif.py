@@ -12,7 +12,7 @@ from longthink.config import Budget
 from longthink.errors import TraceError
 from longthink.hf import make_cache
 from longthink.lab.analyze.clairvoyant import optimal_recall
-from longthink.lab.analyze.replays import BELADY, OPTIMUM
+from longthink.lab.analyze.replays import BELADY, OPTIMUM, Replay, means
 from longthink.lab.analyze.rules import Rules
 from longthink.lab.analyze.whatif import what_if
 from longthink.policies import make_policy, needs_budget
@@ -245,3 +245,15 @@ def test_optimal_choice_prefers_the_cheap_victim():
     lost = np.array([[5.0, 1, 9, 9], [5, 1, 9, 9], [5, 1, 9, 9], [2, 1, 0.5, 9]])
     cost, victims = optimal_recall(lost, 1, 2)
     assert victims.tolist() == [-1, -1, 1, 2] and cost == 1.5
+
+
+def test_means_leave_out_what_had_no_room():
+    def outcome(problem, recall, note=""):
+        return Replay(task="t", problem=problem, policy="recency", budget=64, decode_budget=None, recall=recall,
+                       worst=recall / 2, lookups=1.0, evictions=4, regrets=2, note=note)  # fmt: skip
+
+    (found,) = means([outcome("a", 0.8), outcome("b", 0.6), outcome("c", float("nan"), "no room")])
+    assert (found.problems, found.no_room) == (2, 1)
+    assert found.recall == pytest.approx(0.7) and found.worst == pytest.approx(0.35)
+    (none,) = means([outcome("c", float("nan"), "no room")])
+    assert (none.problems, none.recall, none.regrets) == (0, None, None)

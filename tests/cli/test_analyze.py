@@ -1,4 +1,4 @@
-"""The chain trace, what-if, advise, report from the command line."""
+"""The chain trace, what-if, report from the command line."""
 
 import dataclasses
 import json
@@ -56,14 +56,6 @@ def test_the_chain_on_models_from_disk(call, tmp_path, model_folder, problems):
     for name in ("recency", "milestone", "raas", "belady", "optimum"):
         assert name in out
 
-    code, out, err = call(
-        "advise", *words, "--with-vectors", "--out", traces, "--decode-budgets", "8,32,64", "--policies",
-        "recency,h2o", "--json", "--measure", "recall", "--loss", "0.3", "--gpu-memory", "1",
-    )  # fmt: skip
-    assert code == 0, err
-    found = json.loads(out)
-    assert found["advice"] and found["advice"][0]["requests"] >= found["advice"][0]["dense_requests"] > 0
-
     code, out, err = call("report", traces, "--out", tmp_path / "report")
     assert code == 0, err
     assert out.strip() == str(tmp_path / "report" / "attention.html")
@@ -117,30 +109,6 @@ def test_the_chain_on_the_built_in_model(call, tmp_path):
     rows = json.loads(out)["rows"]
     assert [row["policy"] for row in rows] == ["recency", "belady", "optimum"]
     assert 0 < rows[0]["recall"] <= rows[2]["recall"] <= 1 + 1e-6
-    code, out, err = call(
-        "advise", "--tasks", "reasoner/s/chain", "-n", 1, "--max-new-tokens", 60, "--out", traces, "--accuracy",
-        "--policies", "recency", "--decode-budgets", "16,64",
-    )  # fmt: skip
-    assert code == 0, err
-    assert "Smallest: recency with --decode-budget 64" in out and "Dense: 0/1" in out
-
-
-@pytest.mark.slow
-def test_advice_that_answers_must_follow(call, tmp_path):
-    """A window keeps most of what is read in three budgets; answers ask for a larger one than attention does."""
-    words = ("--tasks", "reasoner/s/chain", "-n", 1, "--out", tmp_path / "traces", "--policies", "recency",
-             "--measure", "recall", "--loss", "0.4", "--decode-budgets", "32,64,240", "--json")  # fmt: skip
-    code, out, err = call("advise", *words)
-    assert code == 0, err
-    by_attention = json.loads(out)["advice"]
-    assert [one["row"]["decode_budget"] for one in by_attention] == [32]
-    code, out, err = call("advise", *words, "--accuracy")
-    assert code == 0, err
-    found = json.loads(out)
-    assert found["accuracy"]["dense"]["share"] == 1 and found["accuracy"]["recency 32"]["share"] < 0.6
-    (one,) = found["advice"]
-    assert one["row"]["decode_budget"] > 32 and one["accuracy"]["share"] >= 0.6
-    assert f"recency {one['row']['decode_budget']}: " in err
 
 
 @pytest.mark.slow
@@ -171,7 +139,6 @@ def test_what_was_kept_against_answers(call, tmp_path):
         (("what-if", "gone", "--budgets", "6x"), "budgets='6x' must be numbers"),
         (("trace", "--tasks", "reasoner/s", "--page-size", "64"), "page_size=64"),
         (("trace", "--tasks", "nothing"), "task='nothing' is unknown"),
-        (("advise", "--tasks", "nothing"), "task='nothing' is unknown"),
     ],
 )
 def test_bad_input_is_named(call, tmp_path, monkeypatch, words, named):
@@ -189,10 +156,9 @@ def test_bad_input_is_named(call, tmp_path, monkeypatch, words, named):
         ("gaps = 3", "unknown setting 'gaps': did you mean 'gap'?"),
     ],
 )
-@pytest.mark.parametrize("command", [("what-if", "gone", "--budgets", "64"), ("advise",)])
-def test_a_bad_file_of_classes_is_named(call, tmp_path, command, text, named):
+def test_a_bad_file_of_classes_is_named(call, tmp_path, text, named):
     (tmp_path / "classes.toml").write_text(text)
-    code, out, err = call(*command, "--classes", tmp_path / "classes.toml")
+    code, out, err = call("what-if", "gone", "--budgets", "64", "--classes", tmp_path / "classes.toml")
     assert (code, out) == (2, "") and named in err
 
 

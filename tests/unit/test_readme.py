@@ -15,7 +15,7 @@ README = (Path(__file__).parents[2] / "README.md").read_text()
 COMMANDS = re.findall(r"^    \.venv/bin/longthink ([^#\n]+?) *(?:#.*)?$", README, re.MULTILINE)
 
 
-CHAIN = ("trace", "what-if", "advise", "report")
+CHAIN = ("trace", "what-if", "report")
 """Commands that follow each other, in one folder."""
 
 

@@ -32,7 +32,7 @@ LABORATORY = {
     "bench": ("bench:bench_app", "eval"),
     "trace": ("trace:trace", "analyze"),
     "what-if": ("whatif:what_if", "analyze"),
-    "advise": ("advise:advise", "analyze"),
+    "advise": ("advise:advise", "eval"),
     "report": ("report:report", "report"),
     "lm-eval": ("harness:lm_eval", "lm-eval"),
 }

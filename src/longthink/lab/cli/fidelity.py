@@ -51,8 +51,6 @@ class PolicyFlags(EvalPolicyFlags):
 @Parameter(name="*", group=Group("Run", sort_key=4))
 @dataclass(frozen=True, kw_only=True)
 class RunFlags:
-    reference: str = "recency"
-    """Policy that the others are compared with, text by text."""
     rows: int | None = None
     """Texts read side by side [default: 4]."""
     workers: int | None = None
@@ -65,12 +63,19 @@ class RunFlags:
     """Print one JSON document instead of the table."""
 
 
-_TEXTS, _POLICIES, _MODEL, _RUN = TextFlags(), PolicyFlags(), ModelFlags(), RunFlags()
+@Parameter(name="*", group=Group("Run", sort_key=4))
+@dataclass(frozen=True, kw_only=True)
+class ComparedRunFlags(RunFlags):
+    reference: str = "recency"
+    """Policy that the others are compared with, text by text."""
+
+
+_TEXTS, _POLICIES, _MODEL, _RUN = TextFlags(), PolicyFlags(), ModelFlags(), ComparedRunFlags()
 
 
 def fidelity(
     *, texts: TextFlags = _TEXTS, policies: PolicyFlags = _POLICIES, model: ModelFlags = _MODEL,
-    run: RunFlags = _RUN,
+    run: ComparedRunFlags = _RUN,
 ) -> int:  # fmt: skip
     """Measure how far predictions under a bounded cache are from those of the dense model.
 
@@ -88,7 +93,7 @@ def fidelity(
     # The texts first: if they cannot be read, no empty store must stay.
     chosen = plan.load_texts()
     sweep = FidelitySweep(plan, chosen, ResultStore(run.out.expanduser()), say=note)
-    code = carry_out(sweep, _watching(sweep), workers=run.workers, ray=run.ray)
+    code = carry_out(sweep, watching(sweep), workers=run.workers, ray=run.ray)
     if sweep.identity is not None:
         _show(sweep, run)
     note_outcome(sweep)
@@ -96,14 +101,14 @@ def fidelity(
 
 
 @contextmanager
-def _watching(sweep: FidelitySweep) -> Iterator[None]:
+def watching(sweep: FidelitySweep) -> Iterator[None]:
     total = len(sweep.texts) * len(sweep.plan.caches)
     with progress(f"reading with {sweep.plan.model}", total=total, unit="texts under a cache") as task:
         sweep.report = lambda sweep: task.advance_to(total - sweep.total.left)
         yield
 
 
-def _show(sweep: FidelitySweep, run: RunFlags) -> None:
+def _show(sweep: FidelitySweep, run: ComparedRunFlags) -> None:
     from longthink.lab.fidelity.summary import summarize
 
     rows = summarize(sweep.store, sweep.configs, reference=run.reference)

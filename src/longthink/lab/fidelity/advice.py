@@ -1,4 +1,4 @@
-"""Advice: the policies and smallest budgets that keep what a model reads within a given loss."""
+"""Advice: the policies and the smallest budgets under which a model predicts nearly as with a dense cache."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,12 +7,9 @@ from typing import Any
 import torch
 
 from longthink.cache.store import SlotStore
-from longthink.config import Budget, check_choice, check_range
-from longthink.lab.analyze.replays import CLAIRVOYANT, Mean
-from longthink.lab.analyze.store import Header
+from longthink.config import Budget, check_range
+from longthink.lab.fidelity.summary import Summary
 from longthink.policies import Policy, grows, make_policy
-
-MEASURES = ("lookups", "recall")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +26,15 @@ class Shape:
         return 2 * self.layers * self.kv_heads * self.head_dim * self.dtype.itemsize * tokens
 
 
-def shape_of(model: Any, headers: Sequence[Header]) -> Shape:
+def shape_of(model: Any, lengths: Sequence[tuple[int, int]]) -> Shape:
+    """Shape of a model, which may be without its weights, and of texts of these prompt and decoded tokens."""
+    config = model.config.get_text_config(decoder=True)
+    heads = config.num_attention_heads
     return Shape(
-        layers=headers[0].layers, kv_heads=headers[0].kv_heads, head_dim=headers[0].head_dim,
-        dtype=model.dtype, weights=sum(parameter.nbytes for parameter in model.parameters()),
-        prompt=round(sum(header.prompt_tokens for header in headers) / len(headers)),
-        tokens=max(len(header.token_ids) for header in headers),
+        layers=config.num_hidden_layers, kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads, dtype=model.dtype,
+        weights=sum(parameter.nbytes for parameter in model.parameters()),
+        prompt=round(sum(prompt for prompt, _ in lengths) / len(lengths)), tokens=max(map(sum, lengths)),
     )  # fmt: skip
 
 
@@ -42,8 +42,7 @@ def shape_of(model: Any, headers: Sequence[Header]) -> Shape:
 class Advice:
     """A policy at a budget, and its cost: bytes of one request, and requests that fit in memory at a time."""
 
-    row: Mean  # means of its replays
-    kept: float  # the measure among them that was asked for
+    row: Summary  # how near its predictions are
     kv_bytes: int
     metadata_bytes: int  # positions, stamps, bounds
     dense_kv_bytes: int  # everything kept, at the longest text
@@ -55,34 +54,35 @@ class Advice:
         return self.kv_bytes + self.metadata_bytes
 
 
-def advise(
-    rows: Sequence[Mean], shape: Shape, *, loss: float = 0.02, measure: str = "lookups", memory: int
-) -> list[Advice]:
-    """Return what loses at most a share `loss` of a measure in `memory` bytes, by memory, then by what is kept.
+def advise(rows: Sequence[Summary], shape: Shape, *, kl: float, memory: int) -> list[Advice]:
+    """Return what is at most `kl` nats per token from dense on all sources of text, by memory, then by KL.
 
-    Policies that grow with the text or know the future are left out, and so are budgets with no room for some prompt.
+    Policies that grow with the text are left out, and so are budgets at which nothing was scored: no text is longer,
+    or none has room. `memory` bytes hold the weights and the caches.
     """
-    check_range("loss", loss, 0.0, 1.0)
-    check_choice("measure", measure, MEASURES)
+    check_range("kl", kl, 0.0)
     check_range("memory", memory, 0)
     dense = shape.kv_bytes(shape.tokens)
     room = max(0, memory - shape.weights)
-    found = []
+    cells: dict[tuple[str, int | None, int | None], list[Summary]] = {}
     for row in rows:
-        kept = getattr(row, measure)
-        if row.policy in CLAIRVOYANT or kept is None or row.no_room or kept < 1 - loss:
+        cells.setdefault((row.policy, row.budget, row.decode_budget), []).append(row)
+    found = []
+    for (spec, total, behind), sources in cells.items():
+        policy, worst = (
+            make_policy(spec),
+            max(sources, key=lambda row: row.kl.mean if row.kl else float("inf")),
+        )
+        if grows(policy) or worst.kl is None or worst.kl.mean > kl:
             continue
-        if grows(policy := make_policy(row.policy)):
-            continue
-        budget = Budget(budget=row.budget, decode_budget=row.decode_budget)
-        kv_bytes, metadata_bytes = request_bytes(policy, budget, shape)
+        kv_bytes, metadata_bytes = request_bytes(policy, Budget(budget=total, decode_budget=behind), shape)
         found.append(
             Advice(
-                row=row, kept=kept, kv_bytes=kv_bytes, metadata_bytes=metadata_bytes, dense_kv_bytes=dense,
+                row=worst, kv_bytes=kv_bytes, metadata_bytes=metadata_bytes, dense_kv_bytes=dense,
                 requests=room // (kv_bytes + metadata_bytes), dense_requests=room // dense,
             )
         )  # fmt: skip
-    return sorted(found, key=lambda one: (one.bytes, -one.kept))
+    return sorted(found, key=lambda one: (one.bytes, one.row.kl.mean if one.row.kl else 0.0))
 
 
 def request_bytes(policy: Policy, budget: Budget, shape: Shape) -> tuple[int, int]:

@@ -5,8 +5,10 @@ import torch
 
 from longthink.config import Budget
 from longthink.hf import make_cache
-from longthink.lab.analyze.advice import Shape, advise, request_bytes
-from longthink.lab.analyze.replays import Mean, Replay, means
+from longthink.lab.fidelity.advice import Shape, advise, request_bytes, shape_of
+from longthink.lab.fidelity.summary import Summary
+from longthink.lab.results.statistics import Interval
+from longthink.models import load_empty, load_model
 from longthink.policies import make_policy
 from tests.models import build
 
@@ -14,19 +16,22 @@ SHAPE = Shape(layers=2, kv_heads=2, head_dim=8, dtype=torch.bfloat16, weights=10
 PER_TOKEN = 2 * 2 * 2 * 8 * 2
 
 
-def row(policy, budget, lookups, *, recall=0.9, no_room=0):
-    known = {"policy": policy, "budget": None, "decode_budget": budget, "page_size": 1}
-    return Mean(**known, problems=2, no_room=no_room, recall=recall, worst=0.5, lookups=lookups, evictions=1.0,
-                regrets=1.0)  # fmt: skip
+def row(policy, budget, kl, *, source="texts"):
+    near = None if kl is None else Interval(mean=kl, low=kl, high=kl)
+    return Summary(
+        source=source, policy=policy, budget=None, decode_budget=budget, texts=2, unscored=0, tokens=100,
+        long_tokens=0, loss=near, kl=near, differs=near, long_loss=None, long_kl=None, long_differs=None,
+        evicted=0.5, kv_bytes=1.0, dense_kv_bytes=2.0, versus={},
+    )  # fmt: skip
 
 
-def test_the_least_memory_within_the_loss_comes_first():
+def test_the_least_memory_near_enough_comes_first():
     rows = [
-        row("recency", 64, 0.99), row("recency", 32, 0.98), row("recency", 16, 0.97), row("raas", 20, 0.99),
-        row("fifo", 32, 0.995), row("quest", 16, 1.0), row("belady", 8, 1.0), row("optimum", 8, None),
-        row("random", 16, 1.0, no_room=1),
+        row("recency", 64, 0.01), row("recency", 32, 0.05), row("recency", 16, 0.06), row("raas", 20, 0.01),
+        row("fifo", 32, 0.005), row("quest", 16, 0.0), row("random", 16, None),
+        row("tova", 16, 0.01), row("tova", 16, 0.2, source="others"),
     ]  # fmt: skip
-    found = advise(rows, SHAPE, loss=0.02, memory=1000 + PER_TOKEN * 280)
+    found = advise(rows, SHAPE, kl=0.05, memory=1000 + PER_TOKEN * 280)
     # raas: the prompt takes 2 pages of 16 and 20 tokens take 2, so 64; recency: 20 + 32.
     assert [(one.row.policy, one.row.decode_budget) for one in found] == [
         ("recency", 32), ("fifo", 32), ("raas", 20), ("recency", 64)
@@ -63,7 +68,7 @@ def test_memory_of_a_published_shape():
     """Qwen2.5-7B: 28 layers, 4 KV heads of 128, bfloat16: 56 KiB for each token."""
     shape = Shape(layers=28, kv_heads=4, head_dim=128, dtype=torch.bfloat16, weights=15 * 2**30, prompt=500,
                   tokens=8500)  # fmt: skip
-    (one,) = advise([row("recency", 1012, 0.99)], shape, memory=24 * 2**30)
+    (one,) = advise([row("recency", 1012, 0.01)], shape, kl=0.05, memory=24 * 2**30)
     assert one.kv_bytes == 1512 * 56 * 1024
     assert one.dense_kv_bytes == 8500 * 56 * 1024
     assert 0 < one.metadata_bytes < 0.02 * one.kv_bytes
@@ -72,25 +77,24 @@ def test_memory_of_a_published_shape():
 
 
 def test_memory_never_exceeds_dense_and_no_room_is_none():
-    (one,) = advise([row("recency", 500, 1.0)], SHAPE, memory=10)
+    (one,) = advise([row("recency", 500, 0.0)], SHAPE, kl=0.05, memory=10)
     assert one.kv_bytes == one.dense_kv_bytes and (one.requests, one.dense_requests) == (0, 0)
-    assert advise([row("recency", 64, 0.5)], SHAPE, memory=10) == []
-    assert advise([row("recency", 64, 0.5, recall=0.99)], SHAPE, memory=10, measure="recall") != []
+    assert advise([row("recency", 64, 0.5)], SHAPE, kl=0.05, memory=10) == []
 
 
-@pytest.mark.parametrize("name, value", [("loss", 1.5), ("measure", "luck"), ("memory", -1)])
+def test_the_shape_of_a_model_needs_no_weights(tmp_path):
+    model = build("qwen2", num_hidden_layers=3)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    for dtype, size in (("auto", 4), ("bfloat16", 2)):
+        shape = shape_of(load_empty(str(tmp_path), dtype=dtype), [(10, 90), (15, 20)])
+        assert (shape.layers, shape.kv_heads, shape.tokens, shape.prompt) == (3, 2, 100, 12)
+        assert shape.weights == size * sum(weight.numel() for weight in model.parameters())
+        assert shape.dtype.itemsize == size
+    assert shape_of(load_empty(), [(1, 1)]).weights == sum(w.nbytes for w in load_model().model.parameters())
+
+
+@pytest.mark.parametrize("name, value", [("kl", -0.1), ("memory", -1)])
 def test_bad_input_is_named(name, value):
     with pytest.raises(ValueError, match=name):
-        advise([], SHAPE, **{"memory": 10} | {name: value})
-
-
-def test_means_leave_out_what_had_no_room():
-    def outcome(problem, recall, note=""):
-        return Replay(task="t", problem=problem, policy="recency", budget=64, decode_budget=None, recall=recall,
-                       worst=recall / 2, lookups=1.0, evictions=4, regrets=2, note=note)  # fmt: skip
-
-    (found,) = means([outcome("a", 0.8), outcome("b", 0.6), outcome("c", float("nan"), "no room")])
-    assert (found.problems, found.no_room) == (2, 1)
-    assert found.recall == pytest.approx(0.7) and found.worst == pytest.approx(0.35)
-    (none,) = means([outcome("c", float("nan"), "no room")])
-    assert (none.problems, none.recall, none.regrets) == (0, None, None)
+        advise([], SHAPE, **{"memory": 10, "kl": 0.1} | {name: value})
