@@ -36,7 +36,7 @@ BUILT_IN = (
 
 python_files = sorted(
     path
-    for folder in ("src", "lab", "bench", "tools", "tests", "scripts")
+    for folder in ("src", "lab", "bench", "tools", "tests", "scripts", "examples")
     for path in (ROOT / folder).rglob("*.py")
 )
 source_files = [path for path in python_files if SRC in path.parents]
@@ -44,7 +44,7 @@ lab_files = [path for path in source_files if SRC / "lab" in path.parents]
 wheels = {"longthink": sorted({*source_files} - {*lab_files}), "longthink-lab": lab_files}
 """The files of each distribution, which tests/test_wheels.py builds."""
 projects = {"longthink": ROOT / "pyproject.toml", "longthink-lab": ROOT / "lab" / "pyproject.toml"}
-outside_files = [path for path in python_files if {BENCH, ROOT / "tools"} & set(path.parents)]
+outside_files = [p for p in python_files if p.relative_to(ROOT).parts[0] in ("bench", "tools", "examples")]
 """What stands beside the package and not in the wheel."""
 
 
