@@ -150,16 +150,19 @@ class BoundedBuilder(AttentionMetadataBuilder):  # type: ignore[misc, unused-ign
             pages = max(min(int(host_B.max()) // page_size + 1, spec.max_pages(int(prompt_B.max()))), 2)
         prompt_B = prompt_B.to(now_B.device, torch.int64, non_blocking=True)
         first_B = (prompt_B + page_size - 1) // page_size
-        cap_B = first_B + spec.decode_blocks
-        count_B = torch.minimum(now_B // page_size + 1, cap_B)
         table_BX = batch.block_table_tensor[rows, : pages + spec.query_blocks].long()
-        block_BP, query_BE = self._split_table(table_BX, first_B, count_B, now_B >= prompt_B)
+        block_BP, query_BE = self._split_table(table_BX, first_B, now_B >= prompt_B)
+        cap_B = self._caps(block_BP, first_B)
+        count_B = torch.minimum(now_B // page_size + 1, cap_B)
+        # Padding rows go to the null block.
+        slot_P = torch.arange(block_BP.shape[1], device=block_BP.device)
+        block_BP = torch.where(slot_P < count_B[:, None], block_BP, 0)
         count_B, now_B = count_B.clamp(min=1), now_B.clamp(min=0)
         opens_B = host_B % page_size == 0
-        opening = None
+        opening, evicts = None, False
         if bool(opens_B.any()):
             opening = opens_B.nonzero()[:, 0].to(now_B.device, non_blocking=True)
-        evicts = int(host_B.max()) // page_size >= spec.max_pages(0)
+            evicts = self._evicts(host_B[opens_B], cap_B, opening)
         admitting = None
         assert self._decoder is not None
         if self._decoder.admits:
@@ -169,18 +172,34 @@ class BoundedBuilder(AttentionMetadataBuilder):  # type: ignore[misc, unused-ign
         decode_batch = DecodeBatch(block_BP, now_B, prompt_B, cap_B, count_B, query_BE)
         return _DecodeTokens(decode_batch, offsets, opening, evicts, admitting)
 
-    def _split_table(
-        self, table_BX: Tensor, first_B: Tensor, count_B: Tensor, decodes_B: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _split_table(self, table_BX: Tensor, first_B: Tensor, decodes_B: Tensor) -> tuple[Tensor, Tensor]:
         """Split block tables into pages and query blocks, which follow the `first_B` pages of the prompt."""
         queries, device = self.kv_cache_spec.query_blocks, table_BX.device
         slot_P = torch.arange(table_BX.shape[1] - queries, device=device)
         column_BP = slot_P + queries * (slot_P >= first_B[:, None])
-        # Padding rows, and the queries of prompt tokens processed on their own, go to the null block.
-        block_BP = torch.where(slot_P < count_B[:, None], table_BX.gather(1, column_BP), 0)
         column_BE = first_B[:, None] + torch.arange(queries, device=device)
         query_BE = table_BX.gather(1, column_BE.clamp(max=table_BX.shape[1] - 1))
-        return block_BP, torch.where(decodes_B[:, None], query_BE, 0)
+        # The queries of prompt tokens processed on their own go to the null block.
+        return table_BX.gather(1, column_BP), torch.where(decodes_B[:, None], query_BE, 0)
+
+    def _caps(self, block_BP: Tensor, first_B: Tensor) -> Tensor:
+        """Page slots that each request may fill: the server's budget, or less if the null block ends its table.
+
+        The table ends so once the request is full (`longthink.vllm.manager`). Before, what follows the request's
+        blocks is left from others, and the result is anything from the pages it has to what the server allows.
+        """
+        slot_P = torch.arange(block_BP.shape[1], device=block_BP.device)
+        ends_BP = (block_BP == 0) & (slot_P >= first_B[:, None])
+        most_B = first_B + self.kv_cache_spec.decode_blocks
+        return torch.minimum(torch.where(ends_BP, slot_P, most_B[:, None]).amin(1), most_B)
+
+    def _evicts(self, host_B: Tensor, cap_B: Tensor, opening: Tensor) -> bool:
+        """Whether any of the rows that open a page may be full."""
+        page_B = host_B // self._page_size
+        if self._static:
+            # The caps are on the device. No request is full with a page of its prompt and one more.
+            return int(page_B.max()) >= 2
+        return bool((page_B >= cap_B[opening]).any())
 
     def _split(self, metadata: BoundedMetadata, batch: Any, prompt_B: Tensor) -> _DecodeTokens | None:
         """Add prefill and replay to the metadata; return the tokens to decode."""
