@@ -273,6 +273,51 @@ def test_steps_on_a_gpu_have_one_shape_and_padding_rows_write_to_no_request(spec
     assert all(each == seen[0] for each in seen)
 
 
+@pytest.mark.parametrize("spec", ["raas", "milestone:alpha=0.1"])
+def test_a_step_that_goes_on_from_the_last_one_does_what_it_would_do_afresh(spec):
+    """Memory and outputs are the same, whatever happens to the batch in between."""
+    torch.manual_seed(0)
+    (going_on, names), (afresh, _) = (make_builder(spec, torch.device("cpu")) for _ in range(2))
+    for builder in (going_on, afresh):
+        builder._static, builder._decoder._buffers = False, None
+    table, prompts = (torch.randperm(BLOCKS - 1)[:36].view(3, 12) + 1).to(torch.int32), [5, 37, 12]
+    advanced, inner = [], going_on._decoder.advance
+    going_on._decoder.advance = lambda *arguments: advanced.append(now.tolist()) or inner(*arguments)
+    now = torch.tensor([0, 0, 0])
+    for step, expected in enumerate([0, 1, 1, 1, 0, 1, 1, 1, 0, 1, 1, 0, 1, 0, 0, 1, 0, 1]):
+        now = now + 1
+        if step == 0:
+            now = torch.tensor([82, 76, 82])  # the second row opens a page in step 4
+        elif step == 8:  # rows change places
+            now, table, prompts = now[[1, 0, 2]], table[[1, 0, 2]], [37, 5, 12]
+        elif step == 11:
+            table = table.clone()
+            table[2, 1] = 39
+        elif step == 13:
+            prompts = [37, 6, 12]
+        elif step == 14:
+            now = now + 16
+        elif step == 16:
+            now, table, prompts = now[:2], table[:2], prompts[:2]
+        before = len(advanced)
+        new = torch.randn(len(names), len(now), HEADS + 2 * KV_HEADS, DIM)
+        outs = []
+        for builder in (going_on, afresh):
+            afresh._last = None
+            metadata = builder.build(0, one_token_each(now + 1, prompts, table))
+            outs.append(torch.zeros(len(names), len(now), HEADS, DIM))
+            for layer, name in enumerate(names):
+                metadata.run(name, new[layer].split([HEADS, KV_HEADS, KV_HEADS], 1), outs[-1][layer])
+        assert len(advanced) - before == expected, step
+        assert torch.equal(*outs), step
+        assert torch.equal(*(all_bytes(builder._decoder.pool) for builder in (going_on, afresh))), step
+
+
+def all_bytes(pool):
+    storage = pool._first.untyped_storage()
+    return torch.empty(0, dtype=torch.int8).set_(storage, 0, (storage.nbytes(),), (1,))
+
+
 @pytest.mark.parametrize("static", [False, True])
 def test_a_request_is_full_where_the_null_block_ends_its_table(static):
     """Its own budget. What follows the blocks of a request that is not full is left from others."""

@@ -83,6 +83,25 @@ def _select(new: QKV, index: Tensor | slice) -> QKV:
     return query[index], key[index], value[index]
 
 
+class _LastStep(NamedTuple):
+    """A step that decoded one token of each request, to recognise the one after it, on a CPU."""
+
+    table_BX: Tensor
+    prompt_B: Tensor
+    tokens: _DecodeTokens
+    context: DecodeContext
+
+    def next(self, batch: Any, page_size: int) -> Tensor | None:
+        """Positions of the tokens if the same requests decode on in the same pages, else None."""
+        now_B = self.tokens.batch.now_B + 1
+        if len(now_B) != batch.num_reqs or bool((now_B % page_size == 0).any()):
+            return None
+        same = torch.equal(now_B, batch.seq_lens.long() - 1)
+        same = same and torch.equal(self.prompt_B, batch.rswa_prefix_lens[: batch.num_reqs])
+        table_BX = batch.block_table_tensor[: batch.num_reqs, : self.table_BX.shape[1]]
+        return now_B if same and torch.equal(self.table_BX, table_BX) else None
+
+
 class BoundedBuilder(AttentionMetadataBuilder):  # type: ignore[misc, unused-ignore]
     """Builds the metadata of each step; owns the pool and the decoder."""
 
@@ -94,6 +113,7 @@ class BoundedBuilder(AttentionMetadataBuilder):  # type: ignore[misc, unused-ign
         # On a GPU shapes and addresses stay the same, so that a step can be captured as a CUDA graph.
         self._static = device.type != "cpu"
         self._decoder: BlockDecoder | None = None
+        self._last: _LastStep | None = None
         self._layer_names = sorted(layer_names, key=compat.layer_index)
         self._layers = {name: index for index, name in enumerate(self._layer_names)}
 
@@ -128,14 +148,35 @@ class BoundedBuilder(AttentionMetadataBuilder):  # type: ignore[misc, unused-ign
         prompt_B = batch.rswa_prefix_lens[: batch.num_reqs]
         metadata = BoundedMetadata(self._decoder, self._layers)
         if batch.max_query_len == 1:
-            # One token each: nothing to split, and no wait for the device.
-            now_B, host_B = (x.long() - 1 for x in (batch.seq_lens, batch.seq_lens_cpu_upper_bound))
-            tokens: _DecodeTokens | None = self._tokens(batch, slice(None), now_B, host_B, prompt_B, None)
-        else:
-            tokens = self._split(metadata, batch, prompt_B)
-        if tokens is not None:
+            metadata.decode = self._decode_all(batch, prompt_B)
+            return metadata
+        self._last = None
+        if (tokens := self._split(metadata, batch, prompt_B)) is not None:
             metadata.decode = (tokens, tokens.begin(self._decoder))
         return metadata
+
+    def _decode_all(self, batch: Any, prompt_B: Tensor) -> tuple[_DecodeTokens, DecodeContext]:
+        """Begin a step of one token each: nothing to split, and no wait for the device.
+
+        Most steps on a CPU are like the last one, a token further in the same pages: then nothing is looked up again.
+        """
+        assert self._decoder is not None
+        last, self._last = self._last, None
+        if last is not None and (now_B := last.next(batch, self._page_size)) is not None:
+            tokens = last.tokens._replace(batch=last.tokens.batch._replace(now_B=now_B))
+            tokens = tokens._replace(opening=None, evicts=False, admitting=None)
+            context = self._decoder.advance(last.context, now_B)
+            self._last = last._replace(tokens=tokens, context=context)
+            return tokens, context
+        now_B, host_B = (x.long() - 1 for x in (batch.seq_lens, batch.seq_lens_cpu_upper_bound))
+        tokens = self._tokens(batch, slice(None), now_B, host_B, prompt_B, None)
+        context = tokens.begin(self._decoder)
+        # A step with a token of a prompt is none to go on from: the next may be the first that its policy observes.
+        if not self._static and bool(context.active_B.all()):
+            columns = tokens.batch.block_BP.shape[1] + self.kv_cache_spec.query_blocks
+            table_BX = batch.block_table_tensor[: batch.num_reqs, :columns].clone()
+            self._last = _LastStep(table_BX, prompt_B.clone(), tokens, context)
+        return tokens, context
 
     def _tokens(
         self, batch: Any, rows: Any, now_B: Tensor, host_B: Tensor, prompt_B: Tensor, offsets: Tensor | None
