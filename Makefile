@@ -58,6 +58,8 @@ format: ready ## Put the code in its one format, fix what can be fixed
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
+# Dated by the commit, so that the same commit gives the same bytes anywhere.
+build: export SOURCE_DATE_EPOCH = $(shell git log -1 --format=%ct 2>/dev/null || echo 1580601600)
 build: ready ## Build the two wheels and the sdist into dist/ and check what is inside
 	rm -rf dist
 	$(BIN)/hatchling build -t sdist -t wheel
