@@ -16,7 +16,11 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE GOMP_SPI
   HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONFAULTHANDLER=1 LONGTHINK_EXAMPLES=$(EXAMPLES)
 
 .DEFAULT_GOAL := help
+<<<<<<< HEAD
 .PHONY: help setup ready ready-demo demo test test-fast test-vllm test-vllm-matrix gpu-check lint format build clean
+=======
+.PHONY: help setup ready ready-demo demo test test-fast test-vllm gpu-check lint format build site clean
+>>>>>>> release
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -68,11 +72,23 @@ format: ready ## Put the code in its one format, fix what can be fixed
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
+# Dated by the commit, so that the same commit gives the same bytes anywhere.
+build: export SOURCE_DATE_EPOCH = $(shell git log -1 --format=%ct 2>/dev/null || echo 1580601600)
 build: ready ## Build the two wheels and the sdist into dist/ and check what is inside
 	rm -rf dist
 	$(BIN)/hatchling build -t sdist -t wheel
 	cd lab && $(abspath $(BIN))/hatchling build -t wheel -d ../dist
 	$(BIN)/python scripts/check_dist.py dist
+
+# A report of real models and an attention page stand in it, as examples.
+site: ready ## Build the documentation site into build/site, with every link checked (half a minute)
+	rm -rf build/site build/reports build/traces && mkdir -p build/reports
+	$(BIN)/longthink report benchmarks/real-models --out build/report
+	$(BIN)/longthink trace --tasks reasoner/s/chain -n 1 --with-vectors --top 0 --out build/traces
+	$(BIN)/longthink report build/traces --out build/report
+	mv build/report/report.html build/reports/real-models.html
+	mv build/report/attention.html build/reports/attention.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 clean: ## Remove what the tools left (not .venv)
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

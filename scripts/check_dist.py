@@ -50,7 +50,10 @@ def sdist_faults(names):
     wanted = (
         "pyproject.toml",
         "LICENSE",
+        "CITATION.cff",
+        "SECURITY.md",
         "constraints.txt",
+        "examples/one_line.py",
         "lab/LICENSE",
         "lab/hatch_build.py",
         "lab/pyproject.toml",

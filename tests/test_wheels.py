@@ -3,10 +3,12 @@
 They are unpacked into folders of a test and put on the path of an interpreter that has what they depend on.
 """
 
+import hashlib
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from email.parser import HeaderParser
 from pathlib import Path
@@ -24,12 +26,7 @@ CHECK = ROOT / "scripts" / "check_dist.py"
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory):
     """Folder with both wheels and the sdist."""
-    folder = tmp_path_factory.mktemp("dist")
-    for place, targets in ((ROOT, ("sdist", "wheel")), (ROOT / "lab", ("wheel",))):
-        words = [word for target in targets for word in ("-t", target)]
-        command = [sys.executable, "-m", "hatchling", "build", *words, "-d", str(folder)]
-        subprocess.run(command, cwd=place, check=True, capture_output=True)
-    return folder
+    return built(ROOT, tmp_path_factory.mktemp("dist"))
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +58,15 @@ def install(tmp_path):
     return unpack
 
 
+def built(checkout, folder):
+    """Build both wheels and the sdist of a checkout into a folder."""
+    for place, targets in ((checkout, ("sdist", "wheel")), (checkout / "lab", ("wheel",))):
+        words = [word for target in targets for word in ("-t", target)]
+        command = [sys.executable, "-m", "hatchling", "build", *words, "-d", str(folder)]
+        subprocess.run(command, cwd=place, check=True, capture_output=True)
+    return folder
+
+
 def checked(folder):
     return subprocess.run([sys.executable, str(CHECK), str(folder)], capture_output=True, text=True)
 
@@ -72,6 +78,24 @@ def test_together_they_hold_the_tree_and_no_file_twice(dist, wheels):
     modules = {str(path.relative_to(ROOT / "src")) for path in (ROOT / "src").rglob("*.py")}
     assert {name for name in core | lab if name.endswith(".py")} == modules
     assert core & lab == set()
+
+
+def test_the_same_tree_gives_the_same_bytes(dist, tmp_path):
+    """From the unpacked sdist, elsewhere, later and with another umask: as an index's user would check it."""
+    (sdist,) = dist.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path / "tree", filter="data")
+    (tree,) = (tmp_path / "tree").iterdir()
+    for path in tree.rglob("*.py"):
+        path.chmod(0o600)
+        os.utime(path, (1e9, 1e9))
+    again = built(tree, tmp_path / "again")
+    hashes = [
+        {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+        for folder in (dist, again)
+    ]
+    assert hashes[0] == hashes[1]
+    assert len(hashes[0]) == 3
 
 
 @pytest.mark.parametrize(
