@@ -1,8 +1,8 @@
 """Page slots of one layer: the only memory for keys and values.
 
 Shape suffixes: B batch rows, K KV heads (1 in tables that a whole layer shares), P page slots, T tokens in a page,
-S = P * T token slots, D head dim (keys and values may differ in it), Q columns of a prompt block, M tokens moved, R pages read, N first token slots, or
-numbers in a row.
+S = P * T token slots, D head dim (keys and values may differ in it), Q columns of a prompt block, M tokens moved,
+R pages read, N first token slots, or numbers in a row.
 """
 
 from __future__ import annotations

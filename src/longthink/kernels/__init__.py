@@ -25,8 +25,8 @@ from longthink.kernels.reference import (
 )
 
 __all__ = [
-    "PLAIN", "At", "Index", "LogitRule", "PagedKV", "append", "block_attention", "bound_scores", "column_mass", "decode_attention",
-    "empty", "entries", "logical_pages", "lowest", "move_tokens", "page_mass", "paged_attention",
+    "PLAIN", "At", "Index", "LogitRule", "PagedKV", "append", "block_attention", "bound_scores", "column_mass",
+    "decode_attention", "empty", "entries", "logical_pages", "lowest", "move_tokens", "page_mass", "paged_attention",
     "runs_triton", "top_fraction", "top_pages", "widen",
 ]  # fmt: skip
 

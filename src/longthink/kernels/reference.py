@@ -79,13 +79,17 @@ def _block_attention_by_weights(
     """`block_attention` where SDPA does not know the rule: in slices, so memory is linear in the keys."""
     columns = query_BHQD.shape[2]
     if mask_BKQN is None:
-        mask_BKQN = torch.ones(columns, columns, dtype=torch.bool, device=query_BHQD.device).tril()[None, None]
+        mask_BKQN = torch.ones(columns, columns, dtype=torch.bool, device=query_BHQD.device).tril()[
+            None, None
+        ]
     query_BKGQD = query_BHQD.unflatten(1, (key_BKND.shape[1], -1))
     out = []
     for start in range(0, columns, _QUERIES_AT_ONCE):
         part = slice(start, start + _QUERIES_AT_ONCE)
         query, mask = query_BKGQD[:, :, :, part], mask_BKQN[:, :, None, part]
-        attended, _ = weighted_attention(query, key_BKND[:, :, None], value_BKND[:, :, None], mask, scaling, rule)
+        attended, _ = weighted_attention(
+            query, key_BKND[:, :, None], value_BKND[:, :, None], mask, scaling, rule
+        )
         out.append(attended)
     return torch.cat(out, 3).flatten(1, 2)
 
