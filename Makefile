@@ -16,11 +16,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE GOMP_SPI
   HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONFAULTHANDLER=1 LONGTHINK_EXAMPLES=$(EXAMPLES)
 
 .DEFAULT_GOAL := help
-<<<<<<< HEAD
-.PHONY: help setup ready ready-demo demo test test-fast test-vllm test-vllm-matrix gpu-check lint format build clean
-=======
-.PHONY: help setup ready ready-demo demo test test-fast test-vllm gpu-check lint format build site clean
->>>>>>> release
+.PHONY: help setup ready ready-demo demo test test-fast test-vllm test-vllm-matrix gpu-check lint format build site clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
