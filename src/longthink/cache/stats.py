@@ -10,6 +10,7 @@ from torch import Tensor
 from longthink.cache.prompt import ChunkedPrompt
 from longthink.cache.rows import RowCounts
 from longthink.cache.store import SlotStore
+from longthink.config import KvBits
 from longthink.policies import Policy, grows
 
 
@@ -17,6 +18,7 @@ class CacheStats:
     """Read-only statistics of a `LayerCache`."""
 
     policy: Policy
+    kv_bits: KvBits | None = None
     _store: SlotStore | None
     _chunks: ChunkedPrompt | None
     rows: RowCounts
@@ -58,6 +60,12 @@ class CacheStats:
     def row_dense_kv_bytes(self, row: int) -> int:
         """Bytes that a dense cache would take for keys and values of a row."""
         return 2 * self.rows.lengths[row] * self.store.keys_BKSD[0, :, 0].nbytes
+
+    def row_held_kv_bytes(self, row: int) -> int:
+        """Bytes of keys and values of the tokens that a row holds."""
+        resident_KS = self.store.table.resident_BKS[row]
+        shared = self.store.keys_BKSD.shape[1] // len(resident_KS)
+        return 2 * int(resident_KS.sum()) * shared * self.store.keys_BKSD[0, 0, 0].nbytes
 
     def row_evicted(self, row: int) -> int:
         """Evicted tokens of a row, summed over KV heads."""

@@ -18,12 +18,13 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from longthink.accelerators import fused_steps
-from longthink.cache import FusedStep, LayerCache
-from longthink.config import DEFAULT_POLICY, KV_DTYPES, Budget, check_choice, check_int
+from longthink.cache import FusedStep, LayerCache, TieredCache, with_pages
+from longthink.config import DEFAULT_POLICY, KV_DTYPES, Budget, KvBits, check_choice, check_int
 from longthink.errors import BudgetError, CacheStateError, UnsupportedFeatureError, UnsupportedModelError
 from longthink.hf.binding import ModelBinding, outside_inference
 from longthink.hf.columns import Columns
 from longthink.hf.contents import CacheContents
+from longthink.hf.fingerprint import head_dim
 from longthink.hf.layer import PagedLayer
 from longthink.hf.query_stats import calibrated_means
 from longthink.hf.rotation import rotations
@@ -58,15 +59,16 @@ class PagedCache(CacheContents, Cache):
         batch_size: int | None = None,
         kv_dtype: str | None = None,
         fused: Mapping[type[Policy], type[FusedStep]] | None = None,
+        kv_bits: KvBits | None = None,
     ) -> None:
-        self.policy = policy
+        self.policy = policy = policy if kv_bits is None else with_pages(policy, kv_bits)
+        self.kv_bits = kv_bits
         self._fused = fused_steps(model.device) if fused is None else fused
         self.kv_dtype = kv_dtype
         self.budget = budget
         self.required_rows = batch_size
         self.binding = ModelBinding(model, text_limit(model))
         count = model.config.get_text_config(decoder=True).num_hidden_layers
-        dtype = None if kv_dtype is None else getattr(torch, kv_dtype)
         policies = [policy.for_layer(i) for i in range(count)]
         rotated = [
             i
@@ -76,14 +78,7 @@ class PagedCache(CacheContents, Cache):
         rotation = rotations(model, rotated) if rotated else {}
         means = calibrated_means(model, policies)
         slots = [
-            LayerCache(
-                own,
-                budget,
-                rotation=rotation.get(i),
-                query_means_N=means.get(i),
-                kv_dtype=dtype,
-                fused=self._fused,
-            )
+            self._new_layer(own, rotation=rotation.get(i), query_means_N=means.get(i))
             for i, own in enumerate(policies)
         ]
         if needs_budget(policy) and not any(needs_budget(layer.policy) for layer in slots):
@@ -94,6 +89,16 @@ class PagedCache(CacheContents, Cache):
         self._text = Columns(slots)
         super().__init__(layers=[PagedLayer(layer, self.binding, self._text) for layer in slots])
         self.open()
+
+    def _new_layer(self, policy: Policy, **known: Any) -> LayerCache:
+        model = self.binding.model
+        dtype = None if self.kv_dtype is None else getattr(torch, self.kv_dtype)
+        if self.kv_bits is None:
+            return LayerCache(policy, self.budget, kv_dtype=dtype, fused=self._fused, **known)
+        return TieredCache(
+            policy, self.budget, kv_dtype=dtype, kv_bits=self.kv_bits, head_dim=head_dim(model),
+            dtype=dtype or model.dtype, **known,
+        )  # fmt: skip
 
     # Opening and closing ------------------------------------------------------------------------------------
 
@@ -294,8 +299,9 @@ class PagedCache(CacheContents, Cache):
     def fresh(self) -> PagedCache:
         """Return an empty cache for the same model, with the same policy, budget and format."""
         return PagedCache(
-            self.binding.model, self.policy, self.budget, kv_dtype=self.kv_dtype, fused=self._fused
-        )
+            self.binding.model, self.policy, self.budget, kv_dtype=self.kv_dtype, fused=self._fused,
+            kv_bits=self.kv_bits,
+        )  # fmt: skip
 
     @outside_inference
     def adopt(self, row: int, other: PagedCache) -> None:
@@ -303,7 +309,7 @@ class PagedCache(CacheContents, Cache):
 
         Rows may then have seen different numbers of tokens, so the model needs `position_ids`.
         """
-        if (other.policy, other.budget, other.kv_dtype) != (self.policy, self.budget, self.kv_dtype):
+        if other.settings != self.settings:
             raise CacheStateError("adopt needs a cache of the same policy and budget, in the same format")
         self._text.forget()
         for layer, theirs in zip(self.layers, other.layers, strict=True):
@@ -337,6 +343,7 @@ def make_cache(
     decode_budget: int | None = None,
     batch_size: int | None = None,
     kv_dtype: str | None = None,
+    kv_bits: KvBits | int | str | None = None,
 ) -> PagedCache:
     """Create a cache for ``model.generate(..., past_key_values=cache)``, for any number of turns.
 
@@ -358,6 +365,9 @@ def make_cache(
     kv_dtype
         Format that keys and values are stored in: ``bfloat16``, ``float16`` or ``float32``; None for the model's own.
         16 bits halve the bytes for a float32 model; whether they save time depends on the processor.
+    kv_bits
+        Bits at which pages are stored that have left a window of recent tokens: 8, 4, 3 or 2, or keys / values such
+        as ``"4/2"``; None stores all in full. The same bytes then hold more tokens: ``docs/precision.md``.
 
     Raises
     ------
@@ -375,4 +385,6 @@ def make_cache(
         check_choice("kv_dtype", kv_dtype, KV_DTYPES)
     check_model(model)
     self_check(model, lambda: PagedCache(model, Dense(), None))
-    return PagedCache(model, policy, policy_budget(policy, budget, decode_budget), batch_size, kv_dtype)
+    bits = KvBits.parse(kv_bits)
+    bound = policy_budget(policy, budget, decode_budget)
+    return PagedCache(model, policy, bound, batch_size, kv_dtype, kv_bits=bits)

@@ -128,7 +128,8 @@ class _Layer(ViewLayer):
             function(self.slots, block, *args)
             return
         query, key, _ = block
-        shape = (len(query), query.shape[1], *key.shape[1::2], query.dtype, self.slots.kv_dtype, query.device)
+        shape = (len(query), query.shape[1], *key.shape[1::2], query.dtype, self.slots.kv_dtype, self.slots.kv_bits,
+                 query.device)  # fmt: skip
         program = _programs.get(known := (function, self.slots.policy, shape))
         if program is None:
             program = _programs[known] = compile_isolated(function)

@@ -46,6 +46,8 @@ class PageTable:
         Pages that hold a token of any turn's prompt, int8; None where there can be one turn only (vLLM).
     query_means_BN, key_rotation
         Read them as `query_stats_BH3F` and `rotation`; None where not declared.
+    unpack
+        What `keys_BKSD` and `values_BKSD` call where pages are at few bits.
     state
         The policy's own tensors, from `Policy.init_state`. Dimension 2 counts page slots or token slots. The cache
         zeroes an entry when its page is opened, moves token entries with their tokens, and selects rows along
@@ -64,6 +66,7 @@ class PageTable:
     user_BKP: Tensor | None = None
     query_means_BN: Tensor | None = None
     key_rotation: Rotation | None = None
+    unpack: Callable[[], tuple[Tensor, Tensor]] | None = None
 
     @property
     def page_BKP(self) -> Tensor:
@@ -124,6 +127,8 @@ class PageTable:
         return self.key_rotation
 
     def _vectors(self) -> tuple[Tensor, Tensor]:
+        if self.unpack is not None:
+            return self.unpack()
         if self.vectors is None:
             raise UndeclaredNeedError("vectors", "keys and values")
         return self.vectors
@@ -339,6 +344,15 @@ class SavesTokens(Protocol):
 
     def moves(self, table: PageTable, slot_BK: Tensor, full_BK: Tensor) -> Moves | None:
         """Tokens to save from the page slots about to be overwritten (where `full_BK`); None for none."""
+        ...
+
+
+@runtime_checkable
+class RanksPages(Protocol):
+    """A policy that saves tokens, and can also rank whole pages: those of a cache at few bits, which do not move."""
+
+    def page_worth(self, table: PageTable) -> Tensor:
+        """Worth of each page, BKP, in place of `Policy.worth`; protected are the pages of a pinned prompt alone."""
         ...
 
 
