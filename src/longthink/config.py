@@ -12,6 +12,13 @@ DEFAULT_POLICY = "recall"
 KV_DTYPES = ("bfloat16", "float16", "float32")
 """Dtypes for keys and values, if not that of the model."""
 
+PACKED_BITS = (8, 4, 3, 2)
+"""Bits of a packed number of keys or values."""
+
+_KV_BITS_FORMS = (
+    "give 8, 4, 3 or 2, keys/values such as 4/2, or with options such as 4/2:window=128:prompt=packed"
+)
+
 
 def brief_repr(value: Any) -> str:
     """``repr`` of a value for a message, or its type if that is long."""
@@ -108,3 +115,74 @@ class Budget:
         if self.budget is not None:
             return f"budget={self.budget}"
         return f"decode_budget={self.decode_budget}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class KvBits:
+    """At how many bits a cache stores the pages that have left its window of recent tokens.
+
+    Parameters
+    ----------
+    keys, values
+        Bits of a number of the keys and of the values: 8, 4, 3 or 2.
+    window
+        Recent tokens in the model's format, a multiple of `page`.
+    page
+        Tokens in a page, which are packed together: 16 or 32. A channel of its keys has one step and minimum.
+    prompt
+        ``full``: the prompt's pages stay in the model's format, where the policy never evicts them. ``packed``: they
+        are packed as all others are.
+    """
+
+    keys: int
+    values: int
+    window: int = 64
+    page: int = 32
+    prompt: str = "full"
+
+    def __post_init__(self) -> None:
+        check_choice("kv_bits: keys", self.keys, PACKED_BITS)
+        check_choice("kv_bits: values", self.values, PACKED_BITS)
+        check_choice("kv_bits: page", self.page, (16, 32))
+        check_int("kv_bits: window", self.window, self.page)
+        if self.window % self.page:
+            raise ValueError(f"kv_bits: window={self.window} must be a multiple of page={self.page}")
+        check_choice("kv_bits: prompt", self.prompt, ("full", "packed"))
+
+    def __str__(self) -> str:
+        bits = f"{self.keys}" if self.keys == self.values else f"{self.keys}/{self.values}"
+        options = {"window": self.window, "page": self.page, "prompt": self.prompt}
+        defaults = KvBits(keys=self.keys, values=self.values)
+        changed = [f"{name}={x}" for name, x in options.items() if x != getattr(defaults, name)]
+        return ":".join([bits, *changed])
+
+    @classmethod
+    def parse(cls, value: KvBits | int | str | None) -> KvBits | None:
+        """Read ``4``, ``"4/2"`` (keys / values) or ``"4/2:window=128:prompt=packed"``; None is the model's format.
+
+        Raises
+        ------
+        ValueError
+            If it is none of these, or an option is out of range.
+        """
+        if value is None or isinstance(value, KvBits):
+            return value
+        if isinstance(value, bool) or not isinstance(value, int | str):
+            raise ValueError(f"kv_bits={brief_repr(value)} is not a number of bits: {_KV_BITS_FORMS}")
+        bits, *pairs = str(value).split(":")
+        numbers = bits.split("/")
+        options: dict[str, Any] = dict(pair.partition("=")[::2] for pair in pairs)
+        fits = len(numbers) <= 2 and all(n.isascii() and n.isdigit() for n in numbers)
+        if not fits or len(options) < len(pairs) or not options.keys() <= {"window", "page", "prompt"}:
+            raise ValueError(f"kv_bits={brief_repr(value)} cannot be read: {_KV_BITS_FORMS}")
+        for name in ("window", "page"):
+            if name in options:
+                text = options[name]
+                options[name] = int(text) if text.isascii() and text.isdigit() else text
+        return cls(keys=int(numbers[0]), values=int(numbers[-1]), **options)
+
+    @classmethod
+    def shortest(cls, value: KvBits | int | str | None) -> str | None:
+        """The shortest text for what `parse` reads."""
+        found = cls.parse(value)
+        return None if found is None else str(found)

@@ -2,6 +2,7 @@
 
 from longthink.cache.layer import LayerCache
 from longthink.cache.step import QKV, FusedStep
+from longthink.cache.tiered_layer import TieredCache, with_pages
 from longthink.kernels.rotation import Rotation
 
-__all__ = ["QKV", "FusedStep", "LayerCache", "Rotation"]
+__all__ = ["QKV", "FusedStep", "LayerCache", "Rotation", "TieredCache", "with_pages"]

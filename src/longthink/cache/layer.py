@@ -59,6 +59,7 @@ class LayerCache(CacheStats):
 
     _read: Read = staticmethod(read_slots)
     _rule: LogitRule = kernels.PLAIN
+    _reads_blocks = True  # whether a later turn may be read as one block
 
     def __init__(
         self,
@@ -215,7 +216,7 @@ class LayerCache(CacheStats):
             self._store.rule = rule
         block = query_BHQD, key_BKQD, value_BKQD
         by_user = columns > 1 or self._announced > 0
-        if self._store is None or (by_user and grows(self.policy)):
+        if self._store is None or (by_user and grows(self.policy) and self._reads_blocks):
             out_BHQD = self._prefill(block, valid_BQ, scaling)
         elif by_user:
             out_BHQD = self._read_turn(block, valid_BQ, scaling)
@@ -234,10 +235,9 @@ class LayerCache(CacheStats):
         needed, starts = self.rows.slots_needed(counts), self.rows.lengths
         self.rows.add_prompt(counts, caps)
         self.later_turns = True
-        self.store.reserve(max(caps))
-        self.store.set_caps(caps)
+        self._make_room(*block[1:])
         self.refresh_compile_marks()
-        if all(pages <= cap for pages, cap in zip(needed, caps, strict=True)):
+        if self._reads_blocks and all(pages <= cap for pages, cap in zip(needed, caps, strict=True)):
             out_BHQD = read_turn(self.policy, self.store, block, valid_BQ, starts, scaling)
             self.store.mark_prompt(starts)
             return out_BHQD
@@ -310,25 +310,25 @@ class LayerCache(CacheStats):
         return out_BHQD
 
     def _admit(
-        self,
-        key_BKQD: Tensor,
-        value_BKQD: Tensor,
-        position_BQ: Tensor,
-        counts: list[int],
-        caps: list[int],
+        self, key_BKQD: Tensor, value_BKQD: Tensor, position_BQ: Tensor, counts: list[int], caps: list[int],
         mass_BKN: Tensor | None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Write the prompt to the slots."""
         starts = self.rows.lengths or [0] * len(counts)
         self.rows.add_prompt(counts, caps)
+        self._make_room(key_BKQD, value_BKQD)
+        write_prompt(self.policy, self.store, (key_BKQD, value_BKQD), position_BQ, starts, mass_BKN)
+        self.store.keep_shifted(self.policy, self.rotation)
+
+    def _make_room(self, key_BKQD: Tensor, value_BKQD: Tensor) -> None:
+        """Allocate the slots that the rows need."""
+        caps = self.rows.caps
         pages = -(-max(self.rows.lengths) // self.policy.page_size) if grows(self.policy) else max(caps)
         if self._store is None:
             form = self.kv_dtype, value_BKQD.shape[3], self._rule
             self._store = SlotStore(self.policy, key_BKQD, caps, pages, *form)
         self._store.reserve(pages)
         self._store.set_caps(caps)
-        write_prompt(self.policy, self._store, (key_BKQD, value_BKQD), position_BQ, starts, mass_BKN)
-        self._store.keep_shifted(self.policy, self.rotation)
 
     # Decode -------------------------------------------------------------------------------------------------
 

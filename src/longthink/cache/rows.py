@@ -119,7 +119,7 @@ class RowCounts:
         BudgetError
             If a prompt does not fit.
         """
-        return page_caps(self._policy, self._budget, lengths)
+        return self.page_caps(lengths)
 
     def later_caps(self, counts: list[int]) -> list[int]:
         """Caps when so many tokens of a later turn are added.
@@ -134,7 +134,11 @@ class RowCounts:
                 [length + count for length, count in zip(self.lengths, counts, strict=True)]
             )
         prompts = [pages.count * self._policy.page_size for pages in self._prompts_with(counts)]
-        return page_caps(self._policy, self._budget, prompts, turns=True)
+        return self.page_caps(prompts, turns=True)
+
+    def page_caps(self, lengths: list[int], *, turns: bool = False) -> list[int]:
+        """`page_caps` under this policy and budget."""
+        return page_caps(self._policy, self._budget, lengths, turns=turns)
 
     def check_room(self, lengths: list[int] | None, counts: list[int] | None, columns: int) -> None:
         """Raise `BudgetError` if prompts of so many tokens do not fit once the rows are rewound to these lengths."""

@@ -8,6 +8,7 @@ Shape suffixes: B batch rows, K KV heads, P page slots, S token slots, D head di
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,9 @@ from torch import Tensor
 from longthink.cache.layer import LayerCache
 from longthink.cache.rows import PromptPages, RowCounts
 from longthink.cache.store import SlotStore
-from longthink.errors import CacheFileError
+from longthink.cache.tiered_layer import TieredRows
+from longthink.cache.tiered_store import TieredStore
+from longthink.errors import BudgetError, CacheFileError
 from longthink.kernels.reference import wide_dtype
 from longthink.policies import grows, needs_budget
 
@@ -68,16 +71,10 @@ def restore_layer(
     if keys is None or keys.ndim != 4 or keys.shape[2] % page_size:
         found = "none" if keys is None else f"shape {tuple(keys.shape)}"
         raise CacheFileError(f"keys_BKSD: found {found}, expected whole pages of {page_size} tokens")
-    pages = keys.shape[2] // page_size
-    if grows(layer.policy):
-        needed = -(-max(rows.lengths) // page_size)
-    else:
-        needed = max(rows.caps)
-    _require(pages >= needed, f"keys_BKSD has {pages} page slots, expected at least {needed}")
     none = torch.empty(
         len(rows.lengths), shape.kv_heads, 0, shape.head_dim, dtype=shape.dtype, device=shape.device
     )
-    store = SlotStore(layer.policy, none, rows.caps, pages, shape.dtype)
+    store = _empty_store(layer, rows, tensors, none)
     store.keep_shifted(layer.policy, layer.rotation)
     if "query_stats" in layer.policy.needs:
         means = tensors.get("query_means_BN")
@@ -93,6 +90,26 @@ def restore_layer(
     _fill(store, tensors)
     _check(store, rows)
     layer._store, layer.rows, layer.later_turns = store, rows, counts["later_turns"]
+
+
+def _empty_store(
+    layer: LayerCache, rows: RowCounts, tensors: Mapping[str, Tensor], none_BKSD: Tensor
+) -> SlotStore:
+    """Slots as many as the tensors have, if they are enough for the rows."""
+    page_size = layer.policy.page_size
+    pages = tensors["keys_BKSD"].shape[2] // page_size
+    if isinstance(rows, TieredRows):
+        assert layer.kv_bits is not None
+        codes = tensors.get("key_codes_BKPRD")
+        packed = codes.shape[2] if codes is not None and codes.ndim > 2 else 0
+        for name, found, needed in zip(
+            ("keys_BKSD", "key_codes_BKPRD"), (pages, packed), rows.needed, strict=True
+        ):
+            _require(found >= needed, f"{name} has {found} page slots, expected at least {needed}")
+        return TieredStore(layer.policy, none_BKSD, rows.caps, pages, packed, layer.kv_bits, none_BKSD.dtype)
+    needed = -(-max(rows.lengths) // page_size) if grows(layer.policy) else max(rows.caps)
+    _require(pages >= needed, f"keys_BKSD has {pages} page slots, expected at least {needed}")
+    return SlotStore(layer.policy, none_BKSD, rows.caps, pages, none_BKSD.dtype)
 
 
 def _require(fits: bool, fault: str) -> None:
@@ -128,11 +145,14 @@ def _rows(layer: LayerCache, counts: Mapping[str, Any]) -> RowCounts:
         )
         count = sum(end - first for first, end in ranges)
         if budget is not None and needs_budget(layer.policy):
-            least = budget.pages(count * page_size, page_size)
+            try:
+                (least,) = layer.rows.page_caps([count * page_size])
+            except BudgetError as error:
+                raise CacheFileError(f"cap={cap} pages for {count} prompt pages: {error}") from error
             # Dropping the end of a text takes its prompt pages, but no slots.
-            fits = cap == least if budget.budget is not None else cap >= least
-            _require(fits, f"cap={cap} pages, expected {least} for {count} prompt pages and {budget}")
-    rows = RowCounts(layer.policy, budget)
+            fits = cap >= least if budget.budget is None else cap == least or (layer.kv_bits and cap < least)
+            _require(bool(fits), f"cap={cap} pages, expected {least} for {count} prompt pages and {budget}")
+    rows = copy(layer.rows)
     rows.lengths, rows.caps = list(lengths), list(caps)
     rows.spread = list(spread)
     rows.prompts = [PromptPages(tuple((first, end) for first, end in ranges)) for ranges in prompts]

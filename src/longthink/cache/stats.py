@@ -11,6 +11,7 @@ from torch import Tensor
 from longthink.cache.prompt import ChunkedPrompt
 from longthink.cache.rows import RowCounts
 from longthink.cache.store import SlotStore
+from longthink.config import KvBits
 from longthink.policies import Policy, grows
 
 
@@ -18,6 +19,7 @@ class CacheStats:
     """Read-only statistics of a `LayerCache`."""
 
     policy: Policy
+    kv_bits: KvBits | None = None
     _store: SlotStore | None
     _chunks: ChunkedPrompt | None
     rows: RowCounts
@@ -73,6 +75,13 @@ class CacheStats:
         keys, values = self.store.keys_BKSD[0, :, 0], self.store.values_BKSD[0, :, 0]
         numbers = self.dense_numbers or keys.numel() + values.numel()
         return self.rows.lengths[row] * numbers * keys.itemsize
+
+    def row_held_kv_bytes(self, row: int) -> int:
+        """Bytes of keys and values of the tokens that a row holds."""
+        resident_KS = self.store.table.resident_BKS[row]
+        shared = self.store.keys_BKSD.shape[1] // len(resident_KS)
+        both = self.store.keys_BKSD[0, 0, 0].nbytes + self.store.values_BKSD[0, 0, 0].nbytes
+        return int(resident_KS.sum()) * shared * both
 
     def row_evicted(self, row: int) -> int:
         """Evicted tokens of a row, summed over KV heads."""

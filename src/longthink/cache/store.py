@@ -45,24 +45,21 @@ class SlotStore:
         Head dim of the values; None for that of the keys.
     rule
         What the layer does with its logits.
+    packed
+        How many of the page slots, the last ones, keep their keys and values elsewhere.
     """
 
     def __init__(
-        self,
-        policy: Policy,
-        key_BKQD: Tensor,
-        cap_B: list[int],
-        pages: int,
-        dtype: torch.dtype | None = None,
-        value_dim: int | None = None,
-        rule: LogitRule = PLAIN,
-    ) -> None:
+        self, policy: Policy, key_BKQD: Tensor, cap_B: list[int], pages: int, dtype: torch.dtype | None = None,
+        value_dim: int | None = None, rule: LogitRule = PLAIN, packed: int = 0,
+    ) -> None:  # fmt: skip
         key_BKQD = key_BKQD[:, :, :0].to(dtype or key_BKQD.dtype)
         rows, kv_heads, _, head_dim = key_BKQD.shape
         tables, tokens, device = page_tables(policy, kv_heads), pages * policy.page_size, key_BKQD.device
         self.tail_BK = torch.zeros(rows, tables, dtype=torch.int64, device=device)
-        self.keys_BKSD = key_BKQD.new_zeros(rows, kv_heads, tokens, head_dim)
-        self.values_BKSD = key_BKQD.new_zeros(rows, kv_heads, tokens, value_dim or head_dim)
+        in_full = tokens - packed * policy.page_size
+        self.keys_BKSD = key_BKQD.new_zeros(rows, kv_heads, in_full, head_dim)
+        self.values_BKSD = key_BKQD.new_zeros(rows, kv_heads, in_full, value_dim or head_dim)
         self.rule = rule
         # Read once: the compiler need not trace a subclass's property.
         self.needs = policy.needs
@@ -112,14 +109,21 @@ class SlotStore:
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor by ``change(tensor)``."""
-        state = {}
-        for name, tensor in self.named_tensors().items():
-            if name.startswith(_STATE):
-                state[name.removeprefix(_STATE)] = change(tensor)
-            else:
-                setattr(self.table if name in (*_OF_TABLE, _MEANS) else self, name, change(tensor))
-        self.table.state = state
+        self.apply_named(lambda _, tensor: change(tensor))
+
+    def apply_named(self, change: Callable[[str, Tensor], Tensor]) -> None:
+        """Replace every tensor by ``change(name, tensor)``."""
+        changed = {name: change(name, tensor) for name, tensor in self.named_tensors().items()}
+        self.table.state = {}
+        for name, tensor in changed.items():
+            self._set_tensor(name, tensor)
         self._expose_needs()
+
+    def _set_tensor(self, name: str, tensor: Tensor) -> None:
+        if name.startswith(_STATE):
+            self.table.state[name.removeprefix(_STATE)] = tensor
+        else:
+            setattr(self.table if name in (*_OF_TABLE, _MEANS) else self, name, tensor)
 
     def tensors(self) -> list[Tensor]:
         """All tensors, keys and values first."""
@@ -250,7 +254,7 @@ class SlotStore:
         tables, tokens = table.position_BKS.shape[1:]
         shape = (len(position_BQ), tables, position_BQ.shape[1])
         # Columns that are not kept go to an extra slot.
-        slot_BKQ = torch.where(kept_BKQ, slot_BKQ, tokens).expand(shape)
+        slot_BKQ = torch.where(kept_BKQ, self._prompt_slots(slot_BKQ, kept_BKQ), tokens).expand(shape)
         columns = torch.arange(shape[2], device=key_BKQD.device).expand(shape)
         source_BKS = torch.full((*shape[:2], tokens + 1), -1, device=key_BKQD.device)
         source_BKS = source_BKS.scatter_(2, slot_BKQ, columns)[..., :-1]
@@ -258,27 +262,36 @@ class SlotStore:
         filled_BKS, column_BKS = source_BKS >= 0, source_BKS.clamp(min=0)
         position = position_BQ[:, None].expand(shape).gather(2, column_BKS).to(torch.int32)
         table.position_BKS.copy_(torch.where(filled_BKS, position, table.position_BKS))
-        for slots, block in ((self.keys_BKSD, key_BKQD), (self.values_BKSD, value_BKQD)):
-            index = column_BKS[..., None].expand(-1, block.shape[1], -1, block.shape[3])
-            slots.copy_(torch.where(filled_BKS[..., None], block.gather(2, index), slots))
-        self.compute_key_bounds()
+        keys, values = (
+            block.gather(2, column_BKS[..., None].expand(-1, block.shape[1], -1, block.shape[3]))
+            for block in (key_BKQD, value_BKQD)
+        )
+        self._write(filled_BKS[..., None], keys, values)
         self.tail_BK.copy_(table.page_BKP.argmax(-1))
         return source_BKS
+
+    def _prompt_slots(self, slot_BKQ: Tensor, kept_BKQ: Tensor) -> Tensor:
+        """Token slots of a prompt whose kept pages are counted from slot 0 on."""
+        del kept_BKQ
+        return slot_BKQ
+
+    def _write(self, filled_BKS1: Tensor, keys_BKSD: Tensor, values_BKSD: Tensor) -> None:
+        """Write keys and values of all token slots, where they are filled."""
+        self.keys_BKSD.copy_(torch.where(filled_BKS1, keys_BKSD, self.keys_BKSD))
+        self.values_BKSD.copy_(torch.where(filled_BKS1, values_BKSD, self.values_BKSD))
+        self.compute_key_bounds()
 
     def compute_key_bounds(self) -> None:
         """Compute the key bounds of all pages from their keys."""
         if not self.has_key_bounds:
             return
-        table = self.table
-        keys = self.keys_BKSD.unflatten(2, (-1, table.page_size))
-        resident = table.resident_BKS.unflatten(-1, (-1, table.page_size))[..., None]
-        empty = ~resident.any(-2)
-        for bound, extreme, neutral in (
-            (self.kmin_BKPD, torch.amin, torch.inf),
-            (self.kmax_BKPD, torch.amax, -torch.inf),
+        keys = self.keys_BKSD.unflatten(2, (-1, self.table.page_size))
+        pages = keys.shape[2]
+        resident = self.table.resident_BKS.unflatten(-1, (-1, self.table.page_size))[:, :, :pages]
+        for bound, found in zip(
+            (self.kmin_BKPD, self.kmax_BKPD), kernels.key_bounds(keys, resident), strict=True
         ):
-            found = extreme(torch.where(resident, keys, neutral), -2)
-            bound.copy_(found.masked_fill(empty, 0))
+            bound[:, :, :pages] = found
 
     def mark_prompt(self, starts: list[int]) -> None:
         """Mark the pages from these positions on as pages of a prompt, where a row has tokens behind them."""
@@ -301,7 +314,7 @@ class SlotStore:
         page_BKP = table.page_BKP
         # The next token may be written to a slot without opening its page.
         for tensor in (self.keys_BKSD, self.values_BKSD, self.user_BKP, *table.state.values()):
-            gone = page_BKP < 0 if tensor.shape[2] == self.pages else dropped_BKS
+            gone = page_BKP < 0 if self._is_per_page(tensor) else dropped_BKS[:, :, : tensor.shape[2]]
             tensor.masked_fill_(gone.reshape(*gone.shape, *[1] * (tensor.ndim - 3)), 0)
         self.compute_key_bounds()
         table.now_B.copy_(length_B11[:, 0, 0])
@@ -320,6 +333,12 @@ class SlotStore:
             for bound, sign in ((self.kmin_BKPD, 1), (self.kmax_BKPD, -1)):
                 neutral = sign * torch.finfo(bound.dtype).max / 4
                 bound[page] = torch.where(fresh_BK[..., None, None], neutral, bound[page])
+
+    def _is_per_page(self, tensor: Tensor) -> bool:
+        """Whether dimension 2 of a tensor of the table counts page slots, not token slots."""
+        return (
+            tensor.shape[2] == self.pages and tensor is not self.keys_BKSD and tensor is not self.values_BKSD
+        )
 
     # Decode -------------------------------------------------------------------------------------------------
 
@@ -344,7 +363,7 @@ class SlotStore:
         tokens_BKT = slot_BK[..., None] * page_size + within
 
         def opened(tensor: Tensor) -> At:
-            per_page = tensor.shape[2] == self.pages
+            per_page = self._is_per_page(tensor)
             return At(tensor, entries(slot_BK[..., None] if per_page else tokens_BKT, tensor))
 
         contents = [

@@ -46,6 +46,8 @@ class GenerateOptions(ProblemOptions, SamplingOptions, BudgetOptions, ModelOptio
     """What the cache keeps, with options after colons, such as raas:r=0.25; see "longthink policies"."""
     kv_dtype: str | None = None
     """Format to store keys and values in: bfloat16, float16 or float32; by default the model's own."""
+    kv_bits: str | None = None
+    """Bits of pages that have left the recent window: 8, 4, 3, 2, or keys/values such as 4/2 (docs/precision.md)."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the decode step, which takes about a minute; auto: if so many tokens are requested that it pays."""
     prefill_chunk_size: int | None = None
@@ -67,6 +69,11 @@ class _Run:
     options: GenerateOptions
     inputs: dict[str, Tensor] = field(default_factory=dict)
     problem: Problem | None = None
+
+    @property
+    def stored(self) -> dict[str, Any]:
+        """Budget and format of the cache."""
+        return self.budget | {"kv_dtype": self.options.kv_dtype, "kv_bits": self.options.kv_bits}
 
 
 def generate(prompt: str | None = None, /, *, options: GenerateOptions = _DEFAULTS) -> int:
@@ -91,7 +98,7 @@ def generate(prompt: str | None = None, /, *, options: GenerateOptions = _DEFAUL
     run = _with_prompt(_load(options), text)
     from longthink import make_cache
 
-    with make_cache(run.loaded.model, policy=run.policy, kv_dtype=options.kv_dtype, **run.budget) as cache:
+    with make_cache(run.loaded.model, policy=run.policy, **run.stored) as cache:
         if run.problem is not None:
             name = f"profile {options.profile}, size {options.size}, seed {options.seed}"
             note(f"no prompt given: here is a problem ({name})")
@@ -124,7 +131,7 @@ def _chat(prompt: str | None, options: GenerateOptions) -> int:
 
     loaded = run.loaded
     conversation = Conversation(loaded.tokenizer, raw=options.raw, builtin=loaded.builtin)
-    with make_cache(loaded.model, policy=run.policy, kv_dtype=options.kv_dtype, **run.budget) as cache:
+    with make_cache(loaded.model, policy=run.policy, **run.stored) as cache:
         ended = chat(prompt, conversation, lambda inputs: _decode(replace(run, inputs=inputs), cache), cache)
     return EXIT_INTERRUPTED if ended == "interrupted" else 0
 

@@ -18,11 +18,12 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from longthink.accelerators import fused_steps
-from longthink.cache import FusedStep, LayerCache
-from longthink.config import DEFAULT_POLICY, KV_DTYPES, Budget, check_choice, check_int
+from longthink.cache import FusedStep, LayerCache, TieredCache, with_pages
+from longthink.config import DEFAULT_POLICY, KV_DTYPES, Budget, KvBits, check_choice, check_int
 from longthink.errors import BudgetError, CacheStateError, UnsupportedModelError
 from longthink.hf.binding import ModelBinding, outside_inference
 from longthink.hf.columns import Columns
+from longthink.hf.fingerprint import head_dim
 from longthink.hf.layer import PagedHybridLayer, PagedLayer
 from longthink.hf.layer_kinds import has_pages, is_recurrent, library_layers
 from longthink.hf.native import NativeLayers
@@ -55,15 +56,12 @@ class PagedCache(Refusals, NativeLayers):
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        policy: Policy,
-        budget: Budget | None,
-        batch_size: int | None = None,
-        kv_dtype: str | None = None,
-        fused: Mapping[type[Policy], type[FusedStep]] | None = None,
-    ) -> None:
-        self.policy = policy
+        self, model: PreTrainedModel, policy: Policy, budget: Budget | None, batch_size: int | None = None,
+        kv_dtype: str | None = None, fused: Mapping[type[Policy], type[FusedStep]] | None = None,
+        kv_bits: KvBits | None = None,
+    ) -> None:  # fmt: skip
+        self.policy = policy = policy if kv_bits is None else with_pages(policy, kv_bits)
+        self.kv_bits = kv_bits
         self._fused = fused_steps(model.device) if fused is None else fused
         self.kv_dtype = kv_dtype
         self.budget = budget
@@ -80,16 +78,14 @@ class PagedCache(Refusals, NativeLayers):
         super().__init__(layers=layers)
         self.paged = [layers[i] for i in places]
         self.natives = {i: layer for i, layer in enumerate(layers) if i not in slots}
-        used = (
-            i for i, layer in enumerate(layers) if is_recurrent(layer) or isinstance(layer, CacheLayerMixin)
-        )
-        self.first_used = next(used)
+        used = [is_recurrent(layer) or isinstance(layer, CacheLayerMixin) for layer in layers]
+        self.first_used = used.index(True)
         self._before = {i: self.paged[n - 1] if n else None for n, i in enumerate(places)}
         self.open()
 
     def _slots(self, model: PreTrainedModel, places: list[int]) -> dict[int, LayerCache]:
         """The pages of each layer that has some."""
-        policy, dtype = self.policy, None if self.kv_dtype is None else getattr(torch, self.kv_dtype)
+        policy = self.policy
         policies = {i: policy.for_layer(i) for i in places}
         rotated = [
             i
@@ -104,16 +100,19 @@ class PagedCache(Refusals, NativeLayers):
                 "budget would have no effect"
             )
         return {
-            i: LayerCache(
-                own,
-                self.budget,
-                rotation=rotation.get(i),
-                query_means_N=means.get(i),
-                kv_dtype=dtype,
-                fused=self._fused,
-            )
+            i: self._new_layer(own, rotation=rotation.get(i), query_means_N=means.get(i))
             for i, own in policies.items()
         }
+
+    def _new_layer(self, policy: Policy, **known: Any) -> LayerCache:
+        model = self.binding.model
+        dtype = None if self.kv_dtype is None else getattr(torch, self.kv_dtype)
+        if self.kv_bits is None:
+            return LayerCache(policy, self.budget, kv_dtype=dtype, fused=self._fused, **known)
+        return TieredCache(
+            policy, self.budget, kv_dtype=dtype, kv_bits=self.kv_bits, head_dim=head_dim(model),
+            dtype=dtype or model.dtype, **known,
+        )  # fmt: skip
 
     # Opening and closing ------------------------------------------------------------------------------------
 
@@ -302,8 +301,9 @@ class PagedCache(Refusals, NativeLayers):
     def fresh(self) -> PagedCache:
         """Return an empty cache for the same model, with the same policy, budget and format."""
         return PagedCache(
-            self.binding.model, self.policy, self.budget, kv_dtype=self.kv_dtype, fused=self._fused
-        )
+            self.binding.model, self.policy, self.budget, kv_dtype=self.kv_dtype, fused=self._fused,
+            kv_bits=self.kv_bits,
+        )  # fmt: skip
 
     @outside_inference
     def adopt(self, row: int, other: PagedCache) -> None:
@@ -311,7 +311,7 @@ class PagedCache(Refusals, NativeLayers):
 
         Rows may then have seen different numbers of tokens, so the model needs `position_ids`.
         """
-        if (other.policy, other.budget, other.kv_dtype) != (self.policy, self.budget, self.kv_dtype):
+        if other.settings != self.settings:
             raise CacheStateError("adopt needs a cache of the same policy and budget, in the same format")
         self._check_rows_alike("adopt")
         self._text.forget()
@@ -349,6 +349,7 @@ def make_cache(
     decode_budget: int | None = None,
     batch_size: int | None = None,
     kv_dtype: str | None = None,
+    kv_bits: KvBits | int | str | None = None,
 ) -> PagedCache:
     """Create a cache for ``model.generate(..., past_key_values=cache)``, for any number of turns.
 
@@ -359,7 +360,7 @@ def make_cache(
     Parameters
     ----------
     model
-        A decoder-only transformers model with full attention.
+        A decoder-only transformers model. Layers with full attention are bounded; others have a bound of their own.
     policy
         A policy, its name, or a spec such as ``raas:r=0.25``.
     budget, decode_budget
@@ -370,6 +371,9 @@ def make_cache(
     kv_dtype
         Format that keys and values are stored in: ``bfloat16``, ``float16`` or ``float32``; None for the model's own.
         16 bits halve the bytes for a float32 model; whether they save time depends on the processor.
+    kv_bits
+        Bits at which pages are stored that have left a window of recent tokens: 8, 4, 3 or 2, or keys / values such
+        as ``"4/2"``; None stores all in full. The same bytes then hold more tokens: ``docs/precision.md``.
 
     Raises
     ------
@@ -387,4 +391,6 @@ def make_cache(
         check_choice("kv_dtype", kv_dtype, KV_DTYPES)
     check_model(model)
     self_check(model, lambda: PagedCache(model, Dense(), None))
-    return PagedCache(model, policy, policy_budget(policy, budget, decode_budget), batch_size, kv_dtype)
+    bits = KvBits.parse(kv_bits)
+    bound = policy_budget(policy, budget, decode_budget)
+    return PagedCache(model, policy, bound, batch_size, kv_dtype, kv_bits=bits)

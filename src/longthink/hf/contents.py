@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from longthink.config import Budget
+from longthink.config import Budget, KvBits
+from longthink.errors import BudgetError
 from longthink.hf.layer_kinds import recurrent_bytes, windowed_bytes
 from longthink.policies import Policy, grows, policy_spec, policy_to_dict
 
@@ -21,6 +22,12 @@ class CacheContents:
     policy: Policy
     budget: Budget | None
     kv_dtype: str | None
+    kv_bits: KvBits | None
+
+    @property
+    def settings(self) -> tuple[Policy, Budget | None, str | None, KvBits | None]:
+        """What two caches must have in common to hold the same rows."""
+        return self.policy, self.budget, self.kv_dtype, self.kv_bits
 
     @property
     def columns(self) -> int:
@@ -96,6 +103,20 @@ class CacheContents:
         paged = sum(layer.slots.row_dense_kv_bytes(row) for layer in self.paged)
         return paged + self._native_bytes // self.rows
 
+    def row_held_kv_bytes(self, row: int) -> int:
+        """Bytes of keys and values of the tokens that a row holds."""
+        paged = sum(layer.slots.row_held_kv_bytes(row) for layer in self.paged)
+        return paged + self._native_bytes // self.rows
+
+    def has_room(self, tokens: int) -> bool:
+        """Whether a first prompt of so many tokens fits."""
+        try:
+            for layer in self.paged:
+                layer.slots.rows.first_caps([tokens])
+        except BudgetError:
+            return False
+        return True
+
     def row_evicted(self, row: int) -> int:
         """`num_evicted` of one row."""
         return sum(layer.slots.row_evicted(row) for layer in self.paged)
@@ -120,6 +141,7 @@ class CacheContents:
             "budget": None if self.budget is None else self.budget.budget,
             "decode_budget": None if self.budget is None else self.budget.decode_budget,
             "kv_dtype": self.kv_dtype,
+            "kv_bits": KvBits.shortest(self.kv_bits),
             "columns": self.columns,
             "kv_bytes": self.kv_bytes,
             "kv_bytes_parts": self.kv_bytes_parts,

@@ -10,7 +10,7 @@ from typing import Any, Self
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from longthink.config import DEFAULT_POLICY, check_int
+from longthink.config import DEFAULT_POLICY, KvBits, check_int
 from longthink.errors import BudgetError, EngineError, NonFiniteError, UnsupportedModelError
 from longthink.hf.batch import Batch
 from longthink.hf.cache import PagedCache, make_cache
@@ -115,8 +115,8 @@ class Engine:
         Largest number of requests decoded at once.
     prefill_chunk_size
         Prompt tokens to prefill at a time; None for all at once.
-    kv_dtype
-        Format that keys and values are stored in; see `make_cache`.
+    kv_dtype, kv_bits
+        Format that keys and values are stored in, and bits of those outside the recent window; see `make_cache`.
     compile
         Whether to compile the decode step. Compiling takes about a minute, once for each model, policy, budget and
         number of seats, and makes each token cheaper. A compiled step always has `seats` rows; an eager one has a row
@@ -142,6 +142,7 @@ class Engine:
         decode_budget: int | None = None,
         seats: int = 16,
         kv_dtype: str | None = None,
+        kv_bits: KvBits | int | str | None = None,
         compile: Compile = "auto",
         prefill_chunk_size: int | None = None,
     ) -> None:
@@ -151,7 +152,12 @@ class Engine:
             check_int("prefill_chunk_size", prefill_chunk_size, 1)
         # It stays empty; while it is open, the model's attention goes through longthink.
         template = make_cache(
-            model, policy=policy, budget=budget, decode_budget=decode_budget, kv_dtype=kv_dtype
+            model,
+            policy=policy,
+            budget=budget,
+            decode_budget=decode_budget,
+            kv_dtype=kv_dtype,
+            kv_bits=kv_bits,
         )
         template.binding.use.used = True
         if template.has_windows:

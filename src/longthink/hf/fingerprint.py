@@ -28,12 +28,19 @@ def model_fingerprint(model: PreTrainedModel) -> dict[str, Any]:
         "layers": config.num_hidden_layers,
         "heads": heads,
         "kv_heads": getattr(config, "num_key_value_heads", None) or heads,
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "head_dim": head_dim(model),
         "vocabulary": config.vocab_size,
         "dtype": str(model.dtype).removeprefix("torch."),
         "rope": json.dumps(rope, sort_keys=True, default=str),
         "weights": _hash_weights(model),
     }
+
+
+def head_dim(model: PreTrainedModel) -> int:
+    """Features of a key."""
+    config = model.config.get_text_config(decoder=True)
+    found: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return found
 
 
 def _hash_weights(model: PreTrainedModel) -> str:

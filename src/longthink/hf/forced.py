@@ -131,7 +131,8 @@ class _Layer(ViewLayer):
             return
         query, key, value = block
         heads = query.shape[1], key.shape[1], key.shape[3], value.shape[3]
-        shape = (len(query), *heads, query.dtype, self.slots.kv_dtype, query.device)
+        form = self.slots.kv_dtype, self.slots.kv_bits
+        shape = (len(query), *heads, query.dtype, *form, query.device)
         program = _programs.get(known := (function, self.slots.policy, shape))
         if program is None:
             program = _programs[known] = compile_isolated(function)

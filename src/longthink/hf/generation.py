@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from longthink.config import DEFAULT_POLICY, brief_repr, check_int
+from longthink.cache import with_pages
+from longthink.config import DEFAULT_POLICY, KvBits, brief_repr, check_int
 from longthink.errors import NonFiniteError, UnsupportedFeatureError
 from longthink.hf.arguments import Tokens, prompt_tensors
 from longthink.hf.cache import PagedCache, make_cache
@@ -55,6 +56,7 @@ def generate(
     budget: int | None = None,
     decode_budget: int | None = None,
     kv_dtype: str | None = None,
+    kv_bits: KvBits | int | str | None = None,
     compile: Compile = "auto",
     prefill_chunk_size: int | None = None,
     **generate_kwargs: Any,
@@ -73,8 +75,8 @@ def generate(
     budget, decode_budget
         Tokens to keep per layer and row: including the prompt, or on top of it. Give exactly one; neither for
         ``dense``.
-    kv_dtype
-        Format that keys and values are stored in; see `make_cache`.
+    kv_dtype, kv_bits
+        Format that keys and values are stored in, and bits of those outside the recent window; see `make_cache`.
     compile
         Whether to compile the decode step. Compiling takes about a minute, once for each model, policy, budget and
         number of rows, is announced by the logger ``longthink``, and makes each token cheaper. ``auto`` compiles from
@@ -122,10 +124,16 @@ def generate(
     cache = generate_kwargs.pop("past_key_values", None)
     if cache is None:
         cache = make_cache(
-            model, policy=policy, budget=budget, decode_budget=decode_budget, kv_dtype=kv_dtype
+            model,
+            policy=policy,
+            budget=budget,
+            decode_budget=decode_budget,
+            kv_dtype=kv_dtype,
+            kv_bits=kv_bits,
         )
     else:
-        _check_live_cache(model, cache, policy, budget, decode_budget, kv_dtype)
+        _check_live_cache(model, cache, policy, budget, decode_budget)
+        _check_live_format(cache, kv_dtype, KvBits.parse(kv_bits))
     guards = LogitsProcessorList([_NonFiniteGuard(), *(generate_kwargs.pop("logits_processor", None) or [])])
     rows = (1 if prompt is None else len(prompt)) * (config.num_return_sequences or 1)
     if _compiles(model, cache, rows, compile, generate_kwargs):
@@ -207,7 +215,6 @@ def _check_live_cache(
     policy: str | Policy,
     budget: int | None,
     decode_budget: int | None,
-    kv_dtype: str | None,
 ) -> None:
     if not isinstance(cache, PagedCache):
         raise UnsupportedFeatureError(
@@ -217,9 +224,18 @@ def _check_live_cache(
     cache.binding.check_model(model)
     if budget is not None or decode_budget is not None:
         raise ValueError("past_key_values has its own budget: pass neither budget nor decode_budget with it")
+    given = make_policy(policy)
+    if cache.kv_bits is not None:
+        given = with_pages(given, cache.kv_bits)
+    if policy != DEFAULT_POLICY and given != cache.policy:
+        raise ValueError(
+            f"past_key_values has policy {policy_spec(cache.policy)!r}, not {policy_spec(given)!r}"
+        )
+
+
+def _check_live_format(cache: PagedCache, kv_dtype: str | None, kv_bits: KvBits | None) -> None:
     if kv_dtype not in (None, cache.kv_dtype):
         raise ValueError(f"past_key_values has kv_dtype={cache.kv_dtype!r}, not {kv_dtype!r}")
-    if policy != DEFAULT_POLICY and make_policy(policy) != cache.policy:
-        raise ValueError(
-            f"past_key_values has policy {policy_spec(cache.policy)!r}, not {policy_spec(make_policy(policy))!r}"
-        )
+    if kv_bits not in (None, cache.kv_bits):
+        has = None if cache.kv_bits is None else str(cache.kv_bits)
+        raise ValueError(f"past_key_values has kv_bits={has!r}, not {str(kv_bits)!r}")

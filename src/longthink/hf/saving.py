@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from longthink.cache.saved import LayerShape, layer_contents, restore_layer
-from longthink.config import KV_DTYPES, check_choice, check_int
+from longthink.config import KV_DTYPES, KvBits, check_choice, check_int
 from longthink.errors import CacheFileError, CacheStateError, UnknownPolicyError, UnsupportedFeatureError
 from longthink.hf.binding import outside_inference
 from longthink.hf.cache import PagedCache
@@ -74,6 +74,8 @@ def save_cache(cache: PagedCache, path: Path) -> None:
         "comparable": comparable,
         "layers": layers,
     }
+    if cache.kv_bits is not None:
+        contents["kv_bits"] = str(cache.kv_bits)
     write_cache_file(path, contents, tensors)
 
 
@@ -107,7 +109,7 @@ def load_cache(
     given = None if policy is None else make_policy(policy)
     with naming_file(Path(path)):
         contents, tensors = read_cache_file(Path(path))
-        if contents.keys() != _FIELDS:
+        if contents.keys() - {"kv_bits"} != _FIELDS:
             raise CacheFileError(f"found the fields {sorted(contents)}, expected {sorted(_FIELDS)}")
         _check_model(model, contents["model"])
         cache = _empty_cache(model, contents, given)
@@ -140,7 +142,8 @@ def _empty_cache(model: PreTrainedModel, contents: Mapping[str, Any], given: Pol
         if batch_size is not None:
             check_int("batch_size", batch_size, 1)
         budget = policy_budget(policy, contents["budget"], contents["decode_budget"])
-        return PagedCache(model, policy, budget, batch_size, kv_dtype)
+        kv_bits = KvBits.parse(contents.get("kv_bits"))
+        return PagedCache(model, policy, budget, batch_size, kv_dtype, kv_bits=kv_bits)
     except UnknownPolicyError as error:
         raise CacheFileError(f"{error}; give the policy as an object: load_cache(..., policy=...)") from error
     except (ValueError, TypeError, AttributeError, RecursionError) as error:  # options of any type

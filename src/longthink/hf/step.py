@@ -123,7 +123,7 @@ def _new_programs(device: torch.device) -> _Programs:
 
 def _key(cache: PagedCache, rows: int) -> Hashable:
     """What a program depends on: policy and budget fix all shapes but those that depend on a prompt, which vary."""
-    return cache.policy, cache.budget, cache.kv_dtype, rows
+    return *cache.settings, rows
 
 
 def check_compile(compile: Compile) -> None:

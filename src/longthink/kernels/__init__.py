@@ -18,6 +18,7 @@ from longthink.kernels.reference import (
     PagedKV,
     block_attention,
     column_mass,
+    key_bounds,
     lowest,
     page_mass,
     top_fraction,
@@ -26,7 +27,8 @@ from longthink.kernels.reference import (
 
 __all__ = [
     "PLAIN", "At", "Index", "LogitRule", "PagedKV", "append", "block_attention", "bound_scores", "column_mass",
-    "decode_attention", "empty", "entries", "logical_pages", "lowest", "move_tokens", "page_mass", "paged_attention",
+    "decode_attention", "empty", "entries", "key_bounds", "logical_pages", "lowest", "move_tokens", "page_mass",
+    "paged_attention",
     "runs_triton", "top_fraction", "top_pages", "widen",
 ]  # fmt: skip
 

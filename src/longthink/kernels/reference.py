@@ -205,6 +205,14 @@ def bound_scores(query_BKGD: Tensor, kmin_BKPD: Tensor, kmax_BKPD: Tensor) -> Te
     return highest + query.clamp(max=0) @ kmin_BKPD.to(wide).transpose(-1, -2)
 
 
+def key_bounds(keys_BKPTD: Tensor, resident_BKPT: Tensor) -> tuple[Tensor, Tensor]:
+    """Elementwise minimum and maximum of the resident keys of each page, BKPD; 0 where it has none."""
+    resident = resident_BKPT[..., None]
+    empty = ~resident.any(-2)
+    low, high = (torch.where(resident, keys_BKPTD, neutral) for neutral in (torch.inf, -torch.inf))
+    return low.amin(-2).masked_fill(empty, 0), high.amax(-2).masked_fill(empty, 0)
+
+
 def page_mass(weights_BKGS: Tensor, page_size: int) -> Tensor:
     """Share of the attention on each page slot, shape BKGP."""
     return weights_BKGS.unflatten(-1, (-1, page_size)).sum(-1)

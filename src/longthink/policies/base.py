@@ -46,6 +46,8 @@ class PageTable:
         Pages that hold a token of any turn's prompt, int8; None where there can be one turn only (vLLM).
     query_means_BN, key_rotation
         Read them as `query_stats_BH3F` and `rotation`; None where not declared.
+    unpack
+        What `keys_BKSD` and `values_BKSD` call where pages are at few bits.
     state
         The policy's own tensors, from `Policy.init_state`. Dimension 2 counts page slots or token slots. The cache
         zeroes an entry when its page is opened, moves token entries with their tokens, and selects rows along
@@ -64,6 +66,7 @@ class PageTable:
     user_BKP: Tensor | None = None
     query_means_BN: Tensor | None = None
     key_rotation: Rotation | None = None
+    unpack: Callable[[], tuple[Tensor, Tensor]] | None = None
 
     @property
     def page_BKP(self) -> Tensor:
@@ -124,6 +127,8 @@ class PageTable:
         return self.key_rotation
 
     def _vectors(self) -> tuple[Tensor, Tensor]:
+        if self.unpack is not None:
+            return self.unpack()
         if self.vectors is None:
             raise UndeclaredNeedError("vectors", "keys and values")
         return self.vectors
@@ -330,7 +335,6 @@ class TrimsPrompt(Protocol):
         mass_BKQ
             As in `Policy.admit`, per column.
         """
-        ...
 
 
 @runtime_checkable
@@ -339,7 +343,14 @@ class SavesTokens(Protocol):
 
     def moves(self, table: PageTable, slot_BK: Tensor, full_BK: Tensor) -> Moves | None:
         """Tokens to save from the page slots about to be overwritten (where `full_BK`); None for none."""
-        ...
+
+
+@runtime_checkable
+class RanksPages(Protocol):
+    """A policy that saves tokens, and can also rank whole pages: those of a cache at few bits, which do not move."""
+
+    def page_worth(self, table: PageTable) -> Tensor:
+        """Worth of each page, BKP, in place of `Policy.worth`; protected are the pages of a pinned prompt alone."""
 
 
 @runtime_checkable
@@ -348,7 +359,6 @@ class SelectsPages(Protocol):
 
     def select(self, table: PageTable, query_BKGD: Tensor) -> Tensor | None:
         """Page slots to read in this step, BKR, negative for none; None reads all resident pages."""
-        ...
 
 
 @runtime_checkable
@@ -357,7 +367,6 @@ class ShiftsKeys(Protocol):
 
     def shifted_tokens(self) -> int:
         """Number of first token slots to shift."""
-        ...
 
     def shift_keys(self, table: PageTable, keys_BKND: Tensor, inv_freq_D: Tensor) -> Tensor:
         """Keys to read in this step, from the keys as they were written (rotated by RoPE).
@@ -365,7 +374,6 @@ class ShiftsKeys(Protocol):
         Keys come in the half-split layout, whatever the model's is: features i and i + D / 2 are a pair, and
         `inv_freq_D` holds the rotation of each pair per position, 0 where there is none.
         """
-        ...
 
 
 @runtime_checkable
@@ -374,7 +382,6 @@ class SharesTable(Protocol):
 
     def tables(self, kv_heads: int) -> int:
         """Number of page tables: `kv_heads`, or 1."""
-        ...
 
 
 @runtime_checkable
@@ -383,7 +390,6 @@ class Calibrated(Protocol):
 
     def stats_file(self) -> str:
         """Path of a file that ``longthink calibrate`` has written for the model."""
-        ...
 
 
 def page_tables(policy: Policy, kv_heads: int) -> int:

@@ -10,11 +10,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from longthink.config import check_int, check_range
-from longthink.policies.base import Moves, PageTable, Policy, SavesTokens
+from longthink.policies.base import Moves, PageTable, Policy, RanksPages, SavesTokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class KeeperPages(Policy, SavesTokens):
+class KeeperPages(Policy, SavesTokens, RanksPages):
     """Keep the prompt, young pages, and keeper pages for the old tokens with the highest `scores`.
 
     The first decode pages become the keeper pages. When the oldest young page is evicted, its tokens compete with
@@ -44,6 +44,13 @@ class KeeperPages(Policy, SavesTokens):
     @override
     def protected(self, table: PageTable) -> Tensor:
         return super().protected(table) | self._keeper_pages(table)
+
+    @override
+    def page_worth(self, table: PageTable) -> Tensor:
+        """Mean score of the tokens of each page."""
+        score_BKS = self.scores(table) * table.resident_BKS
+        count_BKP = table.resident_BKS.unflatten(-1, (-1, self.page_size)).sum(-1)
+        return score_BKS.unflatten(-1, (-1, self.page_size)).sum(-1) / count_BKP.clamp(min=1)
 
     @override
     def moves(self, table: PageTable, slot_BK: Tensor, full_BK: Tensor) -> Moves:

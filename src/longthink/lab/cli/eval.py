@@ -44,6 +44,10 @@ class PolicyFlags:
     """Tokens kept per layer, such as 256,512."""
     decode_budgets: str | None = None
     """The same on top of the prompt."""
+    kv_dtype: str | None = None
+    """Format to store keys and values in: bfloat16, float16 or float32 [default: the model's own]."""
+    kv_bits: str | None = None
+    """Bits of pages that have left the recent window: 8, 4, 3, 2, or keys/values such as 4/2 (docs/precision.md)."""
 
 
 @Parameter(name="*", group=Group("Model", sort_key=2))

@@ -34,9 +34,12 @@ class Given(NamedTuple):
 
 
 def decode_given(
-    model: PreTrainedModel, config: CacheConfig, texts: Iterable[Given], rows: int
-) -> Iterator[Finished]:
+    model: PreTrainedModel, config: CacheConfig, texts: Iterable[Given], rows: int, *,
+    kv_dtype: str | None = None, kv_bits: str | None = None,
+) -> Iterator[Finished]:  # fmt: skip
     """Decode up to `rows` texts side by side, those of one length; texts are taken when they can be begun.
+
+    `kv_dtype` and `kv_bits` are those of `make_cache`.
 
     The results are those of `Engine`; their times per token are None.
     """
@@ -46,12 +49,12 @@ def decode_given(
         for one in batch:
             alike.setdefault((len(one.request.tokens), len(one.text)), []).append(one)
         for group in alike.values():
-            yield from _decode(model, config, group)
+            opened = make_cache(model, **config._asdict(), kv_dtype=kv_dtype, kv_bits=kv_bits)
+            yield from _decode(model, opened, group)
 
 
-def _decode(model: PreTrainedModel, config: CacheConfig, batch: Sequence[Given]) -> list[Finished]:
+def _decode(model: PreTrainedModel, opened: PagedCache, batch: Sequence[Given]) -> list[Finished]:
     started = time.perf_counter()
-    opened = make_cache(model, policy=config.policy, budget=config.budget, decode_budget=config.decode_budget)
     with opened as cache, torch.no_grad():
         longest = max(len(text) + len(request.tokens) + request.max_new_tokens for request, text in batch)
         check_limit(cache.binding.use.limit, longest - 1)

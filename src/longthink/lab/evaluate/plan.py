@@ -1,13 +1,14 @@
 """What a sweep is asked to do: the cells of tasks, policies, budgets and seeds, and the units of work in them."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from longthink.config import Budget, check_choice, check_int, check_sampling
+from longthink.cache import with_pages
+from longthink.config import KV_DTYPES, Budget, KvBits, check_choice, check_int, check_sampling
 from longthink.errors import BudgetError
 from longthink.lab.evaluate.files import Item
 from longthink.lab.evaluate.tasks import Task, load_tasks
@@ -91,6 +92,8 @@ class Plan:
     top_k: int | None = None
     max_new_tokens: int | None = None  # None for each task's own
     rows: int | None = None  # batch size of each process; None for `BUILTIN_ROWS` or `ROWS`
+    kv_dtype: str | None = None  # format of keys and values; None for the model's
+    kv_bits: str | None = None  # bits of packed pages; None if none are
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
@@ -107,6 +110,7 @@ class Plan:
                 raise ValueError(f"{name} is empty: name at least one")
         for seed in self.sampling_seeds:
             check_int("sampling_seeds", seed, 0, (1 << 62) - 1)
+        check_format(self.kv_dtype, self.kv_bits, self.policies)
         _ = self.caches
 
     @classmethod
@@ -149,8 +153,18 @@ class Plan:
             switches=json.dumps(policy_to_dict(make_policy(cell.cache.policy)), sort_keys=True),
             budget=cell.cache.budget, decode_budget=cell.cache.decode_budget, task=cell.task, seed=cell.seed,
             temperature=float(self.temperature), top_p=None if self.top_p is None else float(self.top_p),
-            top_k=self.top_k, max_new_tokens=cell.max_new_tokens,
+            top_k=self.top_k, max_new_tokens=cell.max_new_tokens, kv_dtype=self.kv_dtype,
+            kv_bits=KvBits.shortest(self.kv_bits),
         )  # fmt: skip
+
+
+def check_format(kv_dtype: str | None, kv_bits: str | None, policies: Iterable[str | Policy]) -> None:
+    """Raise `ValueError` for a format that is unknown, `UnsupportedFeatureError` if a policy cannot be packed."""
+    if kv_dtype is not None:
+        check_choice("kv_dtype", kv_dtype, KV_DTYPES)
+    if (bits := KvBits.parse(kv_bits)) is not None:
+        for policy in policies:
+            with_pages(make_policy(policy), bits)
 
 
 def budgets_for(policy: Policy, budgets: Sequence[int], decode_budgets: Sequence[int]) -> list[Budget | None]:

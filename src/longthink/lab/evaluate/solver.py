@@ -55,7 +55,7 @@ class Solver(ModelSolver):
 
         with Engine(
             self.loaded.model, policy=cache.policy, budget=cache.budget, decode_budget=cache.decode_budget,
-            seats=self.plan.batch_size,
+            seats=self.plan.batch_size, kv_dtype=self.plan.kv_dtype, kv_bits=self.plan.kv_bits,
         ) as engine:  # fmt: skip
             yield from engine.map(requests())
 
@@ -74,7 +74,10 @@ class Solver(ModelSolver):
                 else:
                     too_long.append(request)
 
-        yield from decode_given(self.loaded.model, cache, texts(), self.plan.batch_size)
+        yield from decode_given(
+            self.loaded.model, cache, texts(), self.plan.batch_size, kv_dtype=self.plan.kv_dtype,
+            kv_bits=self.plan.kv_bits,
+        )  # fmt: skip
 
     def _request(self, unit: Unit, given: int) -> tuple[Request, bool]:
         """Return the request of a unit, and whether the context has room for it behind so many `given` tokens."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from longthink.config import KvBits
 from longthink.lab.evaluate.plan import budgets_for
 from longthink.lab.fidelity.measure import measure
 from longthink.lab.fidelity.solver import encode
@@ -25,6 +26,8 @@ def fidelity(
     tokenizer: Any = None,
     rows: int = 4,
     reference: str = "recency",
+    kv_dtype: str | None = None,
+    kv_bits: KvBits | int | str | None = None,
 ) -> list[Summary]:
     """Measure how far a model's predictions under bounded caches are from its own with a dense one.
 
@@ -44,6 +47,8 @@ def fidelity(
         Texts that are read side by side.
     reference
         The policy that the others are compared with, text by text.
+    kv_dtype, kv_bits
+        Format of keys and values, and bits of those outside the recent window, as for `make_cache`.
 
     Returns
     -------
@@ -67,7 +72,7 @@ def fidelity(
         alike = [policy for policy in chosen if bound in bounds[policy]]
         for start in range(0, len(encoded), rows):
             part = encoded[start : start + rows]
-            columns = measure(model, part, alike, bound)
+            columns = measure(model, part, alike, bound, kv_dtype=kv_dtype, kv_bits=kv_bits)
             for policy, column in zip(alike, columns, strict=True):
                 spec = policy_spec(policy)
                 found += [

@@ -9,16 +9,16 @@ Shape suffixes: B texts, N tokens of a block, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from longthink.config import Budget
+from longthink.config import Budget, KvBits
 from longthink.hf import PagedCache, make_cache
 from longthink.hf.forced import ForcedDecode, block_tokens, compiles
 from longthink.lab.fidelity.texts import Encoded
@@ -67,8 +67,9 @@ class _Reader:
 
 
 def measure(
-    model: PreTrainedModel, texts: Sequence[Encoded], policies: Sequence[Policy], budget: Budget | None
-) -> list[list[Scores]]:
+    model: PreTrainedModel, texts: Sequence[Encoded], policies: Sequence[Policy], budget: Budget | None, *,
+    kv_dtype: str | None = None, kv_bits: KvBits | int | str | None = None,
+) -> list[list[Scores]]:  # fmt: skip
     """Scores of each policy (outer list) on each text.
 
     Scored are the tokens behind the budget: those before them are predicted while nothing has been evicted. A text
@@ -78,15 +79,19 @@ def measure(
     ----------
     budget
         For all policies; None if they keep everything.
+    kv_dtype, kv_bits
+        As for `make_cache`, for all policies; the window that long-range tokens are judged by is in full.
     """
+    stored = {"kv_dtype": kv_dtype, "kv_bits": kv_bits}
     columns = [[NOTHING] * len(texts) for _ in policies]
     usable = [
-        tuple(i for i, text in enumerate(texts) if _is_usable(text, policy, budget)) for policy in policies
+        tuple(i for i, text in enumerate(texts) if _is_usable(model, text, policy, budget, stored))
+        for policy in policies
     ]
     for rows in filter(None, dict.fromkeys(usable)):
         alike = [i for i, own in enumerate(usable) if own == rows]
         read = [texts[row] for row in rows]
-        found = _measure(model, read, [policies[i] for i in alike], budget)
+        found = _measure(model, read, [policies[i] for i in alike], budget, stored)
         for i, scores in zip(alike, found, strict=True):
             for row, one in zip(rows, scores, strict=True):
                 columns[i][row] = one
@@ -94,16 +99,20 @@ def measure(
 
 
 def _measure(
-    model: PreTrainedModel, texts: Sequence[Encoded], policies: Sequence[Policy], budget: Budget | None
-) -> list[list[Scores]]:
+    model: PreTrainedModel, texts: Sequence[Encoded], policies: Sequence[Policy], budget: Budget | None,
+    stored: Mapping[str, Any],
+) -> list[list[Scores]]:  # fmt: skip
     window = [] if budget is None else [Recency()]
     batch = _Batch(model, texts)
     dense, dense_nll = DynamicCache(config=model.config), []
     with ExitStack() as stack, torch.no_grad():
         readers = []
-        for policy in [*policies, *window]:
+        for policy, form in [
+            *((policy, stored) for policy in policies),
+            *((policy, {}) for policy in window),
+        ]:
             bound = asdict(budget) if budget is not None and needs_budget(policy) else {}
-            cache = stack.enter_context(make_cache(model, policy=policy, **bound))
+            cache = stack.enter_context(make_cache(model, policy=policy, **bound, **form))
             readers.append(_Reader(cache, None, [], [], [], {}))
         for start, stop in batch.blocks():
             expected = _Expected(batch.dense_logits(dense, start, stop), batch.decoded_BN[:, start:stop])
@@ -115,15 +124,21 @@ def _measure(
         return _scores(texts, readers, torch.cat(dense_nll, 1), budget, with_window=bool(window))
 
 
-def _is_usable(text: Encoded, policy: Policy, budget: Budget | None) -> bool:
+def _is_usable(
+    model: PreTrainedModel, text: Encoded, policy: Policy, budget: Budget | None, stored: Mapping[str, Any]
+) -> bool:
     """Whether a text goes on behind the budget, and its prompt leaves room for both the policy and the window."""
     if len(text.decoded) <= _first_scored(text, budget):
         return False
-    return budget is None or all(
-        one.required_pages(len(text.prompt)) <= budget.pages(len(text.prompt), one.page_size)
-        for one in (policy, Recency())
-        if needs_budget(one)
-    )
+    if budget is None:
+        return True
+    prompt = len(text.prompt)
+    for one, form in ((policy, stored), (Recency(), {})):
+        if needs_budget(one):
+            with make_cache(model, policy=one, **asdict(budget), **form) as cache:
+                if not cache.has_room(prompt):
+                    return False
+    return True
 
 
 class _Batch:
@@ -204,10 +219,7 @@ class _Expected:
 
 def _held(cache: PagedCache, row: int) -> tuple[int, int, int]:
     """Tokens evicted, bytes of those that are resident, and bytes of all, for one row."""
-    seen = sum(layer.slots.rows.lengths[row] * layer.slots.store.keys_BKSD.shape[1] for layer in cache.paged)
-    evicted, dense = cache.row_evicted(row), cache.row_dense_kv_bytes(row)
-    pages = sum(layer.slots.row_dense_kv_bytes(row) for layer in cache.paged)
-    return evicted, pages * (seen - evicted) // seen + dense - pages, dense
+    return cache.row_evicted(row), cache.row_held_kv_bytes(row), cache.row_dense_kv_bytes(row)
 
 
 def _scores(

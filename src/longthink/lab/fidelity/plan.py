@@ -9,8 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from longthink.config import DEFAULT_POLICY, Budget, check_choice, check_int
-from longthink.lab.evaluate.plan import CacheConfig, budgets_for
+from longthink.config import DEFAULT_POLICY, Budget, KvBits, check_choice, check_int
+from longthink.lab.evaluate.plan import CacheConfig, budgets_for, check_format
 from longthink.lab.evaluate.tasks import load_tasks
 from longthink.lab.fidelity.measure import LOST, SURE
 from longthink.lab.fidelity.texts import Text, read_texts
@@ -67,6 +67,8 @@ class Plan:
     budgets: tuple[int, ...] = ()
     decode_budgets: tuple[int, ...] = ()
     rows: int | None = None  # texts side by side; None for `ROWS`
+    kv_dtype: str | None = None  # format of keys and values; None for the model's
+    kv_bits: str | None = None  # bits of packed pages; None if none are
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
@@ -77,6 +79,7 @@ class Plan:
         for name in ("count", "max_tokens", "rows"):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), 1)
+        check_format(self.kv_dtype, self.kv_bits, self.policies)
         _ = self.caches
 
     @classmethod
@@ -114,6 +117,7 @@ class Plan:
             model=self.model, revision=identity.revision, dtype=identity.dtype, policy=cache.policy,
             switches=json.dumps(policy_to_dict(make_policy(cache.policy)), sort_keys=True), budget=cache.budget,
             decode_budget=cache.decode_budget, source=source, max_tokens=self.max_tokens, sure=SURE, lost=LOST,
+            kv_dtype=self.kv_dtype, kv_bits=KvBits.shortest(self.kv_bits),
         )  # fmt: skip
 
 

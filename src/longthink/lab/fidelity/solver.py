@@ -34,7 +34,14 @@ class Solver(ModelSolver):
             started = time.monotonic()
             texts = self._encode(unit.texts)
             policies = [make_policy(spec) for spec in unit.policies]
-            found = measure(self.loaded.model, texts, policies, budget)
+            found = measure(
+                self.loaded.model,
+                texts,
+                policies,
+                budget,
+                kv_dtype=self.plan.kv_dtype,
+                kv_bits=self.plan.kv_bits,
+            )
             seconds = (time.monotonic() - started) / (len(texts) * len(policies))
             records: list[Record] = [
                 self._record(unit, spec, (text, encoded), scores, seconds)

@@ -5,6 +5,8 @@ import json
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
+_LATER_FIELDS = ("kv_dtype", "kv_bits")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
@@ -23,6 +25,8 @@ class Setup:
     top_p: float | None
     top_k: int | None
     max_new_tokens: int
+    kv_dtype: str | None = None  # format of keys and values; None for the model's
+    kv_bits: str | None = None  # bits of packed pages; None if none are
 
     @property
     def config_hash(self) -> str:
@@ -70,6 +74,8 @@ class Reading:
     max_tokens: int | None  # texts are cut there
     sure: float  # thresholds of long-range tokens: docs/fidelity.md
     lost: float
+    kv_dtype: str | None = None  # format of keys and values; None for the model's
+    kv_bits: str | None = None  # bits of packed pages; None if none are
 
     @property
     def config_hash(self) -> str:
@@ -140,7 +146,11 @@ Record = Sample | Fidelity | Measurement
 
 
 def _hash(record: Any, setup: type) -> str:
-    text = json.dumps({field.name: getattr(record, field.name) for field in fields(setup)}, sort_keys=True)
+    # Rows from before the later fields keep their hashes.
+    values = {field.name: getattr(record, field.name) for field in fields(setup)}
+    text = json.dumps(
+        {x: y for x, y in values.items() if y is not None or x not in _LATER_FIELDS}, sort_keys=True
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
