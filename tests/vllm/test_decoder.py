@@ -98,6 +98,8 @@ def served() -> dict[str, Policy]:
     for name, policy in (*subclasses(), *wrappers()):
         if policy.page_size > 1 or name.startswith(("recency", "keep_first: recency")):
             policy = with_page_size(policy, PAGE)
+        elif policy.page_size != PAGE:  # it ranks single tokens
+            continue
         try:
             check_policy(policy)
             layer_policies(policy, range(LAYERS))
