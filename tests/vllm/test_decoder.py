@@ -80,6 +80,7 @@ POLICIES = [
     "raas:sharing=layer",
     "raas:score=exact",
     "milestone:alpha=0.1",
+    "recall:page_size=16:memory=20:alpha=0.1",
     "random",
     "recency:page_size=16",
 ]
@@ -97,6 +98,8 @@ def served() -> dict[str, Policy]:
     for name, policy in (*subclasses(), *wrappers()):
         if policy.page_size > 1 or name.startswith(("recency", "keep_first: recency")):
             policy = with_page_size(policy, PAGE)
+        elif policy.page_size != PAGE:  # it ranks single tokens
+            continue
         try:
             check_policy(policy)
             layer_policies(policy, range(LAYERS))
@@ -113,10 +116,10 @@ def test_which_subclasses_are_accepted():
     """For the policies that it serves, every hook but those that need what blocks do not store."""
     refused = {name for name, _ in (*subclasses(), *wrappers())} - SERVED.keys()
     assert {name.split(": ")[0] for name in SERVED} == {
-        "raas", "raas exact", "raas layer", "milestone", "random", "recency", "keep_first"
+        "raas", "raas exact", "raas layer", "milestone", "recall", "random", "recency", "keep_first"
     }  # fmt: skip
-    assert {name for name in refused if name.startswith(("raas", "milestone"))} == {
-        f"{name}: for_layer" for name in ("raas", "raas exact", "raas layer", "milestone")
+    assert {name for name in refused if name.startswith(("raas", "milestone", "recall"))} == {
+        f"{name}: for_layer" for name in ("raas", "raas exact", "raas layer", "milestone", "recall")
     }
 
 

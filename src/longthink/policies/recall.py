@@ -88,9 +88,13 @@ class Recall(KeeperPages):
     @override
     def observe(self, table: PageTable, step: Step) -> None:
         mark_reread(table, step, self.alpha, self.young // 2)
-        keep = 1 - 1 / self.memory
         new_BKS = step.weights_BKGS.mean(2) / self.memory
-        table.state["attention"].mul_(keep).add_(new_BKS)
+        table.state["attention"].mul_(self.decay).add_(new_BKS)
+
+    @property
+    def decay(self) -> float:
+        """What a step leaves of the attention that is remembered."""
+        return 1 - 1 / self.memory
 
     @override
     def scores(self, table: PageTable) -> Tensor:

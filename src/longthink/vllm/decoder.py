@@ -15,12 +15,12 @@ from torch import Tensor
 
 from longthink.cache.step import choose_slots
 from longthink.kernels.compiled import compile_isolated, mark_dynamic
-from longthink.policies import Milestone, Moves, Policy, RaaS, SavesTokens, Step, reads_vectors
+from longthink.policies import Milestone, Moves, Policy, RaaS, Recall, SavesTokens, Step, reads_vectors
 from longthink.vllm.attention import QKV, BlockAttention
 from longthink.vllm.observe import ObserveOptions, observe_page
 from longthink.vllm.pool import DecodeBatch, PagePool
 
-SKIPS_ADMIT: frozenset[type[Policy]] = frozenset({Milestone, RaaS})
+SKIPS_ADMIT: frozenset[type[Policy]] = frozenset({Milestone, RaaS, Recall})
 """Policies, by exact class, whose `admit` has no effect while the prompt is pinned."""
 
 

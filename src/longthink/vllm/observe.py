@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from longthink.kernels.reference import wide_dtype
-from longthink.policies import Milestone, PageTable, Policy, RaaS, Step
+from longthink.policies import Milestone, PageTable, Policy, RaaS, Recall, Step
 
-ORDER_FREE: frozenset[type[Policy]] = frozenset({Milestone, RaaS})
-"""Policies, by exact class, that observe only weights and whose state is a maximum over steps. They observe the steps
-of a page as one batch; others observe them one by one."""
+AT_ONCE: frozenset[type[Policy]] = frozenset({Milestone, RaaS, Recall})
+"""Policies, by exact class, that observe only weights, and observe the steps of a page as one batch: their state is a
+maximum over steps, or decays (`_decayed`). Others observe the steps one by one."""
 
 
 class ObserveOptions(NamedTuple):
@@ -46,7 +46,7 @@ def observe_page(
     resident_NTKS = (position_N1KS >= 0) & (position_N1KS <= now_NT[..., None, None])
     weights_NTKGS = logits_NTKGS.masked_fill(~resident_NTKS[:, :, :, None], -torch.inf).softmax(-1)
     position_NTKS = torch.where(resident_NTKS, position_N1KS, -1)
-    count = tokens if type(policy) in ORDER_FREE else 1
+    count = tokens if type(policy) in AT_ONCE else 1
     reads_queries = table.vectors is not None or table.key_bounds is not None
     for first in range(0, tokens, count):
         part = (slice(None), slice(first, first + count))
@@ -60,7 +60,7 @@ def observe_page(
 
 
 def _observe(policy: Policy, table: PageTable, now_NT: Tensor, position_NTKS: Tensor, step: Step) -> None:
-    """Observe steps that start from the same state, and keep the maximum of their results."""
+    """Observe steps that start from the same state, and combine their results."""
     count = now_NT.shape[1]
     each = {name: tensor.repeat_interleave(count, 0) for name, tensor in table.state.items()}
     steps = dataclasses.replace(
@@ -73,7 +73,22 @@ def _observe(policy: Policy, table: PageTable, now_NT: Tensor, position_NTKS: Te
     decodes_B = steps.now_B >= steps.prompt_B
     for name, before in each.items():
         after = torch.where(decodes_B.view(-1, *[1] * (before.ndim - 1)), steps.state[name], before)
-        table.state[name] = after.unflatten(0, (-1, count)).amax(1)
+        after = after.unflatten(0, (-1, count))
+        if isinstance(policy, Recall) and name == "attention":
+            table.state[name] = _decayed(table.state[name], after, policy.decay)
+        else:
+            table.state[name] = after.amax(1)
+
+
+def _decayed(before_NKS: Tensor, after_NTKS: Tensor, decay: float) -> Tensor:
+    """State after steps in turn, each of which leaves `decay` of it and adds something, from that after each alone.
+
+    Steps of prompt tokens neither add to it nor have anything to leave: then it is still zero.
+    """
+    count = after_NTKS.shape[1]
+    share_T = decay ** torch.arange(count - 1, -1, -1, dtype=before_NKS.dtype, device=before_NKS.device)
+    new_NTKS = after_NTKS - decay * before_NKS[:, None]
+    return before_NKS * decay**count + (new_NTKS * share_T[:, None, None]).sum(1)
 
 
 def _masked_vectors(table: PageTable, position_NTKS: Tensor) -> tuple[Tensor, Tensor] | None:
