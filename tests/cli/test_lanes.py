@@ -138,7 +138,8 @@ def test_an_error_here_ends_the_race(runners, monkeypatch):
 @pytest.mark.slow
 def test_ctrl_c_ends_all_processes(start, tmp_path):
     """Each of them holds standard error, so reading it to its end is waiting for all."""
-    process = start("demo", "--workers", "2", "--png", tmp_path / "x.png", start_new_session=True, bufsize=0)
+    words = ("demo", "--size", "m", "--workers", "2", "--png", tmp_path / "x.png")
+    process = start(*words, start_new_session=True, bufsize=0)
     for line in process.stderr:
         if line.startswith(b"raas: "):  # the helper's
             break

@@ -11,7 +11,7 @@ import pytest
 from longthink.cli.decode import catch_interrupt
 from tests.cli.conftest import save_model
 
-ENDLESS = ("--max-new-tokens", "20000", "--decode-budget", "32")
+ENDLESS = ("--max-new-tokens", "20000", "--decode-budget", "32", "--compile", "off")
 
 
 @pytest.mark.slow

@@ -157,7 +157,8 @@ def test_a_command_that_is_stopped_writes_what_it_has_found(tmp_path):
 
 @pytest.mark.slow
 def test_the_whole_self_test(tmp_path):
-    done = command(tmp_path)
+    # What is left out differs from what runs by the policy alone.
+    done = command(tmp_path, "--only", "^(?!tiny milestone)")
     assert done.returncode == 0, done.stdout + done.stderr
     content = json.loads((tmp_path / "gpu-check.json").read_text())
     assert {part["state"] for part in content["parts"]} == {"done", "no GPU"}

@@ -6,13 +6,11 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    DeepseekV3Config,
     DynamicCache,
-    Gemma2Config,
-    GptOssConfig,
+    Gemma4TextConfig,
     LogitsProcessorList,
+    MambaConfig,
     MistralConfig,
-    Qwen2Config,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -59,28 +57,18 @@ def model_stays_as_it_was(model):
 
 
 REFUSED_MODELS = {
-    "sliding-window layers": lambda: AutoModelForCausalLM.from_config(
+    "a window of 16 tokens in every layer.*transformers' own cache": lambda: AutoModelForCausalLM.from_config(
         MistralConfig(**TINY, sliding_window=16)
     ),
-    "sliding_attention": lambda: AutoModelForCausalLM.from_config(
-        Qwen2Config(**TINY, use_sliding_window=True, sliding_window=16, max_window_layers=1)
+    "no layer with attention.*transformers' own cache": lambda: AutoModelForCausalLM.from_config(
+        MambaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, state_size=8)
     ),
-    "soft-capping": lambda: AutoModelForCausalLM.from_config(Gemma2Config(**TINY)),
-    "sliding_attention|sinks": lambda: AutoModelForCausalLM.from_config(
-        GptOssConfig(**TINY, num_local_experts=2, num_experts_per_tok=1)
-    ),
-    "latent attention": lambda: AutoModelForCausalLM.from_config(
-        DeepseekV3Config(
-            **{k: v for k, v in TINY.items() if k != "head_dim"},
-            kv_lora_rank=8,
-            q_lora_rank=8,
-            qk_rope_head_dim=8,
-            qk_nope_head_dim=8,
-            v_head_dim=8,
-            first_k_dense_replace=2,
-            moe_intermediate_size=16,
-            n_routed_experts=8,
-            n_group=4,
+    "layers that read the keys and values of other layers": lambda: AutoModelForCausalLM.from_config(
+        Gemma4TextConfig(
+            **TINY,
+            layer_types=["full_attention"] * 2,
+            num_kv_shared_layers=1,
+            vocab_size_per_layer_input=50,
         )
     ),
     "encoder and a decoder": lambda: T5ForConditionalGeneration(
@@ -99,14 +87,6 @@ def test_models_that_would_be_served_wrongly_are_refused_before_anything_is_gene
         longthink.generate(refused, torch.tensor([[3, 4, 5]]), budget=64, max_new_tokens=4)
     assert not calls
     assert refused.config._attn_implementation == before
-
-
-def test_attention_sinks_are_refused_by_name():
-    config = GptOssConfig(
-        **TINY, num_local_experts=2, num_experts_per_tok=1, layer_types=["full_attention"] * 2
-    )
-    with pytest.raises(longthink.UnsupportedModelError, match="attention sinks"):
-        longthink.make_cache(AutoModelForCausalLM.from_config(config), budget=64)
 
 
 @pytest.mark.parametrize(

@@ -92,15 +92,22 @@ def allow_async_scheduling(patch):
     patch.setattr(torch.cuda, "stream", contextlib.nullcontext)
 
 
-def serve(llm, prompts, counts, *, ignore_eos=True):
-    """Greedy tokens of each prompt; `counts` is their number, one for all or one for each."""
+def greedy(counts, *, ignore_eos=True, extra_args=None):
+    """Sampling parameters of requests that get so many tokens."""
     from vllm import SamplingParams
 
-    counts = [counts] * len(prompts) if isinstance(counts, int) else counts
-    sampling = [
-        SamplingParams(temperature=0, max_tokens=count, ignore_eos=ignore_eos, detokenize=False)
-        for count in counts
+    options = dict(temperature=0, ignore_eos=ignore_eos, detokenize=False)
+    extra_args = extra_args or [None] * len(counts)
+    return [
+        SamplingParams(max_tokens=count, extra_args=extra, **options)
+        for count, extra in zip(counts, extra_args, strict=True)
     ]
+
+
+def serve(llm, prompts, counts, **options):
+    """Greedy tokens of each prompt; `counts` is their number, one for all or one for each."""
+    counts = [counts] * len(prompts) if isinstance(counts, int) else counts
+    sampling = greedy(counts, **options)
     requests = [{"prompt_token_ids": prompt} for prompt in prompts]
     return [list(done.outputs[0].token_ids) for done in llm.generate(requests, sampling, use_tqdm=False)]
 
@@ -128,14 +135,12 @@ def scheduler(llm):
     return llm.llm_engine.engine_core.engine_core.scheduler
 
 
-def serve_and_preempt(llm, prompts, count, at):
+def serve_and_preempt(llm, prompts, count, at, **options):
     """Greedy tokens of each prompt, with all running requests preempted after the given steps."""
-    from vllm import SamplingParams
-
     inner, done, steps = llm.llm_engine, {}, 0
-    sampling = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
+    sampling = greedy([count] * len(prompts), **options)
     for name, prompt in enumerate(prompts):
-        inner.add_request(str(name), {"prompt_token_ids": prompt}, sampling)
+        inner.add_request(str(name), {"prompt_token_ids": prompt}, sampling[name])
     while inner.has_unfinished_requests():
         for output in inner.step():
             if output.finished:

@@ -46,7 +46,7 @@ def pool(tokens, page=PAGE):
     return ("--block-size", page, "--num-gpu-blocks-override", tokens // page + 1)
 
 
-def complete(client, tokens, *, prompt=40, seed=0, **options):
+def complete(client, tokens, *, prompt=40, seed=0, extra=None, **options):
     """Request exactly `tokens` tokens after a prompt of exactly `prompt` tokens."""
     ids = [3 + (seed * 31 + i * 7) % 250 for i in range(prompt)]
     return client.completions.create(
@@ -54,7 +54,7 @@ def complete(client, tokens, *, prompt=40, seed=0, **options):
         prompt=ids,
         max_tokens=tokens,
         temperature=0,
-        extra_body={"ignore_eos": True, "return_token_ids": True},
+        extra_body={"ignore_eos": True, "return_token_ids": True} | (extra or {}),
         **options,
     )
 

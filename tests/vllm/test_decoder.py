@@ -204,7 +204,8 @@ def make_builder(spec, device):
     policies = [policy.for_layer(layer) for layer in range(LAYERS)]
     options = dict(block_size=PAGE, num_kv_heads=KV_HEADS, head_size=DIM, dtype=torch.float32)
     queries = query_blocks(policy, HEADS, KV_HEADS)
-    kv_spec = BoundedSpec(**options, decode_blocks=DECODE_PAGES, max_prompt_tokens=64, query_blocks=queries)
+    sizes = dict(decode_blocks=DECODE_PAGES, max_prompt_tokens=64, max_model_len=4096, query_blocks=queries)
+    kv_spec = BoundedSpec(**options, **sizes)
     names = [f"layers.{layer}.attn" for layer in range(LAYERS)]
     builder = BoundedBuilder(kv_spec, names, SimpleNamespace(), device)
     builder._decoder = BlockDecoder(
@@ -272,6 +273,76 @@ def test_steps_on_a_gpu_have_one_shape_and_padding_rows_write_to_no_request(spec
     assert all(each == seen[0] for each in seen)
 
 
+@pytest.mark.parametrize("spec", ["raas", "milestone:alpha=0.1"])
+def test_a_step_that_goes_on_from_the_last_one_does_what_it_would_do_afresh(spec):
+    """Memory and outputs are the same, whatever happens to the batch in between."""
+    torch.manual_seed(0)
+    (going_on, names), (afresh, _) = (make_builder(spec, torch.device("cpu")) for _ in range(2))
+    for builder in (going_on, afresh):
+        builder._static, builder._decoder._buffers = False, None
+    table, prompts = (torch.randperm(BLOCKS - 1)[:36].view(3, 12) + 1).to(torch.int32), [5, 37, 12]
+    advanced, inner = [], going_on._decoder.advance
+    going_on._decoder.advance = lambda *arguments: advanced.append(now.tolist()) or inner(*arguments)
+    now = torch.tensor([0, 0, 0])
+    for step, expected in enumerate([0, 1, 1, 1, 0, 1, 1, 1, 0, 1, 1, 0, 1, 0, 0, 1, 0, 1]):
+        now = now + 1
+        if step == 0:
+            now = torch.tensor([82, 76, 82])  # the second row opens a page in step 4
+        elif step == 8:  # rows change places
+            now, table, prompts = now[[1, 0, 2]], table[[1, 0, 2]], [37, 5, 12]
+        elif step == 11:
+            table = table.clone()
+            table[2, 1] = 39
+        elif step == 13:
+            prompts = [37, 6, 12]
+        elif step == 14:
+            now = now + 16
+        elif step == 16:
+            now, table, prompts = now[:2], table[:2], prompts[:2]
+        before = len(advanced)
+        new = torch.randn(len(names), len(now), HEADS + 2 * KV_HEADS, DIM)
+        outs = []
+        for builder in (going_on, afresh):
+            afresh._last = None
+            metadata = builder.build(0, one_token_each(now + 1, prompts, table))
+            outs.append(torch.zeros(len(names), len(now), HEADS, DIM))
+            for layer, name in enumerate(names):
+                metadata.run(name, new[layer].split([HEADS, KV_HEADS, KV_HEADS], 1), outs[-1][layer])
+        assert len(advanced) - before == expected, step
+        assert torch.equal(*outs), step
+        assert torch.equal(*(all_bytes(builder._decoder.pool) for builder in (going_on, afresh))), step
+
+
+def all_bytes(pool):
+    storage = pool._first.untyped_storage()
+    return torch.empty(0, dtype=torch.int8).set_(storage, 0, (storage.nbytes(),), (1,))
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_request_is_full_where_the_null_block_ends_its_table(static):
+    """Its own budget. What follows the blocks of a request that is not full is left from others."""
+    builder, _ = make_builder("raas", torch.device("cpu"))
+    builder._static = static
+    rows = ([7, 8, 9, 0, 5, 5], [11, 12, 13, 14, 15, 16], [21, 22, 23, 3, 3, 0], [31, 32, 0, 4, 4, 4])
+    table = torch.tensor([[*row, *[6] * 6] for row in rows], dtype=torch.int32)
+    # The first three have a prompt of one page, of which the second has the server's four beside it and is full.
+    # The last is full with a budget of one page.
+    now = torch.tensor([5 * PAGE, 5 * PAGE, 2 * PAGE + 3, 2 * PAGE])
+    batch = one_token_each(now + 1, (5, 5, 5, 5), table)
+    tokens, _ = builder.build(0, batch).decode
+    assert tokens.batch.count_B.tolist() == [3, 5, 3, 2]
+    assert tokens.batch.cap_B[[0, 1, 3]].tolist() == [3, 5, 2]
+    used = [[block for block in row if block] for row in tokens.batch.block_BP.tolist()]
+    assert used == [[7, 8, 9], [11, 12, 13, 14, 15], [21, 22, 23], [31, 32]]
+    assert tokens.opening.tolist() == [0, 1, 3]
+    assert tokens.evicts
+    # Only rows that open a page count, and on a GPU no request with more than two pages is known to have room.
+    batch = one_token_each(
+        torch.tensor([5 * PAGE + 3, 4 * PAGE + 1, 2 * PAGE + 1, 2 * PAGE + 2]), (5, 5, 5, 5), table
+    )
+    assert builder.build(0, batch).decode[0].evicts is static
+
+
 def test_a_stage_of_a_pipeline_has_the_policies_of_its_own_layers():
     """What a policy draws depends on the layer's index in the whole model, not in its stage."""
     policy = make_policy("random:page_size=16")
@@ -283,7 +354,7 @@ def test_a_stage_of_a_pipeline_has_the_policies_of_its_own_layers():
         scheduler_config=SimpleNamespace(max_num_seqs=4),
     )
     options = dict(block_size=PAGE, num_kv_heads=KV_HEADS, head_size=DIM, dtype=torch.float32)
-    kv_spec = BoundedSpec(**options, decode_blocks=DECODE_PAGES, max_prompt_tokens=64)
+    kv_spec = BoundedSpec(**options, decode_blocks=DECODE_PAGES, max_prompt_tokens=64, max_model_len=4096)
     drawn = []
     for layer in (0, 5):
         name = f"model.layers.{layer}.self_attn.attn"

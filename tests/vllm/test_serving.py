@@ -93,6 +93,36 @@ def test_too_long_a_prompt_is_refused_at_once(server):
     assert complete(client, 2).usage.completion_tokens == 2
 
 
+def test_a_request_may_have_a_budget_of_its_own(server):
+    client, held, own = server.client(), [], {"vllm_xargs": {"longthink.decode_budget": 64}}
+    with polled(lambda: held.append(server.metrics()["longthink:resident_pages"])):
+        answer = complete(client, 1500, extra=own)
+    assert max(held) == pages(40) + pages(64)
+    whole = complete(client, 1500).choices[0].token_ids
+    # The same until the request is full: its prompt takes 2.5 pages of 3.
+    room = 48 + 64 - 40
+    assert answer.choices[0].token_ids[:room] == whole[:room]
+    assert answer.choices[0].token_ids != whole
+
+
+def test_a_bad_budget_is_refused_at_once(server):
+    client = server.client()
+    outside, not_whole = "allowed is 1 to 256", "must be an integer"
+    for value, message in ((0, outside), (257, outside), ("64", not_whole), ([64], not_whole)):
+        extra = {"vllm_xargs": {"longthink.decode_budget": value}}
+        with pytest.raises(openai.BadRequestError, match=message):
+            complete(client, 2, extra=extra)
+        with pytest.raises(openai.BadRequestError, match=message):
+            messages = [{"role": "user", "content": "a quick fox"}]
+            client.chat.completions.create(model="tiny", messages=messages, max_tokens=2, extra_body=extra)
+        # vLLM checks parameters once the stream is open: the error is its first event.
+        with pytest.raises(openai.APIError, match=message):
+            list(complete(client, 2, extra=extra, stream=True))
+    with pytest.raises(openai.BadRequestError, match="no option 'buget'"):
+        complete(client, 2, extra={"vllm_xargs": {"longthink.buget": 64}})
+    assert complete(client, 2).usage.completion_tokens == 2
+
+
 def test_metrics_count_what_was_bounded(server):
     """Exact numbers from lengths: nothing within the budget, every evicted page beyond it."""
     client, before = server.client(), server.metrics()

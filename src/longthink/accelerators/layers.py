@@ -46,7 +46,8 @@ class FusedLayer:
         """Destination of this step's page scores, if a group stamps for all layers."""
 
     def serves(self, store: SlotStore) -> bool:
-        return accelerators.available(store.keys_BKSD)
+        same_dim = store.keys_BKSD.shape[-1] == store.values_BKSD.shape[-1]
+        return accelerators.available(store.keys_BKSD) and store.rule.is_plain and same_dim
 
     def step(self, store: SlotStore, new: QKV, scaling: float) -> Tensor:
         """Equivalent of `longthink.cache.step.decode_step`. Returns BHD."""

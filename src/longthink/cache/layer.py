@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from longthink import kernels
-from longthink.cache.prompt import ChunkedPrompt, causal_mask, check_query_stats, write_prompt
+from longthink.cache.prompt import ChunkedPrompt, causal_mask, check_query_stats, sum_queries, write_prompt
 from longthink.cache.rows import RowCounts
 from longthink.cache.stats import CacheStats
 from longthink.cache.step import QKV, FusedStep, Read, decode_step, open_pages, read_slots
@@ -20,7 +20,8 @@ from longthink.cache.store import SlotStore
 from longthink.cache.turn import read_turn
 from longthink.config import Budget
 from longthink.errors import BudgetError, CacheStateError
-from longthink.kernels.rotation import Rotation, query_sums
+from longthink.kernels import LogitRule
+from longthink.kernels.rotation import Rotation
 from longthink.policies import NEEDS, Policy, grows, needs_budget
 
 
@@ -57,6 +58,7 @@ class LayerCache(CacheStats):
     """
 
     _read: Read = staticmethod(read_slots)
+    _rule: LogitRule = kernels.PLAIN
 
     def __init__(
         self,
@@ -95,11 +97,6 @@ class LayerCache(CacheStats):
     # State and rows -----------------------------------------------------------------------------------------
 
     @property
-    def length_B(self) -> Tensor:
-        """Tokens that each row has seen, without padding, on the host."""
-        return torch.tensor(self.rows.lengths, dtype=torch.int64)
-
-    @property
     def next_position_B(self) -> Tensor:
         """Logical position of each row's next token, on the device."""
         return self.store.table.now_B.clone()
@@ -109,11 +106,6 @@ class LayerCache(CacheStats):
         """Whether decode steps are fused."""
         # Kernels know the prompt as the first pages of the text.
         return self.fused is not None and not self.later_turns and self.fused.serves(self.store)
-
-    @property
-    def sizes(self) -> tuple[torch.Size, int]:
-        """Shape of the slots, and the largest cap: what may change when rows come and go."""
-        return self.store.keys_BKSD.shape, self.store.table.cap
 
     def select_rows(self, rows: Tensor) -> None:
         """Reorder rows: row i becomes the old row ``rows[i]`` (beam search, batch changes)."""
@@ -179,6 +171,7 @@ class LayerCache(CacheStats):
         value_BKQD: Tensor,
         valid_BQ: Tensor | None = None,
         scaling: float | None = None,
+        rule: LogitRule = kernels.PLAIN,
     ) -> Tensor:
         """Append new tokens and return their attention output.
 
@@ -192,11 +185,13 @@ class LayerCache(CacheStats):
             True for real tokens, False for padding; None if all are real.
         scaling
             Factor on q.k; ``D ** -0.5`` by default.
+        rule
+            What the layer does with its logits besides, in all calls.
 
         Returns
         -------
         Tensor
-            Output, shape BHQD; meaningless at padding.
+            Output, BHQD with the head dim of the values; meaningless at padding.
 
         Raises
         ------
@@ -214,7 +209,10 @@ class LayerCache(CacheStats):
             )
         columns = query_BHQD.shape[2]
         if not columns:
-            return torch.empty_like(query_BHQD)
+            return query_BHQD.new_empty(*query_BHQD.shape[:3], value_BKQD.shape[3])
+        self._rule = rule
+        if self._store is not None:
+            self._store.rule = rule
         block = query_BHQD, key_BKQD, value_BKQD
         by_user = columns > 1 or self._announced > 0
         if self._store is None or (by_user and grows(self.policy)):
@@ -244,7 +242,7 @@ class LayerCache(CacheStats):
             self.store.mark_prompt(starts)
             return out_BHQD
         self.rows.lengths = starts
-        out_BHQD = torch.empty_like(block[0])
+        out_BHQD = block[0].new_empty(*block[0].shape[:3], block[2].shape[3])
         for i in range(columns):
             query_BHD, key_BKD, value_BKD = (tensor[:, :, i] for tensor in block)
             active_B = None if valid_BQ is None else valid_BQ[:, i]
@@ -290,18 +288,16 @@ class LayerCache(CacheStats):
             readable_BN = torch.cat([self._store.table.resident_BKS[:, 0], real_BQ], 1)
         plain = valid_BQ is None and readable_BN.shape[1] == columns
         mask_B1QN = None if plain else causal_mask(readable_BN, columns)
-        out_BHQD = kernels.block_attention(query_BHQD, keys_BKND, values_BKND, mask_B1QN, scaling)
+        read_by = scaling, self._rule
+        out_BHQD = kernels.block_attention(query_BHQD, keys_BKND, values_BKND, mask_B1QN, *read_by)
         mass_BKN = None
         if "prompt_mass" in self.policy.needs:
             mask = causal_mask(readable_BN, columns) if mask_B1QN is None else mask_B1QN
-            mass_BKN = kernels.column_mass(query_BHQD, keys_BKND, mask, read_BQ, scaling)
+            mass_BKN = kernels.column_mass(query_BHQD, keys_BKND, mask, read_BQ, *read_by)
             mass_BKN = chunks.add_mass(mass_BKN) if chunks else mass_BKN
         sums_BH3F = None
         if "query_stats" in self.policy.needs:
-            assert self.rotation is not None
-            rotation = self.rotation.to(query_BHQD.device)
-            sums_BH3F = query_sums(query_BHQD, position_BQ[:, -columns:], rotation)
-            sums_BH3F = chunks.add_queries(sums_BH3F) if chunks else sums_BH3F
+            sums_BH3F = sum_queries(query_BHQD, position_BQ[:, -columns:], self.rotation, chunks)
 
         if chunks is None or chunks.complete:
             self._chunks = None
@@ -327,7 +323,8 @@ class LayerCache(CacheStats):
         self.rows.add_prompt(counts, caps)
         pages = -(-max(self.rows.lengths) // self.policy.page_size) if grows(self.policy) else max(caps)
         if self._store is None:
-            self._store = SlotStore(self.policy, key_BKQD, caps, pages, self.kv_dtype)
+            form = self.kv_dtype, value_BKQD.shape[3], self._rule
+            self._store = SlotStore(self.policy, key_BKQD, caps, pages, *form)
         self._store.reserve(pages)
         self._store.set_caps(caps)
         write_prompt(self.policy, self._store, (key_BKQD, value_BKQD), position_BQ, starts, mass_BKN)

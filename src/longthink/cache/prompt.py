@@ -11,7 +11,7 @@ from torch import Tensor
 
 from longthink.cache.store import SlotStore
 from longthink.errors import CacheStateError, UnsupportedFeatureError, UnsupportedModelError
-from longthink.kernels.rotation import Rotation
+from longthink.kernels.rotation import Rotation, query_sums
 from longthink.policies import Policy, TrimsPrompt, policy_spec
 
 
@@ -55,9 +55,9 @@ class ChunkedPrompt:
         if self.complete and start == 0:
             return key_BKQD, value_BKQD, real_BQ
         if self._keys_BKND is None or self._values_BKND is None or self._real_BN is None:
-            rows, heads, _, head_dim = key_BKQD.shape
-            self._keys_BKND = key_BKQD.new_empty(rows, heads, self.columns, head_dim)
-            self._values_BKND = value_BKQD.new_empty(rows, heads, self.columns, head_dim)
+            rows, heads = key_BKQD.shape[:2]
+            self._keys_BKND = key_BKQD.new_empty(rows, heads, self.columns, key_BKQD.shape[3])
+            self._values_BKND = value_BKQD.new_empty(rows, heads, self.columns, value_BKQD.shape[3])
             self._real_BN = real_BQ.new_empty(rows, self.columns)
         self._keys_BKND[:, :, start : self.seen] = key_BKQD
         self._values_BKND[:, :, start : self.seen] = value_BKQD
@@ -76,6 +76,15 @@ class ChunkedPrompt:
         """Add the sums over the queries of the last chunk; returns those over all so far."""
         self._query_sums = sums_BH3F if self._query_sums is None else self._query_sums + sums_BH3F
         return self._query_sums
+
+
+def sum_queries(
+    query_BHQD: Tensor, position_BQ: Tensor, rotation: Rotation | None, chunks: ChunkedPrompt | None
+) -> Tensor:
+    """`query_sums` over all chunks so far."""
+    assert rotation is not None
+    sums_BH3F = query_sums(query_BHQD, position_BQ, rotation.to(query_BHQD.device))
+    return chunks.add_queries(sums_BH3F) if chunks else sums_BH3F
 
 
 def causal_mask(real_BN: Tensor, queries: int) -> Tensor:

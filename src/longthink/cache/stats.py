@@ -5,6 +5,7 @@ Shape suffixes: B batch rows, K KV heads, S token slots.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from longthink.cache.prompt import ChunkedPrompt
@@ -20,12 +21,24 @@ class CacheStats:
     _store: SlotStore | None
     _chunks: ChunkedPrompt | None
     rows: RowCounts
+    dense_numbers: int | None = None
+    """Numbers that the model's own cache keeps of a token, if they are not the keys and values that are kept here."""
 
     @property
     def store(self) -> SlotStore:
         """The slots; only after prefill."""
         assert self._store is not None
         return self._store
+
+    @property
+    def length_B(self) -> Tensor:
+        """Tokens that each row has seen, without padding, on the host."""
+        return torch.tensor(self.rows.lengths, dtype=torch.int64)
+
+    @property
+    def sizes(self) -> tuple[torch.Size, int]:
+        """Shape of the slots, and the largest cap: what may change when rows come and go."""
+        return self.store.keys_BKSD.shape, self.store.table.cap
 
     @property
     def kv_bytes(self) -> int:
@@ -57,7 +70,9 @@ class CacheStats:
 
     def row_dense_kv_bytes(self, row: int) -> int:
         """Bytes that a dense cache would take for keys and values of a row."""
-        return 2 * self.rows.lengths[row] * self.store.keys_BKSD[0, :, 0].nbytes
+        keys, values = self.store.keys_BKSD[0, :, 0], self.store.values_BKSD[0, :, 0]
+        numbers = self.dense_numbers or keys.numel() + values.numel()
+        return self.rows.lengths[row] * numbers * keys.itemsize
 
     def row_evicted(self, row: int) -> int:
         """Evicted tokens of a row, summed over KV heads."""

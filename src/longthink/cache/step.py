@@ -101,7 +101,7 @@ def read_slots(
     many = grows(policy) and selected_BKR is None
     with_weights = "weights" in store.needs
     return kernels.decode_attention(
-        query_BKGD, keys, values, resident, scaling, with_weights=with_weights, many=many
+        query_BKGD, keys, values, resident, scaling, with_weights=with_weights, many=many, rule=store.rule
     )
 
 

@@ -1,8 +1,8 @@
 """Page slots of one layer: the only memory for keys and values.
 
 Shape suffixes: B batch rows, K KV heads (1 in tables that a whole layer shares), P page slots, T tokens in a page,
-S = P * T token slots, D head dim, Q columns of a prompt block, M tokens moved, R pages read, N first token slots, or
-numbers in a row.
+S = P * T token slots, D head dim (keys and values may differ in it), Q columns of a prompt block, M tokens moved,
+R pages read, N first token slots, or numbers in a row.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from longthink import kernels
 from longthink.errors import UnsupportedModelError
-from longthink.kernels import At, entries
+from longthink.kernels import PLAIN, At, LogitRule, entries
 from longthink.kernels.rotation import Rotation
 from longthink.policies import Moves, PageTable, Policy, Shape, ShiftsKeys, page_tables, policy_spec
 
@@ -41,6 +41,10 @@ class SlotStore:
         Page slots to allocate.
     dtype
         Dtype of keys and values; None for that of `key_BKQD`.
+    value_dim
+        Head dim of the values; None for that of the keys.
+    rule
+        What the layer does with its logits.
     """
 
     def __init__(
@@ -50,13 +54,16 @@ class SlotStore:
         cap_B: list[int],
         pages: int,
         dtype: torch.dtype | None = None,
+        value_dim: int | None = None,
+        rule: LogitRule = PLAIN,
     ) -> None:
         key_BKQD = key_BKQD[:, :, :0].to(dtype or key_BKQD.dtype)
         rows, kv_heads, _, head_dim = key_BKQD.shape
         tables, tokens, device = page_tables(policy, kv_heads), pages * policy.page_size, key_BKQD.device
         self.tail_BK = torch.zeros(rows, tables, dtype=torch.int64, device=device)
         self.keys_BKSD = key_BKQD.new_zeros(rows, kv_heads, tokens, head_dim)
-        self.values_BKSD = key_BKQD.new_zeros(rows, kv_heads, tokens, head_dim)
+        self.values_BKSD = key_BKQD.new_zeros(rows, kv_heads, tokens, value_dim or head_dim)
+        self.rule = rule
         # Read once: the compiler need not trace a subclass's property.
         self.needs = policy.needs
         bounded = pages if "key_bounds" in self.needs else 0
@@ -251,11 +258,9 @@ class SlotStore:
         filled_BKS, column_BKS = source_BKS >= 0, source_BKS.clamp(min=0)
         position = position_BQ[:, None].expand(shape).gather(2, column_BKS).to(torch.int32)
         table.position_BKS.copy_(torch.where(filled_BKS, position, table.position_BKS))
-        index = column_BKS[..., None].expand(-1, key_BKQD.shape[1], -1, key_BKQD.shape[3])
-        self.keys_BKSD.copy_(torch.where(filled_BKS[..., None], key_BKQD.gather(2, index), self.keys_BKSD))
-        self.values_BKSD.copy_(
-            torch.where(filled_BKS[..., None], value_BKQD.gather(2, index), self.values_BKSD)
-        )
+        for slots, block in ((self.keys_BKSD, key_BKQD), (self.values_BKSD, value_BKQD)):
+            index = column_BKS[..., None].expand(-1, block.shape[1], -1, block.shape[3])
+            slots.copy_(torch.where(filled_BKS[..., None], block.gather(2, index), slots))
         self.compute_key_bounds()
         self.tail_BK.copy_(table.page_BKP.argmax(-1))
         return source_BKS

@@ -52,7 +52,7 @@ def read_turn(
     kept = key.to(store.keys_BKSD.dtype), value.to(store.values_BKSD.dtype)
     reader = _Reader(policy, store, kept, real_BQ.gather(1, order_BJ), scaling, query.dtype)
     saved: dict[int, list[Tensor]] = {}
-    out_BHQD = torch.zeros_like(block[0])
+    out_BHQD = block[0].new_zeros(*block[0].shape[:3], value.shape[3])
     for start in range(0, max(counts), _AT_ONCE):
         query_BHMD = query[:, :, start : start + _AT_ONCE]
         out_BHMD, weights_BKGMN = reader.attend(query_BHMD, start)
@@ -99,11 +99,13 @@ class _Reader:
         mask_BKMN = self._readable_BKN[:, :, None] & (key_N <= query_M[:, None])
         keys, values = self._keys_BKND, self._values_BKND
         if "weights" not in self._store.needs:
-            return kernels.block_attention(query_BHMD, keys, values, mask_BKMN, self._scaling), None
+            rule = self._store.rule
+            return kernels.block_attention(query_BHMD, keys, values, mask_BKMN, self._scaling, rule), None
         query_BKGMD = query_BHMD.unflatten(1, (keys.shape[1], -1))
         out_BKGMD, weights_BKGMN = weighted_attention(
-            query_BKGMD, keys[:, :, None], values[:, :, None], mask_BKMN[:, :, None], self._scaling
-        )
+            query_BKGMD, keys[:, :, None], values[:, :, None], mask_BKMN[:, :, None], self._scaling,
+            self._store.rule,
+        )  # fmt: skip
         return out_BKGMD.flatten(1, 2), weights_BKGMN
 
     def append(self, query_BHD: Tensor, j: int, weights_BKGN: Tensor | None, *, opens: bool) -> None:

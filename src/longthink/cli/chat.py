@@ -106,7 +106,7 @@ def chat(first: str | None, conversation: Conversation, answer: Any, cache: Page
         write_text("\n")
         bound = cache.bound_tokens
         bounded = "nothing is bounded" if bound is None else f"bound {bound:,} tokens per layer"
-        held = len(cache.resident_positions(len(cache.layers) - 1)[0][0])
+        held = len(cache.resident_positions(cache.paged[-1].index)[0][0])
         note(f"{len(decoded.tokens)} tokens · {cache.get_seq_length():,} seen · {held:,} held · {bounded}")
         if decoded.stopped == "interrupted" and not decoded.tokens:
             return "interrupted"

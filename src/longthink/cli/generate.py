@@ -205,10 +205,17 @@ def closing_line(decoded: Decoded, cache: PagedCache) -> str:
         [
             f"{len(decoded.tokens)} tokens{ends[decoded.stopped]}",
             f"{decoded.tokens_per_s:.1f} tokens/s",
-            f"KV cache {size_text(cache.kv_bytes)}, dense would be {size_text(cache.dense_kv_bytes)}",
+            f"KV cache {_sizes(cache)}, dense would be {size_text(cache.dense_kv_bytes)}",
             f"{cache.num_evicted:,} evictions",
         ]
     )
+
+
+def _sizes(cache: PagedCache) -> str:
+    """Bytes of the cache, and where not all layers are bounded by the budget, those of each kind."""
+    parts = {kind: size_text(held) for kind, held in cache.kv_bytes_parts.items() if held}
+    shown = f" ({', '.join(f'{kind} {size}' for kind, size in parts.items())})" if len(parts) > 1 else ""
+    return f"{size_text(cache.kv_bytes)}{shown}"
 
 
 def _record(run: _Run, decoded: Decoded, cache: PagedCache) -> dict[str, Any]:
@@ -225,7 +232,9 @@ def _record(run: _Run, decoded: Decoded, cache: PagedCache) -> dict[str, Any]:
             "decode_s": decoded.decode_s,
             "tokens_per_s": decoded.tokens_per_s,
         },
-        "bytes": {name: held[name] for name in ("kv_bytes", "dense_kv_bytes", "metadata_bytes")},
+        "bytes": {
+            name: held[name] for name in ("kv_bytes", "kv_bytes_parts", "dense_kv_bytes", "metadata_bytes")
+        },
         "evictions": held["num_evicted"],
         "policy": held["policy"],
         "budget": held["budget"],

@@ -18,16 +18,23 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from longthink import kernels
 from longthink.errors import UnsupportedFeatureError, UnsupportedModelError
 from longthink.hf.guard import notice
+from longthink.kernels import LogitRule
 
 IMPLEMENTATION = "longthink"
 _MARK = "_longthink_layer"
 _SEEN = "_longthink_seen"
+_FOREIGN = ("sliding_window", "position_bias", "indices", "block_indices", "sinks")
+"""Arguments of attention functions that no layer with pages may have: they change what is attended to, or how."""
 
 
 class AttentionLayer(Protocol):
     """What `update` attaches to the keys: a cache layer that computes its own attention."""
+
+    expands: bool
+    """Whether the model attends to other keys than those it gave to `update`."""
 
     def check_call(self, module: torch.nn.Module, dropout: float, use_cache: bool | None) -> None:
         """Raise if the output would be wrong for this module or these arguments."""
@@ -40,9 +47,10 @@ class AttentionLayer(Protocol):
         value: Tensor,
         valid: Tensor | None,
         scaling: float | None,
+        rule: LogitRule,
         seen: Tensor | None,
     ) -> Tensor:
-        """Append the new tokens and return their attention output, B x H x Q x D.
+        """Append the new tokens and return their attention output, B x H x Q x D of the values.
 
         `valid` is False for new columns that are padding, B x Q; `seen` likewise for the columns before, B x N, and
         None where the mask does not say.
@@ -50,11 +58,40 @@ class AttentionLayer(Protocol):
         ...
 
 
-def mark(key: Tensor, layer: AttentionLayer) -> Tensor:
-    """Return a view of the keys with the layer attached."""
+class _Handover(threading.local):
+    """The layer whose keys were returned last in this thread, and its index in the model."""
+
+    layer: AttentionLayer | None = None
+    index = -1
+
+
+_handover = _Handover()
+
+
+def mark(key: Tensor, layer: AttentionLayer, index: int) -> Tensor:
+    """Return a view of the keys with the layer attached.
+
+    Some models compute other keys from those that `update` returns (MLA expands them, JetMoE repeats them), and
+    attend to these: then the layer is found by its index, in the next attention of the thread.
+    """
     key = key.view_as(key)
     setattr(key, _MARK, layer)
+    if not torch.compiler.is_compiling():
+        _handover.layer, _handover.index = layer, index
     return key
+
+
+def _layer_of(module: torch.nn.Module, key: Tensor) -> AttentionLayer | None:
+    """The layer that takes these keys; None if they go through no cache of ours."""
+    layer: AttentionLayer | None = getattr(key, _MARK, None)
+    if torch.compiler.is_compiling():
+        return layer
+    if layer is None and getattr(module, "layer_idx", None) == _handover.index:
+        layer = _handover.layer
+        if layer is not None:
+            layer.expands = True
+    _handover.layer = None
+    return layer
 
 
 def longthink_attention(
@@ -67,20 +104,40 @@ def longthink_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention function for `AttentionInterface`; without a `PagedCache` it is transformers' SDPA."""
-    layer: AttentionLayer | None = getattr(key, _MARK, None)
+    """Attention function for `AttentionInterface`; where keys are not of a `PagedCache`, it is transformers' SDPA."""
+    layer = _layer_of(module, key)
+    rule = LogitRule(kwargs.get("softcap"), kwargs.get("s_aux"))
     if layer is None:
         notice(module, query, key)
+        if not rule.is_plain and not dropout:
+            return _native_attention(query, key, value, attention_mask, scaling, rule), None
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    for name in ("sliding_window", "softcap", "s_aux"):
+    for name in _FOREIGN:
         if kwargs.get(name) is not None:
             raise UnsupportedModelError(f"{type(module).__name__} uses {name}: such layers are not supported")
     layer.check_call(module, dropout, kwargs.get("use_cache"))
+    if rule.sink_H is not None:
+        rule = rule._replace(sink_H=rule.sink_H.detach())
     valid = _valid_columns(attention_mask, query.shape[2])
-    out = layer.attend(query, key, value, valid, scaling, getattr(attention_mask, _SEEN, None))
+    out = layer.attend(query, key, value, valid, scaling, rule, getattr(attention_mask, _SEEN, None))
     return out.transpose(1, 2).contiguous(), None
+
+
+def _native_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, rule: LogitRule
+) -> Tensor:
+    """Attention with a rule that SDPA does not know, over keys that are in no cache of ours."""
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if mask is None:
+        shape = query.shape[2], key.shape[2]
+        mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril(shape[1] - shape[0])[None, None]
+    elif mask.dtype != torch.bool:
+        raise UnsupportedFeatureError(
+            f"attention mask of type {mask.dtype}: pass the 2D padding mask instead, while a longthink cache is open"
+        )
+    return kernels.block_attention(query, key, value, mask, scaling, rule).transpose(1, 2).contiguous()
 
 
 def _valid_columns(mask: Tensor | None, columns: int) -> Tensor | None:
@@ -114,7 +171,9 @@ def longthink_mask(
     It covers the new columns (our caches ask for no others). In a later turn the rest of the 2D mask is attached.
     """
     seen = None
-    if attention_mask is not None and isinstance(kv_offset, int) and kv_offset > 0:
+    # A window, whose layers are not ours, also has columns before the new ones.
+    ours = kv_length == q_length
+    if ours and attention_mask is not None and isinstance(kv_offset, int) and kv_offset > 0:
         if attention_mask.shape[1] < kv_offset + q_length:
             raise UnsupportedFeatureError(
                 f"attention_mask has {attention_mask.shape[1]} columns, and must cover the {kv_offset} in the cache "

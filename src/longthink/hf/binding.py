@@ -38,10 +38,11 @@ def outside_inference(function: Callable[P, R]) -> Callable[P, R]:
 
 
 class ModelBinding:
-    """Binds a cache to one model, which it does not keep alive."""
+    """Binds a cache to one model, which it does not keep alive; `first_layer` is the first that has pages."""
 
-    def __init__(self, model: PreTrainedModel, limit: int | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, limit: int | None = None, first_layer: int = 0) -> None:
         self.use = CacheUse(limit)
+        self._first_layer = first_layer
         self._model = weakref.ref(model)
         self._closer: weakref.finalize | None = None  # type: ignore[type-arg]
         self._modules: frozenset[int] = frozenset()
@@ -50,7 +51,7 @@ class ModelBinding:
 
     def copy_for(self, model: PreTrainedModel) -> ModelBinding:
         """Binding of a copy of the cache, which is not open."""
-        other = ModelBinding(model, self.use.limit)
+        other = ModelBinding(model, self.use.limit, self._first_layer)
         other.use.used = self.use.used
         return other
 
@@ -75,7 +76,7 @@ class ModelBinding:
             return
         self.close()
         install(model)
-        watch(model, self.use)
+        watch(model, self.use, self._first_layer)
         self._closer = weakref.finalize(cache, _close, self._model, self.use)
 
     def close(self) -> None:

@@ -1,6 +1,6 @@
 """`PagedCache`: a transformers `Cache` with a bounded number of page slots.
 
-It is what users create; each layer is a `PagedLayer` over a `LayerCache`.
+It is what users create; each layer with full attention is a `PagedLayer` over a `LayerCache`.
 """
 
 from __future__ import annotations
@@ -15,17 +15,19 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import CacheLayerMixin
 
 from longthink.accelerators import fused_steps
 from longthink.cache import FusedStep, LayerCache
 from longthink.config import DEFAULT_POLICY, KV_DTYPES, Budget, check_choice, check_int
-from longthink.errors import BudgetError, CacheStateError, UnsupportedFeatureError, UnsupportedModelError
+from longthink.errors import BudgetError, CacheStateError, UnsupportedModelError
 from longthink.hf.binding import ModelBinding, outside_inference
 from longthink.hf.columns import Columns
-from longthink.hf.contents import CacheContents
-from longthink.hf.layer import PagedLayer
+from longthink.hf.layer import PagedHybridLayer, PagedLayer
+from longthink.hf.layer_kinds import has_pages, is_recurrent, library_layers
+from longthink.hf.native import NativeLayers
 from longthink.hf.query_stats import calibrated_means
+from longthink.hf.refusals import Refusals
 from longthink.hf.rotation import rotations
 from longthink.hf.self_check import self_check
 from longthink.hf.support import check_model, text_limit
@@ -40,8 +42,10 @@ from longthink.policies import (
 )
 
 
-class PagedCache(CacheContents, Cache):
+class PagedCache(Refusals, NativeLayers):
     """Bounded KV cache for one model; use `make_cache` to create one.
+
+    Layers that are bounded by nature keep transformers' own cache layers (`NativeLayers`).
 
     While it is open, the model's attention goes through longthink (other caches still work); `close` restores the
     model's own attention. It is a context manager, and is closed when it is garbage-collected.
@@ -64,36 +68,52 @@ class PagedCache(CacheContents, Cache):
         self.kv_dtype = kv_dtype
         self.budget = budget
         self.required_rows = batch_size
-        self.binding = ModelBinding(model, text_limit(model))
-        count = model.config.get_text_config(decoder=True).num_hidden_layers
-        dtype = None if kv_dtype is None else getattr(torch, kv_dtype)
-        policies = [policy.for_layer(i) for i in range(count)]
+        layers = library_layers(model.config)
+        places = [i for i, layer in enumerate(layers) if has_pages(layer)]
+        self.binding = ModelBinding(model, text_limit(model), first_layer=places[0])
+        slots = self._slots(model, places)
+        self._text = Columns(list(slots.values()), rewinds=not any(map(is_recurrent, layers)))
+        for i, own in slots.items():
+            place = i, own, self.binding, self._text
+            states = layers[i].number_of_states if is_recurrent(layers[i]) else None
+            layers[i] = PagedLayer(*place) if states is None else PagedHybridLayer(*place, states)
+        super().__init__(layers=layers)
+        self.paged = [layers[i] for i in places]
+        self.natives = {i: layer for i, layer in enumerate(layers) if i not in slots}
+        used = (
+            i for i, layer in enumerate(layers) if is_recurrent(layer) or isinstance(layer, CacheLayerMixin)
+        )
+        self.first_used = next(used)
+        self._before = {i: self.paged[n - 1] if n else None for n, i in enumerate(places)}
+        self.open()
+
+    def _slots(self, model: PreTrainedModel, places: list[int]) -> dict[int, LayerCache]:
+        """The pages of each layer that has some."""
+        policy, dtype = self.policy, None if self.kv_dtype is None else getattr(torch, self.kv_dtype)
+        policies = {i: policy.for_layer(i) for i in places}
         rotated = [
             i
-            for i, own in enumerate(policies)
+            for i, own in policies.items()
             if "query_stats" in own.needs or (isinstance(own, ShiftsKeys) and own.shifted_tokens())
         ]
         rotation = rotations(model, rotated) if rotated else {}
         means = calibrated_means(model, policies)
-        slots = [
-            LayerCache(
+        if needs_budget(policy) and not any(map(needs_budget, policies.values())):
+            raise BudgetError(
+                f"policy {policy_spec(policy)!r} keeps everything in all {len(places)} layers of the model: the "
+                "budget would have no effect"
+            )
+        return {
+            i: LayerCache(
                 own,
-                budget,
+                self.budget,
                 rotation=rotation.get(i),
                 query_means_N=means.get(i),
                 kv_dtype=dtype,
                 fused=self._fused,
             )
-            for i, own in enumerate(policies)
-        ]
-        if needs_budget(policy) and not any(needs_budget(layer.policy) for layer in slots):
-            raise BudgetError(
-                f"policy {policy_spec(policy)!r} keeps everything in all {count} layers of the model: the budget "
-                "would have no effect"
-            )
-        self._text = Columns(slots)
-        super().__init__(layers=[PagedLayer(layer, self.binding, self._text) for layer in slots])
-        self.open()
+            for i, own in policies.items()
+        }
 
     # Opening and closing ------------------------------------------------------------------------------------
 
@@ -123,13 +143,6 @@ class PagedCache(CacheContents, Cache):
         for name, value in self.__dict__.items():
             setattr(other, name, copy.deepcopy(value, memo))
         return other.open() if self.binding.is_open else other
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Raise: the contents are of use to this model only."""
-        raise UnsupportedFeatureError(
-            "a longthink cache belongs to a model in this process and cannot be pickled: copy it with copy.deepcopy, "
-            "or write it to a file with cache.save(path) and read it with longthink.load_cache(model, path)"
-        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the contents to a safetensors file, which `load_cache` reads. A closed cache can be saved too.
@@ -161,19 +174,19 @@ class PagedCache(CacheContents, Cache):
             Columns of the prompt, including padding.
         """
         check_int("columns", columns, 1)
-        for layer in self.layers:
+        for layer in self.paged:
             layer.slots.begin_chunked_prefill(columns)
         try:
             yield
         finally:
-            if any(layer.slots.in_chunked_prefill for layer in self.layers):
+            if any(layer.slots.in_chunked_prefill for layer in self.paged):
                 self.reset()
 
     def check_room(self, mask_BN: Tensor | None, columns: int) -> None:
         """Raise `BudgetError` if a later turn of so many columns, with this mask, does not fit."""
         counts = None if mask_BN is None else mask_BN[:, -columns:].sum(1).tolist()
         if self.rows and (counts is None or len(counts) == self.rows):
-            for layer in self.layers:
+            for layer in self.paged:
                 layer.slots.check_room(None, counts, columns)
 
     # Interface of transformers ------------------------------------------------------------------------------
@@ -183,13 +196,20 @@ class PagedCache(CacheContents, Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Add the new keys and values of a layer, B x K x Q x D, if the cache is open and the model the right one."""
-        if layer_idx == 0:
-            self.binding.check_open()
-            rows = len(key_states)
-            self._check_rows(rows)
-            self.binding.use.add(rows, self.columns + key_states.shape[2])
+        self._enter(key_states, layer_idx)
+        if layer_idx in self.natives:
+            return outside_inference(super().update)(key_states, value_states, layer_idx, *args, **kwargs)
+        if layer_idx == self.paged[0].index:
+            self.binding.use.add(len(key_states), self.columns + key_states.shape[2])
         self._check_layer(layer_idx)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _enter(self, new: Tensor, layer_idx: int) -> None:
+        if layer_idx == self.first_used:
+            self.binding.check_open()
+            self._check_rows(len(new))
+            if self.rows not in (0, len(new)):
+                raise CacheStateError(f"the cache holds {self.rows} rows and was given {len(new)}")
 
     @torch.compiler.disable
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
@@ -211,7 +231,10 @@ class PagedCache(CacheContents, Cache):
             )
 
     def _check_complete(self) -> None:
-        if any(layer.pending or layer.columns != self.layers[0].columns for layer in self.layers):
+        self._check_pages_complete(natives=self._natives_complete())
+
+    def _check_pages_complete(self, *, natives: bool = True) -> None:
+        if not natives or any(layer.pending or layer.columns != self.columns for layer in self.paged):
             raise CacheStateError(
                 "a step on this cache was interrupted: call cache.reset() or create a new one"
             )
@@ -223,14 +246,14 @@ class PagedCache(CacheContents, Cache):
                 f"this cache has {len(self.layers)} layers and was given keys of layer {index}: it is for another "
                 "model"
             )
-        layer, before = self.layers[index], self.layers[index - 1]
+        layer, before = self.layers[index], self._before[index]
         if layer.pending:
             raise UnsupportedModelError(
                 f"layer {index} has stored keys twice in one step: either the model stores more than one key per "
                 "layer, which a bounded cache does not support, or a step was interrupted; then call cache.reset()"
             )
-        if index == 0:
-            self._check_complete()
+        if before is None:
+            self._check_pages_complete()
         elif before.pending:
             before.pending = False  # nothing was appended
             raise CacheStateError(
@@ -238,34 +261,19 @@ class PagedCache(CacheContents, Cache):
                 "with make_cache(model, ...)"
             )
 
-    def activate_past_recording(self) -> None:
-        """Raise: assisted decoding, which calls this, removes tokens again."""
-        raise UnsupportedFeatureError(
-            "assisted decoding removes tokens again, and evicted tokens cannot be restored: generate without "
-            "assistant model and prompt lookup, or use transformers' own cache"
-        )
-
-    @property
-    def max_cache_len(self) -> int:
-        """Raise: PEFT's prefix tuning, which asks for this, fills the cache with vectors that belong to no token."""
-        raise UnsupportedFeatureError(
-            "prefix tuning fills a cache with vectors that belong to no token, which a policy cannot count: use "
-            "transformers' own cache"
-        )
-
     # For `DecodeStep` and `ForcedDecode`, which do not use `update` ----------------------------------------
 
     @property
     def sizes(self) -> tuple[tuple[torch.Size, int], ...]:
         """`LayerCache.sizes` of each layer: a compiled step is valid until they change."""
-        return tuple(layer.slots.sizes for layer in self.layers)
+        return tuple(layer.slots.sizes for layer in self.paged)
 
     @outside_inference
     def begin_step(self, rows: int) -> bool:
         """Count one more token for every row, and return whether any row begins a page."""
         self.begin_block(rows, 1)
         opens = False
-        for layer in self.layers:
+        for layer in self.paged:
             opens |= layer.slots.begin_step() is not None
         return opens
 
@@ -277,15 +285,15 @@ class PagedCache(CacheContents, Cache):
         if rows != self.rows:
             raise CacheStateError(f"the cache holds {self.rows} rows and was given {rows}")
         # Rows of a batch that changes are shorter than the columns that it has read.
-        self.binding.use.check_limit(max(self.layers[0].slots.rows.lengths) + tokens)
+        self.binding.use.check_limit(max(self.paged[0].slots.rows.lengths) + tokens)
         self.binding.use.add(rows, self.columns + tokens)
-        for layer in self.layers:
+        for layer in self.paged:
             layer.pending = True
 
     def end_step(self, tokens: int = 1) -> None:
         """Complete the steps that `begin_step` or `begin_block` began."""
         self._text.add_tokens(tokens)
-        for layer in self.layers:
+        for layer in self.paged:
             layer.pending = False
             layer.columns += tokens
 
@@ -305,18 +313,22 @@ class PagedCache(CacheContents, Cache):
         """
         if (other.policy, other.budget, other.kv_dtype) != (self.policy, self.budget, self.kv_dtype):
             raise CacheStateError("adopt needs a cache of the same policy and budget, in the same format")
+        self._check_rows_alike("adopt")
         self._text.forget()
-        for layer, theirs in zip(self.layers, other.layers, strict=True):
+        for layer, theirs in zip(self.paged, other.paged, strict=True):
             layer.slots.adopt(row, theirs.slots)
+        self._adopt_native_rows(row, other)
 
     @outside_inference
     def row(self, row: int) -> PagedCache:
         """Return a copy of one row, closed: the whole text of the row, without padding."""
+        self._check_rows_alike("row")
         alone = self.fresh()
-        length = int(self.layers[0].slots.length_B[row])
-        for layer, theirs in zip(alone.layers, self.layers, strict=True):
+        length = int(self.paged[0].slots.length_B[row])
+        for layer, theirs in zip(alone.paged, self.paged, strict=True):
             layer.slots.take_row(row, theirs.slots)
             layer.columns, layer.is_initialized = length, True
+        alone._take_native_row(row, self)
         alone._text.start_with(length)
         alone.close()
         return alone
@@ -325,7 +337,7 @@ class PagedCache(CacheContents, Cache):
     def keep_rows(self, rows: list[int]) -> None:
         """Keep only the given rows, and free slots that they do not need."""
         self.batch_select_indices(torch.tensor(rows))
-        for layer in self.layers:
+        for layer in self.paged:
             layer.slots.release()
 
 

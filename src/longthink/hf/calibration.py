@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from longthink.config import Budget
-from longthink.errors import StatsFileError
+from longthink.errors import StatsFileError, UnsupportedModelError
 from longthink.hf.cache import PagedCache
 from longthink.policies import TriAttention
 
@@ -35,18 +35,23 @@ def calibrate(model: PreTrainedModel, texts: Iterable[Tensor]) -> tuple[list[Ten
     Raises
     ------
     UnsupportedModelError
-        If RoPE does not rotate all features of the keys.
+        If RoPE does not rotate all features of the keys, or not all layers have full attention.
     StatsFileError
         If there are no tokens.
     """
     sums: list[Tensor] = []
     total = 0
     with PagedCache(model, TriAttention(), Budget(decode_budget=1)) as cache, torch.no_grad():
+        if cache.natives:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has layers without full attention, for which there are no statistics: "
+                "choose a policy that needs no calibration"
+            )
         for ids in texts:
             cache.reset()
             model(ids.to(model.device), past_key_values=cache, logits_to_keep=1)
             count = ids.shape[1]
-            found = [layer.slots.store.table.query_stats_BH3F[0].double() * count for layer in cache.layers]
+            found = [layer.slots.store.table.query_stats_BH3F[0].double() * count for layer in cache.paged]
             sums = [old + new for old, new in zip(sums, found, strict=True)] if sums else found
             total += count
     if not total:

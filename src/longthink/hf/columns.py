@@ -21,11 +21,14 @@ class Columns:
     Parameters
     ----------
     layers
-        The caches of all layers.
+        The caches of all layers with pages.
+    rewinds
+        Whether rows can be rewound: not where a layer has read padding into a state.
     """
 
-    def __init__(self, layers: list[LayerCache]) -> None:
+    def __init__(self, layers: list[LayerCache], *, rewinds: bool = True) -> None:
         self._layers = layers
+        self._rewinds = rewinds
         self.reset()
 
     def reset(self) -> None:
@@ -67,6 +70,12 @@ class Columns:
         if seen_BN is not None and self._comparable:
             real_BN = self._real(len(seen_BN), seen_BN.device)
             lengths = _ends(real_BN, seen_BN)
+            if lengths is not None and not self._rewinds:
+                raise UnsupportedFeatureError(
+                    "attention_mask hides the end of a row that the model's recurrent layers have read, such as "
+                    "padding after its end token, and a state cannot be taken back: continue such a text alone, in a "
+                    "cache of its own"
+                )
         if columns > 1 or self._layers[0].in_chunked_prefill:
             counts = None if new_BQ is None else new_BQ.sum(1).tolist()
             for layer in self._layers:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from longthink.config import Budget
+from longthink.hf.layer_kinds import recurrent_bytes, windowed_bytes
 from longthink.policies import Policy, grows, policy_spec, policy_to_dict
+
+if TYPE_CHECKING:
+    from longthink.hf.layer import PagedLayer
 
 
 class CacheContents:
     """Read-only figures of a `PagedCache`."""
 
-    layers: Any
+    paged: list[PagedLayer]
+    natives: dict[int, Any]
+    layers: list[Any]
     policy: Policy
     budget: Budget | None
     kv_dtype: str | None
@@ -19,13 +25,12 @@ class CacheContents:
     @property
     def columns(self) -> int:
         """Columns of text seen, including padding."""
-        seen: int = self.layers[0].columns
-        return seen
+        return self.paged[0].columns
 
     @property
     def rows(self) -> int:
         """Number of rows, 0 before the prompt."""
-        return len(self.layers[0].slots.length_B)
+        return len(self.paged[0].slots.length_B)
 
     @property
     def bound_tokens(self) -> int | None:
@@ -33,23 +38,38 @@ class CacheContents:
 
         With a decode budget it grows by the prompt of each turn, and by nothing else.
         """
-        bounds = [layer.slots.bound_tokens for layer in self.layers]
+        bounds = [layer.slots.bound_tokens for layer in self.paged]
         return max((bound for bound in bounds if bound is not None), default=None)
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes allocated for keys and values, all layers."""
-        return sum(layer.slots.kv_bytes for layer in self.layers)
+        """Bytes allocated for keys and values, windows and recurrent states included, all layers."""
+        return sum(self.kv_bytes_parts.values())
+
+    @property
+    def kv_bytes_parts(self) -> dict[str, int]:
+        """`kv_bytes` by kind of layer: ``bounded`` by the budget, ``windowed`` and ``recurrent`` by nature."""
+        return {
+            "bounded": sum(layer.slots.kv_bytes for layer in self.paged),
+            "windowed": sum(map(windowed_bytes, self.natives.values())),
+            "recurrent": sum(map(recurrent_bytes, self.layers)),
+        }
+
+    @property
+    def _native_bytes(self) -> int:
+        """Bytes that a dense cache would take as well."""
+        parts = self.kv_bytes_parts
+        return parts["windowed"] + parts["recurrent"]
 
     @property
     def metadata_bytes(self) -> int:
         """Bytes allocated for positions, representatives and stamps, all layers."""
-        return sum(layer.slots.metadata_bytes for layer in self.layers)
+        return sum(layer.slots.metadata_bytes for layer in self.paged)
 
     @property
     def dense_kv_bytes(self) -> int:
         """Bytes that a dense cache would take for all tokens seen, all layers."""
-        return sum(layer.slots.dense_kv_bytes for layer in self.layers)
+        return sum(layer.slots.dense_kv_bytes for layer in self.paged) + self._native_bytes
 
     @property
     def break_even_tokens(self) -> int | None:
@@ -58,7 +78,7 @@ class CacheContents:
         The slots of a bounded layer are allocated in full with the prompt, so on shorter texts `kv_bytes` is above
         `dense_kv_bytes`. None before the prompt, and for policies that evict nothing.
         """
-        bounded = [layer.slots for layer in self.layers if not grows(layer.slots.policy)]
+        bounded = [layer.slots for layer in self.paged if not grows(layer.slots.policy)]
         dense = sum(slots.dense_kv_bytes for slots in bounded)
         if not dense:
             return None
@@ -69,19 +89,29 @@ class CacheContents:
     @property
     def num_evicted(self) -> int:
         """Tokens seen and evicted, summed over layers, rows and KV heads."""
-        return sum(layer.slots.num_evicted for layer in self.layers)
+        return sum(layer.slots.num_evicted for layer in self.paged)
 
     def row_dense_kv_bytes(self, row: int) -> int:
         """`dense_kv_bytes` of one row."""
-        return sum(layer.slots.row_dense_kv_bytes(row) for layer in self.layers)
+        paged = sum(layer.slots.row_dense_kv_bytes(row) for layer in self.paged)
+        return paged + self._native_bytes // self.rows
 
     def row_evicted(self, row: int) -> int:
         """`num_evicted` of one row."""
-        return sum(layer.slots.row_evicted(row) for layer in self.layers)
+        return sum(layer.slots.row_evicted(row) for layer in self.paged)
 
     def resident_positions(self, layer: int) -> list[list[list[int]]]:
-        """Logical positions (not counting padding) that a layer holds: a sorted list per row and KV head."""
-        return self.layers[layer].slots.resident_positions()
+        """Logical positions (not counting padding) that a layer holds: a sorted list per row and KV head.
+
+        Raises
+        ------
+        ValueError
+            If the layer has no pages.
+        """
+        for paged in self.paged:
+            if paged.index == layer:
+                return paged.slots.resident_positions()
+        raise ValueError(f"layer={layer} has no pages: allowed is {[paged.index for paged in self.paged]}")
 
     def summary(self) -> dict[str, Any]:
         """Policy, budget and sizes, ready for JSON."""
@@ -92,6 +122,7 @@ class CacheContents:
             "kv_dtype": self.kv_dtype,
             "columns": self.columns,
             "kv_bytes": self.kv_bytes,
+            "kv_bytes_parts": self.kv_bytes_parts,
             "metadata_bytes": self.metadata_bytes,
             "dense_kv_bytes": self.dense_kv_bytes,
             "num_evicted": self.num_evicted,

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from longthink.config import DEFAULT_POLICY, check_int
-from longthink.errors import BudgetError, EngineError, NonFiniteError
+from longthink.errors import BudgetError, EngineError, NonFiniteError, UnsupportedModelError
 from longthink.hf.batch import Batch
 from longthink.hf.cache import PagedCache, make_cache
 from longthink.hf.guard import check_limit
@@ -154,6 +154,12 @@ class Engine:
             model, policy=policy, budget=budget, decode_budget=decode_budget, kv_dtype=kv_dtype
         )
         template.binding.use.used = True
+        if template.has_windows:
+            template.close()
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has layers with a window, whose cache in transformers holds all rows in "
+                "step, and an engine seats rows of different lengths: use longthink.generate with a batch"
+            )
         self.seats = seats
         self._limit = template.binding.use.limit
         self._vocabulary = model.get_input_embeddings().num_embeddings

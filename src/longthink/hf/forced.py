@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 from longthink.cache import QKV, LayerCache
 from longthink.hf.binding import outside_inference
 from longthink.hf.cache import PagedCache
-from longthink.hf.view import CacheView, ViewLayer
+from longthink.hf.view import ViewLayer, view_of
+from longthink.kernels import LogitRule
 from longthink.kernels.compiled import compile_isolated, is_compile_disabled, mark_dynamic
 from longthink.policies import grows, policy_spec
 
@@ -74,9 +75,9 @@ class ForcedDecode:
         cache.binding.check_model(model)
         self._model = model
         self._cache = cache
-        kinds = {layer.slots.policy for layer in cache.layers}
+        kinds = {layer.slots.policy for layer in cache.paged}
         compile = compile and len(kinds) <= FEW_KINDS and not is_compile_disabled()
-        self._layers = [_Layer(layer.slots, compile) for layer in cache.layers]
+        self._view = view_of(cache, [_Layer(layer.slots, compile) for layer in cache.paged])
 
     @torch.no_grad()
     @outside_inference
@@ -84,10 +85,10 @@ class ForcedDecode:
         """Logits after each of these tokens, BNV."""
         rows, tokens = token_BN.shape
         self._cache.begin_block(rows, tokens)
-        first_B1 = self._cache.layers[0].slots.next_position_B[:, None]
+        first_B1 = self._cache.paged[0].slots.next_position_B[:, None]
         out = self._model(
             token_BN, position_ids=first_B1 + torch.arange(tokens, device=token_BN.device),
-            past_key_values=CacheView(self._layers), use_cache=True,
+            past_key_values=self._view, use_cache=True,
         )  # fmt: skip
         self._cache.end_step(tokens)
         logits_BNV: Tensor = out.logits
@@ -108,6 +109,7 @@ class _Layer(ViewLayer):
         value: Tensor,
         valid: Tensor | None,
         scaling: float | None,
+        rule: LogitRule,
         seen: Tensor | None,
     ) -> Tensor:
         """Append the tokens of a block one by one and return their attention output, BHND."""
@@ -117,7 +119,7 @@ class _Layer(ViewLayer):
             mark_dynamic(tensor.clone(memory_format=torch.contiguous_format), 2)
             for tensor in (query, key, value)
         )
-        out_BHND = mark_dynamic(torch.empty_like(query), 2)
+        out_BHND = mark_dynamic(query.new_empty(*query.shape[:3], value.shape[3]), 2)
         for index in torch.arange(query.shape[2], device=query.device).split(1):
             function = _step if self.slots.begin_step() is None else _open_and_step
             self._run(function, (query, key, value), out_BHND, index, scaling)
@@ -127,8 +129,9 @@ class _Layer(ViewLayer):
         if not self._compile:
             function(self.slots, block, *args)
             return
-        query, key, _ = block
-        shape = (len(query), query.shape[1], *key.shape[1::2], query.dtype, self.slots.kv_dtype, query.device)
+        query, key, value = block
+        heads = query.shape[1], key.shape[1], key.shape[3], value.shape[3]
+        shape = (len(query), *heads, query.dtype, self.slots.kv_dtype, query.device)
         program = _programs.get(known := (function, self.slots.policy, shape))
         if program is None:
             program = _programs[known] = compile_isolated(function)

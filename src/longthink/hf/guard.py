@@ -116,10 +116,10 @@ def _warn(message: str) -> None:
 
 
 class _Watched:
-    """The open caches of a model, and its first attention layer: one call there for each pass."""
+    """The open caches of a model, and its first layer with pages: one call there for each pass."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        first = (part for part in model.modules() if getattr(part, "layer_idx", None) == 0)
+    def __init__(self, model: PreTrainedModel, first_layer: int) -> None:
+        first = (part for part in model.modules() if getattr(part, "layer_idx", None) == first_layer)
         self.first_layer = frozenset(id(part) for part in first if getattr(part, "is_causal", True))
         self.uses: list[CacheUse] = []
 
@@ -127,9 +127,9 @@ class _Watched:
 _watched: weakref.WeakKeyDictionary[PreTrainedModel, _Watched] = weakref.WeakKeyDictionary()
 
 
-def watch(model: PreTrainedModel, use: CacheUse) -> None:
+def watch(model: PreTrainedModel, use: CacheUse, first_layer: int) -> None:
     """Watch what the model does without a cache that was opened."""
-    _watched.setdefault(model, _Watched(model)).uses.append(use)
+    _watched.setdefault(model, _Watched(model, first_layer)).uses.append(use)
 
 
 def unwatch(model_ref: weakref.ref[PreTrainedModel], use: CacheUse) -> None:
@@ -145,7 +145,7 @@ def unwatch(model_ref: weakref.ref[PreTrainedModel], use: CacheUse) -> None:
 
 def notice(module: torch.nn.Module, query: Tensor, key: Tensor) -> None:
     """Note attention, BHQD over BKND, that goes through none of our caches."""
-    if torch.compiler.is_compiling() or getattr(module, "layer_idx", None) != 0:
+    if torch.compiler.is_compiling():
         return
     for watched in list(_watched.values()):
         if id(module) in watched.first_layer:
@@ -168,9 +168,11 @@ def check_run(cache: PagedCache, columns: int) -> None:
 
 def check_bound(cache: PagedCache) -> None:
     """Raise `CacheStateError` if a layer has not taken in all tokens counted, or keeps more than its bound."""
-    for index, layer in enumerate(cache.layers):
+    for layer in cache.paged:
         if layer.slots.rows.lengths and (fault := _fault(layer.slots)):
-            raise CacheStateError(f"layer {index} of the cache {fault}: the output is not to be trusted")
+            raise CacheStateError(
+                f"layer {layer.index} of the cache {fault}: the output is not to be trusted"
+            )
 
 
 def _fault(slots: LayerCache) -> str | None:

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
 from longthink.cache import LayerCache
 from longthink.errors import UnsupportedFeatureError, UnsupportedModelError
 from longthink.hf.attention import mark
 from longthink.hf.binding import ModelBinding, outside_inference
 from longthink.hf.columns import Columns
+from longthink.kernels import LogitRule
 
 
 class PagedLayer(CacheLayerMixin):
@@ -28,13 +29,15 @@ class PagedLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, slots: LayerCache, binding: ModelBinding, text: Columns) -> None:
+    def __init__(self, index: int, slots: LayerCache, binding: ModelBinding, text: Columns) -> None:
         super().__init__()
+        self.index = index
         self.slots = slots
         self.text = text
         self.binding = binding
         self.columns = self._new = 0
         self.pending = False
+        self.expands = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Do nothing: slots are allocated once the prompt's length is known."""
@@ -44,7 +47,10 @@ class PagedLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         """Return the new keys, marked: the attention function appends them, as it has the queries too."""
         self.pending, self._new = True, key_states.shape[2]
-        return mark(key_states, self), value_states
+        self.slots.dense_numbers = sum(
+            tensor.shape[1] * tensor.shape[3] for tensor in (key_states, value_states)
+        )
+        return mark(key_states, self, self.index), value_states
 
     @torch.compiler.disable
     def check_call(self, module: Any, dropout: float, use_cache: bool | None) -> None:
@@ -72,6 +78,7 @@ class PagedLayer(CacheLayerMixin):
         value: Tensor,
         valid: Tensor | None,
         scaling: float | None,
+        rule: LogitRule,
         seen: Tensor | None,
     ) -> Tensor:
         """Append the new tokens and return their attention output."""
@@ -81,7 +88,7 @@ class PagedLayer(CacheLayerMixin):
             self.slots.rewind(lengths)
         with torch.no_grad():
             # The cache must not keep the graphs of all texts, and without them gradients would be wrong.
-            out = self.slots.attend(query, key, value, valid, scaling)
+            out = self.slots.attend(query, key, value, valid, scaling, rule)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
             out = _NoGradient.apply(out, query)  # type: ignore[no-untyped-call]
         self.columns += query.shape[2]
@@ -110,15 +117,7 @@ class PagedLayer(CacheLayerMixin):
     @outside_inference
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows, for beam search."""
-        self._select_rows(beam_idx)
-
-    @outside_inference
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._select_rows(torch.as_tensor(indices))
-
-    @outside_inference
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._select_rows(torch.arange(len(self.slots.length_B)).repeat_interleave(repeats))
+        self._select_rows(torch.as_tensor(beam_idx))
 
     def _select_rows(self, rows: Tensor) -> None:
         self.text.select_rows(self.slots, rows)
@@ -130,6 +129,29 @@ class PagedLayer(CacheLayerMixin):
             raise UnsupportedFeatureError(
                 f"a bounded cache cannot be cropped by {tokens_to_remove} tokens: evicted tokens cannot be restored"
             )
+
+
+class PagedHybridLayer(LinearAttentionLayer, PagedLayer):
+    """A layer that has full attention beside a recurrent state, which stays transformers' own."""
+
+    is_compileable = False
+
+    def __init__(
+        self, index: int, slots: LayerCache, binding: ModelBinding, text: Columns, number_of_states: int
+    ) -> None:
+        PagedLayer.__init__(self, index, slots, binding, text)
+        LinearAttentionLayer.__init__(self, number_of_states)
+
+    def reset(self) -> None:
+        """Drop the contents, free the slots and the states."""
+        PagedLayer.reset(self)
+        LinearAttentionLayer.__init__(self, self.number_of_states)
+
+    def _select_rows(self, rows: Tensor) -> None:
+        PagedLayer._select_rows(self, rows)
+        LinearAttentionCacheLayerMixin.reorder_cache(self, rows)
+
+    reorder_cache = PagedLayer.reorder_cache
 
 
 class _NoGradient(torch.autograd.Function):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +75,11 @@ def load_query_stats(path: Path, model: PreTrainedModel) -> list[Tensor]:
     return [tensors[_name(i)] for i in range(len(tensors))]
 
 
-def calibrated_means(model: PreTrainedModel, policies: Sequence[Policy]) -> dict[int, Tensor]:
+def calibrated_means(model: PreTrainedModel, policies: Mapping[int, Policy]) -> dict[int, Tensor]:
     """Means of the layers whose policy reads them from a file, flat, by layer."""
     found: dict[int, Tensor] = {}
     files: dict[str, list[Tensor]] = {}
-    for i, policy in enumerate(policies):
+    for i, policy in policies.items():
         if "calibration" in policy.needs and isinstance(policy, Calibrated):
             name = policy.stats_file()
             if name not in files:

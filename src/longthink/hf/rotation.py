@@ -15,11 +15,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from longthink.cache import Rotation
 from longthink.errors import UnsupportedModelError
-from longthink.hf.probe import undisturbed
+from longthink.hf.keys import read_keys
+from longthink.hf.layer_kinds import has_pages, library_layers
 from longthink.hf.support import text_tokens
 from longthink.policies.streaming_llm import rotate_keys
 
@@ -58,8 +59,8 @@ class _Layer:
         return Rotation(padded, order.to(frequencies.device))
 
 
-_layers: weakref.WeakKeyDictionary[PreTrainedModel, list[_Layer | str]] = weakref.WeakKeyDictionary()
-"""Of each layer its rotation, or why none fits."""
+_layers: weakref.WeakKeyDictionary[PreTrainedModel, dict[int, _Layer | str]] = weakref.WeakKeyDictionary()
+"""Of each layer with pages its rotation, or why none fits."""
 
 
 def rotations(model: PreTrainedModel, layers: list[int]) -> dict[int, Rotation]:
@@ -85,31 +86,31 @@ def rotations(model: PreTrainedModel, layers: list[int]) -> dict[int, Rotation]:
     return found
 
 
-def _probe(model: PreTrainedModel) -> list[_Layer | str]:
+def _probe(model: PreTrainedModel) -> dict[int, _Layer | str]:
     config = model.config.get_text_config(decoder=True)
-    count = config.num_hidden_layers
+    places = [i for i, layer in enumerate(library_layers(config)) if has_pages(layer)]
     if "mrope_section" in (getattr(config, "rope_parameters", None) or {}):
-        return ["image tokens have three-dimensional positions, unlike slots of the cache"] * count
+        return dict.fromkeys(
+            places, "image tokens have three-dimensional positions, unlike slots of the cache"
+        )
     rotary = [part for part in model.modules() if isinstance(getattr(part, "inv_freq", None), Tensor)]
     if any(getattr(part, "rope_type", "default") in _LENGTH_DEPENDENT_ROPE for part in rotary):
-        return ["its RoPE frequencies depend on the length of the text"] * count
+        return dict.fromkeys(places, "its RoPE frequencies depend on the length of the text")
     longest = getattr(config, "max_position_embeddings", None) or _POSITIONS[-1] + 1
     positions = [position for position in _POSITIONS if position < longest]
     try:
         keys = _keys(model, positions)
     except Exception as error:
-        return [f"its keys cannot be read ({type(error).__name__}: {error})"] * count
-    return [_fit(key_PTKD, positions, rotary) for key_PTKD in keys]
+        return dict.fromkeys(places, f"its keys cannot be read ({type(error).__name__}: {error})")
+    return {i: _fit(key_PTKD, positions, rotary) for i, key_PTKD in keys.items()}
 
 
-def _keys(model: PreTrainedModel, positions: list[int]) -> list[Tensor]:
-    """Keys of each layer, PTKD: of `_TEXTS` tokens at all positions."""
+def _keys(model: PreTrainedModel, positions: list[int]) -> dict[int, Tensor]:
+    """Keys of each layer with pages as its attention reads them, PTKD: of `_TEXTS` tokens at all positions."""
     tokens = text_tokens(model, _TEXTS).repeat(len(positions))[:, None]
     position = torch.tensor(positions, device=model.device).repeat_interleave(_TEXTS)[:, None]
-    cache = DynamicCache()
-    with undisturbed(model):
-        model(tokens, position_ids=position, past_key_values=cache, use_cache=True)
-    return [layer.keys[:, :, 0].unflatten(0, (len(positions), _TEXTS)) for layer in cache.layers]
+    keys = read_keys(model, tokens, position)
+    return {i: key.unflatten(0, (len(positions), _TEXTS)) for i, key in keys.items()}
 
 
 def _fit(key_PTKD: Tensor, positions: list[int], rotary: list[nn.Module]) -> _Layer | str:

@@ -18,11 +18,12 @@ from transformers import PreTrainedModel
 
 from longthink.cache.saved import LayerShape, layer_contents, restore_layer
 from longthink.config import KV_DTYPES, check_choice, check_int
-from longthink.errors import CacheFileError, CacheStateError, UnknownPolicyError
+from longthink.errors import CacheFileError, CacheStateError, UnknownPolicyError, UnsupportedFeatureError
 from longthink.hf.binding import outside_inference
 from longthink.hf.cache import PagedCache
 from longthink.hf.cachefile import naming_file, read_cache_file, write_cache_file
 from longthink.hf.fingerprint import model_fingerprint
+from longthink.hf.layer_kinds import is_recurrent
 from longthink.hf.support import check_model
 from longthink.policies import (
     Policy,
@@ -41,21 +42,26 @@ _REAL = "columns.real_BN"
 
 def save_cache(cache: PagedCache, path: Path) -> None:
     """Write a cache: see `PagedCache.save`."""
-    if any(layer.slots.in_chunked_prefill for layer in cache.layers):
+    if cache.natives or any(is_recurrent(layer) or layer.expands for layer in cache.paged):
+        raise UnsupportedFeatureError(
+            "a cache with windowed, recurrent or latent layers cannot be written to a file: within a process, "
+            "copy.deepcopy copies it"
+        )
+    if any(layer.slots.in_chunked_prefill for layer in cache.paged):
         raise CacheStateError(
             "the cache is in the middle of a chunked prefill: save it once the prompt is read"
         )
-    columns, comparable, real_BN = cache.layers[0].text.contents()
+    columns, comparable, real_BN = cache.paged[0].text.contents()
     if columns != cache.get_seq_length():
         raise CacheStateError("a step on this cache was interrupted: call cache.reset() or create a new one")
     tensors = {} if real_BN is None else {_REAL: real_BN}
     layers = []
-    for i, layer in enumerate(cache.layers):
+    for i, layer in enumerate(cache.paged):
         named, counts = layer_contents(layer.slots)
         tensors |= {f"layers.{i}.{name}": tensor for name, tensor in named.items()}
         layers.append(counts)
     # Autocast may have made the keys of another dtype than the model's.
-    dtype = cache.layers[0].slots.store.keys_BKSD.dtype if cache.rows else None
+    dtype = cache.paged[0].slots.store.keys_BKSD.dtype if cache.rows else None
     contents = {
         "model": model_fingerprint(cache.binding.model),
         "policy": policy_to_dict(cache.policy),
@@ -146,8 +152,8 @@ def _fill(cache: PagedCache, contents: Mapping[str, Any], tensors: Mapping[str, 
     if not isinstance(layers, list) or not all(isinstance(counts, dict) for counts in layers):
         raise CacheFileError("layers: expected a list of objects")
     lengths = [counts.get("lengths") for counts in layers]
-    if lengths != [lengths[0] if lengths else None] * len(cache.layers):
-        raise CacheFileError(f"lengths={lengths}: expected the same for each of {len(cache.layers)} layers")
+    if lengths != [lengths[0] if lengths else None] * len(cache.paged):
+        raise CacheFileError(f"lengths={lengths}: expected the same for each of {len(cache.paged)} layers")
     if any(layers) and cache.required_rows not in (None, len(lengths[0])):
         raise CacheFileError(
             f"batch_size={cache.required_rows}: expected {len(lengths[0])}, as there are rows"
@@ -159,7 +165,7 @@ def _fill(cache: PagedCache, contents: Mapping[str, Any], tensors: Mapping[str, 
     shape = LayerShape(kv_heads, head_dim, getattr(torch, dtype or "float32"), model.device)
     rest = dict(tensors)
     real_BN = rest.pop(_REAL, None)
-    for i, (layer, counts) in enumerate(zip(cache.layers, layers, strict=True)):
+    for i, (layer, counts) in enumerate(zip(cache.paged, layers, strict=True)):
         prefix = f"layers.{i}."
         own = {name.removeprefix(prefix): rest.pop(name) for name in tensors if name.startswith(prefix)}
         try:
@@ -175,7 +181,7 @@ def _fill(cache: PagedCache, contents: Mapping[str, Any], tensors: Mapping[str, 
 def _fill_columns(cache: PagedCache, columns: Any, comparable: Any, real_BN: Tensor | None) -> None:
     if type(columns) is not int or not isinstance(comparable, bool) or not 0 <= columns < 2**31:
         raise CacheFileError(f"columns={columns!r}, comparable={comparable!r}: expected a number and a bool")
-    lengths = cache.layers[0].slots.rows.lengths
+    lengths = cache.paged[0].slots.rows.lengths
     if real_BN is not None:
         shape = (len(lengths), columns)
         if real_BN.dtype != torch.bool or real_BN.shape != shape:
@@ -186,4 +192,4 @@ def _fill_columns(cache: PagedCache, columns: Any, comparable: Any, real_BN: Ten
     real = [columns] * len(lengths) if real_BN is None else real_BN.sum(1).tolist()
     if (comparable and real != lengths) or (columns and not lengths):
         raise CacheFileError(f"columns={columns}, not padding {real}: expected the lengths {lengths}")
-    cache.layers[0].text.restore(columns, comparable, real_BN)
+    cache.paged[0].text.restore(columns, comparable, real_BN)

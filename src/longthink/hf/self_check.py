@@ -105,16 +105,21 @@ def _check(model: PreTrainedModel, dense_cache: Callable[[], PagedCache]) -> _Pa
         return _Passed()
     with undisturbed(model):
         start = time.perf_counter()
+        expected = list[Tensor]()
         try:
-            expected = [_alone(model, DynamicCache())]
+            expected.append(_alone(model, DynamicCache(config=model.config)))
             seconds = time.perf_counter() - start
             # A batch and its steps take some ten times as long.
             batched = 10 * seconds <= _SECONDS
             if 2 * seconds > _SECONDS:
                 _log.info("self-check of %s skipped: one pass takes %.1f s", type(model).__name__, seconds)
                 return _Passed()
-            expected += _batch(model, DynamicCache()) if batched else []
+            expected += _batch(model, DynamicCache(config=model.config)) if batched else []
         except Exception as error:
+            if not expected and _runs_alone(model):
+                raise UnsupportedModelError(
+                    f"{type(model).__name__} takes only a cache of its own kind, so use that one: {error}"
+                ) from error
             # Such a model does not run on plain text, so there is nothing to compare with.
             _log.info("self-check of %s skipped: %s: %s", type(model).__name__, type(error).__name__, error)
             return _Passed()
@@ -133,6 +138,15 @@ def _check(model: PreTrainedModel, dense_cache: Callable[[], PagedCache]) -> _Pa
             f"support ({VARIABLE}=0 turns this check off)"
         )
     return _Passed(hides_use_cache=cache.binding.saw_no_use_cache)
+
+
+def _runs_alone(model: PreTrainedModel) -> bool:
+    """Whether the model reads a text if it may choose the cache."""
+    try:
+        model(_text(model)[:1, :_COLUMNS], use_cache=True)
+    except Exception:
+        return False
+    return True
 
 
 def _text(model: PreTrainedModel) -> Tensor:

@@ -30,7 +30,8 @@ from longthink.errors import UnsupportedFeatureError
 from longthink.hf.binding import outside_inference
 from longthink.hf.cache import PagedCache
 from longthink.hf.linears import few_rows_backend
-from longthink.hf.view import CacheView, ViewLayer
+from longthink.hf.view import ViewLayer, view_of
+from longthink.kernels import LogitRule
 from longthink.kernels.compiled import compile_isolated, is_compile_disabled, without_guards
 from longthink.policies import grows, policy_spec
 
@@ -56,6 +57,7 @@ class _StaticLayer(ViewLayer):
         value: Tensor,
         valid: Tensor | None,
         scaling: float | None,
+        rule: LogitRule,
         seen: Tensor | None,
     ) -> Tensor:
         """Append one token for every row and return its attention output, B x H x 1 x D."""
@@ -79,19 +81,18 @@ class _SharedLayer(_StaticLayer):
     open_pages = nested_compile_region(_StaticLayer.open_pages)
 
 
-class _StaticCache(CacheView):
-    layers: list[_StaticLayer]
-
+class _StaticCache:
     def __init__(self, cache: PagedCache, device: torch.device) -> None:
         kind = _SharedLayer if device.type == "cpu" else _StaticLayer
-        super().__init__([kind(layer.slots) for layer in cache.layers])
-        self.groups = group_layers([layer.slots for layer in cache.layers])
+        self.layers = [kind(layer.slots) for layer in cache.paged]
+        self.view = view_of(cache, self.layers)
+        self.groups = group_layers([layer.slots for layer in cache.paged])
         grouped = [slots for group in self.groups for slots in group.layers]
         self.ungrouped = [layer for layer in self.layers if layer.slots not in grouped]
 
 
 def _forward(model: PreTrainedModel, cache: _StaticCache, token_B1: Tensor, position_B1: Tensor) -> Tensor:
-    out = model(token_B1, position_ids=position_B1, past_key_values=cache, use_cache=True)
+    out = model(token_B1, position_ids=position_B1, past_key_values=cache.view, use_cache=True)
     return out.logits[:, -1]
 
 
@@ -141,12 +142,27 @@ def compiles(
 ) -> bool:
     """Whether to compile `rows` rows and `tokens` new tokens (None if unknown): as requested, or if it pays."""
     if isinstance(compile, bool):
+        if compile and (reason := uncompilable(cache)):
+            raise UnsupportedFeatureError(
+                f"compile=True cannot be used: {reason}; pass compile=False or 'auto'"
+            )
         return compile
+    if uncompilable(cache) is not None:
+        return False
     if is_compile_disabled():
         return False
     if _key(cache, rows) in _programs.get(model, {}):
         return True
     return tokens is not None and tokens >= PAYS_FROM and _has_compiler(model.device)
+
+
+def uncompilable(cache: PagedCache) -> str | None:
+    """Why decode steps of this cache cannot be compiled; None if they can."""
+    if cache.has_windows:
+        return "the model has layers with a window, whose cache in transformers changes its shape from step to step"
+    if any(layer.expands for layer in cache.paged):
+        return "the model computes other keys from those that it gives to a cache"
+    return None
 
 
 def _has_compiler(device: torch.device) -> bool:
@@ -203,7 +219,7 @@ class DecodeStep:
                 self._programs = _new_programs(model.device)
                 if tokens != 1:  # the only token comes from the prefill: no step follows
                     _log.warning(COMPILING, policy_spec(cache.policy))
-            for layer in cache.layers:
+            for layer in cache.paged:
                 layer.slots.prepare_compile()
 
     @torch.no_grad()
@@ -219,7 +235,7 @@ class DecodeStep:
                 group.refresh()
             if opens:
                 self._run(_open_pages, static, [group.choose_slots() for group in static.groups])
-            position_B1 = self._cache.layers[0].slots.next_position_B[:, None]
+            position_B1 = self._cache.paged[0].slots.next_position_B[:, None]
             logits_BV: Tensor = self._run(_forward, self._model, static, token_B1, position_B1)
             for group in static.groups:
                 group.stamp_pages()

@@ -7,21 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from longthink.errors import UnsupportedModelError
+from longthink.hf.keys import attention_is_replaceable
+from longthink.hf.layer_kinds import has_pages, library_layers, window_of
 from longthink.hf.probe import undisturbed
 
-# Config fields that, when set, mean attention other than plain softmax over all keys.
+# Config fields that, when set, mean attention other than that of each token to all before it.
 _UNSUPPORTED_CONFIG = {
-    "kv_lora_rank": "multi-head latent attention (MLA)",
-    "attn_logit_softcapping": "logit soft-capping in attention",
-    "attention_chunk_size": "chunked attention",
-    "num_kv_shared_layers": "layers that share their KV cache",
+    "num_kv_shared_layers": "layers that read the keys and values of other layers",
     "alibi": "ALiBi positions",
     "add_cross_attention": "cross-attention",
 }
-_UNSUPPORTED_MODULE = {"sinks": "attention sinks", "sliding_window": "sliding-window layers"}
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -32,10 +30,7 @@ def check_model(model: PreTrainedModel) -> None:
         )
     reason = _unsupported(model)
     if reason is not None:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has {reason}, which a bounded cache does not support; supported are "
-            "decoder-only models with full softmax attention, such as Qwen2, Qwen3, Qwen3-MoE, Llama and Mistral"
-        )
+        raise UnsupportedModelError(f"{type(model).__name__} has {reason}")
 
 
 def _hint(model: Any) -> str:
@@ -56,27 +51,42 @@ def _hint(model: Any) -> str:
     return ""
 
 
+_DENSE = "use transformers' own cache, which keeps all of the text"
+
+
 def _unsupported(model: PreTrainedModel) -> str | None:
+    """Why a model cannot be served, and what to do instead."""
     if model.config.is_encoder_decoder:
-        return "an encoder and a decoder"
+        return f"an encoder and a decoder, and longthink serves decoders only: {_DENSE}"
     if not model.can_generate():
-        return "no language-model head to generate with"
-    config = model.config.get_text_config(decoder=True)
-    for field, reason in _UNSUPPORTED_CONFIG.items():
-        if getattr(config, field, None):
-            return f"{reason} ({field}={getattr(config, field)!r})"
-    foreign = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
-    if foreign:
-        return f"layers of type {', '.join(foreign)}"
-    for name, module in model.named_modules():
-        for attribute, reason in _UNSUPPORTED_MODULE.items():
-            if hasattr(module, "layer_idx") and getattr(module, attribute, None) is not None:
-                return f"{reason} (in {name})"
-    if getattr(config, "sliding_window", None) and getattr(config, "layer_types", None) is None:
-        return f"sliding-window layers (sliding_window={config.sliding_window})"
-    if not model._supports_attention_backend:
-        return "an attention function that cannot be replaced"
+        return "no language-model head to generate with: load it as a causal language model"
+    if reason := unsupported_config(model.config):
+        return reason
+    if not attention_is_replaceable(model):
+        return f"attention code that transformers cannot replace, so no other cache can serve it: {_DENSE}"
     return None
+
+
+def unsupported_config(config: PreTrainedConfig) -> str | None:
+    """Why no model of this configuration can be served, as far as the configuration says, and what to do instead."""
+    text = config.get_text_config(decoder=True)
+    for field, reason in _UNSUPPORTED_CONFIG.items():
+        if getattr(text, field, None):
+            return f"{reason} ({field}={getattr(text, field)!r}), which a bounded cache does not support: {_DENSE}"
+    try:
+        layers = library_layers(config)
+    except UnsupportedModelError as error:
+        return f"{error}, whose cache in transformers is of a kind of its own: {_DENSE}"
+    if any(map(has_pages, layers)):
+        return None
+    own = "use transformers' own cache, which does not grow with the text"
+    windows = sorted({window for layer in layers if (window := window_of(layer)) is not None})
+    if not windows:
+        return f"no layer with attention to all of the text, so there is nothing to bound: {own}"
+    return (
+        f"a window of {', '.join(f'{window:,}' for window in windows)} tokens in every layer with attention, so "
+        f"there is nothing to bound: {own}, or a checkpoint without a window (Mistral has none from v0.2 on)"
+    )
 
 
 def text_tokens(model: PreTrainedModel, count: int) -> Tensor:

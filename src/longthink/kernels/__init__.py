@@ -13,6 +13,8 @@ from torch import Tensor
 from longthink.kernels import compiled, reference
 from longthink.kernels.pages import At, Index, append, empty, entries, logical_pages, move_tokens, widen
 from longthink.kernels.reference import (
+    PLAIN,
+    LogitRule,
     PagedKV,
     block_attention,
     column_mass,
@@ -23,8 +25,8 @@ from longthink.kernels.reference import (
 )
 
 __all__ = [
-    "At", "Index", "PagedKV", "append", "block_attention", "bound_scores", "column_mass", "decode_attention",
-    "empty", "entries", "logical_pages", "lowest", "move_tokens", "page_mass", "paged_attention",
+    "PLAIN", "At", "Index", "LogitRule", "PagedKV", "append", "block_attention", "bound_scores", "column_mass",
+    "decode_attention", "empty", "entries", "logical_pages", "lowest", "move_tokens", "page_mass", "paged_attention",
     "runs_triton", "top_fraction", "top_pages", "widen",
 ]  # fmt: skip
 
@@ -41,16 +43,21 @@ def runs_triton(tensor: Tensor) -> bool:
 
 def decode_attention(
     query_BKGD: Tensor, keys_BKSD: Tensor, values_BKSD: Tensor, resident_BKS: Tensor, scaling: float, *,
-    with_weights: bool, many: bool = False,
+    with_weights: bool, many: bool = False, rule: LogitRule = PLAIN,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Attention of one new token per row: see `reference.decode_attention`.
 
-    `many` marks the slots of a cache that grows: on a CPU, SDPA is faster over them.
+    `many` marks the slots of a cache that grows: on a CPU, SDPA is faster over them. The Triton kernels know neither
+    rules nor values of another head dim than that of keys.
     """
     attention = reference.decode_attention
-    if runs_triton(query_BKGD):
-        from longthink.kernels.triton_decode import decode_attention as attention
-    elif (
+    if runs_triton(query_BKGD) and rule.is_plain and keys_BKSD.shape[-1] == values_BKSD.shape[-1]:
+        from longthink.kernels.triton_decode import decode_attention
+
+        return decode_attention(
+            query_BKGD, keys_BKSD, values_BKSD, resident_BKS, scaling, with_weights=with_weights
+        )
+    if (
         query_BKGD.is_cpu
         and torch.compiler.is_compiling()
         and not many
@@ -60,7 +67,9 @@ def decode_attention(
         )
     ):
         attention = compiled.decode_attention
-    return attention(query_BKGD, keys_BKSD, values_BKSD, resident_BKS, scaling, with_weights=with_weights)
+    return attention(
+        query_BKGD, keys_BKSD, values_BKSD, resident_BKS, scaling, with_weights=with_weights, rule=rule
+    )
 
 
 def paged_attention(query_BKGD: Tensor, paged: PagedKV, scaling: float) -> Tensor:

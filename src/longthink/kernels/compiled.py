@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 
-from longthink.kernels.reference import PagedKV, gather_blocks, masked_softmax, wide_dtype
+from longthink.kernels.reference import PLAIN, LogitRule, PagedKV, gather_blocks, logit_weights, wide_dtype
 
 FEW_ROWS = 4
 """Batch size up to which sums of products are faster than library kernels: SDPA here, and linear layers."""
@@ -21,9 +21,10 @@ FEW_ROWS = 4
 
 def decode_attention(
     query_BKGD: Tensor, keys_BKSD: Tensor, values_BKSD: Tensor, resident_BKS: Tensor, scaling: float, *,
-    with_weights: bool,
+    with_weights: bool, rule: LogitRule = PLAIN,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    wide, weights_BKGS = wide_dtype(query_BKGD.dtype), _weights(query_BKGD, keys_BKSD, resident_BKS, scaling)
+    wide = wide_dtype(query_BKGD.dtype)
+    weights_BKGS = _weights(query_BKGD, keys_BKSD, resident_BKS, scaling, rule)
     if values_BKSD.dtype == wide:
         out_BKGD = weights_BKGS @ values_BKSD
     else:
@@ -45,10 +46,12 @@ def paged_attention(query_BKGD: Tensor, paged: PagedKV, scaling: float) -> Tenso
     return page_BKGPD.sum(-2).to(query_BKGD.dtype)
 
 
-def _weights(query_BKGD: Tensor, keys_BKSD: Tensor, resident_BKS: Tensor, scaling: float) -> Tensor:
+def _weights(
+    query_BKGD: Tensor, keys_BKSD: Tensor, resident_BKS: Tensor, scaling: float, rule: LogitRule = PLAIN
+) -> Tensor:
     wide = wide_dtype(query_BKGD.dtype)
     logits_BKGS = (query_BKGD.to(wide)[:, :, :, None] * keys_BKSD.to(wide)[:, :, None]).sum(-1) * scaling
-    return masked_softmax(logits_BKGS, resident_BKS[:, :, None])
+    return logit_weights(logits_BKGS, resident_BKS[:, :, None], rule)
 
 
 def bound_scores(query_BKGD: Tensor, kmin_BKPD: Tensor, kmax_BKPD: Tensor) -> Tensor:

@@ -28,14 +28,40 @@ class PagedKV(NamedTuple):
     length_B: Tensor
 
 
+class LogitRule(NamedTuple):
+    """What a layer does with its scaled logits before their softmax: nothing by default.
+
+    Parameters
+    ----------
+    softcap
+        The logits become ``softcap * tanh(logits / softcap)`` (Gemma 2, arXiv 2408.00118, section 2).
+    sink_H
+        For each query head the logit of a sink: it takes part in the softmax, and has no value (gpt-oss).
+    """
+
+    softcap: float | None = None
+    sink_H: Tensor | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        return self.softcap is None and self.sink_H is None
+
+
+PLAIN = LogitRule()
+
+
 def block_attention(
-    query_BHQD: Tensor, key_BKND: Tensor, value_BKND: Tensor, mask_BKQN: Tensor | None, scaling: float
-) -> Tensor:
+    query_BHQD: Tensor, key_BKND: Tensor, value_BKND: Tensor, mask_BKQN: Tensor | None, scaling: float,
+    rule: LogitRule = PLAIN,
+) -> Tensor:  # fmt: skip
     """Attention of a block of queries (prefill), BHQD; zeros for a query that may read nothing (padding).
 
     The mask is True where a query may read a key, broadcastable over B and K; None for a causal block (Q == N).
+    Values may have another head dim than keys: it is that of the output.
     """
     groups = query_BHQD.shape[1] // key_BKND.shape[1]
+    if not rule.is_plain:
+        return _block_attention_by_weights(query_BHQD, key_BKND, value_BKND, mask_BKQN, scaling, rule)
     if mask_BKQN is None:
         return scaled_dot_product_attention(
             query_BHQD, key_BKND, value_BKND, is_causal=True, scale=scaling, enable_gqa=groups > 1
@@ -46,9 +72,32 @@ def block_attention(
     )
 
 
+def _block_attention_by_weights(
+    query_BHQD: Tensor, key_BKND: Tensor, value_BKND: Tensor, mask_BKQN: Tensor | None, scaling: float,
+    rule: LogitRule,
+) -> Tensor:  # fmt: skip
+    """`block_attention` where SDPA does not know the rule: in slices, so memory is linear in the keys."""
+    columns = query_BHQD.shape[2]
+    if mask_BKQN is None:
+        mask_BKQN = torch.ones(columns, columns, dtype=torch.bool, device=query_BHQD.device).tril()[
+            None, None
+        ]
+    query_BKGQD = query_BHQD.unflatten(1, (key_BKND.shape[1], -1))
+    out = []
+    for start in range(0, columns, _QUERIES_AT_ONCE):
+        part = slice(start, start + _QUERIES_AT_ONCE)
+        query, mask = query_BKGQD[:, :, :, part], mask_BKQN[:, :, None, part]
+        attended, _ = weighted_attention(
+            query, key_BKND[:, :, None], value_BKND[:, :, None], mask, scaling, rule
+        )
+        out.append(attended)
+    return torch.cat(out, 3).flatten(1, 2)
+
+
 def column_mass(
-    query_BHQD: Tensor, key_BKND: Tensor, mask_BKQN: Tensor, readers_BQ: Tensor, scaling: float
-) -> Tensor:
+    query_BHQD: Tensor, key_BKND: Tensor, mask_BKQN: Tensor, readers_BQ: Tensor, scaling: float,
+    rule: LogitRule = PLAIN,
+) -> Tensor:  # fmt: skip
     """Softmax attention that each key column receives, summed over queries and the heads of its group. BKN, float32.
 
     Queries are processed in slices, so memory is linear in the prompt; `readers_BQ` is False for padding.
@@ -63,14 +112,14 @@ def column_mass(
             torch.einsum("bkgqd,bknd->bkgqn", query_BKGQD[:, :, :, part].to(wide), key_BKND.to(wide))
             * scaling
         )
-        weights = masked_softmax(logits, mask_BKQN[:, :, None, part])
+        weights = logit_weights(logits, mask_BKQN[:, :, None, part], rule)
         mass_BKN += torch.einsum("bkgqn,bq->bkn", weights, readers_BQ[:, part].to(wide))
     return mass_BKN
 
 
 def decode_attention(
     query_BKGD: Tensor, keys_BKSD: Tensor, values_BKSD: Tensor, resident_BKS: Tensor, scaling: float, *,
-    with_weights: bool,
+    with_weights: bool, rule: LogitRule = PLAIN,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Attention of one new token per row over the slots of the cache, without repeating KV heads.
 
@@ -80,27 +129,28 @@ def decode_attention(
     mask_BKGS = resident_BKS[:, :, None]
     # On a CPU it is faster to widen narrow keys as they are read, which the compiler fuses, than to narrow the query.
     widens = keys_BKSD.dtype != query_BKGD.dtype and keys_BKSD.device.type == "cpu"
-    if not with_weights and not widens:
+    if not with_weights and not widens and rule.is_plain:
         # The heads of a group take the place of SDPA's query tokens: they share the keys of their KV head.
         mask = mask_BKGS.expand(-1, query_BKGD.shape[1], query_BKGD.shape[2], -1)
         out_BKGD = scaled_dot_product_attention(
             query_BKGD.to(keys_BKSD.dtype), keys_BKSD, values_BKSD, attn_mask=mask, scale=scaling
         )
         return out_BKGD.to(query_BKGD.dtype), None
-    out_BKGD, weights_BKGS = weighted_attention(query_BKGD, keys_BKSD, values_BKSD, mask_BKGS, scaling)
+    out_BKGD, weights_BKGS = weighted_attention(query_BKGD, keys_BKSD, values_BKSD, mask_BKGS, scaling, rule)
     return out_BKGD, weights_BKGS if with_weights else None
 
 
 def weighted_attention(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: float
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: float, rule: LogitRule = PLAIN
 ) -> tuple[Tensor, Tensor]:
     """Attention of the queries in the second to last dimension, and its softmax weights (float32 or wider).
 
-    The dimensions before, and those of the mask, broadcast; keys and values may be narrower than the query.
+    The dimensions before, and those of the mask, broadcast; keys and values may be narrower than the query. With a
+    rule the first dimensions are B, K and G.
     """
     dtype = query.dtype
     logits = (query @ keys.to(dtype).transpose(-1, -2)).to(wide_dtype(dtype)) * scaling
-    weights = masked_softmax(logits, mask)
+    weights = logit_weights(logits, mask, rule)
     return weights.to(dtype) @ values.to(dtype), weights
 
 
@@ -129,6 +179,18 @@ def masked_softmax(logits: Tensor, mask: Tensor) -> Tensor:
     """Softmax over the last dimension, restricted to the mask; zeros elsewhere."""
     floor = torch.finfo(logits.dtype).min
     return torch.where(mask, logits, floor).softmax(-1) * mask
+
+
+def logit_weights(logits: Tensor, mask: Tensor, rule: LogitRule) -> Tensor:
+    """`masked_softmax` of scaled logits by a rule; with a sink they have dimensions B, K and G first."""
+    if rule.softcap is not None:
+        logits = rule.softcap * (logits / rule.softcap).tanh()
+    if rule.sink_H is None:
+        return masked_softmax(logits, mask)
+    sink = rule.sink_H.to(logits.dtype).view(*logits.shape[1:3], *[1] * (logits.ndim - 3))
+    masked = torch.where(mask, logits, torch.finfo(logits.dtype).min)
+    with_sink = torch.cat([masked, sink.expand(*logits.shape[:-1], 1)], -1)
+    return with_sink.softmax(-1)[..., :-1] * mask
 
 
 def bound_scores(query_BKGD: Tensor, kmin_BKPD: Tensor, kmax_BKPD: Tensor) -> Tensor:

@@ -37,6 +37,9 @@ class BlockAttention(Protocol):
     def plan(self, batch: DecodeBatch, tail_LBK: Tensor, block_LBK: Tensor) -> Any:
         """Compute the tensors that `decode` needs, for all layers."""
 
+    def advance(self, plan: Any) -> Any:
+        """The plan of the step after one with the same pages: each token goes to the next slot of its page."""
+
     def schedule(self, plan: Any) -> Any:
         """Complete a plan with what is not a tensor."""
 
@@ -78,6 +81,9 @@ class KernelAttention:
 
     def plan(self, batch: DecodeBatch, tail_LBK: Tensor, block_LBK: Tensor) -> _Plan:
         return _plan(batch, self._pool.page_size, tail_LBK, block_LBK)
+
+    def advance(self, plan: _Plan) -> _Plan:
+        return plan._replace(length_B=plan.length_B + 1, offset_B=plan.offset_B + 1)
 
     def schedule(self, plan: _Plan) -> _Plan:
         return plan
@@ -164,6 +170,9 @@ class CpuAttention:
         length_U = length_B[:, None].expand(-1, pool.tables).flatten().to(torch.int32)
         slot_LU = (block_LBK * pool.page_size + offset_B[:, None]).flatten(1)
         return _CpuPlan(block_LBKP.flatten(1, 2).to(torch.int32), slot_LU, length_U)
+
+    def advance(self, plan: _CpuPlan) -> _CpuPlan:
+        return plan._replace(slot_LU=plan.slot_LU + 1, length_U=plan.length_U + 1)
 
     def schedule(self, plan: _CpuPlan) -> _CpuPlan:
         pool, length_U = self._pool, plan.length_U

@@ -72,6 +72,7 @@ class BoundedBackend(AttentionBackend):  # type: ignore[misc, unused-ignore]
             **fields,
             decode_blocks=options.budget.pages(0, spec.block_size),
             max_prompt_tokens=min(options.max_prompt_tokens or max_model_len, max_model_len),
+            max_model_len=max_model_len,
             query_blocks=query_blocks(policy, heads, spec.num_kv_heads),
             reserve=options.reserve,
             shares_prompt=shares_prompt(policy),

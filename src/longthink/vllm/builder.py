@@ -83,6 +83,25 @@ def _select(new: QKV, index: Tensor | slice) -> QKV:
     return query[index], key[index], value[index]
 
 
+class _LastStep(NamedTuple):
+    """A step that decoded one token of each request, to recognise the one after it, on a CPU."""
+
+    table_BX: Tensor
+    prompt_B: Tensor
+    tokens: _DecodeTokens
+    context: DecodeContext
+
+    def next(self, batch: Any, page_size: int) -> Tensor | None:
+        """Positions of the tokens if the same requests decode on in the same pages, else None."""
+        now_B = self.tokens.batch.now_B + 1
+        if len(now_B) != batch.num_reqs or bool((now_B % page_size == 0).any()):
+            return None
+        same = torch.equal(now_B, batch.seq_lens.long() - 1)
+        same = same and torch.equal(self.prompt_B, batch.rswa_prefix_lens[: batch.num_reqs])
+        table_BX = batch.block_table_tensor[: batch.num_reqs, : self.table_BX.shape[1]]
+        return now_B if same and torch.equal(self.table_BX, table_BX) else None
+
+
 class BoundedBuilder(AttentionMetadataBuilder):  # type: ignore[misc, unused-ignore]
     """Builds the metadata of each step; owns the pool and the decoder."""
 
@@ -94,6 +113,7 @@ class BoundedBuilder(AttentionMetadataBuilder):  # type: ignore[misc, unused-ign
         # On a GPU shapes and addresses stay the same, so that a step can be captured as a CUDA graph.
         self._static = device.type != "cpu"
         self._decoder: BlockDecoder | None = None
+        self._last: _LastStep | None = None
         self._layer_names = sorted(layer_names, key=compat.layer_index)
         self._layers = {name: index for index, name in enumerate(self._layer_names)}
 
@@ -128,14 +148,35 @@ class BoundedBuilder(AttentionMetadataBuilder):  # type: ignore[misc, unused-ign
         prompt_B = batch.rswa_prefix_lens[: batch.num_reqs]
         metadata = BoundedMetadata(self._decoder, self._layers)
         if batch.max_query_len == 1:
-            # One token each: nothing to split, and no wait for the device.
-            now_B, host_B = (x.long() - 1 for x in (batch.seq_lens, batch.seq_lens_cpu_upper_bound))
-            tokens: _DecodeTokens | None = self._tokens(batch, slice(None), now_B, host_B, prompt_B, None)
-        else:
-            tokens = self._split(metadata, batch, prompt_B)
-        if tokens is not None:
+            metadata.decode = self._decode_all(batch, prompt_B)
+            return metadata
+        self._last = None
+        if (tokens := self._split(metadata, batch, prompt_B)) is not None:
             metadata.decode = (tokens, tokens.begin(self._decoder))
         return metadata
+
+    def _decode_all(self, batch: Any, prompt_B: Tensor) -> tuple[_DecodeTokens, DecodeContext]:
+        """Begin a step of one token each: nothing to split, and no wait for the device.
+
+        Most steps on a CPU are like the last one, a token further in the same pages: then nothing is looked up again.
+        """
+        assert self._decoder is not None
+        last, self._last = self._last, None
+        if last is not None and (now_B := last.next(batch, self._page_size)) is not None:
+            tokens = last.tokens._replace(batch=last.tokens.batch._replace(now_B=now_B))
+            tokens = tokens._replace(opening=None, evicts=False, admitting=None)
+            context = self._decoder.advance(last.context, now_B)
+            self._last = last._replace(tokens=tokens, context=context)
+            return tokens, context
+        now_B, host_B = (x.long() - 1 for x in (batch.seq_lens, batch.seq_lens_cpu_upper_bound))
+        tokens = self._tokens(batch, slice(None), now_B, host_B, prompt_B, None)
+        context = tokens.begin(self._decoder)
+        # A step with a token of a prompt is none to go on from: the next may be the first that its policy observes.
+        if not self._static and bool(context.active_B.all()):
+            columns = tokens.batch.block_BP.shape[1] + self.kv_cache_spec.query_blocks
+            table_BX = batch.block_table_tensor[: batch.num_reqs, :columns].clone()
+            self._last = _LastStep(table_BX, prompt_B.clone(), tokens, context)
+        return tokens, context
 
     def _tokens(
         self, batch: Any, rows: Any, now_B: Tensor, host_B: Tensor, prompt_B: Tensor, offsets: Tensor | None
@@ -150,16 +191,19 @@ class BoundedBuilder(AttentionMetadataBuilder):  # type: ignore[misc, unused-ign
             pages = max(min(int(host_B.max()) // page_size + 1, spec.max_pages(int(prompt_B.max()))), 2)
         prompt_B = prompt_B.to(now_B.device, torch.int64, non_blocking=True)
         first_B = (prompt_B + page_size - 1) // page_size
-        cap_B = first_B + spec.decode_blocks
-        count_B = torch.minimum(now_B // page_size + 1, cap_B)
         table_BX = batch.block_table_tensor[rows, : pages + spec.query_blocks].long()
-        block_BP, query_BE = self._split_table(table_BX, first_B, count_B, now_B >= prompt_B)
+        block_BP, query_BE = self._split_table(table_BX, first_B, now_B >= prompt_B)
+        cap_B = self._caps(block_BP, first_B)
+        count_B = torch.minimum(now_B // page_size + 1, cap_B)
+        # Padding rows go to the null block.
+        slot_P = torch.arange(block_BP.shape[1], device=block_BP.device)
+        block_BP = torch.where(slot_P < count_B[:, None], block_BP, 0)
         count_B, now_B = count_B.clamp(min=1), now_B.clamp(min=0)
         opens_B = host_B % page_size == 0
-        opening = None
+        opening, evicts = None, False
         if bool(opens_B.any()):
             opening = opens_B.nonzero()[:, 0].to(now_B.device, non_blocking=True)
-        evicts = int(host_B.max()) // page_size >= spec.max_pages(0)
+            evicts = self._evicts(host_B[opens_B], cap_B, opening)
         admitting = None
         assert self._decoder is not None
         if self._decoder.admits:
@@ -169,18 +213,34 @@ class BoundedBuilder(AttentionMetadataBuilder):  # type: ignore[misc, unused-ign
         decode_batch = DecodeBatch(block_BP, now_B, prompt_B, cap_B, count_B, query_BE)
         return _DecodeTokens(decode_batch, offsets, opening, evicts, admitting)
 
-    def _split_table(
-        self, table_BX: Tensor, first_B: Tensor, count_B: Tensor, decodes_B: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _split_table(self, table_BX: Tensor, first_B: Tensor, decodes_B: Tensor) -> tuple[Tensor, Tensor]:
         """Split block tables into pages and query blocks, which follow the `first_B` pages of the prompt."""
         queries, device = self.kv_cache_spec.query_blocks, table_BX.device
         slot_P = torch.arange(table_BX.shape[1] - queries, device=device)
         column_BP = slot_P + queries * (slot_P >= first_B[:, None])
-        # Padding rows, and the queries of prompt tokens processed on their own, go to the null block.
-        block_BP = torch.where(slot_P < count_B[:, None], table_BX.gather(1, column_BP), 0)
         column_BE = first_B[:, None] + torch.arange(queries, device=device)
         query_BE = table_BX.gather(1, column_BE.clamp(max=table_BX.shape[1] - 1))
-        return block_BP, torch.where(decodes_B[:, None], query_BE, 0)
+        # The queries of prompt tokens processed on their own go to the null block.
+        return table_BX.gather(1, column_BP), torch.where(decodes_B[:, None], query_BE, 0)
+
+    def _caps(self, block_BP: Tensor, first_B: Tensor) -> Tensor:
+        """Page slots that each request may fill: the server's budget, or less if the null block ends its table.
+
+        The table ends so once the request is full (`longthink.vllm.manager`). Before, what follows the request's
+        blocks is left from others, and the result is anything from the pages it has to what the server allows.
+        """
+        slot_P = torch.arange(block_BP.shape[1], device=block_BP.device)
+        ends_BP = (block_BP == 0) & (slot_P >= first_B[:, None])
+        most_B = first_B + self.kv_cache_spec.decode_blocks
+        return torch.minimum(torch.where(ends_BP, slot_P, most_B[:, None]).amin(1), most_B)
+
+    def _evicts(self, host_B: Tensor, cap_B: Tensor, opening: Tensor) -> bool:
+        """Whether any of the rows that open a page may be full."""
+        page_B = host_B // self._page_size
+        if self._static:
+            # The caps are on the device. No request is full with a page of its prompt and one more.
+            return int(page_B.max()) >= 2
+        return bool((page_B >= cap_B[opening]).any())
 
     def _split(self, metadata: BoundedMetadata, batch: Any, prompt_B: Tensor) -> _DecodeTokens | None:
         """Add prefill and replay to the metadata; return the tokens to decode."""

@@ -87,10 +87,19 @@ def _unsupported_settings(config: VllmConfig) -> Iterator[str]:
         yield "KV sharing (kv_sharing_fast_prefill): leave it off"
     if config.model_config.enable_prompt_embeds:
         yield "prompts given as embeddings (enable_prompt_embeds): leave it off"
+    if config.use_v2_model_runner and not _checks_requests():
+        yield "the second model runner of vLLM 0.30, which cannot check requests: set VLLM_USE_V2_MODEL_RUNNER=0"
     backend = config.attention_config.backend
     if backend is None or backend.name != "CUSTOM":
         chosen = "chosen by vLLM" if backend is None else backend.name
         yield f"the attention backend {chosen}: set --attention-backend CUSTOM"
+
+
+def _checks_requests() -> bool:
+    """Whether vLLM's second model runner allows the checks of `longthink.vllm.requests`."""
+    from longthink.vllm.compat import second_logits_processor
+
+    return bool(second_logits_processor())
 
 
 def _quantized(dtype: str) -> str:

@@ -38,6 +38,15 @@ def request_prompt_lengths(config: VllmConfig) -> None:
         config.model_config.model_arch_config.rswa_window = config.model_config.max_model_len
 
 
+def second_logits_processor() -> tuple[type[Any], ...]:
+    """Base class of custom logits processors in vLLM's second model runner; none before vLLM 0.31."""
+    try:
+        from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor
+    except ImportError:
+        return ()
+    return (LogitsProcessor,)
+
+
 def compiles(config: VllmConfig) -> bool:
     """Whether vLLM compiles the model (it does not with ``--enforce-eager``)."""
     return config.compilation_config.mode not in (None, CompilationMode.NONE)

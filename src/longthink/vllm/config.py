@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import torch
 
-from longthink.config import Budget, check_flag, check_int
+from longthink.config import Budget, brief_repr, check_flag, check_int
 from longthink.errors import BudgetError, UnsupportedFeatureError
 from longthink.policies import (
     PAGE_SIZES,
@@ -83,18 +83,50 @@ class PluginOptions:
                 f"give --block-size {policy.page_size}, or leave page_size out"
             )
         policy = with_page_size(policy, block_size)
-        for prompt in range(1, block_size + 1):
-            required, cap = policy.required_pages(prompt), self.budget.pages(prompt, block_size)
-            if required > cap:
-                raise BudgetError(
-                    f"decode_budget={self.decode_budget} is too small for policy {self.policy!r}: allowed is >= "
-                    f"{self.decode_budget + (required - cap) * block_size}"
-                )
+        if self.decode_budget < (least := _least_budget(policy)):
+            raise BudgetError(
+                f"decode_budget={self.decode_budget} is too small for policy {self.policy!r}: allowed is >= {least}"
+            )
         return policy
+
+    def request_budgets(self, block_size: int) -> tuple[int, int]:
+        """Least and greatest decode budget that a request may ask for."""
+        return _least_budget(self.make_policy(block_size)), self.decode_budget
 
     @property
     def budget(self) -> Budget:
         return Budget(decode_budget=self.decode_budget)
+
+
+def requested_budget(extra_args: Mapping[str, Any] | None) -> int | None:
+    """Decode budget that a request asks for in ``SamplingParams.extra_args``; None if it asks for none.
+
+    The options of a request are a dictionary, ``{"longthink": {"decode_budget": 512}}``. The HTTP API allows no
+    dictionaries in its ``vllm_xargs``: there the two names are joined, ``{"longthink.decode_budget": 512}``.
+    """
+    found: list[tuple[str, Any]] = []
+    for key, value in (extra_args or {}).items():
+        if key == KEY and not isinstance(value, Mapping):
+            raise ValueError(f"{KEY}={brief_repr(value)} must be a dictionary of options: {_REQUEST_EXAMPLE}")
+        options = value if key == KEY else {key.removeprefix(f"{KEY}."): value}
+        if key == KEY or key.startswith(f"{KEY}."):
+            found += options.items()
+    for name, _ in found:
+        if name != "decode_budget":
+            raise ValueError(f"longthink has no option {name!r} for a request: {_REQUEST_EXAMPLE}")
+    if len(found) > 1:
+        raise ValueError(f"a request gives its decode_budget more than once: {_REQUEST_EXAMPLE}")
+    return found[0][1] if found else None
+
+
+_REQUEST_EXAMPLE = f'give {{"{KEY}": {{"decode_budget": 512}}}} or {{"{KEY}.decode_budget": 512}}'
+
+
+def _least_budget(policy: Policy) -> int:
+    """Smallest decode budget with which a policy works, in tokens, whatever the prompt's length."""
+    size = policy.page_size
+    pages = max(policy.required_pages(prompt) - 1 for prompt in range(1, size + 1))
+    return max((pages - 1) * size + 1, 1)
 
 
 def check_policy(policy: Policy) -> None:

@@ -90,6 +90,12 @@ class BlockDecoder:
             plan = type(plan)(*self._buffers("plan", *plan))
         return DecodeContext(programs, span, batch, active_B, block_LBK, self.attention.schedule(plan))
 
+    def advance(self, before: DecodeContext, now_B: Tensor) -> DecodeContext:
+        """Begin the step after `before` without looking anything up: all rows decode, and none opens a page."""
+        self.pool.write_positions(self._layers[before.span], before.block_LBK, now_B)
+        plan = self.attention.schedule(self.attention.advance(before.plan))
+        return before._replace(batch=before.batch._replace(now_B=now_B), plan=plan)
+
     def _admit(self, span: slice, batch: DecodeBatch) -> None:
         pages_B = (batch.now_B + self.pool.page_size - 1) // self.pool.page_size
         for part in self._parts(span, single=True):

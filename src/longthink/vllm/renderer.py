@@ -47,8 +47,11 @@ def _make_renderer(name: str, config: VllmConfig, tokenizer: Any) -> BaseRendere
     if options is not None:
         check_config(config)
         from longthink.vllm.metrics import register_metrics
+        from longthink.vllm.requests import register_request_checks
 
         register_metrics()
+        # Before vLLM reads which checks there are, which it does once it has its renderer.
+        register_request_checks(config)
         fields = {"max_prompt_tokens": options.max_prompt_tokens}
         renderer_class = type(f"Limited{renderer_class.__name__}", (_PromptLimit, renderer_class), fields)
     return renderer_class(config, tokenizer)

@@ -18,8 +18,10 @@ from torch.nn.functional import pad
 from typing_extensions import override
 
 from longthink.config import check_int
+from longthink.errors import UnsupportedModelError
 from longthink.files import replacing
 from longthink.hf import PagedCache, generate
+from longthink.hf.layer_kinds import has_pages, library_layers
 from longthink.hf.support import check_model
 from longthink.lab.analyze.store import CHUNK_STEPS, PROMPT, Header, TraceStore, TraceWriter
 from longthink.policies import Dense, PageTable, Step
@@ -57,6 +59,10 @@ class _Tape:
         vectors = {}
         if self.vectors:
             kept = {"key": table.keys_BKSD, "value": table.values_BKSD}
+            if table.keys_BKSD.shape[3] != table.values_BKSD.shape[3]:
+                raise UnsupportedModelError(
+                    "keys and values of different size cannot be stored: omit the vectors"
+                )
             vectors = {name: _plain(of[0, :, :tokens]) for name, of in kept.items()}
             vectors["query"] = np.zeros(0, np.float32)
         self.writer.add(PROMPT, layer, **found, **vectors)
@@ -156,6 +162,10 @@ def record(
     if vectors and page_size != 1:
         raise ValueError(f"page_size={page_size} must be 1 to store vectors: they belong to tokens")
     check_model(model)
+    if not all(map(has_pages, library_layers(model.config))):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has layers without full attention, and a trace needs what all layers read"
+        )
     settings = {"model": name or type(model).__name__, "page_size": page_size, "top": top, "vectors": vectors}
     store = TraceStore(folder, settings)
     for prompt in prompts:

@@ -135,7 +135,7 @@ class PagedSystem(System):
     @override
     def _fill(self, tokens: int, seed: torch.Generator) -> None:
         heads = self.model.config.get_text_config(decoder=True).num_attention_heads
-        for layer in self.cache.layers:
+        for layer in self.cache.paged:
             fast_forward(layer.slots, tokens, heads=heads, generator=seed)
             layer.columns += tokens
 

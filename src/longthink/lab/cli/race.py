@@ -33,7 +33,7 @@ class ResidentLog:
     _samples: list[Grid] = field(default_factory=list)
 
     def sample(self, cache: PagedCache, step: int) -> None:
-        held = [head for layer in range(len(cache.layers)) for head in cache.resident_positions(layer)[0]]
+        held = [head for layer in cache.paged for head in cache.resident_positions(layer.index)[0]]
         positions = np.concatenate([np.asarray(head, dtype=np.int64) for head in held])
         self.steps.append(step)
         self._samples.append(np.bincount(positions, minlength=cache.get_seq_length()) / len(held))

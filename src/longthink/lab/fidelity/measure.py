@@ -204,9 +204,10 @@ class _Expected:
 
 def _held(cache: PagedCache, row: int) -> tuple[int, int, int]:
     """Tokens evicted, bytes of those that are resident, and bytes of all, for one row."""
-    seen = sum(layer.slots.rows.lengths[row] * layer.slots.store.keys_BKSD.shape[1] for layer in cache.layers)
+    seen = sum(layer.slots.rows.lengths[row] * layer.slots.store.keys_BKSD.shape[1] for layer in cache.paged)
     evicted, dense = cache.row_evicted(row), cache.row_dense_kv_bytes(row)
-    return evicted, dense * (seen - evicted) // seen, dense
+    pages = sum(layer.slots.row_dense_kv_bytes(row) for layer in cache.paged)
+    return evicted, pages * (seen - evicted) // seen + dense - pages, dense
 
 
 def _scores(

@@ -1,0 +1,72 @@
+"""The page docs/models.md, from what happens to a tiny model of every family.
+
+``python -m tests.families.page > docs/models.md`` writes the page anew, in a minute or two.
+"""
+
+import re
+
+import transformers
+
+from tests.families.compared import outcome
+from tests.families.tiny import FAMILIES
+
+SERVED, REFUSED, UNTRIED = "served", "refused", "not tried"
+HEAD = """# Which models are served
+
+Every line is a test (`tests/families`), and this page is written by `python -m tests.families.page`,
+with transformers {version}.
+It goes through every class that transformers lists for causal language modelling. A tiny random model of each, with
+four layers and windows of 8 tokens where the family has some, is compared twice. With an ample budget its logits are
+those of transformers with its own cache, for a row alone and for a left-padded pair. With a tight one they are those
+of a slow computation over the tokens that were held. Names are those of `model_type` in a checkpoint's `config.json`.
+
+What it means:
+
+- **full**: layers that attend to all of the text. They get pages, and the budget bounds them.
+- **windowed**: a sliding window, or chunks. They are bounded by nature and keep transformers' own cache, as large as
+  the window. Decode steps of such models are not [compiled](compile.md), and [`Engine`](engine.md) refuses them: use
+  `generate`, also for batches.
+- **recurrent**: a state, or a convolution, of fixed size, transformers' own as well. It has read every token, and
+  none can be taken back, so a later turn whose mask hides the end of a row (padding after its end token) is refused.
+- A cache with windowed or recurrent layers cannot be saved to a file; `copy.deepcopy` copies it.
+- Sinks (gpt-oss), soft caps (Gemma 2) and values of another size than keys are served on all routes but the fused GPU
+  kernels, which leave such layers to the general route.
+- **Latent attention** (MLA: DeepSeek, GLM-4.7-Flash, MiniCPM3): the keys and values that attention reads are kept, of
+  all heads. Some versions of transformers keep the latent that they are computed from, which is much smaller: then a
+  bound pays only on texts many times longer than the budget. `cache.break_even_tokens` says from where on.
+
+"""
+
+
+def page(found: dict[str, tuple[str, str]], version: str) -> str:
+    """The page, from the result and the text of each family."""
+    lines = ["| family | layers of the tiny model |", "|---|---|"]
+    lines += [f"| `{name}` | {text} |" for name, (result, text) in found.items() if result == SERVED]
+    lines += ["", "## Refused", "", "| family | message |", "|---|---|"]
+    lines += [f"| `{name}` | {text} |" for name, (result, text) in found.items() if result == REFUSED]
+    lines += ["", "## Not tried", "", "| family | why |", "|---|---|"]
+    lines += [f"| `{name}` | {text} |" for name, (result, text) in found.items() if result == UNTRIED]
+    return HEAD.replace("{version}", version) + "\n".join(lines) + "\n"
+
+
+def written(text: str) -> tuple[dict[str, tuple[str, str]], str]:
+    """What a page says of each family, and the version of transformers that it was written with."""
+    found, result = {}, SERVED
+    for line in text.splitlines():
+        if line.startswith("## "):
+            result = {"## Refused": REFUSED, "## Not tried": UNTRIED}[line]
+        elif match := re.fullmatch(r"\| `(.*?)` \| (.*) \|", line):
+            found[match[1]] = result, match[2]
+    version = re.search(r"with transformers (\S+)\.$", text, re.MULTILINE)
+    return found, "" if version is None else version[1]
+
+
+def cell(text: str) -> str:
+    """A message as it stands in a table."""
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+
+
+if __name__ == "__main__":
+    outcomes = {family: outcome(family) for family in FAMILIES}
+    shown = {family: (one.result, cell(one.text)) for family, one in outcomes.items()}
+    print(page(shown, transformers.__version__), end="")
