@@ -28,7 +28,8 @@ def server_command(model: str) -> list[str]:
     own = [sys.executable, "-m", "longthink", "vllm-args", "--decode-budget", DECODE_BUDGET]
     options = subprocess.run(own, check=True, capture_output=True, text=True).stdout.split()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
-    return [*command, "--port", str(PORT), "--dtype", "float32", "--served-model-name", "reasoner", *options]
+    command += ["--port", str(PORT), "--dtype", "float32", "--served-model-name", "reasoner"]
+    return [*command, "--enforce-eager", *options]  # eager: starts at once, and is slower afterwards
 
 
 def wait_until_it_answers(client: openai.OpenAI, server: subprocess.Popen[bytes]) -> None:

@@ -1,12 +1,16 @@
-"""The sweep on a real Ray cluster of two nodes, one of whose workers is killed."""
+"""Sweeps on a real Ray cluster of two nodes: a worker is killed, a node is lost, stores of machines come together."""
 
 import os
+import shutil
 import signal
 
 import psutil
 import pytest
 
 from longthink.errors import SweepError
+from longthink.lab.fidelity.plan import Plan
+from longthink.lab.fidelity.sweep import FidelitySweep
+from longthink.lab.results.store import ResultStore
 from longthink.lab.work.workers import run_work
 from tests.evaluate.sweeps import made, raw_keys, short_sweep
 
@@ -58,6 +62,53 @@ def test_a_killed_worker_costs_what_it_had_in_flight_and_no_more(cluster, tmp_pa
     assert set(raw_keys(tmp_path / "ray").values()) == {1}
     run_work(short_sweep(tmp_path / "here", policies="recency,raas"))
     assert made(tmp_path / "ray") == made(tmp_path / "here")
+
+
+def reading(folder, said):
+    """A measurement of fidelity of ten texts under two policies."""
+    plan = Plan(
+        tasks=("reasoner/s/chain",), count=10, max_tokens=60, policies=("raas", "recency"), decode_budgets=(16,),
+        rows=1,
+    )  # fmt: skip
+    return FidelitySweep(plan, plan.load_texts(), ResultStore(folder), say=said.append)
+
+
+@pytest.mark.parametrize("kind", ["eval", "fidelity"])
+def test_a_lost_node_costs_what_it_had_in_flight_and_no_more(cluster, tmp_path, kind):
+    """The node goes with all its processes in the middle of its work; the other one does the rest."""
+    said, places = [], []
+    if kind == "eval":
+        work = short_sweep(tmp_path / "ray", said=said, policies="recency,raas")
+    else:
+        work = reading(tmp_path / "ray", said)
+
+    def lose_one(driver):
+        places.append(len(shard_processes()))
+        if driver.total.made >= 3 and places[-1] == 2 and len(cluster.worker_nodes) == 1:
+            cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+
+    work.report = lose_one
+    run_work(work, ray=cluster.address)
+    assert len(cluster.worker_nodes) == 0, "the node should have been lost"
+    assert (work.total.made, work.is_complete) == (20, True)
+    assert work.lost_workers >= 1 and "in flight are done again by others" in said[0]
+    table, key = ("samples", "problem, sample") if kind == "eval" else ("fidelity", "text")
+    rows = ResultStore(tmp_path / "ray", create=False).query(f"SELECT config, {key} FROM {table}")
+    assert len(rows) == 20
+
+
+def test_stores_of_several_machines_come_together_by_copying(tmp_path):
+    """Files have names of their own, and a row that two machines made counts once."""
+    run_work(short_sweep(tmp_path / "one", count=3, policies="recency"))
+    run_work(short_sweep(tmp_path / "two", count=2, policies="recency,raas"))
+    together = tmp_path / "together"
+    for machine in ("one", "two"):
+        shutil.copytree(tmp_path / machine, together, dirs_exist_ok=True)
+    assert sum(raw_keys(together).values()) == 3 + 4
+    assert len(made(together)) == 5
+    rest = short_sweep(together, count=3, policies="recency,raas")
+    run_work(rest)
+    assert (rest.total.stored, rest.total.made) == (5, 1)
 
 
 def test_an_error_of_a_task_is_the_error_of_the_sweep(cluster, tmp_path):
