@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from typing_extensions import override
 
 from longthink.cache import TieredCache, with_pages
+from longthink.cache.forward import fast_forward
 from longthink.config import Budget, KvBits
+from longthink.errors import UnsupportedFeatureError
 from longthink.policies import Recency, make_policy
 from longthink.policies.keepers import KeeperPages
 from tests.examples import few
@@ -187,3 +189,16 @@ def test_statistics_count_packed_bytes():
     assert layer.row_held_kv_bytes(0) == HEADS * (int(full) * 2 * 8 * 4 + store.packed_pages * page)
     tensors = sum(tensor.nbytes for tensor in store.tensors())
     assert layer.metadata_bytes == tensors - layer.kv_bytes
+
+
+def test_fast_forward_advances_a_bounded_cache_and_refuses_one_that_grows():
+    layer, generator = tiered(rows=(40,), steps=10)
+    held = layer.kv_bytes
+    fast_forward(layer, 500, heads=2 * HEADS, generator=generator)
+    assert layer.rows.lengths == [550]
+    assert layer.kv_bytes == held
+    assert layer.resident_positions()[0][0][-1] == 549
+    run(layer, 40, generator)
+    growing, generator = tiered("dense", rows=(40,), steps=10)
+    with pytest.raises(UnsupportedFeatureError, match="'dense' is at few bits in a cache that grows"):
+        fast_forward(growing, 500, heads=2 * HEADS, generator=generator)
