@@ -28,7 +28,8 @@ def both(model, lengths, seed=0, **options):
 @pytest.mark.parametrize("policy", ["recall", "raas", "quest", "dense"])
 def test_one_program_serves_every_call(policy, kv_bits, light_compiler):
     model = build("qwen2").double()
-    budget = {} if policy == "dense" else {"decode_budget": 64}
+    # How many pages quest reads is part of its program.
+    budget = {"dense": {}, "quest": {"budget": 64}}.get(policy, {"decode_budget": 64})
     with torch._dynamo.config.patch(error_on_recompile=True):
         for seed, lengths in enumerate(BATCHES):
             eager, compiled = both(model, lengths, seed, policy=policy, kv_bits=kv_bits, **budget)

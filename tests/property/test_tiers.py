@@ -202,3 +202,41 @@ def test_fast_forward_advances_a_bounded_cache_and_refuses_one_that_grows():
     growing, generator = tiered("dense", rows=(40,), steps=10)
     with pytest.raises(UnsupportedFeatureError, match="'dense' is at few bits in a cache that grows"):
         fast_forward(growing, 500, heads=2 * HEADS, generator=generator)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remembers(Recency):
+    """Writes down what stands in each slot, once."""
+
+    page_size: int = 16
+
+    @override
+    def init_state(self, shape, device):
+        tokens = torch.zeros(shape.B, shape.K, shape.P * shape.T, dtype=torch.int64)
+        return {"token": tokens, "page": torch.zeros(shape.B, shape.K, shape.P, 3)}
+
+    @override
+    def admit(self, table, mass):
+        self.observe(table, None)
+
+    @override
+    def observe(self, table, step):
+        now_B11 = table.now_B[:, None, None] - int(step is None)
+        fresh_BKS = (table.position_BKS == now_B11) | (table.position_BKS >= 0) & (step is None)
+        table.state["token"].copy_(torch.where(fresh_BKS, table.position_BKS.long(), table.state["token"]))
+        fresh_BKP = fresh_BKS.unflatten(-1, (-1, 16)).any(-1)
+        table.state["page"].copy_(
+            torch.where(fresh_BKP[..., None], table.page_BKP[..., None].float(), table.state["page"])
+        )
+
+
+@pytest.mark.parametrize("prompt", ["full", "packed"])
+def test_the_state_of_a_page_goes_where_the_page_goes(prompt):
+    bits = KvBits(keys=4, values=3, window=32, page=16, prompt=prompt)
+    layer, _ = tiered(Remembers(), bits, rows=(70, 9), steps=500, decode_budget=96)
+    table = layer.tiers.table
+    held = table.position_BKS >= 0
+    assert torch.equal(table.state["token"][held], table.position_BKS[held].long())
+    held = table.page_BKP >= 0
+    assert torch.equal(table.state["page"][..., 2][held], table.page_BKP[held].float())
+    assert layer.num_evicted > 0
