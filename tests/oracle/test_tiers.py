@@ -110,6 +110,13 @@ def test_a_row_keeps_and_reads_what_its_oracle_does_many_times(case):
     compare(case)
 
 
+def test_rows_with_longer_prompts_have_fewer_packed_pages():
+    bits = KvBits(keys=8, values=8, window=16, page=16)
+    layer = compare(TieredCase("recency", bits, ("budget", 80), (40, 24), 220))
+    packed = (layer.tiers.table.page_BKP[..., layer.tiers.full_pages :] >= 0).sum(-1)
+    assert packed[0, 0] < packed[1, 0] == layer.tiers.packed_pages
+
+
 @pytest.mark.parametrize("rule", ["recency", "raas"])
 def test_pages_are_packed_and_evicted(rule):
     bits = KvBits(keys=4, values=2, window=16, page=16)

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from typing_extensions import override
 
 from longthink.cache import TieredCache, with_pages
+from longthink.cache.forward import fast_forward
 from longthink.config import Budget, KvBits
+from longthink.errors import UnsupportedFeatureError
 from longthink.policies import Recency, make_policy
 from longthink.policies.keepers import KeeperPages
 from tests.examples import few
@@ -187,3 +189,54 @@ def test_statistics_count_packed_bytes():
     assert layer.row_held_kv_bytes(0) == HEADS * (int(full) * 2 * 8 * 4 + store.packed_pages * page)
     tensors = sum(tensor.nbytes for tensor in store.tensors())
     assert layer.metadata_bytes == tensors - layer.kv_bytes
+
+
+def test_fast_forward_advances_a_bounded_cache_and_refuses_one_that_grows():
+    layer, generator = tiered(rows=(40,), steps=10)
+    held = layer.kv_bytes
+    fast_forward(layer, 500, heads=2 * HEADS, generator=generator)
+    assert layer.rows.lengths == [550]
+    assert layer.kv_bytes == held
+    assert layer.resident_positions()[0][0][-1] == 549
+    run(layer, 40, generator)
+    growing, generator = tiered("dense", rows=(40,), steps=10)
+    with pytest.raises(UnsupportedFeatureError, match="'dense' is at few bits in a cache that grows"):
+        fast_forward(growing, 500, heads=2 * HEADS, generator=generator)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remembers(Recency):
+    """Writes down what stands in each slot, once."""
+
+    page_size: int = 16
+
+    @override
+    def init_state(self, shape, device):
+        tokens = torch.zeros(shape.B, shape.K, shape.P * shape.T, dtype=torch.int64)
+        return {"token": tokens, "page": torch.zeros(shape.B, shape.K, shape.P, 3)}
+
+    @override
+    def admit(self, table, mass):
+        self.observe(table, None)
+
+    @override
+    def observe(self, table, step):
+        now_B11 = table.now_B[:, None, None] - int(step is None)
+        fresh_BKS = (table.position_BKS == now_B11) | (table.position_BKS >= 0) & (step is None)
+        table.state["token"].copy_(torch.where(fresh_BKS, table.position_BKS.long(), table.state["token"]))
+        fresh_BKP = fresh_BKS.unflatten(-1, (-1, 16)).any(-1)
+        table.state["page"].copy_(
+            torch.where(fresh_BKP[..., None], table.page_BKP[..., None].float(), table.state["page"])
+        )
+
+
+@pytest.mark.parametrize("prompt", ["full", "packed"])
+def test_the_state_of_a_page_goes_where_the_page_goes(prompt):
+    bits = KvBits(keys=4, values=3, window=32, page=16, prompt=prompt)
+    layer, _ = tiered(Remembers(), bits, rows=(70, 9), steps=500, decode_budget=96)
+    table = layer.tiers.table
+    held = table.position_BKS >= 0
+    assert torch.equal(table.state["token"][held], table.position_BKS[held].long())
+    held = table.page_BKP >= 0
+    assert torch.equal(table.state["page"][..., 2][held], table.page_BKP[held].float())
+    assert layer.num_evicted > 0

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longthink.config import PACKED_BITS
-from longthink.kernels import packing
+from longthink.kernels import compiled, packing
 from tests.examples import few
 from tests.oracle.packing import codes_of, read_keys, read_values, round_group
 from tests.unit.test_kernels import naive_attention
@@ -107,14 +107,17 @@ def test_what_is_read_is_read_the_same_when_packed_again(bits):
         torch.testing.assert_close(first, second, rtol=2e-3, atol=2e-3)
 
 
+@bits
 @pytest.mark.parametrize("groups", [1, 3])
-def test_attention_over_both_kinds_of_slots(groups):
+@pytest.mark.parametrize("module", [packing, compiled], ids=["eager", "compiled"])
+@pytest.mark.parametrize("dim", [8, 64])
+def test_attention_over_both_kinds_of_slots(groups, module, bits, dim):
     torch.manual_seed(1)
-    query = torch.randn(1, 2, groups, 8, dtype=torch.float64)
-    near = torch.randn(2, 1, 2, 16, 8, dtype=torch.float64)
-    packed = packing.pack(*pages(), 3, 2)
+    query = torch.randn(1, 2, groups, dim, dtype=torch.float64)
+    near = torch.randn(2, 1, 2, 16, dim, dtype=torch.float64)
+    packed = packing.pack(*pages(dim=dim), bits, 5 - bits if bits < 4 else bits)
     resident = torch.rand(1, 2, 64) < 0.7
-    out, weights = packing.tiered_attention(query, (near[0], near[1]), packed, resident, 16, 0.4)
+    out, weights = module.tiered_attention(query, (near[0], near[1]), packed, resident, 16, 0.4)
     far = packing.unpack(packed, 16, torch.float64)
     for head in range(2):
         keys, values = (

@@ -43,7 +43,7 @@ def fast_forward(layer: LayerCache, tokens: int, *, heads: int, generator: torch
     CacheStateError
         Before prefill, or if rows differ in length.
     UnsupportedFeatureError
-        If the policy has state in a cache that grows: it cannot be reconstructed here.
+        In a cache that grows, if the policy has state or pages are packed: neither can be reconstructed here.
     """
     check_int("tokens", tokens, 0)
     store = layer._store
@@ -71,9 +71,10 @@ def fast_forward(layer: LayerCache, tokens: int, *, heads: int, generator: torch
 
 
 def _grow(layer: LayerCache, store: SlotStore, tokens: int, generator: torch.Generator) -> None:
-    if store.table.state:
+    if store.table.state or layer.kv_bits is not None:
+        has = "has state" if layer.kv_bits is None else "is at few bits"
         raise UnsupportedFeatureError(
-            f"policy {layer.policy.name!r} has state in a cache that grows: decode instead of fast-forwarding"
+            f"policy {layer.policy.name!r} {has} in a cache that grows: decode instead of fast-forwarding"
         )
     rows, page_size, old = len(layer.rows.lengths), layer.policy.page_size, layer.rows.lengths[0]
     new = old + tokens

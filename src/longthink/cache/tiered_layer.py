@@ -52,8 +52,9 @@ class TieredRows(RowCounts):
         held = self.caps
         if grows(self._policy):
             held = [-(-length // self._policy.page_size) for length in self.lengths]
-        # A row that has few prompt pages in full may need more packed ones.
-        return max(full), max(1, *(pages - own for pages, own in zip(held, full, strict=True)))
+        # A row that has few prompt pages in full may need more packed ones. A size of 1 compiles to another program.
+        least = 2 if grows(self._policy) else 1
+        return max(full), max(least, *(pages - own for pages, own in zip(held, full, strict=True)))
 
     @override
     def page_caps(self, lengths: list[int], *, turns: bool = False) -> list[int]:

@@ -335,7 +335,7 @@ def read_tiers(
         )
     full = store.keys_BKSD, store.values_BKSD
     resident_BKS = table.resident_BKS.expand(-1, query_BKGD.shape[1], -1)
-    out, weights = packing.tiered_attention(
+    out, weights = kernels.tiered_attention(
         query_BKGD, full, store.packed, resident_BKS, table.page_size, scaling
     )
     return out, weights if with_weights else None

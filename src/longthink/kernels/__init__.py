@@ -10,7 +10,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from longthink.kernels import compiled, reference
+from longthink.kernels import compiled, packing, reference
+from longthink.kernels.packing import PackedPages
 from longthink.kernels.pages import At, Index, append, empty, entries, logical_pages, move_tokens, widen
 from longthink.kernels.reference import (
     PLAIN,
@@ -26,10 +27,9 @@ from longthink.kernels.reference import (
 )
 
 __all__ = [
-    "PLAIN", "At", "Index", "LogitRule", "PagedKV", "append", "block_attention", "bound_scores", "column_mass",
-    "decode_attention", "empty", "entries", "key_bounds", "logical_pages", "lowest", "move_tokens", "page_mass",
-    "paged_attention",
-    "runs_triton", "top_fraction", "top_pages", "widen",
+    "PLAIN", "At", "Index", "LogitRule", "PackedPages", "PagedKV", "append", "block_attention", "bound_scores",
+    "column_mass", "decode_attention", "empty", "entries", "key_bounds", "logical_pages", "lowest", "move_tokens",
+    "page_mass", "paged_attention", "runs_triton", "tiered_attention", "top_fraction", "top_pages", "widen",
 ]  # fmt: skip
 
 
@@ -81,6 +81,16 @@ def paged_attention(query_BKGD: Tensor, paged: PagedKV, scaling: float) -> Tenso
     elif query_BKGD.is_cpu and torch.compiler.is_compiling():
         attention = compiled.paged_attention
     return attention(query_BKGD, paged, scaling)
+
+
+def tiered_attention(
+    query_BKGD: Tensor, full: tuple[Tensor, Tensor], packed: PackedPages, resident_BKS: Tensor, page_size: int,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention of one new token per row over slots in full and packed pages: see `packing.tiered_attention`."""
+    by_sums = query_BKGD.is_cpu and torch.compiler.is_compiling()
+    attention = (compiled if by_sums else packing).tiered_attention
+    return attention(query_BKGD, full, packed, resident_BKS, page_size, scaling)
 
 
 def bound_scores(query_BKGD: Tensor, kmin_BKPD: Tensor, kmax_BKPD: Tensor) -> Tensor:

@@ -9,12 +9,13 @@ w bits and R byte rows, byte row r holds the codes of the tokens r, r + R, r + 2
 channels of a row shift by the same number, which the compiler turns into vector instructions.
 
 Shape suffixes: B batch rows, K KV heads, G query heads per KV head, P packed page slots, T tokens in a page, R byte
-rows of a page (T * bits / 8), D head dim, C groups of channels, X channels of a group, S token slots, N tokens of the
-packed slots (P * T).
+rows of a page (T * bits / 8) or of a plane, J codes in a byte of a plane, D head dim, C groups of channels, X
+channels of a group, S token slots, N tokens of the packed slots (P * T).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import gcd
 from typing import NamedTuple
 
@@ -132,17 +133,23 @@ def _to_bytes(codes_BKPTD: Tensor, bits: int) -> Tensor:
 
 def _codes(bytes_BKPRD: Tensor, page_size: int) -> Tensor:
     """The codes in planes of bytes, uint8, BKPTD: the inverse of `_to_bytes`."""
-    bits = bytes_BKPRD.shape[-2] * 8 // page_size
-    codes, below, start = None, 0, 0
-    for width in _PLANES[bits]:
-        rows = page_size * width // 8
-        plane = bytes_BKPRD[..., start : start + rows, :]
-        shift = torch.arange(0, 8, width, dtype=torch.uint8, device=plane.device)[:, None, None]
-        part = ((plane[..., None, :, :] >> shift) & ((1 << width) - 1)).flatten(-3, -2)
-        codes = part if codes is None else codes | (part << below)
-        below, start = below + width, start + rows
+    codes = None
+    for below, part_BKPJRD in planes(bytes_BKPRD, page_size):
+        part = part_BKPJRD.flatten(-3, -2) << below
+        codes = part if codes is None else codes | part
     assert codes is not None
     return codes
+
+
+def planes(bytes_BKPRD: Tensor, page_size: int) -> Iterator[tuple[int, Tensor]]:
+    """What each plane holds of the codes, uint8, BKPJRD with J * R tokens, and how many bits lie below it."""
+    below, start = 0, 0
+    for width in _PLANES[bytes_BKPRD.shape[-2] * 8 // page_size]:
+        rows = page_size * width // 8
+        plane = bytes_BKPRD[..., None, start : start + rows, :]
+        shift_J11 = torch.arange(0, 8, width, dtype=torch.uint8, device=plane.device)[:, None, None]
+        yield below, (plane >> shift_J11) & ((1 << width) - 1)
+        below, start = below + width, start + rows
 
 
 def tiered_attention(

@@ -18,7 +18,6 @@ from longthink.policies.base import (
     TrimsPrompt,
     grows,
     needs_budget,
-    page_tables,
     reads_vectors,
 )
 from longthink.policies.dense import Dense
@@ -36,6 +35,7 @@ from longthink.policies.registry import (
     available_policies,
     get_policy_class,
     make_policy,
+    page_tables,
     policy_budget,
     policy_from_dict,
     policy_spec,

@@ -47,7 +47,7 @@ class PageTable:
     query_means_BN, key_rotation
         Read them as `query_stats_BH3F` and `rotation`; None where not declared.
     unpack
-        What `keys_BKSD` and `values_BKSD` call where pages are at few bits.
+        What gives keys and values of all slots where pages are at few bits; None elsewhere.
     state
         The policy's own tensors, from `Policy.init_state`. Dimension 2 counts page slots or token slots. The cache
         zeroes an entry when its page is opened, moves token entries with their tokens, and selects rows along
@@ -347,10 +347,10 @@ class SavesTokens(Protocol):
 
 @runtime_checkable
 class RanksPages(Protocol):
-    """A policy that saves tokens, and can also rank whole pages: those of a cache at few bits, which do not move."""
+    """A policy of tokens that also ranks pages at few bits; protected are those of a pinned prompt alone."""
 
     def page_worth(self, table: PageTable) -> Tensor:
-        """Worth of each page, BKP, in place of `Policy.worth`; protected are the pages of a pinned prompt alone."""
+        """Worth of each page, BKP, in place of `Policy.worth`."""
 
 
 @runtime_checkable
@@ -390,8 +390,3 @@ class Calibrated(Protocol):
 
     def stats_file(self) -> str:
         """Path of a file that ``longthink calibrate`` has written for the model."""
-
-
-def page_tables(policy: Policy, kv_heads: int) -> int:
-    """Number of page tables of a layer: one per KV head, or 1."""
-    return policy.tables(kv_heads) if isinstance(policy, SharesTable) else kv_heads

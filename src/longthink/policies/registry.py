@@ -13,7 +13,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from longthink.config import Budget, brief_repr
 from longthink.errors import BudgetError, UnknownPolicyError
-from longthink.policies.base import Policy, needs_budget
+from longthink.policies.base import Policy, SharesTable, needs_budget
 
 ENTRY_POINTS = "longthink.policies"
 ALIASES = {"fifo": ("recency", {"page_size": "16"})}
@@ -168,6 +168,11 @@ def with_page_size(policy: Policy, page_size: int) -> Policy:
         if isinstance(value := getattr(policy, f.name), Policy)
     }
     return dataclasses.replace(policy, page_size=page_size, **wrapped)
+
+
+def page_tables(policy: Policy, kv_heads: int) -> int:
+    """Number of page tables of a layer: one per KV head, or 1."""
+    return policy.tables(kv_heads) if isinstance(policy, SharesTable) else kv_heads
 
 
 def _split(spec: str) -> list[str]:

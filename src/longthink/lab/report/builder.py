@@ -6,6 +6,7 @@ from pathlib import Path
 from longthink._version import __version__
 from longthink.errors import ResultStoreError, needs_extra
 from longthink.lab.report.cells import (
+    POLICY,
     Cell,
     Row,
     incomplete,
@@ -88,7 +89,7 @@ def build(
 def _load(store: ResultStore) -> tuple[list[Row], list[Row], list[Row]]:
     """Return samples, fidelity and measurements; a store without any is an error."""
     samples = load_samples(store)
-    fidelity = store.query("SELECT * FROM fidelity ORDER BY text")
+    fidelity = store.query(f"SELECT * REPLACE ({POLICY}) FROM fidelity ORDER BY text")
     measurements = store.query("SELECT * FROM measurements ORDER BY kind, system, run, decode_tokens")
     if not samples and not fidelity and not measurements:
         raise ResultStoreError(f"{store.folder} is an empty result store: there is nothing to report")

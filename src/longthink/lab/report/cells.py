@@ -120,9 +120,10 @@ class Cell:
         return float(median([row[value] for row in self.rows if not row["no_room"]] or [0]))
 
 
+POLICY = "policy || coalesce(' (' || nullif(concat_ws(' ', kv_dtype, kv_bits || ' bits'), '') || ')', '') AS policy"
 _COLUMNS = (
-    "config, model, revision, dtype, policy, switches, budget, decode_budget, task, seed, temperature, top_p, top_k, "
-    "max_new_tokens, problem, sample, prompt_tokens, generated_tokens, correct, finish, seconds, rows, "
+    f"config, model, revision, dtype, {POLICY}, switches, budget, decode_budget, task, seed, temperature, "
+    "top_p, top_k, max_new_tokens, problem, sample, prompt_tokens, generated_tokens, correct, finish, seconds, rows, "
     "kv_bytes_peak, dense_kv_bytes, finish = 'length' AS cut_off, finish = 'no_room' AS no_room"
 )
 
