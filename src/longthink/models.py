@@ -90,7 +90,22 @@ def pick_device(torch: Any, name: str) -> torch.device:
     return device
 
 
-def _from_pretrained(name: str, dtype: str, revision: str | None) -> tuple[Any, Any]:
+def load_config(name: str = REASONER) -> Any:
+    """Load the configuration of a model alone, by the same names and with the same errors as `load_model`."""
+    if name == REASONER:
+        from longthink.reasoner.pretrained import load_reasoner
+
+        return load_reasoner()[0].config
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(_source(name), trust_remote_code=False)
+    except OSError as error:
+        raise OSError(f"model {name!r}: {_why_not(error)}") from error
+
+
+def _source(name: str) -> str:
+    """What transformers loads a model from: the path of a folder, or an id on the Hub."""
     folder = Path(name).expanduser()
     local = folder.is_dir()
     if not local and (folder.is_absolute() or name.startswith((".", "~")) or not _HUB_ID.fullmatch(name)):
@@ -99,7 +114,11 @@ def _from_pretrained(name: str, dtype: str, revision: str | None) -> tuple[Any, 
         )
     if local and not (folder / "config.json").is_file():
         raise ValueError(f"model folder {name!r} has no config.json")
-    source = str(folder) if local else name
+    return str(folder) if local else name
+
+
+def _from_pretrained(name: str, dtype: str, revision: str | None) -> tuple[Any, Any]:
+    source = _source(name)
     try:
         tokenizer = _tokenizer(source, revision)
         model = _model_class(source, revision).from_pretrained(

@@ -75,10 +75,11 @@ def test_a_prompt_in_chunks_is_read_as_one(model):
     )
 
 
-def test_a_later_turn_and_copies_go_on_as_transformers_does(model):
+@pytest.mark.parametrize("policy", ["recency:page_size=4", "h2o:pin_prompt=True"])
+def test_a_later_turn_and_copies_go_on_as_transformers_does(model, policy):
     later = torch.cat([IDS[:1], torch.tensor([[5, 6, 7, 8, 9]])], 1)
     expected = model.generate(later, **GREEDY)
-    with longthink.make_cache(model, **AMPLE) as cache, torch.no_grad():
+    with longthink.make_cache(model, **AMPLE | {"policy": policy}) as cache, torch.no_grad():
         model(IDS[:1], past_key_values=cache, logits_to_keep=1)
         for one in (copy.deepcopy(cache), cache):
             assert model.generate(later, past_key_values=one, **GREEDY).tolist() == expected.tolist()
