@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Make the development environment: a virtual environment with longthink, editable, and all its tools.
-# Usage: scripts/setup.sh [--quiet] [--demo | --vllm] [FOLDER]     (FOLDER: .venv, with --vllm .venv-vllm)
+# Usage: scripts/setup.sh [--quiet] [--demo | --vllm | --oldest | --newest] [FOLDER]     (FOLDER: .venv, or .venv-vllm ...)
 #
 # --demo stops half-way: longthink and what its demo draws with, and none of the tools. Without it they come on top, in
 # the same folder, and nothing is installed twice.
 # --vllm makes the one that tests the plugin: vLLM for the CPU, which wants an older transformers than the rest.
+# --oldest and --newest make those of `make test-matrix`: longthink and its tools with the oldest torch and transformers
+# that it accepts, and with the newest there are.
 # uv does the work where it is on PATH, `python -m venv` and pip elsewhere (LONGTHINK_NO_UV=1: always).
 # PYTHON chooses the interpreter. Nothing happens when the environment is up to date.
 # Plain bash 3.2, so that the one on macOS will do.
@@ -17,6 +19,7 @@ name=.venv constraints=constraints.txt stage=dev
 case "${1:-}" in
   --demo) stage=demo; shift ;;
   --vllm) name=.venv-vllm constraints=constraints-vllm.txt stage=vllm; shift ;;
+  --oldest | --newest) name=.venv-${1#--} constraints=constraints-${1#--}.txt; shift ;;
 esac
 venv=${1:-$name}
 python=$venv/bin/python
@@ -134,7 +137,7 @@ install() {
 
 install_torch() {
   local pin
-  pin=$(grep '^torch==' "$constraints")
+  pin=$(grep '^torch[=>]=' "$constraints")
   install "$pin (the big one)" "$pin"
 }
 
