@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from longthink.errors import needs_extra
+
 if TYPE_CHECKING:
     import torch
 
@@ -44,11 +46,12 @@ class Loaded:
 def load_model(
     name: str = REASONER, *, device: str = "auto", dtype: str = "auto", revision: str | None = None
 ) -> Loaded:
-    """Load a model and its tokenizer, from safetensors only and without remote code.
+    """Load a model and its tokenizer, from safetensors or GGUF only and without remote code.
 
-    `name` is ``reasoner`` (the built-in model), a local folder, or the id of a model on the Hub; ``auto`` takes the
-    first accelerator, if any, and the checkpoint's own dtype. `ValueError` or `OSError` if the model does not exist,
-    cannot be reached, or is not a causal language model in safetensors.
+    `name` is ``reasoner`` (the built-in model), a local folder, a GGUF file, or the id of a model on the Hub.
+    ``auto`` takes the first accelerator, if any, and the checkpoint's own dtype, or float32 for a GGUF file.
+    `ValueError` or `OSError` if the model does not exist, cannot be reached, or is not a causal language model in
+    these formats.
     """
     started = time.monotonic()
     import torch
@@ -99,6 +102,9 @@ def load_config(name: str = REASONER) -> Any:
     from transformers import AutoConfig
 
     try:
+        if name.endswith(".gguf"):
+            folder, given = _gguf_file(name)
+            return AutoConfig.from_pretrained(folder, **given)
         return AutoConfig.from_pretrained(_source(name), trust_remote_code=False)
     except OSError as error:
         raise OSError(f"model {name!r}: {_why_not(error)}") from error
@@ -118,6 +124,8 @@ def _source(name: str) -> str:
 
 
 def _from_pretrained(name: str, dtype: str, revision: str | None) -> tuple[Any, Any]:
+    if name.endswith(".gguf"):
+        return _from_gguf(name, dtype)
     source = _source(name)
     try:
         tokenizer = _tokenizer(source, revision)
@@ -126,6 +134,30 @@ def _from_pretrained(name: str, dtype: str, revision: str | None) -> tuple[Any, 
         )
     except OSError as error:
         raise OSError(f"model {name!r}: {_why_not(error)}") from error
+    return model, tokenizer
+
+
+def _gguf_file(name: str) -> tuple[str, dict[str, Any]]:
+    """Folder of a GGUF file, and the arguments with which transformers reads it."""
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise ValueError(f"model {name!r}: there is no such file")
+    with needs_extra("gguf"):
+        import gguf  # noqa: F401 - transformers reads the file with it
+    return str(path.parent), {"gguf_file": path.name, "trust_remote_code": False}
+
+
+def _from_gguf(name: str, dtype: str) -> tuple[Any, Any]:
+    """Load a GGUF file. transformers turns its weights into ordinary ones, which takes their full size in memory."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, given = _gguf_file(name)
+    wanted = "float32" if dtype == "auto" else dtype
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **given)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted, **given)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"model {name!r} cannot be read as GGUF by transformers: {error}") from error
     return model, tokenizer
 
 

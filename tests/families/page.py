@@ -37,6 +37,10 @@ What it means:
   all heads. Some versions of transformers keep the latent that they are computed from, which is much smaller: then a
   bound pays only on texts many times longer than the budget. `longthink doctor --model` shows it.
 
+A checkpoint is a Hub id or a folder in safetensors, or a GGUF file (`--model FILE.gguf`, with
+`pip install "longthink[gguf]"`). transformers turns the weights of a GGUF file into float32 each time it is loaded,
+so they take their full size in memory: it saves disk, not memory and not time. `--dtype bfloat16` halves them.
+
 """
 
 
