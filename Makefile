@@ -16,7 +16,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE GOMP_SPI
   HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONFAULTHANDLER=1 LONGTHINK_EXAMPLES=$(EXAMPLES)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ready ready-demo demo test test-fast test-vllm test-vllm-matrix gpu-check lint format build site clean
+.PHONY: help setup ready ready-demo demo test test-fast test-matrix test-vllm test-vllm-matrix gpu-check lint format build site clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,13 @@ test: ready ## Run all tests (about 20 minutes on 2 cores of an AMD EPYC)
 
 test-fast: ready ## Run the quick tests (two minutes on the same)
 	$(TEST_ENV) $(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+# Not in CI: each environment takes 3 GB and some minutes to make, and the tests two.
+test-matrix: ## Run the quick tests with the oldest and the newest torch and transformers, in .venv-oldest and .venv-newest
+	@failed=0; for age in oldest newest; do \
+	  scripts/setup.sh --quiet --$$age .venv-$$age && echo "== $$age" && \
+	  $(TEST_ENV) .venv-$$age/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(PYTEST_ARGS) || failed=1; \
+	done; exit $$failed
 
 # One worker: a server of vLLM has several processes of its own.
 test-vllm: ## Run the tests of the vLLM plugin against vLLM for the CPU, in .venv-vllm (half an hour)

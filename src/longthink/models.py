@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from longthink.errors import needs_extra
+
 if TYPE_CHECKING:
     import torch
 
@@ -44,11 +46,12 @@ class Loaded:
 def load_model(
     name: str = REASONER, *, device: str = "auto", dtype: str = "auto", revision: str | None = None
 ) -> Loaded:
-    """Load a model and its tokenizer, from safetensors only and without remote code.
+    """Load a model and its tokenizer, from safetensors or GGUF only and without remote code.
 
-    `name` is ``reasoner`` (the built-in model), a local folder, or the id of a model on the Hub; ``auto`` takes the
-    first accelerator, if any, and the checkpoint's own dtype. `ValueError` or `OSError` if the model does not exist,
-    cannot be reached, or is not a causal language model in safetensors.
+    `name` is ``reasoner`` (the built-in model), a local folder, a GGUF file, or the id of a model on the Hub.
+    ``auto`` takes the first accelerator, if any, and the checkpoint's own dtype, or float32 for a GGUF file.
+    `ValueError` or `OSError` if the model does not exist, cannot be reached, or is not a causal language model in
+    these formats.
     """
     started = time.monotonic()
     import torch
@@ -86,11 +89,10 @@ def load_empty(name: str = REASONER, *, dtype: str = "auto", revision: str | Non
     if name == REASONER:
         return load_model(name, device="cpu", dtype=dtype).model
     import torch
-    from transformers import AutoConfig
+    from transformers import AutoModelForCausalLM
 
-    source = _source(name)
-    config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-    kind = _model_class(source, revision)
+    config = load_config(name, revision)
+    kind = AutoModelForCausalLM if name.endswith(".gguf") else _model_class(_source(name), revision)
     with torch.device("meta"):
         return kind.from_config(config, dtype=config.dtype if dtype == "auto" else getattr(torch, dtype))
 
@@ -107,8 +109,25 @@ def pick_device(torch: Any, name: str) -> torch.device:
     return device
 
 
+def load_config(name: str = REASONER, revision: str | None = None) -> Any:
+    """Load the configuration of a model alone, by the same names and with the same errors as `load_model`."""
+    if name == REASONER:
+        from longthink.reasoner.pretrained import load_reasoner
+
+        return load_reasoner()[0].config
+    from transformers import AutoConfig
+
+    try:
+        if name.endswith(".gguf"):
+            folder, given = _gguf_file(name)
+            return AutoConfig.from_pretrained(folder, **given)
+        return AutoConfig.from_pretrained(_source(name), revision=revision, trust_remote_code=False)
+    except OSError as error:
+        raise OSError(f"model {name!r}: {_why_not(error)}") from error
+
+
 def _source(name: str) -> str:
-    """What transformers calls the model; `ValueError` if that can be neither a folder nor an id."""
+    """What transformers loads a model from: the path of a folder, or an id on the Hub."""
     folder = Path(name).expanduser()
     local = folder.is_dir()
     if not local and (folder.is_absolute() or name.startswith((".", "~")) or not _HUB_ID.fullmatch(name)):
@@ -121,6 +140,8 @@ def _source(name: str) -> str:
 
 
 def _from_pretrained(name: str, dtype: str, revision: str | None) -> tuple[Any, Any]:
+    if name.endswith(".gguf"):
+        return _from_gguf(name, dtype)
     source = _source(name)
     try:
         tokenizer = _tokenizer(source, revision)
@@ -129,6 +150,30 @@ def _from_pretrained(name: str, dtype: str, revision: str | None) -> tuple[Any, 
         )
     except OSError as error:
         raise OSError(f"model {name!r}: {_why_not(error)}") from error
+    return model, tokenizer
+
+
+def _gguf_file(name: str) -> tuple[str, dict[str, Any]]:
+    """Folder of a GGUF file, and the arguments with which transformers reads it."""
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise ValueError(f"model {name!r}: there is no such file")
+    with needs_extra("gguf"):
+        import gguf  # noqa: F401 - transformers reads the file with it
+    return str(path.parent), {"gguf_file": path.name, "trust_remote_code": False}
+
+
+def _from_gguf(name: str, dtype: str) -> tuple[Any, Any]:
+    """Load a GGUF file. transformers turns its weights into ordinary ones, which takes their full size in memory."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, given = _gguf_file(name)
+    wanted = "float32" if dtype == "auto" else dtype
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **given)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted, **given)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"model {name!r} cannot be read as GGUF by transformers: {error}") from error
     return model, tokenizer
 
 

@@ -19,6 +19,8 @@ It goes through every class that transformers lists for causal language modellin
 four layers and windows of 8 tokens where the family has some, is compared twice. With an ample budget its logits are
 those of transformers with its own cache, for a row alone and for a left-padded pair. With a tight one they are those
 of a slow computation over the tokens that were held. Names are those of `model_type` in a checkpoint's `config.json`.
+`longthink doctor --model ID_OR_FOLDER` says which layers a checkpoint has and what a budget costs and saves, before
+any weights are loaded.
 
 What it means:
 
@@ -33,7 +35,11 @@ What it means:
   kernels, which leave such layers to the general route.
 - **Latent attention** (MLA: DeepSeek, GLM-4.7-Flash, MiniCPM3): the keys and values that attention reads are kept, of
   all heads. Some versions of transformers keep the latent that they are computed from, which is much smaller: then a
-  bound pays only on texts many times longer than the budget. `cache.break_even_tokens` says from where on.
+  bound pays only on texts many times longer than the budget. `longthink doctor --model` shows it.
+
+A checkpoint is a Hub id or a folder in safetensors, or a GGUF file (`--model FILE.gguf`, with
+`pip install "longthink[gguf]"`). transformers turns the weights of a GGUF file into float32 each time it is loaded,
+so they take their full size in memory: it saves disk, not memory and not time. `--dtype bfloat16` halves them.
 
 """
 

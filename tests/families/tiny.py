@@ -67,13 +67,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "cwm": {"layer_types": ["sliding_attention", "full_attention"] * 2},
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,
-    "dots1": _LATENT,
+    "dots1": {"n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
     "exaone4": {"layer_types": ["sliding_attention", "full_attention"] * 2},
     "exaone_moe": {"layer_types": ["sliding_attention", "full_attention"] * 2},
     "codegen": {"rotary_dim": 4},
     "falcon": {"head_dim": DROPPED, "alibi": False},
     "falcon_h1": _MAMBA | {"mamba_d_ssm": 64},
-    "gemma2": {"query_pre_attn_scalar": 8},
+    "gemma2": {"query_pre_attn_scalar": 8, "attn_logit_softcapping": 1.0},
     "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
     "gemma4_text": {
         "layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -120,6 +120,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "roc_bert": {},
     "starcoder2": {"sliding_window": None},
+    "vaultgemma": {"attn_logit_softcapping": 1.0},
     "youtu": _LATENT,
 }  # fmt: skip
 for _name in ("qwen3_5_text", "qwen3_5_moe_text"):
@@ -142,8 +143,9 @@ def tiny(family: str, **more: Any) -> PreTrainedModel:
     """
     try:
         kind = CONFIG_MAPPING[family]
-        sizes = _SIZES if hasattr(kind(), "sliding_window") else {**_SIZES, "sliding_window": None}
-        given = sizes | OVERRIDES.get(family, {}) | more
+        # A field that a configuration does not know would be kept, and read by whoever looks for it.
+        unknown = [name for name in ("sliding_window", "num_key_value_heads") if not hasattr(kind(), name)]
+        given = _SIZES | dict.fromkeys(unknown, DROPPED) | OVERRIDES.get(family, {}) | more
         config = kind(**{name: value for name, value in given.items() if value is not DROPPED})
         if config.is_encoder_decoder:
             raise NotTriedError("an encoder and a decoder")
@@ -158,9 +160,11 @@ def tiny(family: str, **more: Any) -> PreTrainedModel:
         torch.manual_seed(0)
         model = model_class(config).eval()
         with torch.no_grad():
-            for parameter in model.parameters():
+            for name, parameter in model.named_parameters():
                 if parameter.ndim >= 2:
                     parameter.mul_(4)
+                if name.endswith("sinks"):
+                    parameter.add_(2)
             model(torch.arange(3, 23)[None])
     except NotTriedError:
         raise

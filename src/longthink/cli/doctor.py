@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from longthink import __version__
+from longthink.cli.doctor_model import examine_model
 from longthink.cli.errors import EXIT_FAILED
 from longthink.cli.options import Switch
 from longthink.cli.table import Table
@@ -25,14 +26,19 @@ class _Requirement:
     ok: bool
 
 
-def doctor(*, json: Switch = False) -> int:
+def doctor(*, model: str | None = None, json: Switch = False) -> int:
     """Check versions, devices, kernels and vLLM; exit code 1 if a requirement is missing or out of range.
 
     Parameters
     ----------
+    model
+        Say instead of this model whether it is served and what its cache takes, from its configuration alone, without
+        loading weights: a Hub id, a local folder, or "reasoner". Exit code 1 if it is not served.
     json
         Print one JSON document.
     """
+    if model is not None:
+        return examine_model(model, json=json)
     requirements = _requirements()
     ok = all(requirement.ok for requirement in requirements)
     report = {

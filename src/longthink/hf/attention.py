@@ -171,9 +171,7 @@ def longthink_mask(
     It covers the new columns (our caches ask for no others). In a later turn the rest of the 2D mask is attached.
     """
     seen = None
-    # A window, whose layers are not ours, also has columns before the new ones.
-    ours = kv_length == q_length
-    if ours and attention_mask is not None and isinstance(kv_offset, int) and kv_offset > 0:
+    if attention_mask is not None and isinstance(kv_offset, int) and kv_offset > 0:
         if attention_mask.shape[1] < kv_offset + q_length:
             raise UnsupportedFeatureError(
                 f"attention_mask has {attention_mask.shape[1]} columns, and must cover the {kv_offset} in the cache "

@@ -87,6 +87,12 @@ class NativeLayers(CacheContents, Cache):
         states: Tensor = super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
         return states
 
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """State of a convolution, which a step over one token changes in place (from transformers 5.20 on)."""
+        self._last_state = layer_idx
+        state: Tensor | None = super().get_conv_state(layer_idx, state_idx)
+        return state
+
     def _adopt_native_rows(self, row: int, other: NativeLayers) -> None:
         """Replace a row of every recurrent layer by the only row of another cache, or append it."""
         for index, layer in enumerate(self.layers):

@@ -56,12 +56,10 @@ _DENSE = "use transformers' own cache, which keeps all of the text"
 
 def _unsupported(model: PreTrainedModel) -> str | None:
     """Why a model cannot be served, and what to do instead."""
-    if model.config.is_encoder_decoder:
-        return f"an encoder and a decoder, and longthink serves decoders only: {_DENSE}"
-    if not model.can_generate():
-        return "no language-model head to generate with: load it as a causal language model"
     if reason := unsupported_config(model.config):
         return reason
+    if not model.can_generate():
+        return "no language-model head to generate with: load it as a causal language model"
     if not attention_is_replaceable(model):
         return f"attention code that transformers cannot replace, so no other cache can serve it: {_DENSE}"
     return None
@@ -69,6 +67,8 @@ def _unsupported(model: PreTrainedModel) -> str | None:
 
 def unsupported_config(config: PreTrainedConfig) -> str | None:
     """Why no model of this configuration can be served, as far as the configuration says, and what to do instead."""
+    if config.is_encoder_decoder:
+        return f"an encoder and a decoder, and longthink serves decoders only: {_DENSE}"
     text = config.get_text_config(decoder=True)
     for field, reason in _UNSUPPORTED_CONFIG.items():
         if getattr(text, field, None):
