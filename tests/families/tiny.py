@@ -171,6 +171,9 @@ def tiny(family: str, **more: Any) -> PreTrainedModel:
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), "")
         raise NotTriedError(f"not built with these sizes ({type(error).__name__}: {reason[:80]})") from error
+    if getattr(config, "attn_logit_softcapping", None):
+        # Older versions of transformers choose SDPA here, which leaves the soft cap out.
+        model.set_attn_implementation("eager")
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model
