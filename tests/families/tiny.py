@@ -169,8 +169,7 @@ def tiny(family: str, **more: Any) -> PreTrainedModel:
     except NotTriedError:
         raise
     except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), "")
-        raise NotTriedError(f"not built with these sizes ({type(error).__name__}: {reason[:80]})") from error
+        raise NotTriedError(f"not built with these sizes ({type(error).__name__})") from error
     if getattr(config, "attn_logit_softcapping", None):
         # Older versions of transformers choose SDPA here, which leaves the soft cap out.
         model.set_attn_implementation("eager")

@@ -100,17 +100,22 @@ def test_vision_models_are_checked_on_text(logits):
     assert len(logits) == 2
 
 
-def test_diffllama_is_refused_by_every_entrance():
-    model = tiny("diffllama")
-    ids, _ = prompt((20,))
-    for call in (
-        lambda: longthink.make_cache(model, budget=64),
-        lambda: longthink.generate(model, ids, policy="dense", **GREEDY),
-        lambda: longthink.Engine(model, budget=64),
-    ):
+def test_attention_in_two_calls_is_served_as_one(light_compiler):
+    """DiffLlama attends to two halves of the values with the same weights; other such layers are refused."""
+    model = tiny("diffllama").double()
+    ids, mask = prompt((20, 13))
+    expected = model.generate(ids, attention_mask=mask, **GREEDY)
+    for how in (False, True):
+        assert torch.equal(longthink.generate(model, ids, mask, budget=64, compile=how, **GREEDY), expected)
+    more = GREEDY | {"max_new_tokens": 40, "return_dict_in_generate": True}
+    bounded = longthink.generate(model, ids, mask, budget=32, **more)
+    assert bounded.past_key_values.num_evicted > 0
+    type(model.model.layers[0].self_attn).__name__ = "Other"
+    try:
         with pytest.raises(longthink.UnsupportedModelError, match="attends twice to the keys"):
-            call()
-    assert model.config._attn_implementation == "sdpa"
+            longthink.generate(model, ids, mask, policy="dense", **GREEDY)
+    finally:
+        type(model.model.layers[0].self_attn).__name__ = "DiffLlamaAttention"
 
 
 def test_bidirectional_models_are_refused():

@@ -20,7 +20,7 @@ CHAIN = ("trace", "what-if", "report")
 
 
 def test_the_first_commands_are_there():
-    assert [command.split()[0] for command in COMMANDS] == ["generate", "policies", "doctor", "eval", *CHAIN]
+    assert [command.split()[0] for command in COMMANDS] == ["generate", "policies", "doctor", "doctor", "eval", *CHAIN]
 
 
 @pytest.mark.slow

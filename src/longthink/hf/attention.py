@@ -26,8 +26,14 @@ from longthink.kernels import LogitRule
 IMPLEMENTATION = "longthink"
 _MARK = "_longthink_layer"
 _SEEN = "_longthink_seen"
+_VALUE = "_longthink_value"
+_SECOND = "_longthink_second"
 _FOREIGN = ("sliding_window", "position_bias", "indices", "block_indices", "sinks")
 """Arguments of attention functions that no layer with pages may have: they change what is attended to, or how."""
+
+
+_DIFFERENTIAL = "DiffLlamaAttention"
+"""Attends twice with the same queries and keys: to the first half of the values, by KV heads, and to the second."""
 
 
 class AttentionLayer(Protocol):
@@ -68,14 +74,15 @@ class _Handover(threading.local):
 _handover = _Handover()
 
 
-def mark(key: Tensor, layer: AttentionLayer, index: int) -> Tensor:
-    """Return a view of the keys with the layer attached.
+def mark(key: Tensor, value: Tensor, layer: AttentionLayer, index: int) -> Tensor:
+    """Return a view of the keys with the layer, and the values as `update` was given them, attached.
 
     Some models compute other keys from those that `update` returns (MLA expands them, JetMoE repeats them), and
     attend to these: then the layer is found by its index, in the next attention of the thread.
     """
     key = key.view_as(key)
     setattr(key, _MARK, layer)
+    setattr(key, _VALUE, value)
     if not torch.compiler.is_compiling():
         _handover.layer, _handover.index = layer, index
     return key
@@ -114,6 +121,11 @@ def longthink_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    differential = type(module).__name__ == _DIFFERENTIAL
+    if differential:
+        if (second := getattr(key, _SECOND, None)) is not None:
+            return second.transpose(1, 2).contiguous(), None
+        value = _side_by_side(getattr(key, _VALUE))
     for name in _FOREIGN:
         if kwargs.get(name) is not None:
             raise UnsupportedModelError(f"{type(module).__name__} uses {name}: such layers are not supported")
@@ -122,7 +134,15 @@ def longthink_attention(
         rule = rule._replace(sink_H=rule.sink_H.detach())
     valid = _valid_columns(attention_mask, query.shape[2])
     out = layer.attend(query, key, value, valid, scaling, rule, getattr(attention_mask, _SEEN, None))
+    if differential:
+        out, second = out.chunk(2, -1)
+        setattr(key, _SECOND, second)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _side_by_side(value: Tensor) -> Tensor:
+    """The values of both calls of a differential attention, for every KV head: the weights are the same."""
+    return torch.cat([half.repeat(1, 2, 1, 1) for half in value.chunk(2, 1)], -1)
 
 
 def _native_attention(

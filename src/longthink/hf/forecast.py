@@ -65,7 +65,8 @@ def forecast(config: PreTrainedConfig) -> Forecast:
         windows=tuple(window for window, _ in held),
         recurrent=sum(map(is_recurrent, layers)),
         itemsize=dtype.itemsize,
-        kept_numbers=kept,
+        # Differential attention: each KV head holds the values of two.
+        kept_numbers=kept + kept // 2 if text.model_type == "diffllama" else kept,
         dense_numbers=full * (rank + text.qk_rope_head_dim) if latents else kept,
         window_numbers=sum(window * numbers for window, numbers in held),
     )

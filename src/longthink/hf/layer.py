@@ -50,7 +50,7 @@ class PagedLayer(CacheLayerMixin):
         self.slots.dense_numbers = sum(
             tensor.shape[1] * tensor.shape[3] for tensor in (key_states, value_states)
         )
-        return mark(key_states, self, self.index), value_states
+        return mark(key_states, value_states, self, self.index), value_states
 
     @torch.compiler.disable
     def check_call(self, module: Any, dropout: float, use_cache: bool | None) -> None:

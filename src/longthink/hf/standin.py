@@ -30,7 +30,7 @@ class _StandIn(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Return the new keys, marked, and values."""
-        return mark(key_states, self._layer, self._index), value_states
+        return mark(key_states, value_states, self._layer, self._index), value_states
 
     def get_seq_length(self) -> int:
         """Columns seen, which masks of a window depend on; 0 where there is none."""

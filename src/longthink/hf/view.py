@@ -31,7 +31,7 @@ class CacheView:
     def update(
         self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        return mark(key, self.layers[layer_idx], layer_idx), value
+        return mark(key, value, self.layers[layer_idx], layer_idx), value
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0
