@@ -109,7 +109,7 @@ def _route(shape: str, layers: int, policy: str, budget: int, rows: int, route: 
     whole = layers == LAYERS
     # Weights, keys and values, and as much again for temporaries.
     gigabytes = (7.0 if whole else 9.0) + rows * budget / (1 << 18) * (10.0 if whole else 5.0)
-    return Part(name, ROUTE, settings, 240.0 if whole else 100.0, 60.0 if whole else 35.0, gigabytes)
+    return Part(name, ROUTE, settings, 240.0 if whole else 160.0, 60.0 if whole else 35.0, gigabytes)
 
 
 def _dense(shape: str, layers: int, rows: int) -> Part:

@@ -16,7 +16,9 @@ def cache(*heads, length):
     """Stand-in for a cache of one layer: what each KV head holds."""
     held = [sorted(head) for head in heads]
     return SimpleNamespace(
-        layers=[None], resident_positions=lambda layer: [held], get_seq_length=lambda: length
+        paged=[SimpleNamespace(index=0)],
+        resident_positions=lambda layer: [held],
+        get_seq_length=lambda: length,
     )
 
 

@@ -4,7 +4,6 @@
 Tensors on a GPU go to the Triton kernel of the same name, where there is one (docs/kernels.md).
 """
 
-from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -33,14 +32,13 @@ __all__ = [
 ]  # fmt: skip
 
 
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+HAS_TRITON = find_spec("triton") is not None
+"""Looked up once, here: torch's compiler traces `runs_triton`, and cannot trace a search for a package."""
 
 
 def runs_triton(tensor: Tensor) -> bool:
     """Whether Triton kernels support the tensor's device and dtype, and Triton is installed."""
-    return tensor.is_cuda and tensor.dtype != torch.float64 and _has_triton()
+    return tensor.is_cuda and tensor.dtype != torch.float64 and HAS_TRITON
 
 
 def decode_attention(

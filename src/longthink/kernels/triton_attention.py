@@ -83,7 +83,9 @@ def _bounds(
 ):  # fmt: skip
     """Quest's bound of the pages from `first` to `last`, after extending the bounds of the tail."""
     d, g = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_G)
-    up, down = tl.maximum(query.to(tl.float32), 0.0), tl.minimum(query.to(tl.float32), 0.0)
+    # Without `propagate_nan` a GPU, unlike Triton's interpreter, takes 0 for the larger of NaN and 0.
+    up = tl.maximum(query.to(tl.float32), 0.0, propagate_nan=tl.PropagateNan.ALL)
+    down = tl.minimum(query.to(tl.float32), 0.0, propagate_nan=tl.PropagateNan.ALL)
     for start in range(first, last, BLOCK_P):
         page = start + tl.arange(0, BLOCK_P)
         live = page < last
@@ -205,6 +207,8 @@ def split_kernel(
     SCORE: tl.constexpr, SELECT: tl.constexpr, ATTEND: tl.constexpr,
 ):  # fmt: skip
     """One row, KV head and split; see `triton_decode.split`. With TABLE it only reads."""
+    # torch's compiler passes Python's floats in float64.
+    scale, log2_alpha = tl.cast(scale, tl.float32), tl.cast(log2_alpha, tl.float32)
     row, head, split = tl.program_id(0) // heads, tl.program_id(0) % heads, tl.program_id(1)
     own = head * tables // heads
     g, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)

@@ -6,7 +6,6 @@ Shape suffixes: see `reference`; C splits.
 
 from __future__ import annotations
 
-from functools import cache as remember
 from math import inf, log2
 from typing import NamedTuple
 
@@ -181,7 +180,6 @@ def _log2(alpha: float) -> float:
     return log2(alpha) if alpha > 0 else -inf
 
 
-@remember
 def _processors(device: torch.device) -> int:
     """Multiprocessors of the device; 2 on a CPU (Triton's interpreter)."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
