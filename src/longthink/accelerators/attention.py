@@ -6,7 +6,9 @@ Shape suffixes: B rows, K KV heads, G query heads per KV head, P page slots, S t
 from torch import Tensor
 
 from longthink.cache.store import SlotStore
-from longthink.kernels.triton_decode import SideOutput, Slots, combine, floats, plan_work, split
+from longthink.kernels.operators import operator
+from longthink.kernels.triton_decode import SideOutput, Slots, floats, plan_work, split
+from longthink.kernels.triton_decode import combine as combine_splits
 
 NOTHING = SideOutput()
 BOUND = SideOutput(bound=1)  # bound score of each page, maximum over the group, -inf where the page is empty
@@ -41,22 +43,53 @@ def step_attention(
     A token at offset 0 clears its page. Returns the output BKGD, and the page scores that `side` asks for (in
     `score_BKP`, float32, if it is given) or None.
     """
-    work = plan_work(query_BKGD, key_BKD, value_BKD, slots)
-    rows, heads, groups, _ = query_BKGD.shape
-    pages = work.tokens // work.page_size
-    if not (side.bound or side.score == 1):
+    scores_pages = _scores_pages(side.score, side.bound)
+    if not scores_pages:
         score_BKP = None
-    elif score_BKP is None:
-        score_BKP = floats(query_BKGD, (rows, heads, pages))
-    per_head = side.bound == 2 or side.score in (1, 3)
-    score = query_BKGD if score_BKP is None else score_BKP
-    if per_head:
-        score = floats(query_BKGD, (rows, heads, groups, pages))
-    logit = floats(query_BKGD, (rows, heads, groups, work.tokens)) if side.score > 1 else query_BKGD
-    partial, share = split(work, slots, score, logit, scaling, side, append=True)
-    result = score if score_BKP is None else score_BKP
-    out_BKGD = combine(work, slots, partial, share, logit, score, result, side)
-    return out_BKGD.to(query_BKGD.dtype), score_BKP
+    out_BKGD, new_BKP = _step(query_BKGD, key_BKD, value_BKD, *slots, scaling, *side, score_BKP)
+    return out_BKGD, score_BKP if score_BKP is not None or not scores_pages else new_BKP
+
+
+def _scores_pages(score: int, bound: int) -> bool:
+    return bool(bound) or score == 1
+
+
+def _like_step(
+    query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, position: Tensor, tail: Tensor,
+    now: Tensor, page_size: int, kmin: Tensor | None, kmax: Tensor | None, scaling: float, score: int, combine: int,
+    bound: int, state: Tensor | None, alpha: float, near: int, page_score: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    shape = (*query.shape[:2], keys.shape[2] // page_size)
+    new = _scores_pages(score, bound) and page_score is None
+    return query.new_empty(query.shape), floats(query, shape if new else (0,))
+
+
+@operator(
+    "step_attention",
+    fake=_like_step,
+    mutates=("keys", "values", "position", "kmin", "kmax", "state", "page_score"),
+)
+def _step(
+    query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, position: Tensor, tail: Tensor,
+    now: Tensor, page_size: int, kmin: Tensor | None, kmax: Tensor | None, scaling: float, score: int, combine: int,
+    bound: int, state: Tensor | None, alpha: float, near: int, page_score: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`step_attention` with the fields of `Slots` and `SideOutput`; page scores are empty if they are not new."""
+    slots = Slots(keys, values, position, tail, now, page_size, kmin, kmax)
+    side = SideOutput(score, combine, bound, state, alpha, near)
+    work = plan_work(query, key, value, slots)
+    rows, heads, groups, _ = query.shape
+    pages = work.tokens // work.page_size
+    is_new = page_score is None and _scores_pages(score, bound)
+    new = floats(query, (rows, heads, pages) if is_new else (0,))
+    result = new if is_new else query if page_score is None else page_score
+    # Scores of query heads are brought together when the splits are combined.
+    per_head = bound == 2 or score in (1, 3)
+    scored = floats(query, (rows, heads, groups, pages)) if per_head else result
+    logit = floats(query, (rows, heads, groups, work.tokens)) if score > 1 else query
+    partial, share = split(work, slots, scored, logit, scaling, side, append=True)
+    out = combine_splits(work, slots, partial, share, logit, scored, result, side)
+    return out.to(query.dtype), new
 
 
 def select_attention(
@@ -66,8 +99,24 @@ def select_attention(
 
     For caches that grow: slot p holds page p, so a tie goes to the lower slot.
     """
-    work = plan_work(query_BKGD, key_BKD, value_BKD, slots)
-    score = floats(query_BKGD, (*query_BKGD.shape[:2], work.tokens // work.page_size))
+    return _select(query_BKGD, key_BKD, value_BKD, *slots, cap_B, scaling)
+
+
+def _like_select(
+    query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, position: Tensor, tail: Tensor,
+    now: Tensor, page_size: int, kmin: Tensor, kmax: Tensor, cap: Tensor, scaling: float,
+) -> Tensor:  # fmt: skip
+    return query.new_empty(query.shape)
+
+
+@operator("select_attention", fake=_like_select, mutates=("keys", "values", "position", "kmin", "kmax"))
+def _select(
+    query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, position: Tensor, tail: Tensor,
+    now: Tensor, page_size: int, kmin: Tensor, kmax: Tensor, cap: Tensor, scaling: float,
+) -> Tensor:  # fmt: skip
+    slots = Slots(keys, values, position, tail, now, page_size, kmin, kmax)
+    work = plan_work(query, key, value, slots)
+    score = floats(query, (*query.shape[:2], work.tokens // work.page_size))
     split(work, slots, score, score, scaling, BOUND, append=True, attend=False)
-    partial, share = split(work, slots, score, score, scaling, NOTHING, cap_B)
-    return combine(work, slots, partial, share, score, score, score, NOTHING).to(query_BKGD.dtype)
+    partial, share = split(work, slots, score, score, scaling, NOTHING, cap)
+    return combine_splits(work, slots, partial, share, score, score, score, NOTHING).to(query.dtype)

@@ -207,8 +207,6 @@ def split_kernel(
     SCORE: tl.constexpr, SELECT: tl.constexpr, ATTEND: tl.constexpr,
 ):  # fmt: skip
     """One row, KV head and split; see `triton_decode.split`. With TABLE it only reads."""
-    # torch's compiler passes Python's floats in float64.
-    scale, log2_alpha = tl.cast(scale, tl.float32), tl.cast(log2_alpha, tl.float32)
     row, head, split = tl.program_id(0) // heads, tl.program_id(0) % heads, tl.program_id(1)
     own = head * tables // heads
     g, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)

@@ -68,8 +68,6 @@ def combine_kernel(
 
     COMBINE: see `triton_decode.SideOutput`.
     """
-    # torch's compiler passes Python's floats in float64.
-    alpha, log2_alpha = tl.cast(alpha, tl.float32), tl.cast(log2_alpha, tl.float32)
     begin, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     g, c, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_C), part * BLOCK_D + tl.arange(0, BLOCK_D)
     share += begin * splits * G

@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from longthink.kernels.operators import operator
 from longthink.kernels.reference import PagedKV
 from longthink.kernels.triton_attention import split_kernel
 from longthink.kernels.triton_combine import combine_kernel
@@ -68,6 +69,27 @@ def decode_attention(
     query_BKGD: Tensor, keys_BKSD: Tensor, values_BKSD: Tensor, resident_BKS: Tensor, scaling: float, *,
     with_weights: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    out_BKGD, weights_BKGS = _decode(query_BKGD, keys_BKSD, values_BKSD, resident_BKS, scaling, with_weights)
+    return out_BKGD, weights_BKGS if with_weights else None
+
+
+def _like_decode(
+    query: Tensor, keys: Tensor, values: Tensor, resident: Tensor, scaling: float, with_weights: bool
+) -> tuple[Tensor, Tensor]:
+    weights = floats(query, (*query.shape[:3], keys.shape[2])) if with_weights else query.new_empty(0)
+    return query.new_empty(query.shape), weights
+
+
+@operator("decode_attention", fake=_like_decode)
+def _decode(
+    query_BKGD: Tensor,
+    keys_BKSD: Tensor,
+    values_BKSD: Tensor,
+    resident_BKS: Tensor,
+    scaling: float,
+    with_weights: bool,
+) -> tuple[Tensor, Tensor]:
+    """Output, and the softmax weights BKGS in float32, if they are wanted; else an empty tensor."""
     rows, heads, groups, _ = query_BKGD.shape
     nowhere = query_BKGD.new_zeros(rows, heads, dtype=torch.int64)
     slots = Slots(keys_BKSD, values_BKSD, resident_BKS.to(torch.int32) - 1, nowhere, nowhere[:, 0], 1)
@@ -76,7 +98,7 @@ def decode_attention(
     side = SideOutput(score=2, combine=3) if with_weights else SideOutput()
     partial, share = split(work, slots, query_BKGD, logit, scaling, side)
     out = combine(work, slots, partial, share, logit, query_BKGD, query_BKGD, side)
-    return out.to(query_BKGD.dtype), logit if with_weights else None
+    return out.to(query_BKGD.dtype), logit if with_weights else query_BKGD.new_empty(0)
 
 
 def paged_attention(query_BKGD: Tensor, paged: PagedKV, scaling: float) -> Tensor:
