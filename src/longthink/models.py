@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from longthink.errors import needs_extra
 
@@ -48,7 +49,8 @@ def load_model(
 ) -> Loaded:
     """Load a model and its tokenizer, from safetensors or GGUF only and without remote code.
 
-    `name` is ``reasoner`` (the built-in model), a local folder, a GGUF file, or the id of a model on the Hub.
+    `name` is ``reasoner`` (the built-in model), a local folder, a GGUF file, or the id of a model on the Hub. A
+    folder may hold a PEFT adapter: it is merged into the weights of the base model that it names.
     ``auto`` takes the first accelerator, if any, and the checkpoint's own dtype, or float32 for a GGUF file.
     `ValueError` or `OSError` if the model does not exist, cannot be reached, or is not a causal language model in
     these formats.
@@ -88,6 +90,8 @@ def load_empty(name: str = REASONER, *, dtype: str = "auto", revision: str | Non
     """
     if name == REASONER:
         return load_model(name, device="cpu", dtype=dtype).model
+    if base := _adapter_base(name):
+        return load_empty(base.name, dtype=dtype, revision=base.revision)
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -115,6 +119,8 @@ def load_config(name: str = REASONER, revision: str | None = None) -> Any:
         from longthink.reasoner.pretrained import load_reasoner
 
         return load_reasoner()[0].config
+    if base := _adapter_base(name):
+        return load_config(*base)
     from transformers import AutoConfig
 
     try:
@@ -142,6 +148,8 @@ def _source(name: str) -> str:
 def _from_pretrained(name: str, dtype: str, revision: str | None) -> tuple[Any, Any]:
     if name.endswith(".gguf"):
         return _from_gguf(name, dtype)
+    if base := _adapter_base(name):
+        return _with_adapter(Path(name).expanduser(), base, dtype)
     source = _source(name)
     try:
         tokenizer = _tokenizer(source, revision)
@@ -177,6 +185,52 @@ def _from_gguf(name: str, dtype: str) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+class _Base(NamedTuple):
+    """The model that an adapter was trained for."""
+
+    name: str
+    revision: str | None
+
+
+def _adapter_base(name: str) -> _Base | None:
+    """Base of the PEFT adapter in a folder; None if the name is no such folder."""
+    folder = Path(name).expanduser()
+    if (folder / "config.json").is_file() or not (folder / "adapter_config.json").is_file():
+        return None
+    try:
+        facts = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        name_of_base, revision = facts["base_model_name_or_path"], facts.get("revision")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        name_of_base = None
+    if not isinstance(name_of_base, str) or not name_of_base:
+        raise ValueError(f"adapter {name!r}: its adapter_config.json names no base model")
+    return _Base(name_of_base, revision)
+
+
+def _with_adapter(folder: Path, base: _Base, dtype: str) -> tuple[Any, Any]:
+    """Load the base model and merge the adapter: what is left is an ordinary model, which all policies serve."""
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ValueError(
+            f"adapter {str(folder)!r} has no adapter_model.safetensors: other formats can run code when they are read"
+        )
+    with needs_extra("peft"):
+        from peft import PeftModel
+    model, tokenizer = _from_pretrained(base.name, dtype, base.revision)
+    try:
+        adapted = PeftModel.from_pretrained(model, str(folder))
+        if adapted.active_peft_config.is_prompt_learning:
+            raise ValueError(
+                f"{adapted.active_peft_config.peft_type.value} adds vectors that belong to no token, and cannot be "
+                "merged into the weights"
+            )
+        merged = adapted.merge_and_unload(safe_merge=True)
+    except (ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
+        raise ValueError(f"adapter {str(folder)!r} cannot be merged into {base.name!r}: {error}") from error
+    if (folder / "tokenizer_config.json").is_file():
+        tokenizer = _tokenizer(str(folder), None)
+    return merged, tokenizer
+
+
 def _model_class(source: str, revision: str | None) -> Any:
     """The auto class for text models, or for models that also take images."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
@@ -202,7 +256,9 @@ def _tokenizer(source: str, revision: str | None) -> Any:
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     declared = get_tokenizer_config(source, revision=revision).get("tokenizer_class")
-    loader = PreTrainedTokenizerFast if declared == "PreTrainedTokenizerFast" else AutoTokenizer
+    # The second is what transformers 5 calls the first.
+    generic = declared in ("PreTrainedTokenizerFast", "TokenizersBackend")
+    loader = PreTrainedTokenizerFast if generic else AutoTokenizer
     return loader.from_pretrained(source, revision=revision, trust_remote_code=False)
 
 

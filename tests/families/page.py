@@ -41,6 +41,10 @@ A checkpoint is a Hub id or a folder in safetensors, or a GGUF file (`--model FI
 `pip install "longthink[gguf]"`). transformers turns the weights of a GGUF file into float32 each time it is loaded,
 so they take their full size in memory: it saves disk, not memory and not time. `--dtype bfloat16` halves them.
 
+A folder may hold a PEFT adapter (`--model FOLDER`, with `pip install "longthink[peft]"`): it is merged into the
+weights of the base model that its `adapter_config.json` names, and what is left is an ordinary model. Prompt and
+prefix tuning cannot be merged and are refused, as are adapters that are not in safetensors.
+
 """
 
 

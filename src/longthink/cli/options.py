@@ -29,7 +29,8 @@ class ModelOptions:
     """Model, device and number format."""
 
     model: str = REASONER
-    """Hub id, local folder (safetensors) or GGUF file of a causal language model, or "reasoner", the built-in one."""
+    """Hub id, local folder (safetensors, or a PEFT adapter) or GGUF file of a causal language model, or "reasoner",
+    the built-in one."""
     device: str = "auto"
     """Device such as cpu or cuda:1; auto takes the first accelerator, if any."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
