@@ -210,6 +210,7 @@ def page_caps(policy: Policy, budget: Budget | None, lengths: list[int], *, turn
             raise BudgetError(
                 f"{budget} holds {cap} pages of {page_size} tokens, but policy {policy.name!r} needs "
                 f"{required} for {what} of {length} tokens. Give budget >= {required * page_size}, or "
-                f"decode_budget=... (tokens on top of the prompt), or a policy that evicts prompt tokens"
+                "decode_budget=... (tokens on top of the prompt), or a policy that evicts prompt tokens, such as "
+                "'raas:pin_prompt=false'"
             )
     return caps

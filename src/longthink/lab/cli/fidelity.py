@@ -134,6 +134,11 @@ def print_fidelity(rows: Sequence[Summary], reference: str) -> None:
         "loss: rise per token in nats, KL: divergence from dense, other top: most likely token differs; with 95 % "
         "intervals over texts. long: tokens that dense is sure of and the window has lost"
     )
+    if unscored := max((row.unscored for row in rows), default=0):
+        caption += (
+            f". Up to {unscored} texts of a row were not scored: they end within the budget, or their prompt leaves "
+            "no room for the policy, or for the window of the same size, which pins the prompt"
+        )
     write_table(policy_table(headings, table, caption=caption))
 
 
