@@ -162,7 +162,15 @@ def test_the_command_line_reads_files_and_prints_a_document(tmp_path, capsys):
 def test_the_table_says_why_texts_were_not_scored(tmp_path, capsys):
     short = {"question": "w1 w2", "reasoning": "w3 w4"}
     (tmp_path / "short.jsonl").write_text(json.dumps(short))
-    words = ["fidelity", "--data", str(tmp_path / "short.jsonl"), "--policies", "raas", "--decode-budgets", "16"]
+    words = [
+        "fidelity",
+        "--data",
+        str(tmp_path / "short.jsonl"),
+        "--policies",
+        "raas",
+        "--decode-budgets",
+        "16",
+    ]
     assert main([*words, "--out", str(tmp_path / "store")]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "Up to 1 texts of a row were not scored: they end within the budget" in shown
