@@ -13,6 +13,8 @@ CELLS = ((4096, 16), (1024, 16), (4096, 64), (1024, 1), (4096, 1), (1024, 64))
 ROUTES = ("general", "fused")
 CASES = (*((policy, route) for policy in ("raas", "milestone") for route in ROUTES), ("recall", "general"))
 """Policies and routes: `recall` has no kernels of its own."""
+ONCE = "once"
+"""The general route with one program for all layers of a kind, as on a CPU, and not one for each layer."""
 LAYERS = 28
 """Layers of both shapes."""
 FEW_LAYERS = 7
@@ -59,6 +61,7 @@ def full_plan() -> list[Part]:
     for group, shards in GROUPS.items():
         parts += [_tests(group, [group], shard, shards) for shard in range(shards)]
     parts += _routes("1.5B", LAYERS, CELLS[:1])
+    parts += [_route("1.5B", LAYERS, policy, *CELLS[0], ONCE) for policy in ("recall", "raas")]
     # Both numbers of layers, to check how well few layers predict all.
     parts += [_route("1.5B", FEW_LAYERS, "raas", *CELLS[0], route) for route in ROUTES]
     parts += [_dense("1.5B", LAYERS, 16), *_routes("7B", FEW_LAYERS, CELLS), _dense("7B", FEW_LAYERS, 16)]

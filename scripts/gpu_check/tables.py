@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from .parts import ONCE
+
 WORTH_KEEPING = 1.2
 """Least speedup over the general route: fused kernels below it are deleted (docs/gpu.md)."""
 
@@ -21,7 +23,7 @@ def page(content: dict[str, Any]) -> str:
         "",
         f"{content['seconds']:.0f} s in all. Times are medians over blocks of 16 steps, one of which opens pages.",
     ]
-    for table in (_tests, _routes, _few_layers, _dense, _kernels, _parts):
+    for table in (_tests, _routes, _once, _few_layers, _dense, _kernels, _parts):
         lines += table(content)
     return "\n".join([*lines, ""])
 
@@ -60,6 +62,20 @@ def _routes(content: dict[str, Any]) -> list[str]:
             both("peak_bytes", _megabytes), both("replays_per_step"), both("warm_up_s"),
         ))  # fmt: skip
     return _table("General route and fused kernels, per step (general / fused)", head, rows)
+
+
+def _once(content: dict[str, Any]) -> list[str]:
+    """What it costs and saves to compile a layer once, and not each of them."""
+    head = "shape, policy, budget, rows, general ms, once ms, general ready after s, once ready after s, once graphs"
+    rows = []
+    for cell in content["routes"]:
+        if once := cell.get(ONCE):
+            general = cell.get("general", {})
+            rows.append((
+                cell["shape"], cell["policy"], cell["budget"], cell["rows"], general.get("ms", "-"), once["ms"],
+                general.get("warm_up_s", "-"), once["warm_up_s"], once["replays_per_step"],
+            ))  # fmt: skip
+    return _table("One program for all layers of a kind (once)", head, rows) if rows else []
 
 
 def _few_layers(content: dict[str, Any]) -> list[str]:

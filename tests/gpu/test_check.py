@@ -73,8 +73,9 @@ def test_what_no_longer_fits_is_skipped_and_says_so(tmp_path):
 def test_the_tables_say_what_there_is_and_what_there_is_not(tmp_path):
     cell = {"shape": "s", "layers_of": 4, "policy": "raas", "budget": 64, "rows": 1}
     parts = [stub("device", "finds"), stub("broken", "raises")]
-    for route, ms, layers in (("general", 3.0, 4), ("fused", 2.0, 4), ("general", 1.6, 2)):
+    for route, ms, layers in (("general", 3.0, 4), ("fused", 2.0, 4), ("once", 2.5, 4), ("general", 1.6, 2)):
         row = cell | {"route": route, "ms": ms, "layers": layers, "ms_all_layers": ms * 4 / layers}
+        row["replays_per_step"] = 1.0
         parts.append(stub(f"{route} {layers}", "measures", **row))
     found = run(parts, tmp_path, workers=5)
     # What counts a part's numbers as times of a route is what it was called for.
@@ -92,6 +93,7 @@ def test_the_tables_say_what_there_is_and_what_there_is_not(tmp_path):
         "| s | 4 of 4 | raas | 64 | 1 | 3.0 | 2.0 | 3.0 | 2.0 | 1.5 | yes | 0.5 / 0.5 | 50% / 50% |"
         in written
     )
+    assert "| s | raas | 64 | 1 | 3.0 | 2.5 | None | None | 1.0 |" in written
     assert "| s | raas | 64 | 1 | general | 2 | 3.2 | 3.0 | 1.067 |" in written
     assert "| broken | failed |" in written and "| late | not ended |" in written
     assert "Not ended yet" in written
