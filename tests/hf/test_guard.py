@@ -164,6 +164,22 @@ def test_a_prompt_that_does_not_fit_is_silent(model, ids, silent):
         model.generate(ids, **GREEDY)
 
 
+def test_guidance_on_a_cache_is_refused_before_a_token_is_made(model, ids):
+    with longthink.make_cache(model, budget=64) as cache:
+        with pytest.raises(
+            longthink.UnsupportedFeatureError, match=r"guidance_scale=1\.5 .* unbounded cache"
+        ):
+            model.generate(ids, past_key_values=cache, guidance_scale=1.5, **GREEDY)
+        assert cache.columns == 20
+
+
+def test_guidance_beside_a_cache_is_silent(model, ids, silent):
+    expected = model.generate(ids, guidance_scale=1.5, **GREEDY)
+    with longthink.make_cache(model, budget=64) as cache:
+        model.generate(ids, past_key_values=cache, guidance_scale=1.0, **GREEDY)
+        assert torch.equal(model.generate(ids, guidance_scale=1.5, **GREEDY), expected)
+
+
 def test_an_error_is_not_hidden_by_a_warning(model, ids, silent):
     with pytest.raises(KeyError), longthink.make_cache(model, budget=64):
         model.generate(ids, **GREEDY)
