@@ -127,13 +127,7 @@ def generate(
     rows = (1 if prompt is None else len(prompt)) * (config.num_return_sequences or 1)
     if _compiles(model, cache, rows, compile, generate_kwargs):
         generate_kwargs["custom_generate"] = DecodeLoop(compile, generate_kwargs.get("streamer"))
-    new = columns - cache.columns
-    if attention_mask is not None and attention_mask.shape[-1] > columns:
-        # The mask covers the whole text, and the prompt is what is new. transformers drops a mask without padding.
-        new = columns
-        check_mask_columns(attention_mask.shape[-1], cache.columns, new)
-    if prompt is not None:
-        cache.check_new(new)
+    new = 0 if prompt is None else _new_columns(cache, columns, attention_mask)
     announced = new if chunk_size is not None else 0
     if announced:
         # Before the first chunk is read: afterwards the conversation would be lost.
@@ -149,6 +143,18 @@ def generate(
         )
         check_run(cache, output_columns(output, input_ids, prompt))
         return output
+
+
+def _new_columns(cache: PagedCache, columns: int, mask_BN: Tensor | None) -> int:
+    """How many columns the cache does not hold, of a prompt that is the whole text or what is new; raise for none."""
+    if mask_BN is None or mask_BN.shape[-1] <= columns:
+        new = columns - cache.columns
+    else:
+        # The mask tells that the prompt is what is new; transformers drops a mask that hides nothing.
+        new = columns
+        check_mask_columns(mask_BN.shape[-1], cache.columns, new)
+    cache.check_new(new)
+    return new
 
 
 def _merge_options(model: PreTrainedModel, kwargs: dict[str, Any]) -> tuple[GenerationConfig, dict[str, Any]]:
