@@ -205,7 +205,7 @@ class PagedCache(Refusals, NativeLayers):
         if layer_idx in self.natives:
             return outside_inference(super().update)(key_states, value_states, layer_idx, *args, **kwargs)
         if layer_idx == self.paged[0].index:
-            self.binding.use.add(len(key_states), self.columns + key_states.shape[2])
+            self.binding.add_use(len(key_states), self.columns + key_states.shape[2])
         self._check_layer(layer_idx)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
@@ -291,7 +291,7 @@ class PagedCache(Refusals, NativeLayers):
             raise CacheStateError(f"the cache holds {self.rows} rows and was given {rows}")
         # Rows of a batch that changes are shorter than the columns that it has read.
         self.binding.use.check_limit(max(self.paged[0].slots.rows.lengths) + tokens)
-        self.binding.use.add(rows, self.columns + tokens)
+        self.binding.add_use(rows, self.columns + tokens)
         for layer in self.paged:
             layer.pending = True
 

@@ -72,6 +72,11 @@ class CacheUse:
         self.used, self.asked, self._rows, self._columns = True, False, rows, columns
         self.ignore()
 
+    def pass_over(self) -> None:
+        """Note a step with another longthink cache, such as a copy: it counts if the library was given this one."""
+        if self.asked and not self.used:
+            self._steps += 1
+
     def add_foreign(self, rows: int, new: int, columns: int) -> None:
         """Note a pass of the model without the cache: over `new` columns, which read `columns`."""
         if not self._last:
@@ -101,7 +106,7 @@ class CacheUse:
         if not self.used and self._steps >= _FEWEST_STEPS:
             _warn(
                 f"a longthink cache was open and was never given a token, while the model decoded {self._steps} "
-                "tokens with another cache or with none, which is not bounded: pass past_key_values=cache"
+                "tokens with another cache or with none, outside of its bound: pass past_key_values=cache"
             )
         self.ignore()
 
@@ -167,6 +172,15 @@ _watched: weakref.WeakKeyDictionary[PreTrainedModel, _Watched] = weakref.WeakKey
 def watch(model: PreTrainedModel, use: CacheUse, first_layer: int) -> None:
     """Watch what the model does without a cache that was opened."""
     _watched.setdefault(model, _Watched(model, first_layer)).uses.append(use)
+
+
+def note_use(model: PreTrainedModel | None, use: CacheUse, rows: int, columns: int) -> None:
+    """Note that a cache was given keys, see `CacheUse.add`, and that the model's other open caches were not."""
+    use.add(rows, columns)
+    watched = None if model is None else _watched.get(model)
+    for other in list(watched.uses) if watched is not None else ():
+        if other is not use:
+            other.pass_over()
 
 
 def unwatch(model_ref: weakref.ref[PreTrainedModel], use: CacheUse) -> None:
