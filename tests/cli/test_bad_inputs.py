@@ -120,6 +120,7 @@ def test_lm_eval_is_not_loaded_for_what_can_be_refused_before(call, monkeypatch)
     ("closed", "words", "message"),
     [
         ("stdin", ["generate", "-"], "standard input is closed: pass the prompt"),
+        ("stdin", ["generate", "--chat"], "standard input is closed: pass the question"),
         ("stdout", ["policies"], "standard output is closed: send it"),
     ],
 )

@@ -24,10 +24,15 @@ OPTIONS = (
 )
 
 
+def typed(lines):
+    """Standard input with these lines, text or bytes."""
+    return io.TextIOWrapper(io.BytesIO(lines if isinstance(lines, bytes) else lines.encode()))
+
+
 @pytest.fixture
 def chat(call, monkeypatch):
     def run(model, lines, *options):
-        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+        monkeypatch.setattr(sys, "stdin", typed(lines))
         return call("generate", "--chat", "--model", model, *OPTIONS, *options)
 
     return run
@@ -62,19 +67,32 @@ def test_questions_and_answers_on_one_cache(chat, chat_model):
 
 
 def test_the_first_question_may_be_an_argument(chat, chat_model, call, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("w2\n"))
+    monkeypatch.setattr(sys, "stdin", typed("w2\n"))
     _, out, _ = call("generate", "hello", "--chat", "--model", chat_model, *OPTIONS)
     assert out.splitlines() == by_hand(chat_model, ["hello", "w2"], {"decode_budget": 16})[0]
 
 
 def test_a_question_that_does_not_fit_is_said_and_the_conversation_goes_on(call, chat_model, monkeypatch):
     long = " ".join(f"w{i}" for i in range(40))
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"hello\n{long}\nw3\n"))
+    monkeypatch.setattr(sys, "stdin", typed(f"hello\n{long}\nw3\n"))
     words = [word for word in OPTIONS if word not in ("--decode-budget", "16")]
     code, out, err = call("generate", "--chat", "--model", chat_model, *words, "--budget", "40")
     assert code == 0
     assert out.splitlines() == by_hand(chat_model, ["hello", "w3"], {"budget": 40})[0]
     assert re.search(r"budget=40 holds 10 pages of 4 tokens, but policy 'raas' needs \d+", err)
+
+
+def test_a_question_that_is_not_utf8_is_said_and_the_conversation_goes_on(chat, chat_model):
+    code, out, err = chat(chat_model, b"hello\n\xff\xfe w1\nw3\n")
+    assert code == 0
+    assert out.splitlines() == by_hand(chat_model, ["hello", "w3"], {"decode_budget": 16})[0]
+    assert err.count("the question is not UTF-8 text (byte 0)") == 1
+
+
+def test_without_standard_input_the_first_question_is_the_only_one(call, chat_model, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    code, out, _ = call("generate", "hello", "--chat", "--model", chat_model, *OPTIONS)
+    assert (code, out.splitlines()) == (0, by_hand(chat_model, ["hello"], {"decode_budget": 16})[0])
 
 
 def test_what_does_not_go_with_a_conversation_is_refused(call, chat_model):

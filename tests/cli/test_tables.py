@@ -210,3 +210,10 @@ def test_a_narrow_terminal_gets_each_cell_on_a_line(capsys, monkeypatch):
 def test_a_table_without_rows_keeps_its_head(capsys):
     write_table(Table(columns={"policy": "text", "n": "count"}, rows=[]))
     assert capsys.readouterr().out.split()[:2] == ["policy", "n"]
+
+
+def test_a_width_that_is_not_known_is_not_nothing(call, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "0")
+    code, out, _ = call("policies")
+    assert code == 0
+    assert "streaming_llm" in out

@@ -5,6 +5,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
 )
 
 import longthink
@@ -53,9 +55,8 @@ def options(title: str, *, ids: Any = IDS, mask: Any = MASK, **given: Any) -> Wa
 
     def theirs(model):
         torch.manual_seed(0)
-        return model.generate(
-            IDS if not isinstance(ids, torch.Tensor) else ids, attention_mask=MASK, **copy.copy(given)
-        )
+        text = (ids, mask) if isinstance(ids, torch.Tensor) else (IDS, MASK)
+        return model.generate(text[0], attention_mask=text[1], **copy.copy(given))
 
     return Way(title, ours, theirs)
 
@@ -83,6 +84,31 @@ def turns(model, cache=None, generate=None):
         [MASK, torch.ones_like(first[:, MASK.shape[1] :]), torch.tensor([[1] * 4, [0, 0, 1, 1]])], 1
     )
     return generate(text, mask)
+
+
+def new_tokens_only(model, cache):
+    """A second turn that gives what is new, and a mask for all of the text."""
+    first = greedy(model, ROW, None, past_key_values=cache)
+    new = torch.cat([first[:, -1:], longer(1)[:, -2:]], 1)
+    text = greedy(model, new, torch.ones(1, first.shape[1] + 2), past_key_values=cache)
+    return torch.cat([first[:, :-1], text], 1)
+
+
+def without_old_text(model, cache):
+    greedy(model, ROW, None, past_key_values=cache)
+    return greedy(model, longer(1)[:, -2:], None, past_key_values=cache)
+
+
+def without_last_token(model, cache):
+    """The last token of the answer is neither in the cache nor in the new ids."""
+    first = greedy(model, ROW, None, past_key_values=cache)
+    mask = torch.ones(1, first.shape[1] + 2)
+    return longthink.generate(model, longer(1)[:, -2:], mask, past_key_values=cache, max_new_tokens=TOKENS)
+
+
+def two_turns_of_one(model):
+    first = greedy(model, ROW, None)
+    return greedy(model, torch.cat([first, longer(1)[:, -2:]], 1), None)
 
 
 def longer(number):
@@ -131,6 +157,40 @@ def with_4d_mask(model, cache):
         return model(ROW, attention_mask=mask, past_key_values=cache).logits
 
 
+class Discard:
+    """A streamer that shows nothing."""
+
+    def put(self, tokens):
+        pass
+
+    def end(self):
+        pass
+
+
+def after_eight(ids, scores, **kwargs):
+    return torch.full((len(ids),), ids.shape[1] >= IDS.shape[1] + 8)
+
+
+in_bfloat16 = torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+def interrupted(model, cache=None):
+    """Ctrl-C in the middle, and then the text so far and something new."""
+    seen = []
+
+    def stop(ids, scores):
+        seen.append(ids)
+        if len(seen) == 6:
+            raise KeyboardInterrupt
+        return scores
+
+    with suppress(KeyboardInterrupt):
+        greedy(model, past_key_values=cache, logits_processor=LogitsProcessorList([stop]))
+    text = torch.cat([seen[-1], IDS[:, -3:]], 1)
+    return greedy(model, text, torch.cat([MASK, MASK[:, -1:].expand(-1, 8)], 1), past_key_values=cache)
+
+
+GAPS = torch.tensor([[1] * 10 + [0] * 3 + [1] * 8])
 PENALTY = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.3)])
 MERGED = GenerationConfig(num_beams=2, max_new_tokens=TOKENS, pad_token_id=PAD)
 ENCODED = BatchEncoding(dict(input_ids=IDS, attention_mask=MASK))
@@ -147,6 +207,12 @@ WAYS = [
     options("token ids as lists, the mask too", ids=IDS.tolist(), mask=MASK.tolist()),
     options("what a tokenizer returns (`BatchEncoding`)", ids=ENCODED, mask=None),
     options("a prompt read in chunks (`prefill_chunk_size`)", prefill_chunk_size=8),
+    options("a `streamer`", ids=ROW, mask=None, streamer=Discard()),
+    options("`stopping_criteria`", stopping_criteria=StoppingCriteriaList([after_eight])),
+    options("the end token as `pad_token_id`", eos_token_id=7, pad_token_id=7),
+    options("a right-padded batch", ids=IDS.flip(1), mask=MASK.flip(1)),
+    options("a mask with gaps in the prompt", ids=ROW, mask=GAPS),
+    Way("under `torch.autocast`", in_bfloat16(ample), in_bfloat16(greedy)),
     options("end tokens before the limit", eos_token_id=[7, 11, 19, 23, 42], pad_token_id=PAD),
     Way(
         "`inputs_embeds=`",
@@ -160,6 +226,10 @@ WAYS = [
         lambda m: turns(m, generate=lambda text, mask: greedy(m, text, mask)),
     ),
     by_cache(
+        "a second turn of new tokens only, with a mask for all of the text", new_tokens_only, two_turns_of_one
+    ),
+    by_cache("going on after an exception or Ctrl-C between two tokens", interrupted, interrupted),
+    by_cache(
         "a prompt read once and continued twice (`copy.deepcopy`)",
         reuse,
         lambda m: torch.cat([greedy(m, longer(i), None) for i in range(2)]),
@@ -167,8 +237,13 @@ WAYS = [
     Way("under `torch.inference_mode()`", torch.inference_mode()(ample), greedy),
     options("`output_hidden_states`, `output_scores`", output_hidden_states=True, output_scores=True, **DICT),
     options("`output_attentions`", output_attentions=True, **DICT),
+    by_cache(
+        "`output_attentions` on a cache",
+        lambda m, c: greedy(m, past_key_values=c, output_attentions=True, **DICT),
+    ),
     options("`use_cache=False`", use_cache=False),
     options("`guidance_scale`", guidance_scale=1.5),
+    by_cache("`guidance_scale` on a cache", lambda m, c: greedy(m, past_key_values=c, guidance_scale=1.5)),
     options("`prompt_lookup_num_tokens`", prompt_lookup_num_tokens=3),
     Way("`assistant_model`", lambda m: ample(m, ROW, None, assistant_model=m)),
     options("contrastive search (`penalty_alpha`)", penalty_alpha=0.6, top_k=4),
@@ -185,6 +260,8 @@ WAYS = [
     ),
     by_cache("a 4D attention mask", with_4d_mask),
     by_cache("a mask that hides the middle of a text later", hidden_middle),
+    by_cache("a second turn of new tokens only, without a mask for all", without_old_text),
+    by_cache("a second turn without the last token of the first", without_last_token),
     by_cache("`cache.crop`", lambda m, c: (greedy(m, past_key_values=c), c.crop(3))),
     by_cache("pickling a cache", lambda m, c: c.__reduce_ex__(2)),
     Way("`torch.compile(model)` as the model", lambda m: ample(torch.compile(m), ROW, None)),

@@ -168,6 +168,41 @@ def test_what_is_no_prompt(model, words, options, message):
         longthink.generate(model, *words, budget=64, max_new_tokens=2, **options)
 
 
+def test_a_turn_without_the_text_before_it_is_refused_and_harms_nothing(model, ids):
+    question = prompt((4,), seed=1)[0]
+    with longthink.make_cache(model, decode_budget=64) as cache:
+        answer = longthink.generate(model, ids, past_key_values=cache, **GREEDY)
+        for text in (question, answer[:, :-1], answer[:, 1:-1]):
+            for more in ({}, {"prefill_chunk_size": 3}):
+                with pytest.raises(ValueError, match="no token behind the 25 columns that the cache holds"):
+                    longthink.generate(model, text, past_key_values=cache, **more, **GREEDY)
+        # The library leaves nothing of the question, and the cache says why.
+        with cache, pytest.raises(ValueError, match="no token behind the 25 columns"):
+            model.generate(question, past_key_values=cache, **GREEDY)
+        whole = torch.cat([answer, question], 1)
+        found = longthink.generate(model, whole, past_key_values=cache, **GREEDY)
+    assert torch.equal(found, model.generate(whole, **GREEDY))
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_a_turn_of_new_tokens_whose_mask_covers_all_of_the_text(model, ids, chunk):
+    question = prompt((4,), seed=1)[0]
+    with longthink.make_cache(model, decode_budget=64) as cache:
+        answer = longthink.generate(model, ids, past_key_values=cache, **GREEDY)
+        new = torch.cat([answer[:, -1:], question], 1)
+        mask = torch.ones(1, cache.columns + new.shape[1], dtype=torch.int64)
+        # Without the answer's last token, which is not in the cache, its place would be taken by the next one.
+        with pytest.raises(
+            longthink.UnsupportedFeatureError, match="must cover the 25 in the cache and the 4 new"
+        ):
+            longthink.generate(model, question, mask, past_key_values=cache, **GREEDY)
+        found = longthink.generate(
+            model, new, mask, past_key_values=cache, prefill_chunk_size=chunk, **GREEDY
+        )
+    expected = model.generate(torch.cat([answer, question], 1), **GREEDY)
+    assert torch.equal(found[:, new.shape[1] :], expected[:, -6:])
+
+
 # Modes of torch and of the model ------------------------------------------------------------------------------
 
 

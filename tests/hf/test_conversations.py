@@ -1,12 +1,15 @@
 """Conversations of any kind: turns, padding, early ends, saved, loaded and copied caches, rows that change places.
 
-With an ample budget the tokens are those of transformers on the whole text; with a tight one the bound holds, what
-the user wrote stays, and no position is held twice.
+A turn may be read in chunks, under `torch.inference_mode`, and be cut short by an exception. With an ample budget the
+tokens are those of transformers on the whole text; with a tight one the bound holds, what the user wrote stays, and
+no position is held twice; with a fixed one a question that does not fit leaves the cache as it was.
 """
 
 import copy
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
 import longthink
-from tests.examples import some
+from tests.examples import few, some
 from tests.models import PAD, build
 
 ENDS = [5, 9, 14, 23, 31, 42, 58, 66, 77]
@@ -29,50 +32,95 @@ PINNING = (
 MODEL = build("qwen2", num_hidden_layers=1)
 
 
+SIZES = st.lists(st.integers(1, 9), min_size=3, max_size=3)
+
+
+class Interruption(Exception):
+    """Comes from a logits processor, as Ctrl-C would: between two tokens."""
+
+
 class Conversation(RuleBasedStateMachine):
-    """Two rows that talk on one cache."""
+    """Up to three rows that talk on one cache."""
 
     policies: tuple[str, ...]
-    decode_budget: int
+    limit: Mapping[str, int]
 
     @initialize(policy=st.integers(0, 99), seed=st.integers(0, 99))
     def begin(self, policy, seed):
         self.random = torch.Generator().manual_seed(seed)
         self.policy = self.policies[policy % len(self.policies)]
-        self.cache = longthink.make_cache(MODEL, policy=self.policy, decode_budget=self.decode_budget)
+        self.cache = longthink.make_cache(MODEL, policy=self.policy, **self.limit)
         self.text = torch.zeros(2, 0, dtype=torch.int64)
         self.mask = self.text.clone()
         # Logical positions that the user wrote, row by row.
         self.written = [set(), set()]
-        self.say(3, 6, 4)
+        self.say([3, 6], tokens=4, chunk=None, inference=False, last=None)
 
-    @rule(first=st.integers(1, 9), second=st.integers(1, 9), tokens=st.integers(1, 24))
-    def say(self, first, second, tokens):
-        """A question of so many tokens to each row, left-padded, and answers of which each may end early."""
-        width = max(first, second)
-        question = torch.randint(3, 90, (2, width), generator=self.random)
-        real = torch.tensor([[int(i >= width - n) for i in range(width)] for n in (first, second)])
-        for row, count in enumerate((first, second)):
+    @rule(
+        sizes=SIZES,
+        tokens=st.integers(1, 24),
+        chunk=st.sampled_from([None, None, 1, 4]),
+        inference=st.booleans(),
+        last=st.sampled_from([None, None, 1, 5]),
+    )
+    def say(self, sizes, tokens, chunk, inference, last):
+        """A question of so many tokens to each row, left-padded, and answers, of which each may end early.
+
+        After the `last` token comes an exception.
+        """
+        sizes = sizes[: len(self.text)]
+        # A single column on a cache is a decode step, which nothing tells from a question of one token.
+        width = max(2, *sizes)
+        question = torch.randint(3, 90, (len(sizes), width), generator=self.random)
+        real = torch.tensor([[int(i >= width - n) for i in range(width)] for n in sizes])
+        written = [set(positions) for positions in self.written]
+        for row, count in enumerate(sizes):
             start = int(self.mask[row].sum())
-            # The last token of an answer comes to the cache with the next question.
-            behind = int(self.text.shape[1] > 0 and self.mask[row, -1])
-            self.written[row] |= set(range(start - behind, start + count))
-        self.text = torch.cat([self.text, torch.where(real > 0, question, PAD)], 1)
-        self.mask = torch.cat([self.mask, real], 1)
+            # The last token of an answer comes to the cache with the next question, unless an exception came before.
+            behind = int(self.text.shape[1] > self.cache.columns and self.mask[row, -1])
+            written[row] |= set(range(start - behind, start + count))
+        text = torch.cat([self.text, torch.where(real > 0, question, PAD)], 1)
+        mask = torch.cat([self.mask, real], 1)
         options = dict(
-            attention_mask=self.mask,
-            max_new_tokens=tokens,
-            do_sample=False,
-            eos_token_id=ENDS,
-            pad_token_id=PAD,
+            attention_mask=mask, max_new_tokens=tokens, do_sample=False, eos_token_id=ENDS, pad_token_id=PAD
         )
-        out = MODEL.generate(self.text, past_key_values=self.cache, **options)
+        out = self.answer(text, options, chunk, inference, last)
+        if out is None:
+            return
+        self.text, self.written = text, written
         self.check(out, options)
-        new = out[:, self.text.shape[1] :]
+        new = out[:, text.shape[1] :]
         ended = torch.isin(new, torch.tensor(ENDS)).cumsum(1)
         # What follows the first end token is padding, and the next mask says so.
         after_end = (ended - torch.isin(new, torch.tensor(ENDS)).long()) > 0
-        self.text, self.mask = out, torch.cat([self.mask, (~after_end).long()], 1)
+        self.text, self.mask = out, torch.cat([mask, (~after_end).long()], 1)
+
+    def answer(self, text, options, chunk, inference, last):
+        """The whole text with the answers so far, or None if the question does not fit."""
+        seen = []
+
+        def interrupt(ids, scores):
+            seen.append(ids)
+            if last is not None and len(seen) > last:
+                raise Interruption
+            return scores
+
+        generate = MODEL.generate if chunk is None else longthink.generate
+        given = (text,) if chunk is None else (MODEL, text)
+        more = {} if chunk is None else {"prefill_chunk_size": chunk}
+        try:
+            with self.cache, torch.inference_mode(inference):
+                out = generate(
+                    *given, past_key_values=self.cache, logits_processor=[interrupt], **options, **more
+                )
+        except Interruption:
+            out = seen[-1]
+        except longthink.BudgetError:
+            return self.not_fitting()
+        return out.clone()
+
+    def not_fitting(self):
+        raise
 
     @rule()
     def save_and_load(self):
@@ -86,11 +134,21 @@ class Conversation(RuleBasedStateMachine):
         self.cache, old = copy.deepcopy(self.cache), self.cache
         old.close()
 
-    @rule(rows=st.sampled_from([(1, 0), (0, 0), (1, 1)]))
+    @rule(rows=st.sampled_from([(1, 0), (0, 0), (1, 1), (0,), (1,), (1, 0, 1), (2, 0)]))
     def change_rows(self, rows):
+        rows = [row % len(self.text) for row in rows]
         self.cache.batch_select_indices(torch.tensor(rows))
-        self.text, self.mask = self.text[list(rows)], self.mask[list(rows)]
+        self.text, self.mask = self.text[rows], self.mask[rows]
         self.written = [set(self.written[row]) for row in rows]
+
+    def held(self):
+        """Positions by row and KV head, each once and none beyond the text, with what the user wrote."""
+        seen = [int(n) for n in self.cache.layers[0].slots.length_B]
+        for row, heads in enumerate(self.cache.resident_positions(0)):
+            for held in heads:
+                assert held == sorted(set(held)) and (not held or held[-1] < seen[row])
+                assert self.written[row] <= set(held), self.policy
+                yield row, held
 
     def teardown(self):
         if hasattr(self, "cache"):
@@ -99,31 +157,55 @@ class Conversation(RuleBasedStateMachine):
 
 class Ample(Conversation):
     policies = (*PINNING, "streaming_llm:positions=logical", "h2o", "quest")
-    decode_budget = 2048
+    limit = MappingProxyType({"decode_budget": 2048})
 
     def check(self, out, options):
-        assert torch.equal(out, MODEL.generate(self.text, **options)), self.policy
+        expected = MODEL.generate(self.text, **options)
+        assert torch.equal(out, expected[:, : out.shape[1]]), self.policy
         assert self.cache.num_evicted == 0
 
 
 class Tight(Conversation):
     policies = PINNING
-    decode_budget = 16
+    limit = MappingProxyType({"decode_budget": 16})
 
     def check(self, out, options):
-        seen = [int(n) for n in self.cache.layers[0].slots.length_B]
-        for row, heads in enumerate(self.cache.resident_positions(0)):
-            for held in heads:
-                assert held == sorted(set(held)) and (not held or held[-1] < seen[row])
-                assert self.written[row] <= set(held), self.policy
-                size = self.cache.policy.page_size
-                pages = {position // size for position in self.written[row]}
-                cap = self.cache.layers[0].slots.rows.caps[row]
-                assert cap == len(pages) + self.decode_budget // size
-                assert len(held) <= cap * size
+        size = self.cache.policy.page_size
+        for row, held in self.held():
+            pages = {position // size for position in self.written[row]}
+            cap = self.cache.layers[0].slots.rows.caps[row]
+            assert cap == len(pages) + self.limit["decode_budget"] // size
+            assert len(held) <= cap * size
+
+
+class Fixed(Conversation):
+    policies = PINNING
+    limit = MappingProxyType({"budget": 32})
+
+    def contents(self):
+        return self.cache.columns, self.cache.resident_positions(0), self.cache.num_evicted
+
+    def answer(self, *args):
+        self.before = self.contents()
+        return super().answer(*args)
+
+    def not_fitting(self):
+        assert self.contents() == self.before
+
+    def check(self, out, options):
+        for _, held in self.held():
+            assert len(held) <= self.limit["budget"]
+
+
+MACHINES = pytest.mark.parametrize("machine", [Ample, Tight, Fixed])
+
+
+@MACHINES
+def test_a_few_conversations(machine):
+    run_state_machine_as_test(machine, settings=few(4, stateful_step_count=8))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("machine", [Ample, Tight])
+@MACHINES
 def test_any_conversation(machine):
     run_state_machine_as_test(machine, settings=some(20, stateful_step_count=10))

@@ -102,6 +102,19 @@ def test_a_cache_that_is_given_to_nobody_warns_when_it_is_collected(model, ids):
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_a_model_that_goes_on_with_copies_warns(model, ids):
+    def on_a_copy(module, args, kwargs):
+        return args, kwargs | {"past_key_values": copy.deepcopy(kwargs["past_key_values"])}
+
+    hook = model.register_forward_pre_hook(on_a_copy, with_kwargs=True)
+    with pytest.warns(longthink.CacheUnusedWarning, match="never given a token"):
+        with longthink.make_cache(model, budget=64) as cache:
+            model.generate(ids, past_key_values=cache, **GREEDY)
+    with pytest.raises(longthink.CacheStateError, match="did not use the cache"):
+        longthink.generate(model, ids, budget=64, **GREEDY)
+    hook.remove()
+
+
 def test_another_cache_by_mistake_warns(model, ids):
     with pytest.warns(longthink.CacheUnusedWarning), longthink.make_cache(model, budget=64):
         model.generate(ids, past_key_values=DynamicCache(), **GREEDY)
@@ -157,11 +170,36 @@ def test_other_caches_beside_ours_are_silent(model, ids, silent):
             torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
 
 
+def test_two_caches_of_ours_in_turn_are_silent(model, ids, silent):
+    with longthink.make_cache(model, budget=64) as one, longthink.make_cache(model, budget=64) as other:
+        assert one.get_seq_length() == other.get_seq_length() == 0
+        model.generate(ids, past_key_values=one, **GREEDY)
+        model.generate(ids, past_key_values=other, **GREEDY)
+        assert one.get_seq_length() == 43
+        model.generate(prompt((60,))[0], past_key_values=other, **GREEDY)
+
+
 def test_a_prompt_that_does_not_fit_is_silent(model, ids, silent):
     with longthink.make_cache(model, budget=16) as cache:
         with pytest.raises(longthink.BudgetError):
             model.generate(ids, past_key_values=cache, **GREEDY)
         model.generate(ids, **GREEDY)
+
+
+def test_guidance_on_a_cache_is_refused_before_a_token_is_made(model, ids):
+    with longthink.make_cache(model, budget=64) as cache:
+        with pytest.raises(
+            longthink.UnsupportedFeatureError, match=r"guidance_scale=1\.5 .* unbounded cache"
+        ):
+            model.generate(ids, past_key_values=cache, guidance_scale=1.5, **GREEDY)
+        assert cache.columns == 20
+
+
+def test_guidance_beside_a_cache_is_silent(model, ids, silent):
+    expected = model.generate(ids, guidance_scale=1.5, **GREEDY)
+    with longthink.make_cache(model, budget=64) as cache:
+        model.generate(ids, past_key_values=cache, guidance_scale=1.0, **GREEDY)
+        assert torch.equal(model.generate(ids, guidance_scale=1.5, **GREEDY), expected)
 
 
 def test_an_error_is_not_hidden_by_a_warning(model, ids, silent):

@@ -133,6 +133,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if sys.stderr is None:
         # Notes would otherwise go to standard output, into the middle of a JSON document.
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (open until the process ends)
+    if os.environ.get("COLUMNS") == "0":
+        # Some terminals say so for "not known"; rich would print nothing.
+        del os.environ["COLUMNS"]
     if arguments is None:
         wait_passively(words)
 

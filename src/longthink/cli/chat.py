@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from longthink.cli.prompts import check_words, encode_prompt
+from longthink.cli.prompts import check_words, encode_prompt, from_utf8
 from longthink.cli.terminal import is_terminal, note, write_text
 from longthink.errors import BudgetError
 
@@ -73,8 +73,20 @@ class Conversation:
         return ids_BN
 
 
-def questions(first: str | None) -> Iterator[str]:
-    """Yield the questions of the user: the first, if it is given, and then the lines of standard input."""
+def read_questions(first: str | None) -> Iterator[str]:
+    """Yield the questions of the user: the first, if it is given, and then the lines of standard input.
+
+    Raises
+    ------
+    ValueError
+        At once, if there is neither.
+    """
+    if sys.stdin is None and first is None:
+        raise ValueError("standard input is closed: pass the question as an argument")
+    return _questions(first)
+
+
+def _questions(first: str | None) -> Iterator[str]:
     if first is not None:
         yield first
     if sys.stdin is None:
@@ -85,16 +97,21 @@ def questions(first: str | None) -> Iterator[str]:
     while True:
         if asks:
             print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
+        line = sys.stdin.buffer.readline()
         if not line:
             return
-        if line.strip():
-            yield line.removesuffix("\n")
+        try:
+            text = from_utf8(line, "the question")
+        except ValueError as error:
+            note(str(error))
+            continue
+        if text.strip():
+            yield text.rstrip("\r\n")
 
 
-def chat(first: str | None, conversation: Conversation, answer: Any, cache: PagedCache) -> str:
+def chat(questions: Iterator[str], conversation: Conversation, answer: Any, cache: PagedCache) -> str:
     """Hold a conversation, in which `answer` decodes and streams; return why it ended: ``end`` or ``interrupted``."""
-    for question in questions(first):
+    for question in questions:
         try:
             asked = conversation.ask(question)
             decoded: Decoded = answer(asked)

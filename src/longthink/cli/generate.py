@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from longthink.cli.chat import Conversation, chat
+from longthink.cli.chat import Conversation, chat, read_questions
 from longthink.cli.decode import Decoded, catch_interrupt, decode
 from longthink.cli.errors import EXIT_INTERRUPTED
 from longthink.cli.models import load_model
@@ -126,13 +126,16 @@ def _chat(prompt: str | None, options: GenerateOptions) -> int:
         raise ValueError(
             "--chat reads its questions from standard input and prints text: omit --json and --file"
         )
+    questions = read_questions(prompt)
     run = _load(options)
     from longthink import make_cache
 
     loaded = run.loaded
     conversation = Conversation(loaded.tokenizer, raw=options.raw, builtin=loaded.builtin)
     with make_cache(loaded.model, policy=run.policy, **run.stored) as cache:
-        ended = chat(prompt, conversation, lambda inputs: _decode(replace(run, inputs=inputs), cache), cache)
+        ended = chat(
+            questions, conversation, lambda inputs: _decode(replace(run, inputs=inputs), cache), cache
+        )
     return EXIT_INTERRUPTED if ended == "interrupted" else 0
 
 

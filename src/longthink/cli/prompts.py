@@ -26,14 +26,14 @@ def read_prompt(prompt: str | None, file: str | None) -> str | None:
     if prompt is not None:
         return _checked(prompt, "the prompt")
     if file not in (None, STDIN):
-        return _checked(_decoded(Path(file).read_bytes(), file), file)
+        return _checked(from_utf8(Path(file).read_bytes(), file), file)
     if file is None and not _is_piped():
         return None
     if sys.stdin is None:
         raise ValueError("standard input is closed: pass the prompt as an argument or with --file")
     if is_terminal(sys.stdin):
         note("type the prompt, then press Ctrl-D on a line of its own")
-    text = _decoded(sys.stdin.buffer.read(), "standard input")
+    text = from_utf8(sys.stdin.buffer.read(), "standard input")
     if file is None and not text.strip():
         return None
     return _checked(text, "standard input")
@@ -75,7 +75,8 @@ def _is_piped() -> bool:
     return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
 
 
-def _decoded(data: bytes, source: str | None) -> str:
+def from_utf8(data: bytes, source: str | None) -> str:
+    """Return the text of some bytes, whatever the locale; `ValueError` names the source if they are not UTF-8."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:

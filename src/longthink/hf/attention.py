@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from longthink import kernels
 from longthink.errors import UnsupportedFeatureError, UnsupportedModelError
-from longthink.hf.guard import notice
+from longthink.hf.guard import check_mask_columns, notice
 from longthink.kernels import LogitRule
 
 IMPLEMENTATION = "longthink"
@@ -42,8 +43,8 @@ class AttentionLayer(Protocol):
     expands: bool
     """Whether the model attends to other keys than those it gave to `update`."""
 
-    def check_call(self, module: torch.nn.Module, dropout: float, use_cache: bool | None) -> None:
-        """Raise if the output would be wrong for this module or these arguments."""
+    def check_call(self, module: torch.nn.Module, dropout: float, options: Mapping[str, Any]) -> None:
+        """Raise if the output would be wrong for this module or these arguments, such as the caller's `use_cache`."""
         ...
 
     def attend(
@@ -129,7 +130,7 @@ def longthink_attention(
     for name in _FOREIGN:
         if kwargs.get(name) is not None:
             raise UnsupportedModelError(f"{type(module).__name__} uses {name}: such layers are not supported")
-    layer.check_call(module, dropout, kwargs.get("use_cache"))
+    layer.check_call(module, dropout, kwargs)
     if rule.sink_H is not None:
         rule = rule._replace(sink_H=rule.sink_H.detach())
     valid = _valid_columns(attention_mask, query.shape[2])
@@ -192,11 +193,7 @@ def longthink_mask(
     """
     seen = None
     if attention_mask is not None and isinstance(kv_offset, int) and kv_offset > 0:
-        if attention_mask.shape[1] < kv_offset + q_length:
-            raise UnsupportedFeatureError(
-                f"attention_mask has {attention_mask.shape[1]} columns, and must cover the {kv_offset} in the cache "
-                f"and the {q_length} new ones"
-            )
+        check_mask_columns(attention_mask.shape[1], kv_offset + kv_length - q_length, q_length)
         seen = attention_mask[:, :kv_offset]
         if q_length == 1 and (torch.compiler.is_compiling() or bool(seen.all())):
             seen = None  # a single token is compared only where the mask hides anything

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from longthink.errors import CacheStateError, UnsupportedFeatureError
 from longthink.hf.attention import IMPLEMENTATION, install, uninstall
-from longthink.hf.guard import CacheUse, unwatch, watch
+from longthink.hf.guard import CacheUse, note_use, unwatch, watch
 
 hides_use_cache: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 """Models that tell their attention use_cache=False whatever they are called with (NanoChat): see `self_check`."""
@@ -97,6 +97,10 @@ class ModelBinding:
                 f"{type(model).__name__} is in training mode with gradient checkpointing, which bypasses the cache: "
                 "call model.eval() to generate"
             )
+
+    def add_use(self, rows: int, columns: int) -> None:
+        """Note that the cache was given keys, and now holds so many columns of text."""
+        note_use(self._model(), self.use, rows, columns)
 
     def check_model(self, model: PreTrainedModel) -> None:
         """Raise `CacheStateError` unless the cache is for this model."""

@@ -24,6 +24,7 @@ from longthink.errors import BudgetError, CacheStateError, UnsupportedModelError
 from longthink.hf.binding import ModelBinding, outside_inference
 from longthink.hf.columns import Columns
 from longthink.hf.fingerprint import head_dim
+from longthink.hf.guard import check_new
 from longthink.hf.layer import PagedHybridLayer, PagedLayer
 from longthink.hf.layer_kinds import has_pages, is_recurrent, library_layers
 from longthink.hf.native import NativeLayers
@@ -181,6 +182,11 @@ class PagedCache(Refusals, NativeLayers):
             if any(layer.slots.in_chunked_prefill for layer in self.paged):
                 self.reset()
 
+    def check_new(self, columns: int) -> None:
+        """Raise unless the cache can take in so many new columns: none is too few."""
+        self._check_complete()
+        check_new(columns, self.columns)
+
     def check_room(self, mask_BN: Tensor | None, columns: int) -> None:
         """Raise `BudgetError` if a later turn of so many columns, with this mask, does not fit."""
         counts = None if mask_BN is None else mask_BN[:, -columns:].sum(1).tolist()
@@ -199,7 +205,7 @@ class PagedCache(Refusals, NativeLayers):
         if layer_idx in self.natives:
             return outside_inference(super().update)(key_states, value_states, layer_idx, *args, **kwargs)
         if layer_idx == self.paged[0].index:
-            self.binding.use.add(len(key_states), self.columns + key_states.shape[2])
+            self.binding.add_use(len(key_states), self.columns + key_states.shape[2])
         self._check_layer(layer_idx)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
@@ -214,7 +220,7 @@ class PagedCache(Refusals, NativeLayers):
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Size and offset of the mask. Models ask before their layers run, so errors surface before any change."""
         self.binding.check_open()
-        self._check_complete()
+        self.check_new(query_length)
         self.binding.use.check_limit(self.columns + query_length)
         return super().get_mask_sizes(query_length, layer_idx)
 
@@ -285,7 +291,7 @@ class PagedCache(Refusals, NativeLayers):
             raise CacheStateError(f"the cache holds {self.rows} rows and was given {rows}")
         # Rows of a batch that changes are shorter than the columns that it has read.
         self.binding.use.check_limit(max(self.paged[0].slots.rows.lengths) + tokens)
-        self.binding.use.add(rows, self.columns + tokens)
+        self.binding.add_use(rows, self.columns + tokens)
         for layer in self.paged:
             layer.pending = True
 
@@ -353,9 +359,8 @@ def make_cache(
 ) -> PagedCache:
     """Create a cache for ``model.generate(..., past_key_values=cache)``, for any number of turns.
 
-    Unsupported features raise an error when the model is called, with one exception: with ``guidance_scale``
-    transformers decodes a second text in an unbounded cache of its own, which only `generate` can refuse. The first
-    cache of a kind of model runs a short text through it: see ``docs/verify.md``.
+    Unsupported features raise an error when the model is called. The first cache of a kind of model runs a short text
+    through it: see ``docs/verify.md``.
 
     Parameters
     ----------
@@ -364,8 +369,7 @@ def make_cache(
     policy
         A policy, its name, or a spec such as ``raas:r=0.25``.
     budget, decode_budget
-        Tokens to keep per layer and row: including the prompt, or on top of it. Give exactly one; neither for
-        ``dense``.
+        Tokens to keep per layer and row: including the prompt, or on top of it. Give one; neither for ``dense``.
     batch_size
         The only number of rows to accept; None accepts any.
     kv_dtype

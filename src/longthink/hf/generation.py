@@ -13,24 +13,13 @@ from longthink.config import DEFAULT_POLICY, KvBits, brief_repr, check_int
 from longthink.errors import NonFiniteError, UnsupportedFeatureError
 from longthink.hf.arguments import Tokens, prompt_tensors
 from longthink.hf.cache import PagedCache, make_cache
-from longthink.hf.guard import check_limit, check_run, output_columns
+from longthink.hf.guard import check_limit, check_mask_columns, check_run, output_columns
 from longthink.hf.loop import NEEDS_LIBRARY, DecodeLoop
+from longthink.hf.refusals import REFUSED, refusal
 from longthink.hf.step import Compile, check_compile, compiles
 from longthink.hf.support import check_model, text_limit
 from longthink.policies import Policy, make_policy, policy_spec
 
-# Options of `model.generate` that do not work with a bounded cache; None and False leave them off.
-_REFUSED = {
-    "assistant_model": "assisted decoding removes tokens again",
-    "prompt_lookup_num_tokens": "assisted decoding removes tokens again",
-    "assistant_early_exit": "assisted decoding removes tokens again",
-    "use_mtp": "assisted decoding removes tokens again",
-    "penalty_alpha": "contrastive search removes tokens again",
-    "dola_layers": "DoLa decoding is not supported",
-    "custom_generate": "custom decoding loops are not supported",
-    "cache_implementation": "longthink is the cache",
-    "output_attentions": "attention weights of evicted tokens do not exist; see cache.resident_positions",
-}
 _MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
 
 
@@ -138,7 +127,8 @@ def generate(
     rows = (1 if prompt is None else len(prompt)) * (config.num_return_sequences or 1)
     if _compiles(model, cache, rows, compile, generate_kwargs):
         generate_kwargs["custom_generate"] = DecodeLoop(compile, generate_kwargs.get("streamer"))
-    announced = columns - cache.columns if chunk_size is not None else 0
+    new = 0 if prompt is None else _new_columns(cache, columns, attention_mask)
+    announced = new if chunk_size is not None else 0
     if announced:
         # Before the first chunk is read: afterwards the conversation would be lost.
         cache.check_room(attention_mask, announced)
@@ -153,6 +143,18 @@ def generate(
         )
         check_run(cache, output_columns(output, input_ids, prompt))
         return output
+
+
+def _new_columns(cache: PagedCache, columns: int, mask_BN: Tensor | None) -> int:
+    """How many columns the cache does not hold, of a prompt that is the whole text or what is new; raise for none."""
+    if mask_BN is None or mask_BN.shape[-1] <= columns:
+        new = columns - cache.columns
+    else:
+        # The mask tells that the prompt is what is new; transformers drops a mask that hides nothing.
+        new = columns
+        check_mask_columns(mask_BN.shape[-1], cache.columns, new)
+    cache.check_new(new)
+    return new
 
 
 def _merge_options(model: PreTrainedModel, kwargs: dict[str, Any]) -> tuple[GenerationConfig, dict[str, Any]]:
@@ -186,21 +188,15 @@ def _compiles(
 
 
 def _check_options(config: GenerationConfig, others: dict[str, Any]) -> None:
-    for option, reason in _REFUSED.items():
+    for option in REFUSED:
         value = getattr(config, option, others.get(option))
-        if value is not None and value is not False:
-            raise UnsupportedFeatureError(
-                f"{option}={brief_repr(value)} cannot be used with a bounded cache: {reason}"
-            )
+        # A scale of 1 is no guidance.
+        if value is not None and value is not False and (option, value) != ("guidance_scale", 1):
+            raise refusal(option, value)
     mode = config.get_generation_mode().value
     if mode not in _MODES:
         raise UnsupportedFeatureError(
             f"{mode} cannot be used with a bounded cache: allowed is {', '.join(_MODES)}"
-        )
-    if config.guidance_scale not in (None, 1):
-        raise UnsupportedFeatureError(
-            f"guidance_scale={config.guidance_scale!r} cannot be used with a bounded cache: it decodes a second text "
-            "with an unbounded cache"
         )
     if config.use_cache is False and others.get("inputs_embeds") is None:
         raise UnsupportedFeatureError(

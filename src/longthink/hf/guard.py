@@ -12,14 +12,21 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 from longthink.cache import LayerCache
-from longthink.errors import CacheStateError, CacheUnusedWarning, UnsupportedModelError
+from longthink.errors import (
+    CacheStateError,
+    CacheUnusedWarning,
+    UnsupportedFeatureError,
+    UnsupportedModelError,
+)
+from longthink.hf.refusals import refusal
 from longthink.policies import grows
 
 if TYPE_CHECKING:
@@ -31,6 +38,8 @@ _FEWEST_STEPS = 16
 
 _NOT_THE_CALLER = ("longthink", "transformers", "torch", "weakref")
 """Packages that a warning is not attributed to."""
+
+_GUIDANCE = UnbatchedClassifierFreeGuidanceLogitsProcessor.__call__.__code__
 
 
 class CacheUse:
@@ -63,9 +72,16 @@ class CacheUse:
         self.used, self.asked, self._rows, self._columns = True, False, rows, columns
         self.ignore()
 
+    def pass_over(self) -> None:
+        """Note a step with another longthink cache, such as a copy: it counts if the library was given this one."""
+        if self.asked and not self.used:
+            self._steps += 1
+
     def add_foreign(self, rows: int, new: int, columns: int) -> None:
         """Note a pass of the model without the cache: over `new` columns, which read `columns`."""
         if not self._last:
+            if self.used and (scale := _guidance_scale()) is not None:
+                raise refusal("guidance_scale", scale)
             # The next step of the text in this cache: its last token alone, or all of it again.
             self._follows = self.used and rows == self._rows and columns in (self._columns + 1, 1)
         if self.limit is not None and columns > self.limit and (self._follows or self.asked):
@@ -90,7 +106,7 @@ class CacheUse:
         if not self.used and self._steps >= _FEWEST_STEPS:
             _warn(
                 f"a longthink cache was open and was never given a token, while the model decoded {self._steps} "
-                "tokens with another cache or with none, which is not bounded: pass past_key_values=cache"
+                "tokens with another cache or with none, outside of its bound: pass past_key_values=cache"
             )
         self.ignore()
 
@@ -105,11 +121,37 @@ def check_limit(limit: int | None, columns: int) -> None:
         )
 
 
+def check_new(new: int, held: int) -> None:
+    """Raise `ValueError` unless a prompt has columns behind those held: transformers leaves off so many of it."""
+    if new <= 0:
+        raise ValueError(
+            f"the prompt has no token behind the {held} columns that the cache holds: pass the text in the cache and "
+            "the new tokens behind it; for another text, call cache.reset() or create a new cache"
+        )
+
+
+def check_mask_columns(given: int, held: int, new: int) -> None:
+    """Raise `UnsupportedFeatureError` unless a mask covers the text in the cache and the new tokens."""
+    if given != held + new:
+        raise UnsupportedFeatureError(
+            f"attention_mask has {given} columns, and must cover the {held} in the cache and the {new} new ones; the "
+            "last token of an answer is not in the cache: it comes with the next turn"
+        )
+
+
 def _warn(message: str) -> None:
     level, frame = 1, sys._getframe(0)
     while frame.f_back is not None and frame.f_globals["__name__"].split(".")[0] in _NOT_THE_CALLER:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, CacheUnusedWarning, stacklevel=level)
+
+
+def _guidance_scale() -> float | None:
+    """The scale if transformers' guidance runs the model: nothing that it gives to a cache tells of it."""
+    frame: FrameType | None = sys._getframe(0)
+    while frame is not None and frame.f_code is not _GUIDANCE:
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals["self"].guidance_scale
 
 
 # Open caches ----------------------------------------------------------------------------------------------------
@@ -130,6 +172,15 @@ _watched: weakref.WeakKeyDictionary[PreTrainedModel, _Watched] = weakref.WeakKey
 def watch(model: PreTrainedModel, use: CacheUse, first_layer: int) -> None:
     """Watch what the model does without a cache that was opened."""
     _watched.setdefault(model, _Watched(model, first_layer)).uses.append(use)
+
+
+def note_use(model: PreTrainedModel | None, use: CacheUse, rows: int, columns: int) -> None:
+    """Note that a cache was given keys, see `CacheUse.add`, and that the model's other open caches were not."""
+    use.add(rows, columns)
+    watched = None if model is None else _watched.get(model)
+    for other in list(watched.uses) if watched is not None else ():
+        if other is not use:
+            other.pass_over()
 
 
 def unwatch(model_ref: weakref.ref[PreTrainedModel], use: CacheUse) -> None:

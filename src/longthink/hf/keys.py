@@ -6,6 +6,8 @@ Shape suffixes: B texts, K KV heads, D head dim.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +26,7 @@ class _Reader:
     expands = False
     key_BKQD: Tensor | None = None
 
-    def check_call(self, module: nn.Module, dropout: float, use_cache: bool | None) -> None:
+    def check_call(self, module: nn.Module, dropout: float, options: Mapping[str, Any]) -> None:
         """Accept everything: nothing is kept of the text."""
 
     def attend(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from longthink.errors import UnsupportedFeatureError, UnsupportedModelError
 from longthink.hf.attention import mark
 from longthink.hf.binding import ModelBinding, outside_inference
 from longthink.hf.columns import Columns
+from longthink.hf.refusals import refusal
 from longthink.kernels import LogitRule
 
 
@@ -53,7 +55,7 @@ class PagedLayer(CacheLayerMixin):
         return mark(key_states, value_states, self, self.index), value_states
 
     @torch.compiler.disable
-    def check_call(self, module: Any, dropout: float, use_cache: bool | None) -> None:
+    def check_call(self, module: Any, dropout: float, options: Mapping[str, Any]) -> None:
         """Raise if the output would be wrong, before anything is appended."""
         if not self.pending:
             raise UnsupportedModelError(
@@ -66,7 +68,9 @@ class PagedLayer(CacheLayerMixin):
                 f"attention dropout ({dropout}) in training mode cannot be used with a bounded cache: call "
                 "model.eval()"
             )
-        self.binding.check_use_cache(use_cache, again=0 < self.columns < self._new)
+        if options.get("output_attentions"):
+            raise refusal("output_attentions", True)
+        self.binding.check_use_cache(options.get("use_cache"), again=0 < self.columns < self._new)
         self.pending = True
 
     @torch.compiler.disable

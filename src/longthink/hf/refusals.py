@@ -6,7 +6,31 @@ from typing import Any
 
 from transformers.cache_utils import Cache
 
+from longthink.config import brief_repr
 from longthink.errors import UnsupportedFeatureError
+
+REFUSED = {
+    "assistant_model": "assisted decoding removes tokens again",
+    "prompt_lookup_num_tokens": "assisted decoding removes tokens again",
+    "assistant_early_exit": "assisted decoding removes tokens again",
+    "use_mtp": "assisted decoding removes tokens again",
+    "penalty_alpha": "contrastive search removes tokens again",
+    "dola_layers": "DoLa decoding is not supported",
+    "custom_generate": "custom decoding loops are not supported",
+    "cache_implementation": (
+        "longthink is the cache; pass cache_implementation=None (it may come from model.generation_config)"
+    ),
+    "guidance_scale": "it decodes a second text with an unbounded cache",
+    "output_attentions": "attention weights of evicted tokens do not exist; see cache.resident_positions",
+}
+"""Options of `model.generate` that do not work with a bounded cache; None and False leave them off."""
+
+
+def refusal(option: str, value: Any) -> UnsupportedFeatureError:
+    """The error for one of `REFUSED`."""
+    return UnsupportedFeatureError(
+        f"{option}={brief_repr(value)} cannot be used with a bounded cache: {REFUSED[option]}"
+    )
 
 
 class Refusals(Cache):

@@ -5,7 +5,7 @@ The model builds masks and positions as for a text of its own; the real position
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,5 +69,5 @@ class ViewLayer:
         self.slots = slots
         self.expands = False
 
-    def check_call(self, module: torch.nn.Module, dropout: float, use_cache: bool | None) -> None:
+    def check_call(self, module: torch.nn.Module, dropout: float, options: Mapping[str, Any]) -> None:
         """Accept: `PagedLayer` has checked the model when it read the prompt."""
