@@ -1,6 +1,7 @@
 """Caches at few bits behind the public functions: tokens, bytes, rows, turns, files, and what is refused."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -8,9 +9,12 @@ import torch
 import longthink
 from longthink.errors import BudgetError, UnsupportedFeatureError
 from longthink.hf import Request
+from tests.grids import by_day, covering, slow_but
 from tests.models import build, prompt
 
 POLICIES = ("recall", "raas", "recency", "milestone", "random", "quest", "dense")
+BOUNDED = ("recall", "raas", "recency")
+BITS = (4, "3", "4/2", "2:page=16:window=32", "3:prompt=packed")
 FIXED = dict(max_new_tokens=180, min_new_tokens=180, do_sample=False)
 
 
@@ -28,7 +32,7 @@ def decode(model, cache, ids, **more):
         return model.generate(ids, past_key_values=cache, **FIXED | more)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", slow_but(POLICIES, "recall", "dense"))
 def test_eight_bits_decode_what_full_keys_do_while_nothing_is_evicted(model, policy):
     ids = prompt((40,))[0]
     expected = model.generate(ids, **FIXED)
@@ -39,8 +43,10 @@ def test_eight_bits_decode_what_full_keys_do_while_nothing_is_evicted(model, pol
         assert cache.num_evicted == 0
 
 
-@pytest.mark.parametrize("kv_bits", [4, "3", "4/2", "2:page=16:window=32", "3:prompt=packed"])
-@pytest.mark.parametrize("policy", ["recall", "raas", "recency"])
+@pytest.mark.parametrize(
+    ("policy", "kv_bits"),
+    slow_but(by_day(covering(BOUNDED, BITS), itertools.product(BOUNDED, BITS)), ("recall", 4)),
+)
 def test_bytes_stay_and_are_those_of_the_budget(model, policy, kv_bits):
     ids = prompt((40,))[0]
     cache = longthink.make_cache(model, policy=policy, kv_bits=kv_bits, decode_budget=96)
@@ -66,6 +72,7 @@ def test_bytes_stay_and_are_those_of_the_budget(model, policy, kv_bits):
         assert resident[:40] == list(range(40))
 
 
+@pytest.mark.slow
 def test_dense_at_four_bits_holds_everything_in_fewer_bytes(model):
     ids = prompt((8,))[0]
     cache = longthink.make_cache(model, policy="dense", kv_bits=4)
@@ -75,7 +82,7 @@ def test_dense_at_four_bits_holds_everything_in_fewer_bytes(model):
     assert cache.kv_bytes < cache.dense_kv_bytes / 3
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", slow_but(POLICIES, "recall", "quest"))
 def test_padded_rows_decode_as_they_do_alone(model, policy):
     ids, mask = prompt((40, 23))
     cache = longthink.make_cache(model, policy=policy, kv_bits=4, **budget_of(policy))
@@ -88,7 +95,7 @@ def test_padded_rows_decode_as_they_do_alone(model, policy):
         assert cache.resident_positions(1)[row] == alone.resident_positions(1)[0]
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", slow_but(POLICIES, "raas"))
 def test_a_saved_cache_goes_on_as_the_original(model, policy, tmp_path):
     ids = prompt((40,))[0]
     cache = longthink.make_cache(model, policy=policy, kv_bits="4/3:window=32", **budget_of(policy))
@@ -104,7 +111,7 @@ def test_a_saved_cache_goes_on_as_the_original(model, policy, tmp_path):
     assert torch.equal(outs[0], outs[2])
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", slow_but(POLICIES, "milestone", "dense"))
 def test_a_later_turn_is_what_one_token_at_a_time_would_be(model, policy):
     ids, turn = prompt((40,))[0], prompt((37,), seed=5)[0]
     cache = longthink.make_cache(model, policy=policy, kv_bits=4, **budget_of(policy))
@@ -120,7 +127,7 @@ def test_a_later_turn_is_what_one_token_at_a_time_would_be(model, policy):
         assert resident == list(range(cache.columns))
 
 
-@pytest.mark.parametrize("policy", ["recall", "raas", "dense"])
+@pytest.mark.parametrize("policy", slow_but(["recall", "raas", "dense"], "recall"))
 def test_rows_that_ended_early_are_rewound(model, policy):
     """Padding that was decoded is dropped in the next turn, and a page that was packed meanwhile is written on."""
     ids, mask = prompt((40, 40))
@@ -151,7 +158,7 @@ def test_beams_and_several_answers(model):
         assert out.shape[1] == 220
 
 
-@pytest.mark.parametrize("prompt_kept", ["full", "packed"])
+@pytest.mark.parametrize("prompt_kept", slow_but(["full", "packed"], "packed"))
 def test_a_prompt_in_chunks_is_the_same(model, prompt_kept):
     ids = prompt((150,))[0]
     bits = f"4:prompt={prompt_kept}"

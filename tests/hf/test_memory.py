@@ -57,7 +57,7 @@ def watched(policy: str, at: tuple[int, ...], **budget: int) -> dict[int, int]:
 
 # What a text of N tokens costs beside the cache: ids, positions and masks that `generate` itself keeps.
 TEXT_BYTES_PER_TOKEN = 8 * 8
-LAYERS, EARLY, LATE = 1, 150, 750
+LAYERS, EARLY, LATE = 1, 150, 450
 
 
 @pytest.mark.slow
