@@ -105,7 +105,7 @@ def test_a_question_in_chunks_that_does_not_fit_leaves_the_cache_as_it_was(model
     ("policy", "budget"),
     slow_but(
         by_day(covering(POLICIES, BUDGETS), itertools.product(POLICIES, BUDGETS)),
-        *(cell for cell in covering(POLICIES, BUDGETS) if cell[0] in ("raas", "dense")),
+        *(cell for cell in covering(POLICIES, BUDGETS) if cell[0] == "raas"),
     ),
     ids=str,
 )
@@ -168,7 +168,8 @@ def test_padding_after_a_row_that_ended_is_as_good_as_never_read(ending_model, p
     assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=8, **GREEDY), expected)
 
 
-@pytest.mark.parametrize("policy", slow_but(PINNED, "raas"))
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", PINNED)
 def test_a_row_that_ended_early_has_its_question_pinned_and_its_bound(policy):
     """With evictions, also for the padding, over several turns, each of which hides that of all before."""
     model, first = build("llama"), question(9, seed=3, rows=2)

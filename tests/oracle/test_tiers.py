@@ -11,6 +11,7 @@ from longthink.cache import TieredCache, with_pages
 from longthink.config import Budget, KvBits
 from longthink.policies import make_policy
 from tests.examples import few, some
+from tests.grids import slow_but
 from tests.oracle.tiers import TieredRow
 
 DIM, HEADS, GROUP, SCALING = 8, 2, 2, 0.5
@@ -97,7 +98,7 @@ def cases(draw):
     )  # fmt: skip
 
 
-@few(8, phases=[Phase.generate])
+@few(2, phases=[Phase.generate])
 @given(cases())
 def test_a_row_keeps_and_reads_what_its_oracle_does(case):
     compare(case)
@@ -117,7 +118,7 @@ def test_rows_with_longer_prompts_have_fewer_packed_pages():
     assert packed[0, 0] < packed[1, 0] == layer.tiers.packed_pages
 
 
-@pytest.mark.parametrize("rule", ["recency", "raas"])
+@pytest.mark.parametrize("rule", slow_but(["recency", "raas"], "raas"))
 def test_pages_are_packed_and_evicted(rule):
     bits = KvBits(keys=4, values=2, window=16, page=16)
     layer = compare(TieredCase(rule, bits, ("decode_budget", 32), (20, 5), 200))
