@@ -11,8 +11,8 @@ BIN := $(VENV)/bin
 # A worker that has nothing left to do takes half of what another one has.
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-# One thread per test worker, threads that sleep while they wait, and never a word with a hub.
-TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 \
+# One thread per test worker, no pool of compilers beside it, threads that sleep while they wait, and never a word with a hub.
+TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 \
   HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONFAULTHANDLER=1 LONGTHINK_EXAMPLES=$(EXAMPLES)
 
 .DEFAULT_GOAL := help

@@ -125,3 +125,12 @@ def test_pages_are_packed_and_evicted(rule):
     assert layer.num_evicted > 0
     assert layer.tiers.full_pages == 3
     assert (layer.tiers.table.page_BKP >= 0).all(-1)[0].all()
+
+
+def test_a_page_in_full_stays_however_little_it_is_worth():
+    """The window has two pages here, and the older one is at times the least used of all pages."""
+    compare(
+        TieredCase(
+            "raas", KvBits(keys=4, values=2, window=32, page=16), ("decode_budget", 48), (15,), steps=300
+        )
+    )
