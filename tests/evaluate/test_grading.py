@@ -318,7 +318,6 @@ def test_a_process_that_cannot_start_is_an_error_and_not_a_verdict(monkeypatch):
             judge(grader, r"\boxed{8/2}", "4")
 
 
-@pytest.mark.slow
 def test_missing_package_names_the_extra(monkeypatch):
     monkeypatch.setattr(grading, "find_spec", lambda name: None)
     with Grader() as grader:

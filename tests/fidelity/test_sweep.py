@@ -51,6 +51,7 @@ def whole(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_what_is_stored_is_not_measured_again(whole):
     before = measured(whole)
     assert len(before) == 20 and all(row["tokens"] > 0 and row["evicted"] > 0 for row in before)

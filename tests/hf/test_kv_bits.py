@@ -83,7 +83,8 @@ def test_dense_at_four_bits_holds_everything_in_fewer_bytes(model):
     assert cache.kv_bytes < cache.dense_kv_bytes / 3
 
 
-@pytest.mark.parametrize("policy", slow_but(POLICIES, "recall"))
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", POLICIES)
 def test_padded_rows_decode_as_they_do_alone(model, policy):
     ids, mask = prompt((40, 23))
     cache = longthink.make_cache(model, policy=policy, kv_bits=4, **budget_of(policy))
@@ -128,7 +129,8 @@ def test_a_later_turn_is_what_one_token_at_a_time_would_be(model, policy):
         assert resident == list(range(cache.columns))
 
 
-@pytest.mark.parametrize("policy", slow_but(["recall", "raas", "dense"], "recall"))
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["recall", "raas", "dense"])
 def test_rows_that_ended_early_are_rewound(model, policy):
     """Padding that was decoded is dropped in the next turn, and a page that was packed meanwhile is written on."""
     ids, mask = prompt((40, 40))
@@ -160,7 +162,8 @@ def test_beams_and_several_answers(model):
         assert out.shape[1] == 220
 
 
-@pytest.mark.parametrize("prompt_kept", slow_but(["full", "packed"], "packed"))
+@pytest.mark.slow
+@pytest.mark.parametrize("prompt_kept", ["full", "packed"])
 def test_a_prompt_in_chunks_is_the_same(model, prompt_kept):
     ids = prompt((150,))[0]
     bits = f"4:prompt={prompt_kept}"
