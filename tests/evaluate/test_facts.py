@@ -364,6 +364,7 @@ def test_workers_make_the_same_samples(tmp_path, folder):
     assert rows(tmp_path / "one") == rows(tmp_path / "two")
 
 
+@pytest.mark.slow
 def test_texts_and_ordinary_problems_go_through_one_sweep(tmp_path, folder):
     file = tmp_path / "mine.jsonl"
     file.write_text('{"question": "How many?", "answer": "4"}\n')
