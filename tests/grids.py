@@ -1,9 +1,11 @@
-"""Grids of cases, of which `make test-fast` runs a few and `make test` all."""
+"""Grids of cases, of which `make test-fast` runs a few, `make test` more and `make test EXAMPLES=10` all."""
 
 import itertools
 from collections.abc import Iterable
 
 import pytest
+
+from tests.examples import TIMES
 
 
 def slow_but(cases: Iterable, *quick) -> list:
@@ -23,3 +25,10 @@ def covering(first: Iterable, *others: Iterable) -> list[tuple]:
     # One place on after each round, or every other value of the first would only ever meet every other combination.
     place = [(i + i // len(combined)) % len(combined) for i in range(max(len(first), len(combined)))]
     return [(first[i % len(first)], *combined[where]) for i, where in enumerate(place)]
+
+
+def by_day(usual: Iterable, every: Iterable) -> list:
+    """The usual cells of a grid; by night, with more random examples, every one."""
+    usual, every = list(usual), list(every)
+    assert all(cell in every for cell in usual), f"{usual} are not all among {every}"
+    return every if TIMES > 1 else usual

@@ -52,6 +52,7 @@ def test_a_cache_that_is_larger_than_dense_says_why(call, plain_model):
         assert ("larger than a dense" in call(*command, "--max-new-tokens", new)[2]) == larger
 
 
+@pytest.mark.slow
 def test_compiling_is_announced_on_standard_error_and_once(call, plain_model, monkeypatch):
     monkeypatch.setattr("longthink.hf.step.few_rows_backend", "eager")
     command = (

@@ -21,6 +21,7 @@ from longthink.policies import make_policy
 from longthink.reasoner import load_reasoner
 from tests.bpe import byte_level_bpe
 from tests.cli.conftest import call, quiet_environment  # noqa: F401  (fixtures)
+from tests.grids import slow_but
 from tests.models import build
 
 ENOUGH = 24
@@ -233,7 +234,9 @@ def one_by_one(model, config, one):
             logits_BV = step(torch.tensor([[tokens[-1]]]))
 
 
-@pytest.mark.parametrize("policy", ["dense", "recency", "raas:page_size=4", "random:page_size=4"])
+@pytest.mark.parametrize(
+    "policy", slow_but(["dense", "recency", "raas:page_size=4", "random:page_size=4"], "raas:page_size=4")
+)
 def test_a_row_is_what_its_tokens_are_one_by_one(model, tokenizer, policy):
     config = CacheConfig(policy, None, None if policy == "dense" else 40)
     batch = requests(tokenizer)
@@ -247,6 +250,7 @@ def test_a_row_is_what_its_tokens_are_one_by_one(model, tokenizer, policy):
         assert finished.kv_bytes_peak == cache.kv_bytes
 
 
+@pytest.mark.slow
 def test_texts_of_different_lengths_are_read_apart_and_blocks_do_not_matter(model, tokenizer, monkeypatch):
     config = CacheConfig("raas:page_size=4", None, 40)
     mixed = [*requests(tokenizer, rows=2), *requests(tokenizer, distance=70, rows=2)]
@@ -334,6 +338,7 @@ def rows(folder):
     )
 
 
+@pytest.mark.slow
 def test_samples_are_stored_and_a_sweep_is_resumed(tmp_path, folder, tokenizer):
     first = sweep(tmp_path / "store", folder, count=2)
     run_work(first)
@@ -359,6 +364,7 @@ def test_workers_make_the_same_samples(tmp_path, folder):
     assert rows(tmp_path / "one") == rows(tmp_path / "two")
 
 
+@pytest.mark.slow
 def test_texts_and_ordinary_problems_go_through_one_sweep(tmp_path, folder):
     file = tmp_path / "mine.jsonl"
     file.write_text('{"question": "How many?", "answer": "4"}\n')

@@ -111,6 +111,7 @@ def test_long_range_tokens_are_found(model, texts):
     assert sum(scores.long_tokens for scores in column) >= 3
 
 
+@pytest.mark.slow
 def test_neither_the_company_nor_the_size_of_blocks_matters(model, texts, monkeypatch):
     bound = Budget(decode_budget=12)
     policies = [RaaS(page_size=4), StreamingLLM(), Recency()]

@@ -51,6 +51,7 @@ def whole(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_what_is_stored_is_not_measured_again(whole):
     before = measured(whole)
     assert len(before) == 20 and all(row["tokens"] > 0 and row["evicted"] > 0 for row in before)
@@ -60,6 +61,7 @@ def test_what_is_stored_is_not_measured_again(whole):
     assert measured(whole) == before
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_makes_what_an_undisturbed_one_does(tmp_path, whole):
     first = sweep_in(tmp_path / "store")
     first.report = lambda sweep: (_ for _ in ()).throw(KeyboardInterrupt) if sweep.total.made >= 8 else None

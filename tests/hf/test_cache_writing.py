@@ -85,8 +85,9 @@ def test_a_folder_that_is_read_only_is_named(model, tmp_path):
 
 
 SAVES_FOREVER = """
-import sys, torch, longthink
+import os, sys, torch, longthink
 from tests.models import build, prompt
+torch.set_num_threads(1)  # a copy of this process has no other thread
 model = build("qwen2")
 caches = []
 for tokens in (3000, 3001):
@@ -95,28 +96,39 @@ for tokens in (3000, 3001):
         model(prompt((tokens,))[0], past_key_values=cache)
     caches.append(cache)
 caches[0].save(sys.argv[1])
-print("saving", flush=True)
-while True:
-    for cache in caches:
-        cache.save(sys.argv[1])
+for line in sys.stdin:
+    process = os.fork()
+    while process == 0:
+        for cache in caches:
+            cache.save(sys.argv[1])
+    print(process, flush=True)
+    os.waitpid(process, 0)
+    print("killed", flush=True)
 """
+"""For each line that it reads, starts a process that saves until it is killed."""
+
+
+@pytest.fixture
+def saver(tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-c", SAVES_FOREVER, str(tmp_path / "cache")],
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+    ) as process:  # fmt: skip
+        yield process
 
 
 @pytest.mark.slow
-def test_a_killed_save_leaves_a_file_that_loads(model, tmp_path):
+def test_a_killed_save_leaves_a_file_that_loads(model, saver, tmp_path):
     path, lengths, halfway = tmp_path / "cache", [], 0
     for kill in range(16):
         if kill >= 4 and halfway:
             break  # on a busy machine it takes more tries
-        process = subprocess.Popen(
-            [sys.executable, "-c", SAVES_FOREVER, str(path)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
-        )  # fmt: skip
-        assert process.stdout.readline() == "saving\n"
+        saver.stdin.write("save\n")
+        process = int(saver.stdout.readline())
         time.sleep(0.2 + 0.037 * kill)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        os.kill(process, signal.SIGKILL)
+        assert saver.stdout.readline() == "killed\n"
         halfway += len(list(tmp_path.iterdir())) > 1
         with longthink.load_cache(model, path) as cache:
             lengths.append(cache.get_seq_length())

@@ -339,6 +339,7 @@ def test_nothing_of_the_compiler_is_left_set(light_compiler):
     assert torch._dynamo.config.get_config_copy() == before
 
 
+@pytest.mark.slow
 def test_compiling_is_announced_before_it_starts_and_once(light_compiler, caplog):
     model = wide("qwen2", num_hidden_layers=1)
     ids, mask = prompt((20, 20))

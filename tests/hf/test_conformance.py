@@ -1,5 +1,6 @@
 """Every policy on every architecture, driven by the registry: a new policy is tested by being registered."""
 
+import itertools
 from functools import cache
 
 import pytest
@@ -9,7 +10,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 import longthink
 from longthink.policies import grows, needs_budget
-from tests.grids import slow_but
+from tests.grids import by_day, covering, slow_but
 from tests.models import ARCHITECTURES, build, prompt
 
 POLICIES = longthink.available_policies()
@@ -60,8 +61,10 @@ def test_enough_budget_changes_nothing(policy):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("policy", "architecture"),
+    by_day(covering(POLICIES, ARCHITECTURES), itertools.product(POLICIES, ARCHITECTURES)),
+)
 def test_enough_budget_changes_nothing_over_many_steps(architecture, policy):
     assert_lossless(architecture, policy, 160)
 

@@ -8,6 +8,7 @@ import longthink
 from longthink.hf import Engine, Request
 from longthink.hf import step as step_module
 from longthink.hf.step import DecodeStep
+from tests.grids import by_day
 from tests.hf.test_compile import Waits, wide
 from tests.hf.test_engine_rows import LENGTHS, LIMITS, alone, budget_of, requests, stream
 
@@ -64,15 +65,15 @@ def test_rows_that_read_different_numbers_of_pages(light_compiler):
 
 
 @pytest.mark.slow
-def test_the_whole_compiler_and_narrow_keys():
+@pytest.mark.parametrize("dtype", by_day(["bfloat16"], [None, "bfloat16"]))
+def test_the_whole_compiler_and_narrow_keys(dtype):
     model, budget = wide("qwen2", num_hidden_layers=1), longthink.Budget(decode_budget=24)
     asked = requests((5, 40, 17), (50, 20, 40))
-    for dtype in (None, "bfloat16"):
-        compiled = stream(model, asked, "milestone", budget, seats=2, kv_dtype=dtype, compile=True)
-        for request in asked:
-            tokens, cache = alone(model, request, "milestone", budget, kv_dtype=dtype, compile=False)
-            assert compiled[request.tag].tokens == tokens
-    assert cache.layers[0].slots._store.keys_BKSD.dtype == torch.bfloat16
+    compiled = stream(model, asked, "milestone", budget, seats=2, kv_dtype=dtype, compile=True)
+    for request in asked:
+        tokens, cache = alone(model, request, "milestone", budget, kv_dtype=dtype, compile=False)
+        assert compiled[request.tag].tokens == tokens
+    assert cache.layers[0].slots._store.keys_BKSD.dtype == (torch.bfloat16 if dtype else torch.float64)
     torch.compiler.reset()
 
 

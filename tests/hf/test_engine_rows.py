@@ -9,13 +9,13 @@ import torch
 import longthink
 from longthink.hf import Engine, Request, Sampling
 from longthink.policies import grows, make_policy, needs_budget
-from tests.grids import slow_but
+from tests.grids import by_day, covering, slow_but
 from tests.hf.test_conformance import VARIANTS
 from tests.models import build, prompt
 
 LENGTHS = (5, 40, 17, 90, 1, 33, 64, 12, 25, 48)
 LIMITS = (36, 20, 45, 12, 30, 1, 26, 50, 8, 33)
-POLICIES = longthink.available_policies()
+POLICIES, MODELS = longthink.available_policies(), ("qwen2", "mistral")
 
 
 def requests(lengths=LENGTHS, limits=LIMITS, **more):
@@ -73,8 +73,11 @@ def assert_as_alone(model, policy, budget, seats=4, **options):
 
 
 @pytest.mark.parametrize(
-    ("architecture", "policy"),
-    slow_but(itertools.product(("qwen2", "mistral"), POLICIES), ("qwen2", "raas")),
+    ("policy", "architecture"),
+    slow_but(
+        by_day(covering(POLICIES, MODELS), itertools.product(POLICIES, MODELS)),
+        *(cell for cell in covering(POLICIES, MODELS) if cell[0] == "raas"),
+    ),
 )
 def test_every_row_gets_the_tokens_that_it_gets_alone(architecture, policy):
     """Budgets count on top of the prompt, so each row has its own number of slots."""
@@ -88,9 +91,8 @@ def test_variants_too(policy):
     assert_as_alone(build("qwen2"), policy, budget_of(policy, decode_budget=24))
 
 
-@pytest.mark.parametrize(
-    "policy", slow_but(["streaming_llm", "h2o", "raas:pin_prompt=false", "quest"], "streaming_llm")
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["streaming_llm", "h2o", "raas:pin_prompt=false", "quest"])
 def test_prompts_longer_than_the_budget(policy):
     """Policies that trim the prompt start rows that are full at once, beside rows that are not."""
     assert_as_alone(build("qwen2"), policy, budget_of(policy, budget=32), seats=3)
@@ -111,6 +113,7 @@ def test_end_tokens_end_rows_and_first_tokens_may_end_them():
     assert len(done[7].tokens) == 1
 
 
+@pytest.mark.slow
 def test_a_prompt_without_room_is_reported_and_the_others_go_on():
     model = build("qwen2")
     asked = requests()
@@ -125,6 +128,7 @@ def test_a_prompt_without_room_is_reported_and_the_others_go_on():
             assert got.tokens == alone(model, request, "raas", longthink.Budget(budget=64))[0]
 
 
+@pytest.mark.slow
 def test_slots_stay_within_the_budget_and_memory_follows_the_rows():
     """A stream holds what its rows need: long rows give their slots back when they have left."""
     model = build("qwen2")
@@ -152,6 +156,7 @@ def test_rows_that_are_kept_hold_no_more_slots_than_they_need():
         assert cache.kv_bytes == needed
 
 
+@pytest.mark.slow
 def test_model_and_memory_are_given_back_when_the_stream_is_dropped():
     def caches():
         gc.collect()

@@ -1,6 +1,7 @@
 """A known text through the decode steps, many tokens a call: what the same tokens give one by one."""
 
 import logging
+from functools import partial
 
 import pytest
 import torch
@@ -10,13 +11,15 @@ from longthink.config import Budget
 from longthink.errors import CacheStateError
 from longthink.hf import DecodeStep, PagedCache, forced
 from longthink.hf.forced import ForcedDecode
+from longthink.kernels.compiled import compile_isolated
 from longthink.policies import Quest, RaaS, needs_budget
-from tests.grids import slow_but
+from tests.grids import by_day, slow_but
 from tests.models import build, prompt
 from tests.variants import BUILT_IN
 
 BUDGET, TOKENS = 16, 40
 BLOCKS = (1, 7, 1, 20, 11)
+COMPILED = ("h2o pinned", "milestone", "quest", "raas", "random", "recall", "dense")
 QUICK = ("h2o pinned", "milestone", "quest", "raas", "streaming_llm")
 
 
@@ -61,12 +64,25 @@ def test_a_block_gives_what_its_tokens_give_one_by_one(model, name):
     assert_same(in_blocks(model, BUILT_IN[name]), one_by_one(model, BUILT_IN[name]))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["h2o pinned", "milestone", "quest", "raas", "random", "recall", "dense"])
-def test_so_does_the_compiled_step(model, name):
+def assert_compiled_step_is_the_same(model, name):
     assert_same(in_blocks(model, BUILT_IN[name], compile=True), one_by_one(model, BUILT_IN[name]))
     programs = [program for (_, policy, _), program in forced._programs.items() if policy == BUILT_IN[name]]
     assert programs and not {forced._step, forced._open_and_step} & set(programs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMPILED)
+def test_so_does_the_compiled_step(model, name, monkeypatch):
+    """Found and guarded as one program, but not made fast: of that, one policy is enough by day."""
+    monkeypatch.setattr(forced, "compile_isolated", partial(compile_isolated, backend="eager"))
+    monkeypatch.setattr(forced, "_programs", {})
+    assert_compiled_step_is_the_same(model, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", by_day(["milestone"], COMPILED))
+def test_so_does_the_step_of_the_whole_compiler(model, name):
+    assert_compiled_step_is_the_same(model, name)
 
 
 def test_ordinary_steps_go_on_from_there(model):

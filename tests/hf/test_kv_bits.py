@@ -1,6 +1,7 @@
 """Caches at few bits behind the public functions: tokens, bytes, rows, turns, files, and what is refused."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -8,9 +9,12 @@ import torch
 import longthink
 from longthink.errors import BudgetError, UnsupportedFeatureError
 from longthink.hf import Request
+from tests.grids import by_day, covering, slow_but
 from tests.models import build, prompt
 
 POLICIES = ("recall", "raas", "recency", "milestone", "random", "quest", "dense")
+BOUNDED = ("recall", "raas", "recency")
+BITS = (4, "3", "4/2", "2:page=16:window=32", "3:prompt=packed")
 FIXED = dict(max_new_tokens=180, min_new_tokens=180, do_sample=False)
 
 
@@ -28,7 +32,7 @@ def decode(model, cache, ids, **more):
         return model.generate(ids, past_key_values=cache, **FIXED | more)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", slow_but(POLICIES, "recall", "dense"))
 def test_eight_bits_decode_what_full_keys_do_while_nothing_is_evicted(model, policy):
     ids = prompt((40,))[0]
     expected = model.generate(ids, **FIXED)
@@ -39,8 +43,11 @@ def test_eight_bits_decode_what_full_keys_do_while_nothing_is_evicted(model, pol
         assert cache.num_evicted == 0
 
 
-@pytest.mark.parametrize("kv_bits", [4, "3", "4/2", "2:page=16:window=32", "3:prompt=packed"])
-@pytest.mark.parametrize("policy", ["recall", "raas", "recency"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("policy", "kv_bits"),
+    by_day(covering(BOUNDED, BITS), itertools.product(BOUNDED, BITS)),
+)
 def test_bytes_stay_and_are_those_of_the_budget(model, policy, kv_bits):
     ids = prompt((40,))[0]
     cache = longthink.make_cache(model, policy=policy, kv_bits=kv_bits, decode_budget=96)
@@ -66,6 +73,7 @@ def test_bytes_stay_and_are_those_of_the_budget(model, policy, kv_bits):
         assert resident[:40] == list(range(40))
 
 
+@pytest.mark.slow
 def test_dense_at_four_bits_holds_everything_in_fewer_bytes(model):
     ids = prompt((8,))[0]
     cache = longthink.make_cache(model, policy="dense", kv_bits=4)
@@ -75,6 +83,7 @@ def test_dense_at_four_bits_holds_everything_in_fewer_bytes(model):
     assert cache.kv_bytes < cache.dense_kv_bytes / 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
 def test_padded_rows_decode_as_they_do_alone(model, policy):
     ids, mask = prompt((40, 23))
@@ -88,7 +97,7 @@ def test_padded_rows_decode_as_they_do_alone(model, policy):
         assert cache.resident_positions(1)[row] == alone.resident_positions(1)[0]
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", slow_but(POLICIES, "raas"))
 def test_a_saved_cache_goes_on_as_the_original(model, policy, tmp_path):
     ids = prompt((40,))[0]
     cache = longthink.make_cache(model, policy=policy, kv_bits="4/3:window=32", **budget_of(policy))
@@ -99,12 +108,12 @@ def test_a_saved_cache_goes_on_as_the_original(model, policy, tmp_path):
     assert str(loaded.kv_bits) == "4/3:window=32"
     assert loaded.kv_bytes == cache.kv_bytes
     more = torch.cat([tokens, tokens[:, :5]], 1)
-    outs = [decode(model, one, more) for one in (cache, twin, loaded)]
+    outs = [decode(model, one, more, max_new_tokens=60, min_new_tokens=60) for one in (cache, twin, loaded)]
     assert torch.equal(outs[0], outs[1])
     assert torch.equal(outs[0], outs[2])
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", slow_but(POLICIES, "milestone"))
 def test_a_later_turn_is_what_one_token_at_a_time_would_be(model, policy):
     ids, turn = prompt((40,))[0], prompt((37,), seed=5)[0]
     cache = longthink.make_cache(model, policy=policy, kv_bits=4, **budget_of(policy))
@@ -120,6 +129,7 @@ def test_a_later_turn_is_what_one_token_at_a_time_would_be(model, policy):
         assert resident == list(range(cache.columns))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["recall", "raas", "dense"])
 def test_rows_that_ended_early_are_rewound(model, policy):
     """Padding that was decoded is dropped in the next turn, and a page that was packed meanwhile is written on."""
@@ -144,6 +154,7 @@ def test_rows_that_ended_early_are_rewound(model, policy):
         assert resident[1][0] == list(range(own.columns - 75))
 
 
+@pytest.mark.slow
 def test_beams_and_several_answers(model):
     ids = prompt((40,))[0]
     for more in (dict(num_beams=3), dict(do_sample=True, num_return_sequences=3)):
@@ -151,6 +162,7 @@ def test_beams_and_several_answers(model):
         assert out.shape[1] == 220
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt_kept", ["full", "packed"])
 def test_a_prompt_in_chunks_is_the_same(model, prompt_kept):
     ids = prompt((150,))[0]
@@ -160,6 +172,7 @@ def test_a_prompt_in_chunks_is_the_same(model, prompt_kept):
     assert torch.equal(longthink.generate(model, ids, prefill_chunk_size=37, **more), whole)
 
 
+@pytest.mark.slow
 def test_the_engine_decodes_what_generate_does(model):
     texts = [prompt((n,), seed=n)[0] for n in (40, 9, 70)]
     with longthink.Engine(model, kv_bits=4, decode_budget=96, seats=2) as engine:

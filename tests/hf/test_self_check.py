@@ -100,6 +100,7 @@ def test_vision_models_are_checked_on_text(logits):
     assert len(logits) == 2
 
 
+@pytest.mark.slow
 def test_attention_in_two_calls_is_served_as_one(light_compiler):
     """DiffLlama attends to two halves of the values with the same weights; other such layers are refused."""
     model = tiny("diffllama").double()

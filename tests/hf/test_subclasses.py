@@ -90,7 +90,9 @@ def test_built_in_policies_are_the_same_on_the_fused_route(name, model, monkeypa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED)
-def test_the_compiled_step_does_as_the_eager_one(name, model, light_compiler):
+def test_the_compiled_step_does_as_the_eager_one(name, light_compiler):
+    # Each layer is traced anew, and only one hook is about a second one.
+    model = build("qwen2", num_hidden_layers=2 if name.endswith("for_layer") else 1).double()
     assert_same(decode(model, VARIANTS[name], compile=True), decode(model, VARIANTS[name]))
 
 

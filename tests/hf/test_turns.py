@@ -1,5 +1,7 @@
 """Conversations: a later question stays in the cache as the first does, and padding between turns is taken back."""
 
+import itertools
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -9,7 +11,7 @@ from longthink.accelerators.table import FUSED
 from longthink.policies import grows, make_policy, needs_budget
 from longthink.reasoner import Size, grade, load_reasoner, make_problem
 from tests import fused
-from tests.grids import slow_but
+from tests.grids import by_day, covering, slow_but
 from tests.models import PAD, build, prompt
 
 PINNED = [
@@ -23,6 +25,7 @@ PINNED = [
     "h2o:pin_prompt=true",
 ]
 POLICIES = longthink.available_policies()
+BUDGETS = ({"decode_budget": 32}, {"budget": 80})
 GREEDY = dict(do_sample=False, pad_token_id=PAD, suppress_tokens=[PAD])
 
 
@@ -98,8 +101,14 @@ def test_a_question_in_chunks_that_does_not_fit_leaves_the_cache_as_it_was(model
         assert torch.equal(ask(model, cache, text, long[:, :9], 20), again)
 
 
-@pytest.mark.parametrize("budget", [{"decode_budget": 32}, {"budget": 80}], ids=str)
-@pytest.mark.parametrize("policy", slow_but(POLICIES, "raas", "dense"))
+@pytest.mark.parametrize(
+    ("policy", "budget"),
+    slow_but(
+        by_day(covering(POLICIES, BUDGETS), itertools.product(POLICIES, BUDGETS)),
+        *(cell for cell in covering(POLICIES, BUDGETS) if cell[0] == "raas"),
+    ),
+    ids=str,
+)
 def test_a_question_in_chunks_of_any_size_gets_the_same_answer(model, policy, budget):
     first, second = question(20, rows=2), question(17, seed=2, rows=2)
     budget, texts = budget_of(policy, **budget), []
@@ -159,7 +168,8 @@ def test_padding_after_a_row_that_ended_is_as_good_as_never_read(ending_model, p
     assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=8, **GREEDY), expected)
 
 
-@pytest.mark.parametrize("policy", slow_but(PINNED, "raas"))
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", PINNED)
 def test_a_row_that_ended_early_has_its_question_pinned_and_its_bound(policy):
     """With evictions, also for the padding, over several turns, each of which hides that of all before."""
     model, first = build("llama"), question(9, seed=3, rows=2)
@@ -219,7 +229,7 @@ def test_masks_that_cannot_be_obeyed_are_refused(model, hides, shows, message):
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["raas", "milestone", "quest"])
 def test_a_compiled_step_after_a_second_turn_writes_the_eager_tokens(policy, light_compiler):
-    model, texts = build("qwen2").double(), []
+    model, texts = build("qwen2", num_hidden_layers=1).double(), []
     for compiles in (False, True):
         with longthink.make_cache(model, policy=policy, decode_budget=32) as cache:
             text = question(20, rows=2)[:, :0]

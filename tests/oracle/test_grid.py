@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from tests.grids import covering, slow_but
+from tests.grids import by_day, covering, slow_but
 from tests.oracle.harness import Case, compare
 
 PAGE_SIZES = (1, 4, 8, 16, 32)
@@ -58,8 +58,15 @@ def name_of(value: object) -> str:
 
 
 def grid(cases: list[tuple[str, dict]], **others: tuple) -> pytest.MarkDecorator:
-    """All cells as parameters; the quick ones have each case, and each combination of the rest."""
-    cells = slow_but(itertools.product(cases, *others.values()), *covering(cases, *others.values()))
+    """Cells as parameters: the quick ones have each case, and each combination of the rest.
+
+    By day each case also meets each value of the first of the others, on which the sizes of a run depend.
+    """
+    quick = covering(cases, *others.values())
+    first, *rest = others.values()
+    by_pair = [(*pair, *combined) for pair, *combined in covering(itertools.product(cases, first), *rest)]
+    usual = [*quick, *(cell for cell in by_pair if cell not in quick)]
+    cells = slow_but(by_day(usual, itertools.product(cases, *others.values())), *quick)
     return pytest.mark.parametrize(("chosen", *others), cells, ids=name_of)
 
 

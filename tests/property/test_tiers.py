@@ -59,6 +59,7 @@ def by_position(layer, row=0, head=0):
     )
 
 
+@pytest.mark.slow
 @few(15)
 @given(st.integers(0, 260), st.sampled_from(["raas", "quest"]), st.sampled_from(["full", "packed"]))
 def test_key_bounds_are_those_of_the_keys_as_they_are_read(steps, policy, prompt):

@@ -112,6 +112,7 @@ def test_every_field_of_a_figure_is_text(text):
     assert html.unescape(label) == f"{visible(text)}: {visible(text)}"
 
 
+@pytest.mark.slow
 def test_matplotlib_sees_no_formula(tmp_path):
     for text in ("$x$", "$\\frac{", "\\$ $y$"):
         save_figures([figure(text)], tmp_path)

@@ -62,6 +62,7 @@ def test_a_line_runs_over_the_budgets_of_a_policy(store):
     assert lines["recency"].y == pytest.approx([0.2, 0.1])
 
 
+@pytest.mark.slow
 def test_a_store_with_nothing_else_makes_a_page_without_markup_of_its_values(store, tmp_path):
     page = build(store.folder, tmp_path)
     text = page.read_text()

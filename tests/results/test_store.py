@@ -57,6 +57,7 @@ def child(code, *arguments, **options):
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, **options)
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.lists(samples | measurements, max_size=4), max_size=4), st.booleans())
 def test_round_trip_keeps_the_first_of_each_key(batches, compact):

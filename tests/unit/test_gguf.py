@@ -55,6 +55,7 @@ def path(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_a_file_is_loaded_like_any_other_model(path):
     loaded = load_model(str(path), device="cpu")
     model = loaded.model
