@@ -7,7 +7,8 @@ takes its place, and the test files that should fail, the quickest first. Of tho
 slow ones where none of these has failed. With ``--checkout`` code and tests of another checkout take part, such as
 those before a change of the tests. It refuses a checkout with changes, and puts each file back whatever happens.
 
-Prints a row for each mutation, and ends with 1 if one has survived.
+Prints a row for each mutation, and ends with 1 if one has not been seen: it has survived, or its tests did not run
+(they need a package that is not here, or the code cannot be imported any more).
 """
 
 import argparse
@@ -60,8 +61,12 @@ def mutated(checkout: Path, mutation: dict) -> Iterator[None]:
         path.write_text(before)
 
 
+class NotRun(Exception):
+    """Tests could not be collected, which says nothing of a mutation."""
+
+
 def first_failure(checkout: Path, tests: list[str], marks: str) -> str | None:
-    """The first test that fails, or why there was none to run; None if all pass."""
+    """The first test that fails, or that none ended; None if all pass. `NotRun` if they cannot be collected."""
     with tempfile.TemporaryDirectory() as folder:
         said = Path(folder) / "said"
         child = os.fork()
@@ -77,8 +82,10 @@ def first_failure(checkout: Path, tests: list[str], marks: str) -> str | None:
     code = os.waitstatus_to_exitcode(status)
     if code in (0, 5):  # 5: no test has these marks
         return None
-    named = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
-    return named[1].removeprefix("tests/") if named else f"pytest ends with {code}"
+    named = re.search(r"^(?:FAILED|ERROR) (\S+::\S+)", output, re.MULTILINE)
+    if named is None:
+        raise NotRun(f"pytest ends with {code}")
+    return named[1].removeprefix("tests/")
 
 
 def run_pytest(checkout: Path, arguments: list[str], said: Path) -> NoReturn:
@@ -128,9 +135,12 @@ def main() -> int:
     chosen = {name: mutation for name, mutation in read().items() if arguments.only in name}
     survivors = []
     for name, mutation in chosen.items():
-        seen_by = killer(checkout, mutation, quick=arguments.quick)
+        try:
+            seen_by, row = killer(checkout, mutation, quick=arguments.quick), "SURVIVES"
+        except NotRun as why:
+            seen_by, row = None, f"NOT RUN: {why}"
         survivors += [] if seen_by else [name]
-        print(f"| {name} | {seen_by or 'SURVIVES'} |", flush=True)
+        print(f"| {name} | {seen_by or row} |", flush=True)
     print(f"{len(chosen) - len(survivors)} of {len(chosen)} mutations were seen")
     return 1 if survivors else 0
 

@@ -40,6 +40,18 @@ file = "numbers.py"
 old = "+ 0"
 new = "- 0"
 tests = ["tests/test_double.py"]
+
+[broken]
+file = "numbers.py"
+old = "return"
+new = "retrn"
+tests = ["tests/test_double.py"]
+
+[absent]
+file = "numbers.py"
+old = "2 * x"
+new = "3 * x"
+tests = ["tests/test_absent.py"]
 """
 
 
@@ -80,11 +92,14 @@ def test_survivors_are_named_and_files_put_back(tmp_path):
     git(tmp_path, "init", "-q"), git(tmp_path, "add", "-A"), git(tmp_path, "commit", "-qm", "all")
     done = run(tmp_path)
     assert done.returncode == 1, done.stderr
-    at_once, by_slow, equal, total = done.stdout.splitlines()
+    at_once, by_slow, equal, broken, absent, total = done.stdout.splitlines()
     assert "test_double.py::test_double (quick" in at_once
     assert "test_double.py::test_of_nothing (slow" in by_slow
     assert equal == "| equal | SURVIVES |"
-    assert total == "2 of 3 mutations were seen"
+    assert broken == "| broken | NOT RUN: pytest ends with 2 |"
+    # Such as tests of a package that is not installed, which conftest.py leaves out.
+    assert absent == "| absent | NOT RUN: pytest ends with 4 |"
+    assert total == "2 of 5 mutations were seen"
     assert (tmp_path / "src/longthink/numbers.py").read_text() == CODE
     (tmp_path / "src/longthink/numbers.py").write_text("mine")
     done = run(tmp_path)
