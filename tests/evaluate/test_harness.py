@@ -45,11 +45,11 @@ def task_file(folder, name, records, text=TASK):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A random Qwen2 on disk with a tokenizer trained on the questions, and tasks of local files."""
+    """A random Mistral on disk with a tokenizer trained on the questions, and tasks of local files."""
     folder = tmp_path_factory.mktemp("harness")
     fast = byte_level_bpe(QUESTIONS, vocab_size=400, special=["<|endoftext|>", "<|pad|>"])
     fast.save_pretrained(folder / "model")
-    build("qwen2", vocab_size=len(fast)).save_pretrained(folder / "model")
+    build("mistral", vocab_size=len(fast)).save_pretrained(folder / "model")
     task_file(folder, "sums", [{"question": q, "answer": "x"} for q in QUESTIONS])
     score = "output_type: multiple_choice\ndoc_to_choice: ['1', '2']\n"
     score += (
