@@ -19,7 +19,6 @@ LAYERS = 28
 """Layers of both shapes."""
 FEW_LAYERS = 7
 """Layers with which the larger shape is measured: compiling all of them for every cell takes too long."""
-SIZES = (("1.5B", LAYERS), ("7B", FEW_LAYERS))
 LENGTHS = (2048, 16384, 32768)
 GROUPS = {"kernels": 3, "float32": 1, "policies": 2, "graphs": 4, "memory": 2}
 """Test files, and the number of processes for each."""
@@ -67,7 +66,8 @@ def full_plan() -> list[Part]:
     parts += [_dense("1.5B", LAYERS, 16), *_routes("7B", FEW_LAYERS, CELLS), _dense("7B", FEW_LAYERS, 16)]
     # To compile a cell with all layers takes minutes: of nine, little is left for these.
     parts += _routes("1.5B", LAYERS, CELLS[1:])
-    parts += [_dense(shape, layers, rows) for shape, layers in SIZES for rows in (1, 64)]
+    sizes = (("1.5B", LAYERS), ("7B", FEW_LAYERS))
+    parts += [_dense(shape, layers, rows) for shape, layers in sizes for rows in (1, 64)]
     return parts
 
 

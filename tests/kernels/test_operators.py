@@ -27,8 +27,7 @@ def read(query, keys, values, resident, scaling, with_weights):
 
 def take_step(query, key, value, *held):
     slots, (scaling, *side), score = Slots(*held[:8]), held[8:-1], held[-1]
-    out, found = fused.step_attention(query, key, value, slots, scaling, SideOutput(*side), score)
-    return out, query.new_empty(0) if found is None or score is not None else found
+    return fused.step_attention(query, key, value, slots, scaling, SideOutput(*side), score)[0]
 
 
 def select(query, key, value, *held):
@@ -60,7 +59,7 @@ def as_on_a_gpu(monkeypatch):
     library._destroy()
 
 
-def steps_of(route, policy):
+def steps_of(route):
     from longthink.accelerators.table import FUSED
 
     return FUSED if route == "fused" else {}
@@ -70,7 +69,7 @@ def eager(model, policy, route):
     with pytest.MonkeyPatch.context() as patch:
         if route == "fused":
             fused.force(patch)
-        return decode(model, policy, steps_of(route, policy))
+        return decode(model, policy, steps_of(route))
 
 
 @pytest.mark.slow
@@ -80,7 +79,7 @@ def test_the_compiled_step_writes_what_the_eager_one_writes(spec, route, as_on_a
     whole = (spec, route) in WHOLE
     monkeypatch.setattr(step, "few_rows_backend", "inductor" if whole else "eager")
     wanted = eager(model, policy, route)
-    got, codes = run_and_get_code(decode, model, policy, steps_of(route, policy), compile=True)
+    got, codes = run_and_get_code(decode, model, policy, steps_of(route), compile=True)
     assert got.held == wanted.held
     torch.testing.assert_close(got.logits, wanted.logits, atol=2e-3, rtol=2e-3)
     if whole:

@@ -43,53 +43,32 @@ def step_attention(
     A token at offset 0 clears its page. Returns the output BKGD, and the page scores that `side` asks for (in
     `score_BKP`, float32, if it is given) or None.
     """
-    scores_pages = _scores_pages(side.score, side.bound)
-    if not scores_pages:
+    if not (side.bound or side.score == 1):
         score_BKP = None
-    out_BKGD, new_BKP = _step(query_BKGD, key_BKD, value_BKD, *slots, scaling, *side, score_BKP)
-    return out_BKGD, score_BKP if score_BKP is not None or not scores_pages else new_BKP
+    elif score_BKP is None:
+        pages = slots.keys_BKSD.shape[2] // slots.page_size
+        score_BKP = floats(query_BKGD, (*query_BKGD.shape[:2], pages))
+    return _step(query_BKGD, key_BKD, value_BKD, *slots, scaling, *side, score_BKP), score_BKP
 
 
-def _scores_pages(score: int, bound: int) -> bool:
-    return bool(bound) or score == 1
-
-
-def _like_step(
-    query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, position: Tensor, tail: Tensor,
-    now: Tensor, page_size: int, kmin: Tensor | None, kmax: Tensor | None, scaling: float, score: int, combine: int,
-    bound: int, state: Tensor | None, alpha: float, near: int, page_score: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    shape = (*query.shape[:2], keys.shape[2] // page_size)
-    new = _scores_pages(score, bound) and page_score is None
-    return query.new_empty(query.shape), floats(query, shape if new else (0,))
-
-
-@operator(
-    "step_attention",
-    fake=_like_step,
-    mutates=("keys", "values", "position", "kmin", "kmax", "state", "page_score"),
-)
+@operator("step_attention", mutates=("keys", "values", "position", "kmin", "kmax", "state", "page_score"))
 def _step(
     query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, position: Tensor, tail: Tensor,
     now: Tensor, page_size: int, kmin: Tensor | None, kmax: Tensor | None, scaling: float, score: int, combine: int,
     bound: int, state: Tensor | None, alpha: float, near: int, page_score: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`step_attention` with the fields of `Slots` and `SideOutput`; page scores are empty if they are not new."""
+) -> Tensor:  # fmt: skip
+    """`step_attention` with the fields of `Slots` and `SideOutput`; page scores go to `page_score`, if wanted."""
     slots = Slots(keys, values, position, tail, now, page_size, kmin, kmax)
     side = SideOutput(score, combine, bound, state, alpha, near)
     work = plan_work(query, key, value, slots)
     rows, heads, groups, _ = query.shape
-    pages = work.tokens // work.page_size
-    is_new = page_score is None and _scores_pages(score, bound)
-    new = floats(query, (rows, heads, pages) if is_new else (0,))
-    result = new if is_new else query if page_score is None else page_score
-    # Scores of query heads are brought together when the splits are combined.
-    per_head = bound == 2 or score in (1, 3)
-    scored = floats(query, (rows, heads, groups, pages)) if per_head else result
+    result = scored = query if page_score is None else page_score
+    if bound == 2 or score in (1, 3):  # per query head, until the splits are combined
+        scored = floats(query, (rows, heads, groups, work.tokens // page_size))
+        result = scored if page_score is None else page_score
     logit = floats(query, (rows, heads, groups, work.tokens)) if score > 1 else query
     partial, share = split(work, slots, scored, logit, scaling, side, append=True)
-    out = combine_splits(work, slots, partial, share, logit, scored, result, side)
-    return out.to(query.dtype), new
+    return combine_splits(work, slots, partial, share, logit, scored, result, side).to(query.dtype)
 
 
 def select_attention(
@@ -102,14 +81,7 @@ def select_attention(
     return _select(query_BKGD, key_BKD, value_BKD, *slots, cap_B, scaling)
 
 
-def _like_select(
-    query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, position: Tensor, tail: Tensor,
-    now: Tensor, page_size: int, kmin: Tensor, kmax: Tensor, cap: Tensor, scaling: float,
-) -> Tensor:  # fmt: skip
-    return query.new_empty(query.shape)
-
-
-@operator("select_attention", fake=_like_select, mutates=("keys", "values", "position", "kmin", "kmax"))
+@operator("select_attention", mutates=("keys", "values", "position", "kmin", "kmax"))
 def _select(
     query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, position: Tensor, tail: Tensor,
     now: Tensor, page_size: int, kmin: Tensor, kmax: Tensor, cap: Tensor, scaling: float,

@@ -31,8 +31,6 @@ _VALUE = "_longthink_value"
 _SECOND = "_longthink_second"
 _FOREIGN = ("sliding_window", "position_bias", "indices", "block_indices", "sinks")
 """Arguments of attention functions that no layer with pages may have: they change what is attended to, or how."""
-
-
 _DIFFERENTIAL = "DiffLlamaAttention"
 """Attends twice with the same queries and keys: to the first half of the values, by KV heads, and to the second."""
 

@@ -11,7 +11,6 @@ Shape suffixes: B batch rows, V vocabulary.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import shutil
 import weakref
@@ -31,7 +30,7 @@ from longthink.hf.binding import outside_inference
 from longthink.hf.cache import PagedCache
 from longthink.hf.linears import few_rows_backend
 from longthink.hf.view import ViewLayer, view_of
-from longthink.kernels import LogitRule
+from longthink.kernels import HAS_TRITON, LogitRule
 from longthink.kernels.compiled import compile_isolated, is_compile_disabled, without_guards
 from longthink.policies import grows, policy_spec
 
@@ -168,7 +167,7 @@ def uncompilable(cache: PagedCache) -> str | None:
 def _has_compiler(device: torch.device) -> bool:
     if device.type == "cpu":
         return any(shutil.which(name) for name in ("g++", "clang++", "cl"))
-    return importlib.util.find_spec("triton") is not None
+    return HAS_TRITON
 
 
 class DecodeStep:

@@ -26,9 +26,10 @@ from longthink.kernels.reference import (
 )
 
 __all__ = [
-    "PLAIN", "At", "Index", "LogitRule", "PackedPages", "PagedKV", "append", "block_attention", "bound_scores",
-    "column_mass", "decode_attention", "empty", "entries", "key_bounds", "logical_pages", "lowest", "move_tokens",
-    "page_mass", "paged_attention", "runs_triton", "tiered_attention", "top_fraction", "top_pages", "widen",
+    "HAS_TRITON", "PLAIN", "At", "Index", "LogitRule", "PackedPages", "PagedKV", "append", "block_attention",
+    "bound_scores", "column_mass", "decode_attention", "empty", "entries", "key_bounds", "logical_pages",
+    "lowest", "move_tokens", "page_mass", "paged_attention", "runs_triton", "tiered_attention", "top_fraction",
+    "top_pages", "widen",
 ]  # fmt: skip
 
 

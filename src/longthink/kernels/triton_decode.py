@@ -82,13 +82,9 @@ def _like_decode(
 
 @operator("decode_attention", fake=_like_decode)
 def _decode(
-    query_BKGD: Tensor,
-    keys_BKSD: Tensor,
-    values_BKSD: Tensor,
-    resident_BKS: Tensor,
-    scaling: float,
+    query_BKGD: Tensor, keys_BKSD: Tensor, values_BKSD: Tensor, resident_BKS: Tensor, scaling: float,
     with_weights: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output, and the softmax weights BKGS in float32, if they are wanted; else an empty tensor."""
     rows, heads, groups, _ = query_BKGD.shape
     nowhere = query_BKGD.new_zeros(rows, heads, dtype=torch.int64)
