@@ -205,11 +205,20 @@ def test_a_refused_model_is_refused_again():
 
 
 def test_large_models_on_a_cpu_are_not_checked(monkeypatch, logits, caplog):
-    monkeypatch.setattr(self_check, "_LARGEST_ON_CPU", 1000)
+    monkeypatch.setattr(self_check, "_expected_seconds", lambda model: 0.2)
+    monkeypatch.setattr(self_check, "_SECONDS", 0.5)
     caplog.set_level("INFO", "longthink")
     longthink.make_cache(build("llama"), budget=64).close()
     assert not logits
-    assert "skipped: it has 0.0 billion parameters on a CPU" in caplog.text
+    assert "skipped: one pass would take some 0.2 s" in caplog.text
+
+
+def test_a_pass_is_expected_to_take_as_long_as_its_largest_matrix_has_a_share(monkeypatch):
+    model = build("llama")
+    sizes = [weight.numel() for weight in model.parameters()]
+    clock = iter([0.0, 3.0, 3.0, 3.5])
+    monkeypatch.setattr(self_check.time, "perf_counter", lambda: next(clock))
+    assert self_check._expected_seconds(model) == pytest.approx(0.5 * sum(sizes) / max(sizes))
 
 
 def slow(monkeypatch, seconds):

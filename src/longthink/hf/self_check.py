@@ -36,9 +36,9 @@ _COLUMNS, _PADDING, _STEPS = 20, 7, 3
 _TOLERANCE = {torch.float64: 1e-2, torch.float32: 1e-2, torch.float16: 0.1}
 _COARSE_TOLERANCE = 0.25
 """For bfloat16 and narrower formats."""
-_LARGEST_ON_CPU = 2_000_000_000
-"""Parameters beyond which a forward pass takes seconds where weights are in host memory."""
 _SECONDS = 1.0
+_PASSES, _BATCHED = 3, 20
+"""Passes over the text that its comparison is reckoned to cost, and that of a batch with its steps."""
 
 _log = logging.getLogger(__name__)
 _lock = threading.RLock()
@@ -93,10 +93,25 @@ def _too_large(model: PreTrainedModel) -> str | None:
         return "some of its weights are loaded for every forward pass"
     if "meta" in devices:
         return "some of its weights are not in memory"
-    size = sum(parameter.numel() for parameter in model.parameters())
-    if devices == {"cpu"} and size > _LARGEST_ON_CPU:
-        return f"it has {size / 1e9:.1f} billion parameters on a CPU"
+    if devices == {"cpu"} and _PASSES * (seconds := _expected_seconds(model)) > _SECONDS:
+        return f"one pass would take some {seconds:.1f} s"
     return None
+
+
+@torch.no_grad()
+def _expected_seconds(model: PreTrainedModel) -> float:
+    """Time of a pass over the text on a CPU, from that of a product with the model's largest matrix."""
+    matrices = [weight for weight in model.parameters() if weight.dim() == 2 and weight.is_floating_point()]
+    if not matrices:
+        return 0.0
+    largest = max(matrices, key=Tensor.numel)
+    columns = largest.new_zeros(_COLUMNS, largest.shape[1])
+    took = list[float]()
+    for _ in range(2):  # the first product of a process starts threads
+        start = time.perf_counter()
+        torch.nn.functional.linear(columns, largest)
+        took.append(time.perf_counter() - start)
+    return min(took) * sum(weight.numel() for weight in model.parameters()) / largest.numel()
 
 
 def _check(model: PreTrainedModel, dense_cache: Callable[[], PagedCache]) -> _Passed:
@@ -109,9 +124,8 @@ def _check(model: PreTrainedModel, dense_cache: Callable[[], PagedCache]) -> _Pa
         try:
             expected.append(_alone(model, DynamicCache(config=model.config)))
             seconds = time.perf_counter() - start
-            # A batch and its steps take 10 to 20 times as long, and the text alone comes twice.
-            batched = 20 * seconds <= _SECONDS
-            if 3 * seconds > _SECONDS:
+            batched = _BATCHED * seconds <= _SECONDS
+            if _PASSES * seconds > _SECONDS:
                 _log.info("self-check of %s skipped: one pass takes %.1f s", type(model).__name__, seconds)
                 return _Passed()
             expected += _batch(model, DynamicCache(config=model.config)) if batched else []
