@@ -218,7 +218,7 @@ def test_the_demo_installs_no_test_tool():
     tools = declared("dev") - declared("plot")
     assert tools >= {"pytest", "hypothesis", "mypy", "ruff", "ray", "playwright", "duckdb", "lm-eval"}
     # torch and transformers bring these.
-    assert needed("longthink", "plot") & tools <= {"pyyaml", "jinja2"}
+    assert needed("longthink", "plot") & tools <= {"pyyaml", "jinja2", "fsspec"}
 
 
 @pytest.mark.slow

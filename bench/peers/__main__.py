@@ -22,7 +22,7 @@ from longthink.cli.table import Table
 from longthink.cli.terminal import note, write_json
 from longthink.config import check_choice
 from longthink.errors import needs_extra
-from longthink.lab.cli.bench import load, open_store
+from longthink.lab.cli.bench import load, store_for
 from longthink.lab.report.measured import measurement_figures
 from longthink.lab.report.plots import save_figures
 from longthink.lab.report.style import make_styles
@@ -35,7 +35,7 @@ def peers(
     policies: str | None = None,
     quick: Switch = False,
     rounds: int | None = None,
-    out: Path | None = None,
+    out: str | None = None,
     document: Path | None = None,
     json: Switch = False,
 ) -> int:
@@ -64,7 +64,7 @@ def peers(
     """
     with needs_extra("plot"):
         import matplotlib  # noqa: F401  (for the figures: not after an hour of measuring)
-    plan, page, store = _plan(peers, policies, quick, rounds), document_path(document), open_store(out)
+    plan, page, store = _plan(peers, policies, quick, rounds), document_path(document), store_for(out)
     results, code = measure.Results(), 0
     how = setup("bench.peers", f"budget={plan.budget}")
     try:

@@ -61,7 +61,7 @@ def advise(
     from longthink.lab.evaluate.settings import typed_settings
     from longthink.lab.fidelity.plan import Plan
     from longthink.lab.fidelity.sweep import FidelitySweep
-    from longthink.lab.results.store import ResultStore
+    from longthink.lab.results.object_store import open_store
 
     if texts.data is None and texts.tasks is None:
         texts = replace(texts, tasks=TASKS, count=texts.count or COUNT)
@@ -70,7 +70,7 @@ def advise(
     chosen = {"policies": advice.policies, "decode_budgets": advice.decode_budgets}
     rows = {} if run.rows is None else {"rows": run.rows}
     plan = Plan(**typed_settings(given(texts, model) | chosen | rows, get_type_hints(Plan)))
-    sweep = FidelitySweep(plan, plan.load_texts(), ResultStore(run.out.expanduser()), say=note)
+    sweep = FidelitySweep(plan, plan.load_texts(), open_store(run.out), say=note)
     code = carry_out(sweep, watching(sweep), workers=run.workers, ray=run.ray)
     if sweep.is_complete:
         _advise(sweep, advice, as_json=run.json)

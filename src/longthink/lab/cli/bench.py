@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cyclopts import App, Parameter
@@ -56,7 +55,7 @@ class BenchOptions(BudgetOptions, ModelOptions):
     """Batch size."""
     threads: int = 1
     """CPU threads."""
-    out: Path | None = None
+    out: str | None = None
     """Result store to add the rows to; "longthink report" draws it."""
     json: Switch = False
     """Print one JSON document instead of the tables."""
@@ -100,7 +99,7 @@ def jct(*, options: JctOptions = _JCT) -> int:
     The budget is 1024 unless one is given.
     """
     plan = options.plan(repeats=options.repeats, compile=options.compile)
-    store = open_store(options.out)
+    store = store_for(options.out)
     with progress(f"loading {plan.model}"):
         from longthink.lab.bench.models import bench_model
 
@@ -118,7 +117,7 @@ def memory(*, options: MemoryOptions = _MEMORY) -> int:
     Each cache decodes in a process of its own. The budget is 1024 unless one is given.
     """
     plan = options.plan()
-    store = open_store(options.out)
+    store = store_for(options.out)
     from longthink.lab.bench.memory import measure_memory
 
     total = (len(plan.lengths) + 1) * (len(plan.policies) + len(plan.baselines))
@@ -156,13 +155,13 @@ def _run(
     return code
 
 
-def open_store(folder: Path | None) -> ResultStore | None:
+def store_for(place: str | None) -> ResultStore | None:
     """Open the store before anything is measured, so that a bad folder costs no time."""
-    if folder is None:
+    if place is None:
         return None
-    from longthink.lab.results.store import ResultStore
+    from longthink.lab.results.object_store import open_store
 
-    return ResultStore(folder)
+    return open_store(place)
 
 
 def conditions() -> dict[str, Any]:

@@ -84,8 +84,8 @@ class RunFlags:
     """Processes with a model each [default: 1]; with --ray, tasks at a time [default: all of the cluster]."""
     ray: str | None = None
     """Ray cluster to run on: its address, auto, or local."""
-    out: Path | None = None
-    """Result store; stored samples are not repeated [default: results]."""
+    out: str | None = None
+    """Result store, a folder or s3://bucket/results; stored samples are not repeated [default: results]."""
     json: Switch = False
     """Print one JSON document instead of the table."""
 
@@ -102,7 +102,7 @@ def given(*groups: Any) -> dict[str, Any]:
     }
     if "data" in values:
         values["data"] = [str(path) for path in values["data"]]
-    return values | ({"out": str(values["out"])} if "out" in values else {})
+    return values
 
 
 def evaluate(
@@ -115,7 +115,7 @@ def evaluate(
     """
     from longthink.lab.evaluate.settings import make_plan, read_settings
     from longthink.lab.evaluate.sweep import Sweep
-    from longthink.lab.results.store import ResultStore
+    from longthink.lab.results.object_store import open_store
 
     from_file = {} if run.config is None else read_settings(run.config.expanduser())
     plan, settings = make_plan(from_file | given(problems, policies, model, decoding, run))
@@ -123,7 +123,7 @@ def evaluate(
         check_int("workers", workers, 1)
     # Problem sets first: if they cannot be read, no empty store must stay.
     tasks = plan.load_tasks()
-    sweep = Sweep(plan, tasks, ResultStore(Path(settings.get("out", DEFAULT_OUT)).expanduser()), say=note)
+    sweep = Sweep(plan, tasks, open_store(settings.get("out", DEFAULT_OUT)), say=note)
     code = carry_out(sweep, watching(sweep), workers=workers, ray=settings.get("ray"))
     if sweep.identity is not None:
         _show(sweep, run.json)
@@ -140,6 +140,6 @@ def _show(sweep: "Sweep", as_json: bool) -> None:
         return
     total = sweep.total
     outcome = {"stored": total.stored, "made": total.made, "lost_workers": sweep.lost_workers}
-    document = {"plan": asdict(sweep.plan), "store": str(sweep.store.folder), "complete": sweep.is_complete}
+    document = {"plan": asdict(sweep.plan), "store": sweep.store.place, "complete": sweep.is_complete}
     document |= {"outcome": outcome, "rows": [asdict(row) for row in rows]}
     write_json(document | {"versions": versions(), "hardware": hardware()})

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_type_hints
 
 from cyclopts import Group, Parameter
@@ -57,8 +56,8 @@ class RunFlags:
     """Processes with a model each [default: 1]; with --ray, tasks at a time [default: all of the cluster]."""
     ray: str | None = None
     """Ray cluster to run on: its address, auto, or local."""
-    out: Path = Path(DEFAULT_OUT)
-    """Result store; stored measurements are not repeated."""
+    out: str = DEFAULT_OUT
+    """Result store, a folder or s3://bucket/results; stored measurements are not repeated."""
     json: Switch = False
     """Print one JSON document instead of the table."""
 
@@ -84,7 +83,7 @@ def fidelity(
     from longthink.lab.evaluate.settings import typed_settings
     from longthink.lab.fidelity.plan import Plan
     from longthink.lab.fidelity.sweep import FidelitySweep
-    from longthink.lab.results.store import ResultStore
+    from longthink.lab.results.object_store import open_store
 
     values = given(texts, policies, model) | ({} if run.rows is None else {"rows": run.rows})
     plan = Plan(**typed_settings(values, get_type_hints(Plan)))
@@ -92,7 +91,7 @@ def fidelity(
         check_int("workers", run.workers, 1)
     # The texts first: if they cannot be read, no empty store must stay.
     chosen = plan.load_texts()
-    sweep = FidelitySweep(plan, chosen, ResultStore(run.out.expanduser()), say=note)
+    sweep = FidelitySweep(plan, chosen, open_store(run.out), say=note)
     code = carry_out(sweep, watching(sweep), workers=run.workers, ray=run.ray)
     if sweep.identity is not None:
         _show(sweep, run)
@@ -115,7 +114,7 @@ def _show(sweep: FidelitySweep, run: ComparedRunFlags) -> None:
     if not run.json:
         print_fidelity(rows, run.reference)
         return
-    document = {"plan": asdict(sweep.plan), "store": str(sweep.store.folder), "complete": sweep.is_complete}
+    document = {"plan": asdict(sweep.plan), "store": sweep.store.place, "complete": sweep.is_complete}
     document |= {"reference": run.reference, "rows": [asdict(row) for row in rows]}
     write_json(document | {"versions": versions(), "hardware": hardware()})
 

@@ -31,4 +31,4 @@ def carry_out(
 def note_outcome(driver: Driver) -> None:
     died = f"; {driver.lost_workers} workers died on the way" if driver.lost_workers else ""
     total = driver.total
-    note(f"{total.made} {driver.noun} made, {total.stored} were there, all in {driver.store.folder}{died}")
+    note(f"{total.made} {driver.noun} made, {total.stored} were there, all in {driver.store.place}{died}")

@@ -29,6 +29,7 @@ from longthink.lab.report.tables import (
     measurements_table,
     results_table,
 )
+from longthink.lab.results.object_store import open_store
 from longthink.lab.results.store import ResultStore
 
 PAGE = "report.html"
@@ -50,9 +51,9 @@ def build(
     with needs_extra("report"):
         import jinja2  # noqa: F401
         import matplotlib  # noqa: F401
-    store = ResultStore(store_folder, create=False)
+    store = open_store(store_folder, create=False)
     samples, fidelity, measurements = _load(store)
-    other = _load(ResultStore(against, create=False))[0] if against is not None else None
+    other = _load(open_store(against, create=False))[0] if against is not None else None
 
     cells = make_cells(samples)
     shown = [*cells, *pooled_cells(cells)]
@@ -61,7 +62,7 @@ def build(
     readers = [row["policy"] for row in fidelity]
     look = Look(labels=labels, styles=make_styles([*labels.values(), *systems, *readers]))
     page = Page(
-        title=title or f"Report of {store.folder.resolve().name}",
+        title=title or f"Report of {store.name}",
         summary=_summary(samples, fidelity, measurements),
     )
     if other is not None:
@@ -92,7 +93,7 @@ def _load(store: ResultStore) -> tuple[list[Row], list[Row], list[Row]]:
     fidelity = store.query(f"SELECT * REPLACE ({POLICY}) FROM fidelity ORDER BY text")
     measurements = store.query("SELECT * FROM measurements ORDER BY kind, system, run, decode_tokens")
     if not samples and not fidelity and not measurements:
-        raise ResultStoreError(f"{store.folder} is an empty result store: there is nothing to report")
+        raise ResultStoreError(f"{store.place} is an empty result store: there is nothing to report")
     return samples, fidelity, measurements
 
 

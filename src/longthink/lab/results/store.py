@@ -8,7 +8,7 @@ disk before the files that it replaces are deleted; until then their rows are co
 import re
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ class ResultStore:
 
     def __init__(self, folder: Path | str, *, create: bool = True) -> None:
         self.folder = Path(folder)
+        self.place = str(folder)
+        """The store's name in messages."""
         self._verified: set[Path] = set()
         marker = self.folder / MARKER
         if create and not marker.exists():
@@ -50,29 +52,35 @@ class ResultStore:
                 f"{self.folder} is a result store of format {found!r}: allowed is {FORMAT!r}"
             )
 
+    @property
+    def name(self) -> str:
+        """Last part of `place`."""
+        return self.folder.resolve().name
+
     def _make(self) -> None:
         if self.folder.exists():
             if not self.folder.is_dir():
                 raise ResultStoreError(f"{self.folder} is not a folder")
-            # Another process may be creating the same store.
-            others = [path.name for path in self.folder.iterdir() if not path.name.startswith(".")]
-            if set(others) - {MARKER, *TABLES}:
-                raise ResultStoreError(
-                    f"{self.folder} holds something else ({sorted(others)[0]}): give a new or an empty folder"
-                )
+            refuse_foreign(self.place, [path.name for path in self.folder.iterdir()])
         for table in TABLES:
             (self.folder / table).mkdir(parents=True, exist_ok=True)
         write_text(self.folder / MARKER, f"{FORMAT}\n")
 
-    def add(self, *records: Record) -> None:
-        """Add records, one file per table; all are on disk when this returns, or none if one of them is invalid."""
+    def add(self, *records: Record) -> list[Path]:
+        """Add records; return the new files, one per table.
+
+        All are on disk when this returns, or none if one of them is invalid.
+        """
         rows: dict[str, list[dict[str, Any]]] = {}
+        files = []
         for record, row in zip(records, map(checked_row, records), strict=True):
             rows.setdefault(record.table, []).append(row)
         for table, values in rows.items():
             (self.folder / table).mkdir(exist_ok=True)  # tools such as git drop empty folders
             name = f"{time.time_ns():020d}-{secrets.token_hex(6)}.parquet"
-            _write(pa.Table.from_pylist(values, arrow_schema(table)), self.folder / table / name)
+            files.append(self.folder / table / name)
+            _write(pa.Table.from_pylist(values, arrow_schema(table)), files[-1])
+        return files
 
     def done(self, kind: type[Sample] | type[Fidelity], config: str) -> set[tuple[Any, ...]]:
         """Return the rest of the key of every stored record of a setup (its `config_hash`)."""
@@ -153,6 +161,14 @@ class ResultStore:
         with (self.folder / MARKER).open() as marker:
             fcntl.flock(marker, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
             yield
+
+
+def refuse_foreign(place: str, names: Iterable[str]) -> None:
+    """Raise `ResultStoreError` if names in a place without a marker show that something else is there."""
+    # Another process may be creating the same store.
+    shown = sorted(name for name in names if not name.startswith("."))
+    if set(shown) - {MARKER, *TABLES}:
+        raise ResultStoreError(f"{place} holds something else ({shown[0]}): give a new or an empty folder")
 
 
 def _replace(paths: list[Path], parts: list[pa.Table]) -> None:
