@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 
 STALE_S = 3600.0
@@ -17,8 +18,10 @@ STALE_S = 3600.0
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; what the block writes there replaces `path` when the block ends.
 
-    Content and name are on disk then. If the block raises, `path` stays as it was.
+    Content and name are on disk then. If the block raises, `path` stays as it was. What killed writers of the same
+    file left behind is deleted first: it may be gigabytes.
     """
+    remove_stale(path.parent, escape(path.name))
     temporary = path.with_name(f".{path.name}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
@@ -36,9 +39,9 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def remove_stale(folder: Path) -> None:
+def remove_stale(folder: Path, name: str = "*") -> None:
     """Delete the temporary files of killed writers; one that is being written has changed within `STALE_S`."""
-    for temporary in folder.glob(".*.tmp"):
+    for temporary in folder.glob(f".{name}-*.tmp"):
         with suppress(FileNotFoundError):  # its writer has just finished
             if time.time() - temporary.stat().st_mtime > STALE_S:
                 temporary.unlink()

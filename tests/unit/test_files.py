@@ -59,5 +59,7 @@ def test_a_killed_writer_leaves_the_old_file_and_its_remains_go_in_time(tmp_path
     remove_stale(tmp_path)
     (left,) = (name for name in names(tmp_path) if name != "a.txt")
     os.utime(tmp_path / left, (0, time.time() - STALE_S - 60))
-    remove_stale(tmp_path)
-    assert names(tmp_path) == ["a.txt"]
+    write_text(tmp_path / "b.txt", "another")
+    assert left in names(tmp_path)
+    write_text(tmp_path / "a.txt", "new")
+    assert names(tmp_path) == ["a.txt", "b.txt"]
