@@ -108,8 +108,8 @@ def test_compaction_merges_and_leaves_full_files_alone(tmp_path, monkeypatch):
     (big,) = (tmp_path / "samples").iterdir()
     for i in range(8):
         store.add(make_sample(problem=f"big{i}", text="second"), make_sample(problem=f"small{i}"))
-    left = tmp_path / "samples" / ".left.tmp"
-    fresh = tmp_path / "samples" / ".fresh.tmp"
+    left = tmp_path / "samples" / ".left-1-00.tmp"
+    fresh = tmp_path / "samples" / ".fresh-1-00.tmp"
     for path in (left, fresh):
         path.write_text("half")
     old = time.time() - STALE_S - 60
