@@ -38,9 +38,9 @@ def routes(specs: list[str]) -> list[tuple[str, str]]:
     return [(spec, "general") for spec in specs] + [(spec, "fused") for spec in fused]
 
 
-def model_of(architecture: str, dtype: torch.dtype) -> PreTrainedModel:
+def model_of(architecture: str, dtype: torch.dtype, **sizes: int) -> PreTrainedModel:
     """A small model on the CPU, in float32, with weights that the format can hold."""
-    return build(architecture, hidden_size=64, head_dim=64, num_key_value_heads=2).to(dtype).float()
+    return build(architecture, hidden_size=64, head_dim=64, num_key_value_heads=2, **sizes).to(dtype).float()
 
 
 def text() -> Tensor:

@@ -116,25 +116,6 @@ def test_only_what_is_missing_is_installed(tmp_path, monkeypatch):
         install(tmp_path, tmp_path / "site")
 
 
-def command(out: Path, *options: str) -> subprocess.CompletedProcess:
-    tool = [sys.executable, "scripts/gpu_check", "--self-test", "--out", str(out), "--workers", "2"]
-    return subprocess.run([*tool, *options], cwd=ROOT, capture_output=True, text=True)
-
-
-@pytest.mark.slow
-def test_the_self_test_measures_a_route_and_has_no_gpu_for_the_other(tmp_path):
-    done = command(tmp_path, "--only", "tiny raas (general|fused)$")
-    assert done.returncode == 0, done.stdout + done.stderr
-    content = json.loads((tmp_path / "gpu-check.json").read_text())
-    assert {part["name"]: part["state"] for part in content["parts"]} == {
-        "tiny raas general": "done", "tiny raas fused": "no GPU",
-    }  # fmt: skip
-    (cell,) = content["routes"]
-    assert cell["general"]["ms"] > 0 and cell["general"]["kv_bytes"] == 2 * 2 * 2 * 2 * 64 * 16 * 2
-    assert content["ended"] and content["parts"][0]["found"]["kernels"]
-    assert "its numbers mean nothing" in (tmp_path / "gpu-check.md").read_text()
-
-
 @pytest.mark.parametrize(
     ("options", "why"),
     [(["--only", "no such part"], "no part has"), (["--wheels", "nowhere"], "no CUDA GPU")],
@@ -158,13 +139,22 @@ def test_a_command_that_is_stopped_writes_what_it_has_found(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_whole_self_test(tmp_path):
+def test_the_whole_self_test_measures_what_needs_no_gpu(tmp_path):
     # What is left out differs from what runs by the policy alone.
-    done = command(tmp_path, "--only", "^(?!tiny milestone)")
+    tool = [sys.executable, "scripts/gpu_check", "--self-test", "--out", str(tmp_path), "--workers", "2"]
+    done = subprocess.run([*tool, "--only", "^(?!tiny milestone)"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     content = json.loads((tmp_path / "gpu-check.json").read_text())
+    parts = {part["name"]: part for part in content["parts"]}
+    assert parts.keys() == {part.name for part in small_plan() if not part.name.startswith("tiny milestone")}
     assert {part["state"] for part in content["parts"]} == {"done", "no GPU"}
     assert content["tests"].keys() == GROUPS.keys()
     for group, tests in content["tests"].items():
         assert tests["failed"] == 0 and (tests["passed"] > 0 or group == "kernels")
     assert len(content["dense"]) == 2 and len(content["routes"]) == 3
+    assert parts["tiny raas general"]["state"] == "done" and parts["tiny raas general"]["found"]["kernels"]
+    assert parts["tiny raas fused"]["state"] == "no GPU"
+    rows = [cell["general"] for cell in content["routes"] if cell["policy"] == "raas"]
+    (general,) = [row for row in rows if row["layers"] == 2]
+    assert general["ms"] > 0 and general["kv_bytes"] == 2 * 2 * 2 * 2 * 64 * 16 * 2
+    assert content["ended"] and "its numbers mean nothing" in (tmp_path / "gpu-check.md").read_text()

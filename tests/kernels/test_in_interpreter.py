@@ -1,6 +1,7 @@
 """The Triton kernels against the general route, in Triton's interpreter: the tests are in ``interpreted_*.py``.
 
-Triton decides when it is imported whether it interprets, for the whole process; so each file has its own process.
+Triton decides when it is imported whether it interprets, for the whole process; so these files have one of their own,
+and one for all, because each imports torch anew.
 By hand: ``TRITON_INTERPRET=1 pytest tests/kernels/interpreted_attention.py``.
 """
 
@@ -20,8 +21,7 @@ def test_there_are_tests():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_kernels(path):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", str(path)]
+def test_kernels():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", *map(str, FILES)]
     done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
