@@ -292,12 +292,21 @@ class PagedCache(Refusals, NativeLayers):
         # Rows of a batch that changes are shorter than the columns that it has read.
         self.binding.use.check_limit(max(self.paged[0].slots.rows.lengths) + tokens)
         self.binding.add_use(rows, self.columns + tokens)
+        self._begin_windows(tokens)
         for layer in self.paged:
             layer.pending = True
+
+    def prepare_compile(self) -> None:
+        """Mark dynamic sizes and static addresses for the compiler."""
+        for layer in self.paged:
+            layer.slots.prepare_compile()
+        for window in self.windows.values():
+            window.prepare_compile()
 
     def end_step(self, tokens: int = 1) -> None:
         """Complete the steps that `begin_step` or `begin_block` began."""
         self._text.add_tokens(tokens)
+        self._end_windows(tokens)
         for layer in self.paged:
             layer.pending = False
             layer.columns += tokens
@@ -319,22 +328,20 @@ class PagedCache(Refusals, NativeLayers):
         """
         if other.settings != self.settings:
             raise CacheStateError("adopt needs a cache of the same policy and budget, in the same format")
-        self._check_rows_alike("adopt")
-        self._text.forget()
         for layer, theirs in zip(self.paged, other.paged, strict=True):
             layer.slots.adopt(row, theirs.slots)
         self._adopt_native_rows(row, other)
+        self._text.forget()
 
     @outside_inference
     def row(self, row: int) -> PagedCache:
         """Return a copy of one row, closed: the whole text of the row, without padding."""
-        self._check_rows_alike("row")
         alone = self.fresh()
         length = int(self.paged[0].slots.length_B[row])
         for layer, theirs in zip(alone.paged, self.paged, strict=True):
             layer.slots.take_row(row, theirs.slots)
             layer.columns, layer.is_initialized = length, True
-        alone._take_native_row(row, self)
+        alone._take_native_row(row, self, length)
         alone._text.start_with(length)
         alone.close()
         return alone

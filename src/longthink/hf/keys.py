@@ -24,6 +24,7 @@ class _Reader:
     """Attends to a text of one token, and keeps its key."""
 
     expands = False
+    window_size = None
     key_BKQD: Tensor | None = None
 
     def check_call(self, module: nn.Module, dropout: float, options: Mapping[str, Any]) -> None:

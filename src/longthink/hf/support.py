@@ -89,6 +89,11 @@ def unsupported_config(config: PreTrainedConfig) -> str | None:
     )
 
 
+def scales_by_columns(config: PreTrainedConfig) -> bool:
+    """Whether layers scale their queries by the columns in the cache, one number for all rows (Llama 4)."""
+    return bool(getattr(config.get_text_config(decoder=True), "attn_temperature_tuning", False))
+
+
 def text_tokens(model: PreTrainedModel, count: int) -> Tensor:
     """Token ids that stand for text in any model, shape (count,): evenly spread, without those of special meaning."""
     config = model.config.get_text_config(decoder=True)
