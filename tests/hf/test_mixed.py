@@ -123,7 +123,13 @@ def test_forced_decoding_gives_the_logits_of_decoding(model):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "more"),
-    [("gpt_oss", {}), ("gemma2", {}), ("llama4_text", {"attn_temperature_tuning": False}), ("lfm2", {}), ("falcon_h1", {})],
+    [
+        ("gpt_oss", {}),
+        ("gemma2", {}),
+        ("llama4_text", {"attn_temperature_tuning": False}),
+        ("lfm2", {}),
+        ("falcon_h1", {}),
+    ],
 )
 def test_compiled_steps_give_the_logits_of_eager_ones(kind, more, models, light_compiler):
     model = models(kind, **more)
@@ -171,7 +177,9 @@ def plain(model, ids, mask, steps=12):
 def test_steps_do_not_read_padding_in_windows(windowed, columns):
     ids, mask = prompt(columns)
     with longthink.make_cache(windowed, **AMPLE) as cache, torch.no_grad():
-        windowed(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), past_key_values=cache)
+        windowed(
+            ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), past_key_values=cache
+        )
         assert stepped(windowed, cache) == plain(windowed, ids, mask)
 
 
@@ -254,8 +262,6 @@ def test_what_is_not_served_says_so(models, tmp_path):
     for kind in KINDS:
         with longthink.make_cache(models(kind), **TIGHT) as cache, torch.no_grad():
             models(kind)(IDS, past_key_values=cache)
-            with pytest.raises(UnsupportedFeatureError, match="deepcopy"):
-                cache.save(tmp_path / "cache.safetensors")
             with pytest.raises(UnsupportedFeatureError, match="cropped"):
                 cache.crop(-2)
             with pytest.raises(CacheStateError, match="holds 2 rows and was given 1"):
@@ -283,3 +289,15 @@ def test_an_interrupted_pass_is_noticed(model, at, monkeypatch):
         monkeypatch.undo()
         with pytest.raises(CacheStateError, match="interrupted"):
             model(IDS[:, :1], past_key_values=cache)
+
+
+@pytest.mark.slow
+def test_compiled_seats_hold_windows_of_different_lengths(models, light_compiler):
+    model, rows = models("gpt_oss"), (IDS[0], IDS[1, 8:], IDS[0, :9])
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        with longthink.Engine(model, seats=2, compile=True, **TIGHT) as engine:
+            handles = [engine.submit(row, max_new_tokens=14 - i) for i, row in enumerate(rows)]
+            found = [list(handle.result().tokens) for handle in handles]
+    for i, row in enumerate(rows):
+        expected = longthink.generate(model, row[None], **TIGHT, max_new_tokens=14 - i, do_sample=False)
+        assert found[i] == expected[0, len(row) :].tolist()

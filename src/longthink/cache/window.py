@@ -6,7 +6,7 @@ that a query may read, D head dim (keys and values may differ in it).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -63,6 +63,12 @@ class Window:
         """All tensors, none before the first column."""
         return {name: getattr(self, name) for name in _TENSORS} if self.is_allocated else {}
 
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set what `named_tensors` has returned."""
+        for name in _TENSORS:
+            setattr(self, name, tensors[name])
+        self.is_allocated = True
+
     @property
     def slots(self) -> int:
         return self.keys_BKSD.shape[2]
@@ -78,7 +84,9 @@ class Window:
         """Make a row without slots for each row of these keys, unless there are some."""
         if self.is_allocated:
             return
-        self.keys_BKSD, self.values_BKSD = (x.new_empty(*x.shape[:2], 0, x.shape[3]) for x in (key_BKQD, value_BKQD))
+        self.keys_BKSD, self.values_BKSD = (
+            x.new_empty(*x.shape[:2], 0, x.shape[3]) for x in (key_BKQD, value_BKQD)
+        )
         rows, device = len(key_BKQD), key_BKQD.device
         self.column_BS = torch.empty(rows, 0, dtype=torch.int64, device=device)
         self.now_B = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -150,7 +158,8 @@ class Window:
         column_BQ = self._new_columns(key_BKQD.shape[2])
         self.now_B.add_(key_BKQD.shape[2])
         column_BQ, key_BKQD, value_BKQD = (
-            x[..., -self.slots :, :] if x.ndim > 2 else x[:, -self.slots :] for x in (column_BQ, key_BKQD, value_BKQD)
+            x[..., -self.slots :, :] if x.ndim > 2 else x[:, -self.slots :]
+            for x in (column_BQ, key_BKQD, value_BKQD)
         )
         slot_BQ = column_BQ % self.slots
         self.column_BS.scatter_(1, slot_BQ, column_BQ)
@@ -166,13 +175,13 @@ class Window:
         self.columns += key_BKQD.shape[2]
         old = self.columns - key_BKQD.shape[2]
         self.padding_is_known = False
-        read = key_BKQD, value_BKQD
+        read = (key_BKQD, value_BKQD)
         if old > first:
             slot_N = torch.arange(first, old, device=key_BKQD.device) % self.slots
-            read = tuple(
-                torch.cat([own.index_select(2, slot_N), new], 2)
-                for own, new in ((self.keys_BKSD, key_BKQD), (self.values_BKSD, value_BKQD))
+            old_keys, old_values = (
+                own.index_select(2, slot_N) for own in (self.keys_BKSD, self.values_BKSD)
             )
+            read = torch.cat([old_keys, key_BKQD], 2), torch.cat([old_values, value_BKQD], 2)
         self.reserve(self.columns)
         self.write(key_BKQD, value_BKQD)
         return read
@@ -208,7 +217,5 @@ class Window:
         seen_BQN = (column_B1N >= 0) & (column_B1N <= query_BQ1)
         if self.chunked:
             start_B11 = self.start_B[:, None, None]
-            return seen_BQN & (
-                (column_B1N - start_B11) // self.size == (query_BQ1 - start_B11) // self.size
-            )
+            return seen_BQN & ((column_B1N - start_B11) // self.size == (query_BQ1 - start_B11) // self.size)
         return seen_BQN & (column_B1N > query_BQ1 - self.size)

@@ -27,10 +27,10 @@ from longthink.hf.fingerprint import head_dim
 from longthink.hf.guard import check_new
 from longthink.hf.layer import PagedHybridLayer, PagedLayer
 from longthink.hf.layer_kinds import has_pages, is_recurrent, library_layers
-from longthink.hf.native import NativeLayers
 from longthink.hf.query_stats import calibrated_means
 from longthink.hf.refusals import Refusals
 from longthink.hf.rotation import rotations
+from longthink.hf.rows import CacheRows
 from longthink.hf.self_check import self_check
 from longthink.hf.support import check_model, text_limit
 from longthink.policies import (
@@ -44,10 +44,10 @@ from longthink.policies import (
 )
 
 
-class PagedCache(Refusals, NativeLayers):
+class PagedCache(Refusals, CacheRows):
     """Bounded KV cache for one model; use `make_cache` to create one.
 
-    Layers that are bounded by nature keep transformers' own cache layers (`NativeLayers`).
+    Layers that are bounded by nature have windows and states instead of pages (`NativeLayers`).
 
     While it is open, the model's attention goes through longthink (other caches still work); `close` restores the
     model's own attention. It is a context manager, and is closed when it is garbage-collected.
@@ -310,48 +310,6 @@ class PagedCache(Refusals, NativeLayers):
         for layer in self.paged:
             layer.pending = False
             layer.columns += tokens
-
-    # Continuous batching ------------------------------------------------------------------------------------
-
-    def fresh(self) -> PagedCache:
-        """Return an empty cache for the same model, with the same policy, budget and format."""
-        return PagedCache(
-            self.binding.model, self.policy, self.budget, kv_dtype=self.kv_dtype, fused=self._fused,
-            kv_bits=self.kv_bits,
-        )  # fmt: skip
-
-    @outside_inference
-    def adopt(self, row: int, other: PagedCache) -> None:
-        """Replace a row by the only row of another cache; with `row` equal to the number of rows, append it.
-
-        Rows may then have seen different numbers of tokens, so the model needs `position_ids`.
-        """
-        if other.settings != self.settings:
-            raise CacheStateError("adopt needs a cache of the same policy and budget, in the same format")
-        for layer, theirs in zip(self.paged, other.paged, strict=True):
-            layer.slots.adopt(row, theirs.slots)
-        self._adopt_native_rows(row, other)
-        self._text.forget()
-
-    @outside_inference
-    def row(self, row: int) -> PagedCache:
-        """Return a copy of one row, closed: the whole text of the row, without padding."""
-        alone = self.fresh()
-        length = int(self.paged[0].slots.length_B[row])
-        for layer, theirs in zip(alone.paged, self.paged, strict=True):
-            layer.slots.take_row(row, theirs.slots)
-            layer.columns, layer.is_initialized = length, True
-        alone._take_native_row(row, self, length)
-        alone._text.start_with(length)
-        alone.close()
-        return alone
-
-    @outside_inference
-    def keep_rows(self, rows: list[int]) -> None:
-        """Keep only the given rows, and free slots that they do not need."""
-        self.batch_select_indices(torch.tensor(rows))
-        for layer in self.paged:
-            layer.slots.release()
 
 
 def make_cache(

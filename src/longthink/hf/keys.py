@@ -24,7 +24,7 @@ class _Reader:
     """Attends to a text of one token, and keeps its key."""
 
     expands = False
-    window_size = None
+    window_size: int | None = None
     key_BKQD: Tensor | None = None
 
     def check_call(self, module: nn.Module, dropout: float, options: Mapping[str, Any]) -> None:

@@ -29,7 +29,7 @@ class PagedLayer(CacheLayerMixin):
     """
 
     is_sliding = False
-    window_size = None
+    window_size: int | None = None
     supports_early_init = False
 
     def __init__(self, index: int, slots: LayerCache, binding: ModelBinding, text: Columns) -> None:

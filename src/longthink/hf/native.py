@@ -12,8 +12,8 @@ from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from longthink.cache.window import Window
 from longthink.hf.binding import outside_inference
-from longthink.hf.contents import CacheContents
 from longthink.hf.columns import Columns
+from longthink.hf.contents import CacheContents
 from longthink.hf.layer_kinds import is_recurrent
 from longthink.hf.windows import WindowLayer
 
@@ -29,6 +29,11 @@ class NativeLayers(CacheContents, Cache):
     def windows(self) -> dict[int, Window]:
         """Those of the layers that have one, by layer."""
         return {i: layer.window for i, layer in self.natives.items() if isinstance(layer, WindowLayer)}
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether there is more than layers with pages and nothing else."""
+        return bool(self.natives) or any(map(is_recurrent, self.layers))
 
     def _reset_natives(self) -> None:
         """Replace states by empty ones: transformers' own reset would keep their memory."""
@@ -84,44 +89,6 @@ class NativeLayers(CacheContents, Cache):
         self._last_state = layer_idx
         state: Tensor | None = super().get_conv_state(layer_idx, state_idx)
         return state
-
-    def _adopt_native_rows(self, row: int, other: NativeLayers) -> None:
-        """Replace a row of every layer by the only row of another cache, or append it."""
-        self._hide_padding()
-        other._hide_padding()
-        for index, window in self.windows.items():
-            window.adopt(row, other.windows[index])
-        for index, layer in enumerate(self.layers):
-            if is_recurrent(layer):
-                theirs = other.layers[index]
-                for name in ("conv_states", "recurrent_states"):
-                    mine, new = getattr(layer, name), getattr(theirs, name)
-                    for key, state in new.items():
-                        if state is not None:
-                            mine[key] = torch.cat([mine[key][:row], state, mine[key][row + 1 :]])
-
-    def _take_native_row(self, row: int, other: NativeLayers, length: int) -> None:
-        """Become a copy of one row of every layer of another cache, in which it has so many tokens."""
-        other._hide_padding()
-        for index, window in other.windows.items():
-            self.natives[index].window = window.only(row, length)
-        for index, layer in enumerate(self.layers):
-            if is_recurrent(layer):
-                theirs = other.layers[index]
-                for name in ("conv_states", "recurrent_states"):
-                    states = getattr(theirs, name)
-                    mine = {
-                        key: None if state is None else state[row : row + 1].clone()
-                        for key, state in states.items()
-                    }
-                    setattr(layer, name, mine)
-                for name in (
-                    "is_conv_states_initialized", "is_recurrent_states_initialized", "has_previous_state",
-                    "conv_kernel_size",
-                ):  # fmt: skip
-                    setattr(layer, name, dict(getattr(theirs, name)))
-                layer.device, layer.dtype = theirs.device, theirs.dtype
-        self._last_state = other._last_state
 
     # Windows ------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,6 @@ from longthink.cache import LayerCache
 from longthink.cache.window import Window
 from longthink.hf.attention import AttentionLayer, mark
 from longthink.hf.cache import PagedCache
-from longthink.hf.layer_kinds import is_recurrent
 from longthink.hf.standin import mixed_cache
 from longthink.hf.support import scales_by_columns
 from longthink.kernels import LogitRule
@@ -25,7 +24,7 @@ from longthink.kernels import LogitRule
 class CacheView:
     """What is passed to the model as `past_key_values`, where all layers have pages."""
 
-    is_compileable = True
+    is_compileable = is_initialized = True
 
     def __init__(self, layers: Sequence[AttentionLayer]) -> None:
         self.layers = layers
@@ -45,14 +44,27 @@ class CacheView:
         return query_length, 0
 
 
+class ViewLayer:
+    """What the attention function finds on the keys; subclasses attend."""
+
+    window_size: int | None = None
+
+    def __init__(self, slots: LayerCache) -> None:
+        self.slots = slots
+        self.expands = False
+
+    def check_call(self, module: torch.nn.Module, dropout: float, options: Mapping[str, Any]) -> None:
+        """Accept: `PagedLayer` has checked the model when it read the prompt."""
+
+
 class ViewWindow:
-    """What the attention function finds on the keys of a layer with a window: it attends by itself, without a mask."""
+    """Likewise on the keys of a layer with a window, which needs no mask of the library."""
 
     expands = False
 
     def __init__(self, window: Window) -> None:
         self.window = window
-        self.window_size = window.size
+        self.window_size: int | None = window.size
 
     def check_call(self, module: torch.nn.Module, dropout: float, options: Mapping[str, Any]) -> None:
         """Accept: the layers with pages check the model."""
@@ -72,22 +84,9 @@ def view_of(
     view_window: Callable[[Window], AttentionLayer] = ViewWindow,
 ) -> CacheView | Cache:
     """What is passed to the model, with these in the place of the layers with pages, and views of the windows."""
-    if not cache.natives and not any(map(is_recurrent, cache.paged)):
+    if not cache.is_mixed:
         return CacheView(layers)
     attending = dict(zip((paged.index for paged in cache.paged), layers, strict=True))
     attending |= {i: view_window(window) for i, window in cache.windows.items()}
     columns = (lambda: cache.columns) if scales_by_columns(cache.binding.model.config) else None
     return mixed_cache(cache.layers, attending, columns)
-
-
-class ViewLayer:
-    """What the attention function finds on the keys; subclasses attend."""
-
-    window_size = None
-
-    def __init__(self, slots: LayerCache) -> None:
-        self.slots = slots
-        self.expands = False
-
-    def check_call(self, module: torch.nn.Module, dropout: float, options: Mapping[str, Any]) -> None:
-        """Accept: `PagedLayer` has checked the model when it read the prompt."""
