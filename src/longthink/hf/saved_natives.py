@@ -69,7 +69,7 @@ def restore_natives(
     """
     windows = {str(i): window for i, window in cache.windows.items()}
     found = {} if counts is None else counts
-    if not isinstance(found, dict) or found.keys() != windows.keys() or (counts is None and cache.is_mixed):
+    if not isinstance(found, dict) or found.keys() != windows.keys():
         kinds = sorted(found) if isinstance(found, dict) else found
         raise CacheFileError(f"natives: found windows in layers {kinds}, expected {sorted(windows)}")
     for i, layer in enumerate(cache.layers):
