@@ -157,7 +157,8 @@ def on_residents(model: PreTrainedModel, text_BT: Tensor, held: list[list[int]],
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **given: Any
     ) -> Any:
         scaling = given.get("scaling") or query.shape[-1] ** -0.5
-        paged = module.layer_idx in places
+        shares = getattr(module, "is_kv_shared_layer", False) and not given.get("sliding_window")
+        paged = module.layer_idx in places or shares
         softcap, sinks = given.get("softcap"), given.get("s_aux")
         if not paged and softcap is None and sinks is None:
             return sdpa_attention_forward(module, query, key, value, attention_mask, **given)

@@ -178,9 +178,7 @@ class Window:
         read = (key_BKQD, value_BKQD)
         if old > first:
             slot_N = torch.arange(first, old, device=key_BKQD.device) % self.slots
-            old_keys, old_values = (
-                own.index_select(2, slot_N) for own in (self.keys_BKSD, self.values_BKSD)
-            )
+            old_keys, old_values = (own.index_select(2, slot_N) for own in (self.keys_BKSD, self.values_BKSD))
             read = torch.cat([old_keys, key_BKQD], 2), torch.cat([old_values, value_BKQD], 2)
         self.reserve(self.columns)
         self.write(key_BKQD, value_BKQD)
@@ -194,19 +192,27 @@ class Window:
         Tensor code only: `columns` is counted by the caller.
         """
         new = query_BHQD.shape[2]
-        read_BQ = self._new_columns(new)
         if new == 1:
             self.write(key_BKQD, value_BKQD)
-            query_BKGD = query_BHQD[:, :, 0].unflatten(1, (key_BKQD.shape[1], -1))
-            readable_BKS = self._readable(read_BQ, self.column_BS)
-            slots = self.keys_BKSD, self.values_BKSD, readable_BKS
-            out_BKGD, _ = kernels.decode_attention(query_BKGD, *slots, scaling, with_weights=False, rule=rule)
-            return out_BKGD.flatten(1, 2)[:, :, None]
+            return self._read(query_BHQD, scaling, rule)
+        read_BQ = self._new_columns(new)
         # Before they are written: the last of them may take the slots of what the first ones read.
         keys, values = torch.cat([self.keys_BKSD, key_BKQD], 2), torch.cat([self.values_BKSD, value_BKQD], 2)
         readable_B1QN = self._readable(read_BQ, torch.cat([self.column_BS, read_BQ], 1))[:, None]
         self.write(key_BKQD, value_BKQD)
         return kernels.block_attention(query_BHQD, keys, values, readable_B1QN, scaling, rule)
+
+    def attend_again(self, query_BHQD: Tensor, scaling: float | None, rule: LogitRule) -> Tensor:
+        """Attention of another layer to what the last token has read."""
+        scaling = query_BHQD.shape[-1] ** -0.5 if scaling is None else scaling
+        return self._read(query_BHQD, scaling, rule)
+
+    def _read(self, query_BHQD: Tensor, scaling: float, rule: LogitRule) -> Tensor:
+        """Attention of the token that was written last."""
+        query_BKGD = query_BHQD[:, :, 0].unflatten(1, (self.keys_BKSD.shape[1], -1))
+        slots = self.keys_BKSD, self.values_BKSD, self._readable(self.now_B[:, None] - 1, self.column_BS)
+        out_BKGD, _ = kernels.decode_attention(query_BKGD, *slots, scaling, with_weights=False, rule=rule)
+        return out_BKGD.flatten(1, 2)[:, :, None]
 
     def _new_columns(self, count: int) -> Tensor:
         return self.now_B[:, None] + torch.arange(count, device=self.now_B.device)

@@ -65,6 +65,10 @@ class AttentionLayer(Protocol):
         """
         ...
 
+    def attend_again(self, query: Tensor, scaling: float | None, rule: LogitRule) -> Tensor:
+        """Return the attention output of a layer that shares what the last call of `attend` has read."""
+        ...
+
 
 class _Handover(threading.local):
     """The layer whose keys were returned last in this thread, and its index in the model."""
@@ -116,6 +120,8 @@ def longthink_attention(
     """Attention function for `AttentionInterface`; where keys are not of a `PagedCache`, it is transformers' SDPA."""
     layer = _layer_of(module, key)
     rule = LogitRule(kwargs.get("softcap"), kwargs.get("s_aux"))
+    if layer is not None and getattr(module, "is_kv_shared_layer", False):
+        return layer.attend_again(query, scaling, rule).transpose(1, 2).contiguous(), None
     if layer is None:
         notice(module, query, key)
         if not rule.is_plain and not dropout:

@@ -32,7 +32,7 @@ from longthink.hf.refusals import Refusals
 from longthink.hf.rotation import rotations
 from longthink.hf.rows import CacheRows
 from longthink.hf.self_check import self_check
-from longthink.hf.support import check_model, text_limit
+from longthink.hf.support import check_model, shares_keys, text_limit
 from longthink.policies import (
     Dense,
     Policy,
@@ -107,9 +107,19 @@ class PagedCache(Refusals, CacheRows):
 
     def _new_layer(self, policy: Policy, **known: Any) -> LayerCache:
         model = self.binding.model
+        shares = shares_keys(model.config)
+        if shares and self.kv_bits is not None:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has layers that read the keys and values of others, which kv_bits does not "
+                "support: keep them in full"
+            )
         dtype = None if self.kv_dtype is None else getattr(torch, self.kv_dtype)
         if self.kv_bits is None:
-            return LayerCache(policy, self.budget, kv_dtype=dtype, fused=self._fused, **known)
+            layer = LayerCache(
+                policy, self.budget, kv_dtype=dtype, fused={} if shares else self._fused, **known
+            )
+            layer.shares_keys = shares
+            return layer
         return TieredCache(
             policy, self.budget, kv_dtype=dtype, kv_bits=self.kv_bits, head_dim=head_dim(model),
             dtype=dtype or model.dtype, **known,

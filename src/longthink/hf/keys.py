@@ -38,6 +38,10 @@ class _Reader:
         self.key_BKQD = key
         return block_attention(query, key, value, None, scaling or query.shape[-1] ** -0.5, rule)
 
+    def attend_again(self, query: Tensor, scaling: float | None, rule: LogitRule) -> Tensor:
+        """Return anything of the right shape: what other layers make of the key is of no interest."""
+        return query
+
 
 def read_keys(model: PreTrainedModel, token_B1: Tensor, position_B1: Tensor) -> dict[int, Tensor]:
     """Keys of these tokens at these positions (BKD) by layer: those with full attention that can be replaced."""

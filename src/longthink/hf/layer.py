@@ -100,6 +100,12 @@ class PagedLayer(CacheLayerMixin):
         self.is_initialized = True
         return out
 
+    @torch.compiler.disable
+    @outside_inference
+    def attend_again(self, query: Tensor, scaling: float | None, rule: LogitRule) -> Tensor:
+        """Attention of a layer that shares these keys and values, for the last of the new tokens."""
+        return self.slots.attend_again(query, scaling, rule)
+
     def get_seq_length(self) -> int:
         """Columns of text seen, including padding."""
         return self.columns

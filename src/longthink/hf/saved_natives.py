@@ -102,7 +102,11 @@ def _check_kind(window: Window, counts: Any) -> None:
 
 
 def _restore_window(
-    window: Window, tensors: Mapping[str, Tensor], counts: Mapping[str, Any], text: tuple[int, int], sample: Window
+    window: Window,
+    tensors: Mapping[str, Tensor],
+    counts: Mapping[str, Any],
+    text: tuple[int, int],
+    sample: Window,
 ) -> None:
     rows, columns = text
     read, aligned = counts["columns"], counts["aligned"]

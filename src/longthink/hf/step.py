@@ -29,7 +29,7 @@ from longthink.errors import UnsupportedFeatureError
 from longthink.hf.binding import outside_inference
 from longthink.hf.cache import PagedCache
 from longthink.hf.linears import few_rows_backend
-from longthink.hf.support import scales_by_columns
+from longthink.hf.support import scales_by_columns, shares_keys
 from longthink.hf.view import ViewLayer, ViewWindow, view_of
 from longthink.kernels import HAS_TRITON, LogitRule
 from longthink.kernels.compiled import compile_isolated, is_compile_disabled, without_guards
@@ -164,6 +164,8 @@ def compiles(
 
 def uncompilable(cache: PagedCache) -> str | None:
     """Why decode steps of this cache cannot be compiled; None if they can."""
+    if shares_keys(cache.binding.model.config):
+        return "the model has layers that read the keys and values of others"
     if scales_by_columns(cache.binding.model.config):
         return "the model scales its queries by the number of columns in its cache, which each step changes"
     if any(layer.expands for layer in cache.paged):

@@ -56,6 +56,10 @@ class ViewLayer:
     def check_call(self, module: torch.nn.Module, dropout: float, options: Mapping[str, Any]) -> None:
         """Accept: `PagedLayer` has checked the model when it read the prompt."""
 
+    def attend_again(self, query: Tensor, scaling: float | None, rule: LogitRule) -> Tensor:
+        """Attention of a layer that shares these keys and values."""
+        return self.slots.attend_again(query, scaling, rule)
+
 
 class ViewWindow:
     """Likewise on the keys of a layer with a window, which needs no mask of the library."""
@@ -76,6 +80,10 @@ class ViewWindow:
         """Append new tokens for every row and return their attention output, B x H x Q x D."""
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         return self.window.attend(query, key, value, scaling, rule)
+
+    def attend_again(self, query: Tensor, scaling: float | None, rule: LogitRule) -> Tensor:
+        """Attention of a layer that shares this window."""
+        return self.window.attend_again(query, scaling, rule)
 
 
 def view_of(
