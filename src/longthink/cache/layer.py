@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from longthink import kernels
+from longthink.cache.layer_rows import LayerRows
 from longthink.cache.prompt import ChunkedPrompt, causal_mask, check_query_stats, sum_queries, write_prompt
 from longthink.cache.rows import RowCounts
 from longthink.cache.shared import LastRead
-from longthink.cache.stats import CacheStats
 from longthink.cache.step import QKV, FusedStep, Read, decode_step, open_pages, read_slots
 from longthink.cache.store import SlotStore
 from longthink.cache.turn import read_turn
@@ -26,7 +26,7 @@ from longthink.kernels.rotation import Rotation
 from longthink.policies import NEEDS, Policy, grows, needs_budget
 
 
-class LayerCache(CacheStats):
+class LayerCache(LayerRows):
     """Bounded KV cache of one attention layer, for any number of rows.
 
     Prefill attends densely; a decode step evicts, appends, attends and observes as the policy says. Each row counts
@@ -98,7 +98,7 @@ class LayerCache(CacheStats):
         self._prepared = False
         self._last_read = LastRead()
 
-    # State and rows -----------------------------------------------------------------------------------------
+    # State -----------------------------------------------------------------------------------------
 
     @property
     def next_position_B(self) -> Tensor:
@@ -110,49 +110,6 @@ class LayerCache(CacheStats):
         """Whether decode steps are fused."""
         # Kernels know the prompt as the first pages of the text.
         return self.fused is not None and not self.later_turns and self.fused.serves(self.store)
-
-    def select_rows(self, rows: Tensor) -> None:
-        """Reorder rows: row i becomes the old row ``rows[i]`` (beam search, batch changes)."""
-        if self._store is None:
-            return
-        self._store.apply(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
-        self.rows.select(rows.tolist())
-        self._store.set_caps(self.rows.caps)
-
-    def adopt(self, row: int, other: LayerCache) -> None:
-        """Copy the only row of another cache into a row, or behind the last (continuous batching).
-
-        Raises
-        ------
-        CacheStateError
-            If a cache is empty, or the other has several rows.
-        """
-        if self._store is None or other._store is None or len(other.rows.lengths) != 1:
-            raise CacheStateError("adopt needs a cache with rows, and another with exactly one row")
-        if row == len(self.rows.lengths):
-            # The new row is a copy of any: all of it is overwritten.
-            self.select_rows(torch.tensor([*range(row), 0]))
-        self._store.adopt(row, other._store)
-        self.rows.adopt(row, other.rows)
-        self.later_turns |= other.later_turns
-        self._store.set_caps(self.rows.caps)
-        self.release()
-
-    def take_row(self, row: int, other: LayerCache) -> None:
-        """Become a copy of one row of another cache of the same policy."""
-        self._store, self.rows = other.store.only(row), other.rows.only(row)
-        self.later_turns = other.later_turns
-        self.store.set_caps(self.rows.caps)
-        self.release()
-
-    def release(self) -> None:
-        """Free slots that no row can use, after a long row has left."""
-        if self._store is None:
-            return
-        needed = max(self.rows.lengths) // self.policy.page_size + 1
-        # A cache that grows keeps spare slots, or the next page would copy it again.
-        self._store.release(needed + needed // 2 if grows(self.policy) else max(self.rows.caps))
-        self.refresh_compile_marks()
 
     # Attention ----------------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """What the last call of a layer has read, for other layers that attend to the same keys and values (Gemma 3n).
 
-Shape suffixes: B batch rows, H query heads, K KV heads, Q queries, N keys that they may read, S token slots, D head dim.
+Shape suffixes: B batch rows, H query heads, K KV heads, Q queries, N keys that they may read,
+S token slots, D head dim.
 """
 
 from __future__ import annotations

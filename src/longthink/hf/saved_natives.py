@@ -174,8 +174,8 @@ def _check_tensors(
         floats = sample[name].is_floating_point()
         if list(tensor.shape) != expected or tensor.is_floating_point() != floats:
             raise CacheFileError(
-                f"tensor {name}: found {tensor.dtype} of shape {list(tensor.shape)}, expected {sample[name].dtype} of "
-                f"shape {expected}"
+                f"tensor {name}: found {tensor.dtype} of shape {list(tensor.shape)}, expected "
+                f"{sample[name].dtype} of shape {expected}"
             )
         if not floats and tensor.dtype != sample[name].dtype:
             raise CacheFileError(f"tensor {name}: found {tensor.dtype}, expected {sample[name].dtype}")
