@@ -175,6 +175,8 @@ def test_a_state_that_is_not_known_is_refused_before_anything_is_written(models,
     cache, _ = filled(models["lfm2"])
     layer = next(layer for layer in cache.layers if isinstance(layer, LinearAttentionLayer))
     layer.ssm_scales = torch.ones(2)
-    with pytest.raises(longthink.UnsupportedFeatureError, match=r"LinearAttentionLayer.*ssm_scales.*deepcopy"):
+    with pytest.raises(
+        longthink.UnsupportedFeatureError, match=r"LinearAttentionLayer.*ssm_scales.*deepcopy"
+    ):
         cache.save(tmp_path / "cache")
     assert not [*tmp_path.iterdir()]

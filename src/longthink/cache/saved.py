@@ -54,9 +54,9 @@ def layer_contents(layer: LayerCache) -> tuple[dict[str, Tensor], dict[str, Any]
 
 
 def restore_layer(
-    layer: LayerCache, tensors: Mapping[str, Tensor], counts: Mapping[str, Any], shape: LayerShape
+    layer: LayerCache, tensors: Mapping[str, Tensor], counts: Mapping[str, Any], shape: LayerShape | None
 ) -> None:
-    """Fill an empty layer with what `layer_contents` has returned.
+    """Fill an empty layer with what `layer_contents` has returned; a shape is needed where it holds rows.
 
     Raises
     ------
@@ -66,6 +66,7 @@ def restore_layer(
     if not counts:
         _require(not tensors, f"no rows, but tensors {', '.join(tensors)}")
         return
+    assert shape is not None
     rows = _rows(layer, counts)
     keys = tensors.get("keys_BKSD")
     page_size = layer.policy.page_size

@@ -6,7 +6,7 @@ that a query may read, D head dim (keys and values may differ in it).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -112,11 +112,8 @@ class Window:
 
     def select_rows(self, rows: Tensor) -> None:
         """Reorder rows: row i becomes the old row ``rows[i]``."""
-        self._apply(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
-
-    def _apply(self, change: Callable[[Tensor], Tensor]) -> None:
         for name, tensor in self.named_tensors().items():
-            setattr(self, name, change(tensor))
+            setattr(self, name, tensor.index_select(0, rows.to(tensor.device)))
 
     def adopt(self, row: int, other: Window) -> None:
         """Copy the only row of another window into a row, or behind the last."""

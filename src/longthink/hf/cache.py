@@ -316,7 +316,8 @@ class PagedCache(Refusals, CacheRows):
     def end_step(self, tokens: int = 1) -> None:
         """Complete the steps that `begin_step` or `begin_block` began."""
         self._text.add_tokens(tokens)
-        self._end_windows(tokens)
+        for window in self.windows.values():
+            window.columns += tokens
         for layer in self.paged:
             layer.pending = False
             layer.columns += tokens

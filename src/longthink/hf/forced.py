@@ -103,6 +103,8 @@ class ForcedDecode:
 
 
 class _Layer(ViewLayer):
+    slots: LayerCache
+
     def __init__(self, slots: LayerCache, compile: bool) -> None:
         super().__init__(slots)
         self._compile = compile

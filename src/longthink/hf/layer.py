@@ -134,13 +134,6 @@ class PagedLayer(CacheLayerMixin):
         self.text.select_rows(self.slots, rows)
         self.slots.select_rows(rows)
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Raise: evicted tokens cannot be restored."""
-        if tokens_to_remove:
-            raise UnsupportedFeatureError(
-                f"a bounded cache cannot be cropped by {tokens_to_remove} tokens: evicted tokens cannot be restored"
-            )
-
 
 class PagedHybridLayer(LinearAttentionLayer, PagedLayer):
     """A layer that has full attention beside a recurrent state, which stays transformers' own."""

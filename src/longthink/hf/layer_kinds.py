@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, cache_utils
 from transformers.cache_utils import (
     DynamicLayer,
@@ -86,14 +88,24 @@ def is_recurrent(layer: Any) -> bool:
     return isinstance(layer, LinearAttentionCacheLayerMixin) and not isinstance(layer, _NoCache)
 
 
-def windowed_bytes(layer: Any) -> int:
-    """Bytes allocated for the keys and values of a window."""
-    return layer.window.kv_bytes if isinstance(layer, WindowLayer) else 0
+STATES = ("conv_states", "recurrent_states")
+STATE_FLAGS = (
+    "is_conv_states_initialized", "is_recurrent_states_initialized", "has_previous_state", "conv_kernel_size",
+)  # fmt: skip
 
 
-def recurrent_bytes(layer: Any) -> int:
-    """Bytes allocated for recurrent states and convolutions."""
+def states_of(layer: Any) -> dict[tuple[str, int], Tensor]:
+    """Recurrent states and convolutions of a layer, by attribute and number; none where it has no such."""
     if not is_recurrent(layer):
-        return 0
-    states = [*layer.conv_states.values(), *layer.recurrent_states.values()]
-    return sum(state.nbytes for state in states if state is not None)
+        return {}
+    named = ((name, key, state) for name in STATES for key, state in getattr(layer, name).items())
+    return {(name, key): state for name, key, state in named if state is not None}
+
+
+def set_states(layer: Any, states: Mapping[tuple[str, int], Tensor], like: Any) -> None:
+    """Give a layer these states, and all else that a layer of the same kind has."""
+    for (name, key), state in states.items():
+        getattr(layer, name)[key] = state
+    for name in STATE_FLAGS:
+        setattr(layer, name, dict(getattr(like, name)))
+    layer.device, layer.dtype = like.device, like.dtype

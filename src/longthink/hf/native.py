@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
-from longthink.cache.window import Window
 from longthink.hf.binding import outside_inference
 from longthink.hf.columns import Columns
 from longthink.hf.contents import CacheContents
 from longthink.hf.layer_kinds import is_recurrent
-from longthink.hf.windows import WindowLayer
 
 
 class NativeLayers(CacheContents, Cache):
@@ -24,11 +22,6 @@ class NativeLayers(CacheContents, Cache):
     _text: Columns
     _last_state = -1
     """The recurrent layer that has changed last."""
-
-    @property
-    def windows(self) -> dict[int, Window]:
-        """Those of the layers that have one, by layer."""
-        return {i: layer.window for i, layer in self.natives.items() if isinstance(layer, WindowLayer)}
 
     @property
     def is_mixed(self) -> bool:
@@ -97,10 +90,6 @@ class NativeLayers(CacheContents, Cache):
         self._hide_padding()
         for window in self.windows.values():
             window.reserve(window.columns + tokens)
-
-    def _end_windows(self, tokens: int) -> None:
-        for window in self.windows.values():
-            window.columns += tokens
 
     def _hide_padding(self) -> None:
         """Tell windows which columns are padding, if they have read some since; as a mask does in the library."""

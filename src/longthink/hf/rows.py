@@ -11,14 +11,9 @@ from transformers import PreTrainedModel
 from longthink.cache import FusedStep
 from longthink.errors import CacheStateError
 from longthink.hf.binding import ModelBinding, outside_inference
-from longthink.hf.layer_kinds import is_recurrent
+from longthink.hf.layer_kinds import set_states, states_of
 from longthink.hf.native import NativeLayers
 from longthink.policies import Policy
-
-STATES = ("conv_states", "recurrent_states")
-STATE_FLAGS = (
-    "is_conv_states_initialized", "is_recurrent_states_initialized", "has_previous_state", "conv_kernel_size",
-)  # fmt: skip
 
 
 class CacheRows(NativeLayers):
@@ -49,13 +44,13 @@ class CacheRows(NativeLayers):
         other._hide_padding()
         for index, window in self.windows.items():
             window.adopt(row, other.windows[index])
-        for index, state in enumerate(self.layers):
-            if is_recurrent(state):
-                for name in STATES:
-                    mine = getattr(state, name)
-                    for key, new in getattr(other.layers[index], name).items():
-                        if new is not None:
-                            mine[key] = torch.cat([mine[key][:row], new, mine[key][row + 1 :]])
+        for mine, layer in zip(self.layers, other.layers, strict=True):
+            new = states_of(layer)
+            rows = {
+                at: torch.cat([old[:row], new[at], old[row + 1 :]]) for at, old in states_of(mine).items()
+            }
+            if rows:
+                set_states(mine, rows, layer)
         self._text.forget()
 
     @outside_inference
@@ -69,17 +64,9 @@ class CacheRows(NativeLayers):
         self._hide_padding()
         for index, window in self.windows.items():
             alone.natives[index].window = window.only(row, length)
-        for mine, state in zip(alone.layers, self.layers, strict=True):
-            if is_recurrent(state):
-                for name in STATES:
-                    own = {
-                        key: None if all_rows is None else all_rows[row : row + 1].clone()
-                        for key, all_rows in getattr(state, name).items()
-                    }
-                    setattr(mine, name, own)
-                for name in STATE_FLAGS:
-                    setattr(mine, name, dict(getattr(state, name)))
-                mine.device, mine.dtype = state.device, state.dtype
+        for mine, layer in zip(alone.layers, self.layers, strict=True):
+            if states := states_of(layer):
+                set_states(mine, {at: old[row : row + 1].clone() for at, old in states.items()}, layer)
         alone._last_state = self._last_state
         alone._text.start_with(length)
         alone.close()

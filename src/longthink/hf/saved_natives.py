@@ -17,8 +17,7 @@ from transformers.cache_utils import LinearAttentionLayer
 from longthink.cache.window import Window
 from longthink.errors import CacheFileError, UnsupportedFeatureError
 from longthink.hf.cache import PagedCache
-from longthink.hf.layer_kinds import is_recurrent
-from longthink.hf.rows import STATE_FLAGS, STATES
+from longthink.hf.layer_kinds import STATE_FLAGS, STATES, is_recurrent, set_states, states_of
 
 _KNOWN = {*STATES, *STATE_FLAGS, "number_of_states", "device", "dtype", "record_past"}
 """Attributes of transformers' recurrent layers; a file holds the states, and a sample has the rest."""
@@ -51,7 +50,7 @@ def native_contents(cache: PagedCache) -> tuple[dict[str, Tensor], dict[str, Any
                     f"{', '.join(sorted(unknown))}, which no file of a cache holds: copy.deepcopy copies the cache "
                     "within a process"
                 )
-            tensors |= {f"natives.{i}.{name}": tensor for name, tensor in _states(layer).items()}
+            tensors |= {f"natives.{i}.{name}": tensor for name, tensor in _named_states(layer).items()}
     return tensors, counts
 
 
@@ -138,24 +137,14 @@ def _restore_window(
 # States ---------------------------------------------------------------------------------------------------------
 
 
-def _states(layer: Any) -> dict[str, Tensor]:
-    return {
-        f"{name}.{key}": state
-        for name in STATES
-        for key, state in getattr(layer, name).items()
-        if state is not None
-    }
+def _named_states(layer: Any) -> dict[str, Tensor]:
+    return {f"{name}.{key}": state for (name, key), state in states_of(layer).items()}
 
 
 def _restore_states(layer: Any, tensors: Mapping[str, Tensor], rows: int, sample: Any) -> None:
-    _check_tensors(tensors, _states(sample), rows, {})
-    for name in STATES:
-        for key in getattr(layer, name):
-            state = tensors.get(f"{name}.{key}")
-            getattr(layer, name)[key] = None if state is None else state.to(sample.device)
-    for name in STATE_FLAGS:
-        setattr(layer, name, dict(getattr(sample, name)))
-    layer.device, layer.dtype = sample.device, sample.dtype
+    _check_tensors(tensors, _named_states(sample), rows, {})
+    found = {at: tensors["{}.{}".format(*at)].to(sample.device) for at in states_of(sample)}
+    set_states(layer, found, sample)
 
 
 # Both -----------------------------------------------------------------------------------------------------------
@@ -171,11 +160,10 @@ def _check_tensors(
         expected = [rows, *sample[name].shape[1:]]
         if name in varies and tensor.ndim == len(expected):
             expected[varies[name]] = tensor.shape[varies[name]]
-        floats = sample[name].is_floating_point()
-        if list(tensor.shape) != expected or tensor.is_floating_point() != floats:
+        kinds = {tensor.dtype, sample[name].dtype}
+        alike = len(kinds) == 1 or all(kind.is_floating_point for kind in kinds)
+        if list(tensor.shape) != expected or not alike:
             raise CacheFileError(
                 f"tensor {name}: found {tensor.dtype} of shape {list(tensor.shape)}, expected "
                 f"{sample[name].dtype} of shape {expected}"
             )
-        if not floats and tensor.dtype != sample[name].dtype:
-            raise CacheFileError(f"tensor {name}: found {tensor.dtype}, expected {sample[name].dtype}")

@@ -169,13 +169,11 @@ def _fill(cache: PagedCache, contents: Mapping[str, Any], tensors: Mapping[str, 
     for i, (layer, counts) in enumerate(zip(cache.paged, layers, strict=True)):
         prefix = f"layers.{i}."
         own = {name.removeprefix(prefix): rest.pop(name) for name in tensors if name.startswith(prefix)}
-        shape = LayerShape(0, 0, 0, torch.float32, model.device)
+        shape = None
         if sample is not None:
-            like = sample.paged[i]
-            store = like.slots.store
+            store, layer.expands = sample.paged[i].slots.store, sample.paged[i].expands
             dims = store.keys_BKSD.shape[1], store.keys_BKSD.shape[3], store.values_BKSD.shape[3]
             shape = LayerShape(*dims, getattr(torch, dtype or "float32"), model.device)
-            layer.expands = like.expands
         try:
             restore_layer(layer.slots, own, counts, shape)
         except CacheFileError as error:

@@ -24,6 +24,7 @@ from torch.compiler import nested_compile_region
 from transformers import PreTrainedModel
 
 from longthink.accelerators import group_layers
+from longthink.cache import LayerCache
 from longthink.config import check_choice
 from longthink.errors import UnsupportedFeatureError
 from longthink.hf.binding import outside_inference
@@ -50,6 +51,8 @@ _log = logging.getLogger(__name__)
 
 
 class _StaticLayer(ViewLayer):
+    slots: LayerCache
+
     def attend(
         self,
         query: Tensor,

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from longthink.cache import LayerCache
 from longthink.cache.window import Window
 from longthink.hf.attention import AttentionLayer, mark
 from longthink.hf.cache import PagedCache
@@ -49,7 +48,7 @@ class ViewLayer:
 
     window_size: int | None = None
 
-    def __init__(self, slots: LayerCache) -> None:
+    def __init__(self, slots: Any) -> None:
         self.slots = slots
         self.expands = False
 
@@ -61,17 +60,14 @@ class ViewLayer:
         return self.slots.attend_again(query, scaling, rule)
 
 
-class ViewWindow:
+class ViewWindow(ViewLayer):
     """Likewise on the keys of a layer with a window, which needs no mask of the library."""
 
-    expands = False
+    slots: Window
 
     def __init__(self, window: Window) -> None:
-        self.window = window
-        self.window_size: int | None = window.size
-
-    def check_call(self, module: torch.nn.Module, dropout: float, options: Mapping[str, Any]) -> None:
-        """Accept: the layers with pages check the model."""
+        super().__init__(window)
+        self.window_size = window.size
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scaling: float | None,
@@ -79,11 +75,7 @@ class ViewWindow:
     ) -> Tensor:  # fmt: skip
         """Append new tokens for every row and return their attention output, B x H x Q x D."""
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return self.window.attend(query, key, value, scaling, rule)
-
-    def attend_again(self, query: Tensor, scaling: float | None, rule: LogitRule) -> Tensor:
-        """Attention of a layer that shares this window."""
-        return self.window.attend_again(query, scaling, rule)
+        return self.slots.attend(query, key, value, scaling, rule)
 
 
 def view_of(

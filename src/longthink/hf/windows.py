@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from longthink.cache.window import Window
-from longthink.errors import CacheStateError, UnsupportedFeatureError
+from longthink.errors import CacheStateError
 
 
 class WindowLayer(CacheLayerMixin):
@@ -61,10 +61,3 @@ class WindowLayer(CacheLayerMixin):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows, for beam search."""
         self.window.select_rows(beam_idx)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Raise: what has left the window cannot be restored."""
-        if tokens_to_remove:
-            raise UnsupportedFeatureError(
-                f"a window cannot be cropped by {tokens_to_remove} tokens: those that have left it cannot be restored"
-            )
