@@ -36,6 +36,15 @@ def filled(model, ids=IDS, mask=MASK):
     return cache, text
 
 
+@pytest.fixture(scope="module")
+def saved(models, tmp_path_factory):
+    """Contents and tensors of a file, by family."""
+    folder = tmp_path_factory.mktemp("saved")
+    for kind in ("gemma3_text", "lfm2"):
+        filled(models[kind])[0].save(folder / kind)
+    return {kind: read_cache_file(folder / kind) for kind in ("gemma3_text", "lfm2")}
+
+
 def goes_on(model, cache, text, mask=MASK):
     """Tokens of another turn."""
     text = torch.cat([text, torch.tensor([[5, 6, 7]] * len(text))], 1)
@@ -54,6 +63,7 @@ def test_a_cache_from_a_file_goes_on_as_the_original(model, tmp_path):
         assert goes_on(model, loaded, text) == expected
 
 
+@pytest.mark.slow
 def test_steps_go_on_as_with_the_original(model, tmp_path):
     cache, _ = filled(model)
     cache.save(tmp_path / "cache")
@@ -67,6 +77,7 @@ def test_steps_go_on_as_with_the_original(model, tmp_path):
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
+@pytest.mark.slow
 def test_a_window_that_is_not_full_and_an_empty_cache(model, tmp_path):
     cache, text = filled(model, IDS[:, :5], torch.ones(2, 5).long())
     cache.save(tmp_path / "short")
@@ -82,11 +93,12 @@ def test_a_window_that_is_not_full_and_an_empty_cache(model, tmp_path):
 # What is refused ------------------------------------------------------------------------------------------------
 
 
-def edited(path, change):
-    """The file with a change in its contents and tensors."""
-    contents, tensors = read_cache_file(path)
+def refused(model, saved, path, change, match):
+    contents, tensors = copy.deepcopy(saved)
     change(contents, tensors)
     write_cache_file(path, contents, tensors)
+    with pytest.raises(longthink.CacheFileError, match=match):
+        longthink.load_cache(model, path)
 
 
 def keys_of(tensors, end):
@@ -138,12 +150,8 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_windows_that_do_not_fit_are_refused(models, tmp_path, fault):
-    change, match = FAULTS[fault]
-    filled(models["gemma3_text"])[0].save(tmp_path / "cache")
-    edited(tmp_path / "cache", change)
-    with pytest.raises(longthink.CacheFileError, match=match):
-        longthink.load_cache(models["gemma3_text"], tmp_path / "cache")
+def test_windows_that_do_not_fit_are_refused(models, saved, tmp_path, fault):
+    refused(models["gemma3_text"], saved["gemma3_text"], tmp_path / "cache", *FAULTS[fault])
 
 
 @pytest.mark.parametrize(
@@ -155,23 +163,19 @@ def test_windows_that_do_not_fit_are_refused(models, tmp_path, fault):
         (of("conv_states.0", torch.Tensor.long), "tensor conv_states.0: found"),
     ],
 )
-def test_states_that_do_not_fit_are_refused(models, tmp_path, change, match):
-    filled(models["lfm2"])[0].save(tmp_path / "cache")
-    edited(tmp_path / "cache", change)
-    with pytest.raises(longthink.CacheFileError, match=match):
-        longthink.load_cache(models["lfm2"], tmp_path / "cache")
+def test_states_that_do_not_fit_are_refused(models, saved, tmp_path, change, match):
+    refused(models["lfm2"], saved["lfm2"], tmp_path / "cache", change, match)
 
 
-def test_layers_of_another_kind_are_refused(models, tmp_path):
-    model = models["gemma3_text"]
-    filled(model)[0].save(tmp_path / "cache")
-    other = copy.deepcopy(model)
+def test_layers_of_another_kind_are_refused(models, saved, tmp_path):
+    other = copy.deepcopy(models["gemma3_text"])
     other.config.layer_types = ["full_attention"] * 2 + ["sliding_attention", "full_attention"]
-    with pytest.raises(longthink.CacheFileError, match="layers"):
-        longthink.load_cache(other, tmp_path / "cache")
+    refused(
+        other, saved["gemma3_text"], tmp_path / "cache", lambda *_: None, "expected the same for each of 3"
+    )
 
 
-def test_a_state_that_is_not_known_is_refused_before_anything_is_written(models, tmp_path, monkeypatch):
+def test_a_state_that_is_not_known_is_refused_before_anything_is_written(models, tmp_path):
     cache, _ = filled(models["lfm2"])
     layer = next(layer for layer in cache.layers if isinstance(layer, LinearAttentionLayer))
     layer.ssm_scales = torch.ones(2)
