@@ -15,6 +15,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 import longthink
 from longthink.errors import LongthinkError
+from longthink.hf import DecodeStep
 from longthink.hf.forecast import forecast
 from longthink.hf.layer_kinds import is_recurrent, window_of
 from tests.families.tiny import NotTriedError, tiny
@@ -75,6 +76,11 @@ def check(model: PreTrainedModel) -> None:
             assert cache.num_evicted == 0
         expected_BTV = stepwise(model, rows, mask, DynamicCache(config=model.config))[0]
         assert error(found_BTV, expected_BTV, mask) < TOLERANCE, "an ample budget"
+        with longthink.make_cache(model, policy=POLICY, decode_budget=64) as cache:
+            stepwise(model, rows[:, :PROMPT], None if mask is None else mask[:, :PROMPT], cache, steps=0)
+            step = DecodeStep(model, cache, compile=False)
+            found_BTV = torch.stack([step(token_B1) for token_B1 in rows[:, PROMPT:].split(1, 1)], 1)
+        assert error(found_BTV, expected_BTV[:, PROMPT:], None) < TOLERANCE, "steps of longthink"
     with longthink.make_cache(model, policy=POLICY, decode_budget=4) as cache:
         found_BTV, residents = stepwise(model, text_BT[:1], None, cache)
         assert cache.num_evicted > 0
@@ -102,11 +108,11 @@ def texts(model: PreTrainedModel) -> Tensor:
 
 @torch.no_grad()
 def stepwise(
-    model: PreTrainedModel, text_BT: Tensor, mask_BT: Tensor | None, cache: Any
+    model: PreTrainedModel, text_BT: Tensor, mask_BT: Tensor | None, cache: Any, steps: int = STEPS
 ) -> tuple[Tensor, list[list[int]]]:
     """Logits of a text read as a prompt and then token by token, BTV; and the positions held after each step."""
     found, held = [], []
-    for start, end in [(0, PROMPT), *((i, i + 1) for i in range(PROMPT, PROMPT + STEPS))]:
+    for start, end in [(0, PROMPT), *((i, i + 1) for i in range(PROMPT, PROMPT + steps))]:
         inputs = model.prepare_inputs_for_generation(
             text_BT[:, :end],
             attention_mask=torch.ones_like(text_BT[:, :end]) if mask_BT is None else mask_BT[:, :end],
@@ -116,6 +122,9 @@ def stepwise(
             is_first_iteration=start == 0,
         )
         inputs.pop("logits_to_keep", None)  # some ask for the last ones only
+        # As `generate` does before it asks for the inputs.
+        real_BT = torch.ones_like(text_BT) if mask_BT is None else mask_BT
+        inputs["position_ids"] = (real_BT.cumsum(1) - 1).clamp(min=0)[:, start:end]
         found.append(model(**inputs).logits)
         if hasattr(cache, "paged"):
             held.append(cache.resident_positions(cache.paged[0].index)[0][0])
@@ -148,7 +157,8 @@ def on_residents(model: PreTrainedModel, text_BT: Tensor, held: list[list[int]],
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **given: Any
     ) -> Any:
         scaling = given.get("scaling") or query.shape[-1] ** -0.5
-        paged = module.layer_idx in places
+        shares = getattr(module, "is_kv_shared_layer", False) and not given.get("sliding_window")
+        paged = module.layer_idx in places or shares
         softcap, sinks = given.get("softcap"), given.get("s_aux")
         if not paged and softcap is None and sinks is None:
             return sdpa_attention_forward(module, query, key, value, attention_mask, **given)

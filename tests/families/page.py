@@ -17,20 +17,26 @@ Every line is a test (`tests/families`), and this page is written by `python -m 
 with transformers {version}.
 It goes through every class that transformers lists for causal language modelling. A tiny random model of each, with
 four layers and windows of 8 tokens where the family has some, is compared twice. With an ample budget its logits are
-those of transformers with its own cache, for a row alone and for a left-padded pair. With a tight one they are those
-of a slow computation over the tokens that were held. Names are those of `model_type` in a checkpoint's `config.json`.
+those of transformers with its own cache, for a row alone and for a left-padded pair, in the model's own loop and in
+steps of longthink. With a tight one they are those of a slow computation over the tokens that were held. Names are
+those of `model_type` in a checkpoint's `config.json`.
 `longthink doctor --model ID_OR_FOLDER` says which layers a checkpoint has and what a budget costs and saves, before
 any weights are loaded.
 
 What it means:
 
 - **full**: layers that attend to all of the text. They get pages, and the budget bounds them.
-- **windowed**: a sliding window, or chunks. They are bounded by nature and keep transformers' own cache, as large as
-  the window. Decode steps of such models are not [compiled](compile.md), and [`Engine`](engine.md) refuses them: use
-  `generate`, also for batches.
+- **windowed**: a sliding window, or chunks. They are bounded by nature: the last tokens stand in slots of their own,
+  as many as the window has. [Compiled steps](compile.md) and the [`Engine`](engine.md) serve them, but for Llama 4
+  with `attn_temperature_tuning`: it scales queries by the number of columns in the cache, one number for rows of
+  different lengths. For that use `generate`, also for batches.
 - **recurrent**: a state, or a convolution, of fixed size, transformers' own as well. It has read every token, and
   none can be taken back, so a later turn whose mask hides the end of a row (padding after its end token) is refused.
-- A cache with windowed or recurrent layers cannot be saved to a file; `copy.deepcopy` copies it.
+- **Shared keys** (Gemma 3n, Gemma 4): layers that read the keys and values of another layer have none of their own,
+  so they are not in the table. The policy sees the queries of the layer that has the keys. Steps of these models are
+  not compiled, `kv_bits` is refused, and so are [forced decoding](fidelity.md) and a later turn for which something
+  must be evicted.
+- All of these can be [saved to a file](conversations.md#saving-and-loading) and loaded.
 - Sinks (gpt-oss), soft caps (Gemma 2) and values of another size than keys are served on all routes but the fused GPU
   kernels, which leave such layers to the general route.
 - **Latent attention** (MLA: DeepSeek, GLM-4.7-Flash, MiniCPM3): the keys and values that attention reads are kept, of

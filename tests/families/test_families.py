@@ -43,8 +43,8 @@ def test_a_sink_or_a_soft_cap_that_is_left_out_is_seen(family, monkeypatch):
 def test_a_token_that_is_not_read_is_seen(monkeypatch):
     stepwise = compared.stepwise
 
-    def one_less(*args):
-        logits, held = stepwise(*args)
+    def one_less(*args, **options):
+        logits, held = stepwise(*args, **options)
         return logits, [positions[1:] for positions in held]
 
     monkeypatch.setattr(compared, "stepwise", one_less)

@@ -82,6 +82,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "hidden_size_per_layer_input": 0,
         "vocab_size_per_layer_input": VOCABULARY,
     },
+    "gemma3n_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
+        "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY, "altup_num_inputs": 2,
+        "laurel_rank": 4, "intermediate_size": [48] * 4, "activation_sparsity_pattern": [0.0] * 4,
+    },
     "glm4_moe_lite": _LATENT,
     "gptj": {"rotary_dim": 4},
     "gpt_neo": {"attention_types": [[["global"], 4]], "num_layers": 4, "num_heads": 4},

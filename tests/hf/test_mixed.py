@@ -15,7 +15,8 @@ from tests.families.compared import error, stepwise
 from tests.families.tiny import tiny
 from tests.models import prompt
 
-WINDOWED, RECURRENT, WHOLE = ("gpt_oss", "gemma2"), ("lfm2", "falcon_h1"), ("deepseek_v3",)
+WINDOWED, RECURRENT, WHOLE = ("gpt_oss", "gemma2", "llama4_text"), ("lfm2", "falcon_h1"), ("deepseek_v3",)
+NO_SCALES = {"llama4_text": {"attn_temperature_tuning": False}}
 KINDS = (*WINDOWED, *RECURRENT, *WHOLE)
 GREEDY = dict(max_new_tokens=8, do_sample=False)
 AMPLE = dict(policy="recency:page_size=4", decode_budget=64)
@@ -122,7 +123,13 @@ def test_forced_decoding_gives_the_logits_of_decoding(model):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "more"),
-    [("gpt_oss", {"layer_types": ["full_attention"] * 4}), ("lfm2", {}), ("falcon_h1", {})],
+    [
+        ("gpt_oss", {}),
+        ("gemma2", {}),
+        ("llama4_text", {"attn_temperature_tuning": False}),
+        ("lfm2", {}),
+        ("falcon_h1", {}),
+    ],
 )
 def test_compiled_steps_give_the_logits_of_eager_ones(kind, more, models, light_compiler):
     model = models(kind, **more)
@@ -131,27 +138,60 @@ def test_compiled_steps_give_the_logits_of_eager_ones(kind, more, models, light_
 
 
 @pytest.mark.parametrize(
-    ("kind", "reason"), [("gpt_oss", "layers with a window"), ("deepseek_v3", "other keys")]
+    ("kind", "reason"), [("llama4_text", "scales its queries"), ("deepseek_v3", "other keys")]
 )
 def test_compiled_steps_that_would_go_wrong_are_refused(kind, reason, models):
     with pytest.raises(UnsupportedFeatureError, match=reason):
         longthink.generate(models(kind), IDS, MASK, compile=True, **TIGHT, **GREEDY)
 
 
-def test_steps_refuse_padding_in_windows(windowed):
-    with longthink.make_cache(windowed, **TIGHT) as cache, torch.no_grad():
-        windowed(IDS, attention_mask=MASK, past_key_values=cache)
-        with pytest.raises(UnsupportedFeatureError, match="rows of different lengths"):
-            DecodeStep(windowed, cache)
+@torch.no_grad()
+def stepped(model, cache, steps=12):
+    """Tokens of greedy decoding by `DecodeStep`."""
+    step = DecodeStep(model, cache, compile=False)
+    token = torch.full((cache.rows, 1), 7)
+    tokens = []
+    for _ in range(steps):
+        token = step(token).argmax(-1, keepdim=True)
+        tokens.append(token)
+    return torch.cat(tokens, 1).tolist()
 
 
-def test_an_engine_serves_states_and_refuses_windows(recurrent, models):
+@torch.no_grad()
+def plain(model, ids, mask, steps=12):
+    """The same by transformers with its own cache."""
+    cache, tokens = DynamicCache(config=model.config), []
+    token = torch.full((len(ids), 1), 7)
+    model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), past_key_values=cache)
+    for _ in range(steps):
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        logits = model(
+            token, attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1, past_key_values=cache
+        ).logits
+        token = logits[:, -1].argmax(-1, keepdim=True)
+        tokens.append(token)
+    return torch.cat(tokens, 1).tolist()
+
+
+@pytest.mark.parametrize("columns", [(21, 13), (5, 2)], ids=["longer than the window", "shorter"])
+def test_steps_do_not_read_padding_in_windows(windowed, columns):
+    ids, mask = prompt(columns)
+    with longthink.make_cache(windowed, **AMPLE) as cache, torch.no_grad():
+        windowed(
+            ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), past_key_values=cache
+        )
+        assert stepped(windowed, cache) == plain(windowed, ids, mask)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_engine_gives_the_tokens_of_each_row_alone(models, kind):
+    model = models(kind, **NO_SCALES.get(kind, {}))
     rows, lengths = (IDS[0], IDS[1, 8:], IDS[0, :9]), (8, 4, 8)  # the third takes the seat of the second
     expected = [
-        longthink.generate(recurrent, row[None], **TIGHT, **GREEDY)[0, len(row) :][:length].tolist()
+        longthink.generate(model, row[None], **TIGHT, **GREEDY)[0, len(row) :][:length].tolist()
         for row, length in zip(rows, lengths, strict=True)
     ]
-    with longthink.Engine(recurrent, seats=2, **TIGHT) as engine:
+    with longthink.Engine(model, seats=2, **TIGHT) as engine:
         handles = [
             engine.submit(row, max_new_tokens=length, keep_cache=True)
             for row, length in zip(rows, lengths, strict=True)
@@ -160,12 +200,15 @@ def test_an_engine_serves_states_and_refuses_windows(recurrent, models):
         assert [list(result.tokens) for result in results] == expected
         more = engine.submit([5, 6], max_new_tokens=3, after=results[0]).result()
     whole = torch.tensor([[*IDS[0].tolist(), *expected[0], 5, 6]])
-    with longthink.make_cache(recurrent, **TIGHT) as cache:
-        recurrent.generate(IDS[:1], past_key_values=cache, **GREEDY)
-        again = recurrent.generate(whole, past_key_values=cache, max_new_tokens=3, do_sample=False)
+    with longthink.make_cache(model, **TIGHT) as cache:
+        model.generate(IDS[:1], past_key_values=cache, **GREEDY)
+        again = model.generate(whole, past_key_values=cache, max_new_tokens=3, do_sample=False)
     assert list(more.tokens) == again[0, -3:].tolist()
+
+
+def test_an_engine_refuses_queries_that_are_scaled_by_columns(models):
     with pytest.raises(UnsupportedModelError, match=r"longthink\.generate with a batch"):
-        longthink.Engine(models("gpt_oss"), seats=2, **TIGHT)
+        longthink.Engine(models("llama4_text"), seats=2, **TIGHT)
 
 
 def hidden_end(model, cache):
@@ -211,15 +254,14 @@ def test_what_a_window_holds_does_not_grow(windowed):
             cache.reset()
             windowed.generate(IDS[:1], past_key_values=cache, max_new_tokens=tokens, do_sample=False)
             sizes.append(cache.kv_bytes_parts["windowed"])
-    assert sizes[0] == sizes[1] == 2 * 2 * 2 * 8 * 8 * 4
+    # Keys and values of 2 heads with 8 numbers, in slots for the window and no more.
+    assert sizes[0] == sizes[1] == len(cache.windows) * 2 * 2 * 8 * 8 * 4
 
 
 def test_what_is_not_served_says_so(models, tmp_path):
     for kind in KINDS:
         with longthink.make_cache(models(kind), **TIGHT) as cache, torch.no_grad():
             models(kind)(IDS, past_key_values=cache)
-            with pytest.raises(UnsupportedFeatureError, match="deepcopy"):
-                cache.save(tmp_path / "cache.safetensors")
             with pytest.raises(UnsupportedFeatureError, match="cropped"):
                 cache.crop(-2)
             with pytest.raises(CacheStateError, match="holds 2 rows and was given 1"):
@@ -247,3 +289,15 @@ def test_an_interrupted_pass_is_noticed(model, at, monkeypatch):
         monkeypatch.undo()
         with pytest.raises(CacheStateError, match="interrupted"):
             model(IDS[:, :1], past_key_values=cache)
+
+
+@pytest.mark.slow
+def test_compiled_seats_hold_windows_of_different_lengths(models, light_compiler):
+    model, rows = models("gpt_oss"), (IDS[0], IDS[1, 8:], IDS[0, :9])
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        with longthink.Engine(model, seats=2, compile=True, **TIGHT) as engine:
+            handles = [engine.submit(row, max_new_tokens=14 - i) for i, row in enumerate(rows)]
+            found = [list(handle.result().tokens) for handle in handles]
+    for i, row in enumerate(rows):
+        expected = longthink.generate(model, row[None], **TIGHT, max_new_tokens=14 - i, do_sample=False)
+        assert found[i] == expected[0, len(row) :].tolist()

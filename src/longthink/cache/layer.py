@@ -12,20 +12,21 @@ import torch
 from torch import Tensor
 
 from longthink import kernels
+from longthink.cache.layer_rows import LayerRows
 from longthink.cache.prompt import ChunkedPrompt, causal_mask, check_query_stats, sum_queries, write_prompt
 from longthink.cache.rows import RowCounts
-from longthink.cache.stats import CacheStats
+from longthink.cache.shared import LastRead
 from longthink.cache.step import QKV, FusedStep, Read, decode_step, open_pages, read_slots
 from longthink.cache.store import SlotStore
 from longthink.cache.turn import read_turn
 from longthink.config import Budget
-from longthink.errors import BudgetError, CacheStateError
+from longthink.errors import BudgetError, CacheStateError, UnsupportedFeatureError
 from longthink.kernels import LogitRule
 from longthink.kernels.rotation import Rotation
 from longthink.policies import NEEDS, Policy, grows, needs_budget
 
 
-class LayerCache(CacheStats):
+class LayerCache(LayerRows):
     """Bounded KV cache of one attention layer, for any number of rows.
 
     Prefill attends densely; a decode step evicts, appends, attends and observes as the policy says. Each row counts
@@ -60,6 +61,7 @@ class LayerCache(CacheStats):
     _read: Read = staticmethod(read_slots)
     _rule: LogitRule = kernels.PLAIN
     _reads_blocks = True  # whether a later turn may be read as one block
+    shares_keys = False  # whether other layers attend to the same keys and values
 
     def __init__(
         self,
@@ -94,8 +96,9 @@ class LayerCache(CacheStats):
         self._announced = 0
         self.later_turns = False
         self._prepared = False
+        self._last_read = LastRead()
 
-    # State and rows -----------------------------------------------------------------------------------------
+    # State -----------------------------------------------------------------------------------------
 
     @property
     def next_position_B(self) -> Tensor:
@@ -107,49 +110,6 @@ class LayerCache(CacheStats):
         """Whether decode steps are fused."""
         # Kernels know the prompt as the first pages of the text.
         return self.fused is not None and not self.later_turns and self.fused.serves(self.store)
-
-    def select_rows(self, rows: Tensor) -> None:
-        """Reorder rows: row i becomes the old row ``rows[i]`` (beam search, batch changes)."""
-        if self._store is None:
-            return
-        self._store.apply(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
-        self.rows.select(rows.tolist())
-        self._store.set_caps(self.rows.caps)
-
-    def adopt(self, row: int, other: LayerCache) -> None:
-        """Copy the only row of another cache into a row, or behind the last (continuous batching).
-
-        Raises
-        ------
-        CacheStateError
-            If a cache is empty, or the other has several rows.
-        """
-        if self._store is None or other._store is None or len(other.rows.lengths) != 1:
-            raise CacheStateError("adopt needs a cache with rows, and another with exactly one row")
-        if row == len(self.rows.lengths):
-            # The new row is a copy of any: all of it is overwritten.
-            self.select_rows(torch.tensor([*range(row), 0]))
-        self._store.adopt(row, other._store)
-        self.rows.adopt(row, other.rows)
-        self.later_turns |= other.later_turns
-        self._store.set_caps(self.rows.caps)
-        self.release()
-
-    def take_row(self, row: int, other: LayerCache) -> None:
-        """Become a copy of one row of another cache of the same policy."""
-        self._store, self.rows = other.store.only(row), other.rows.only(row)
-        self.later_turns = other.later_turns
-        self.store.set_caps(self.rows.caps)
-        self.release()
-
-    def release(self) -> None:
-        """Free slots that no row can use, after a long row has left."""
-        if self._store is None:
-            return
-        needed = max(self.rows.lengths) // self.policy.page_size + 1
-        # A cache that grows keeps spare slots, or the next page would copy it again.
-        self._store.release(needed + needed // 2 if grows(self.policy) else max(self.rows.caps))
-        self.refresh_compile_marks()
 
     # Attention ----------------------------------------------------------------------------------------------
 
@@ -227,6 +187,14 @@ class LayerCache(CacheStats):
         self._announced = max(0, self._announced - columns)
         return out_BHQD
 
+    def attend_again(self, query_BHQD: Tensor, scaling: float | None, rule: LogitRule) -> Tensor:
+        """Attention of another layer to what the last call has read, BHQD; the policy is not shown its queries."""
+        scaling = query_BHQD.shape[-1] ** -0.5 if scaling is None else scaling
+        if (out_BHQD := self._last_read.attend(query_BHQD, scaling, rule)) is not None:
+            return out_BHQD
+        query_BKGD = query_BHQD[:, :, 0].unflatten(1, (self.store.keys_BKSD.shape[1], -1))
+        return self._read(self.policy, self.store, query_BKGD, scaling)[0].flatten(1, 2)[:, :, None]
+
     def _read_turn(self, block: QKV, valid_BQ: Tensor | None, scaling: float) -> Tensor:
         """Read the prompt of a later turn, as one block unless something must be evicted for it."""
         rows, _, columns, _ = block[0].shape
@@ -240,7 +208,14 @@ class LayerCache(CacheStats):
         if self._reads_blocks and all(pages <= cap for pages, cap in zip(needed, caps, strict=True)):
             out_BHQD = read_turn(self.policy, self.store, block, valid_BQ, starts, scaling)
             self.store.mark_prompt(starts)
+            if self.shares_keys:
+                self._last_read.keep_turn(self.store, starts, valid_BQ, columns)
             return out_BHQD
+        if self.shares_keys:
+            raise UnsupportedFeatureError(
+                "a later turn for which something must be evicted cannot be read where layers share keys and values: "
+                "give a larger budget, or decode_budget"
+            )
         self.rows.lengths = starts
         out_BHQD = block[0].new_empty(*block[0].shape[:3], block[2].shape[3])
         for i in range(columns):
@@ -287,7 +262,9 @@ class LayerCache(CacheStats):
             values_BKND = torch.cat([self._store.values_BKSD, value_BKQD], 2)
             readable_BN = torch.cat([self._store.table.resident_BKS[:, 0], real_BQ], 1)
         plain = valid_BQ is None and readable_BN.shape[1] == columns
-        mask_B1QN = None if plain else causal_mask(readable_BN, columns)
+        mask_B1QN = None if plain and not self.shares_keys else causal_mask(readable_BN, columns)
+        if self.shares_keys and mask_B1QN is not None:
+            self._last_read.keep(keys_BKND, values_BKND, mask_B1QN)
         read_by = scaling, self._rule
         out_BHQD = kernels.block_attention(query_BHQD, keys_BKND, values_BKND, mask_B1QN, *read_by)
         mass_BKN = None
@@ -361,6 +338,7 @@ class LayerCache(CacheStats):
         bool or None
             None if no row opens a page; else whether one of them may have to evict.
         """
+        self._last_read.clear()
         evicts = self.rows.add_token()
         if evicts is not None:
             self._reserve(max(self.rows.lengths))

@@ -29,10 +29,11 @@ _COUNTS = {"lengths", "caps", "prompts", "spread", "later_turns"}
 
 
 class LayerShape(NamedTuple):
-    """What the keys of a layer must be: KV heads, head dim, dtype, and the device they are for."""
+    """What keys and values of a layer must be: KV heads, head dims, dtype, and the device they are for."""
 
     kv_heads: int
     head_dim: int
+    value_dim: int
     dtype: torch.dtype
     device: torch.device
 
@@ -53,9 +54,9 @@ def layer_contents(layer: LayerCache) -> tuple[dict[str, Tensor], dict[str, Any]
 
 
 def restore_layer(
-    layer: LayerCache, tensors: Mapping[str, Tensor], counts: Mapping[str, Any], shape: LayerShape
+    layer: LayerCache, tensors: Mapping[str, Tensor], counts: Mapping[str, Any], shape: LayerShape | None
 ) -> None:
-    """Fill an empty layer with what `layer_contents` has returned.
+    """Fill an empty layer with what `layer_contents` has returned; a shape is needed where it holds rows.
 
     Raises
     ------
@@ -65,6 +66,7 @@ def restore_layer(
     if not counts:
         _require(not tensors, f"no rows, but tensors {', '.join(tensors)}")
         return
+    assert shape is not None
     rows = _rows(layer, counts)
     keys = tensors.get("keys_BKSD")
     page_size = layer.policy.page_size
@@ -74,7 +76,7 @@ def restore_layer(
     none = torch.empty(
         len(rows.lengths), shape.kv_heads, 0, shape.head_dim, dtype=shape.dtype, device=shape.device
     )
-    store = _empty_store(layer, rows, tensors, none)
+    store = _empty_store(layer, rows, tensors, none, shape.value_dim)
     store.keep_shifted(layer.policy, layer.rotation)
     if "query_stats" in layer.policy.needs:
         means = tensors.get("query_means_BN")
@@ -93,7 +95,7 @@ def restore_layer(
 
 
 def _empty_store(
-    layer: LayerCache, rows: RowCounts, tensors: Mapping[str, Tensor], none_BKSD: Tensor
+    layer: LayerCache, rows: RowCounts, tensors: Mapping[str, Tensor], none_BKSD: Tensor, value_dim: int
 ) -> SlotStore:
     """Slots as many as the tensors have, if they are enough for the rows."""
     page_size = layer.policy.page_size
@@ -109,7 +111,7 @@ def _empty_store(
         return TieredStore(layer.policy, none_BKSD, rows.caps, pages, packed, layer.kv_bits, none_BKSD.dtype)
     needed = -(-max(rows.lengths) // page_size) if grows(layer.policy) else max(rows.caps)
     _require(pages >= needed, f"keys_BKSD has {pages} page slots, expected at least {needed}")
-    return SlotStore(layer.policy, none_BKSD, rows.caps, pages, none_BKSD.dtype)
+    return SlotStore(layer.policy, none_BKSD, rows.caps, pages, none_BKSD.dtype, value_dim)
 
 
 def _require(fits: bool, fault: str) -> None:

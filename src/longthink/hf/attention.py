@@ -30,7 +30,8 @@ _SEEN = "_longthink_seen"
 _VALUE = "_longthink_value"
 _SECOND = "_longthink_second"
 _FOREIGN = ("sliding_window", "position_bias", "indices", "block_indices", "sinks")
-"""Arguments of attention functions that no layer with pages may have: they change what is attended to, or how."""
+"""Arguments of attention functions that change what is attended to, or how: none is known to a layer of ours, but
+for the window of a layer that has it."""
 _DIFFERENTIAL = "DiffLlamaAttention"
 """Attends twice with the same queries and keys: to the first half of the values, by KV heads, and to the second."""
 
@@ -40,6 +41,8 @@ class AttentionLayer(Protocol):
 
     expands: bool
     """Whether the model attends to other keys than those it gave to `update`."""
+    window_size: int | None
+    """Columns that a query reads at most, its own included; None for all of the text."""
 
     def check_call(self, module: torch.nn.Module, dropout: float, options: Mapping[str, Any]) -> None:
         """Raise if the output would be wrong for this module or these arguments, such as the caller's `use_cache`."""
@@ -60,6 +63,10 @@ class AttentionLayer(Protocol):
         `valid` is False for new columns that are padding, B x Q; `seen` likewise for the columns before, B x N, and
         None where the mask does not say.
         """
+        ...
+
+    def attend_again(self, query: Tensor, scaling: float | None, rule: LogitRule) -> Tensor:
+        """Return the attention output of a layer that shares what the last call of `attend` has read."""
         ...
 
 
@@ -113,6 +120,8 @@ def longthink_attention(
     """Attention function for `AttentionInterface`; where keys are not of a `PagedCache`, it is transformers' SDPA."""
     layer = _layer_of(module, key)
     rule = LogitRule(kwargs.get("softcap"), kwargs.get("s_aux"))
+    if layer is not None and getattr(module, "is_kv_shared_layer", False):
+        return layer.attend_again(query, scaling, rule).transpose(1, 2).contiguous(), None
     if layer is None:
         notice(module, query, key)
         if not rule.is_plain and not dropout:
@@ -126,12 +135,14 @@ def longthink_attention(
             return second.transpose(1, 2).contiguous(), None
         value = _side_by_side(getattr(key, _VALUE))
     for name in _FOREIGN:
-        if kwargs.get(name) is not None:
+        given = kwargs.get(name)
+        if given is not None and (name != "sliding_window" or given != layer.window_size):
             raise UnsupportedModelError(f"{type(module).__name__} uses {name}: such layers are not supported")
     layer.check_call(module, dropout, kwargs)
     if rule.sink_H is not None:
         rule = rule._replace(sink_H=rule.sink_H.detach())
-    valid = _valid_columns(attention_mask, query.shape[2])
+    # A window knows its own mask.
+    valid = _valid_columns(attention_mask, query.shape[2]) if layer.window_size is None else None
     out = layer.attend(query, key, value, valid, scaling, rule, getattr(attention_mask, _SEEN, None))
     if differential:
         out, second = out.chunk(2, -1)

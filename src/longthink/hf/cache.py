@@ -27,12 +27,12 @@ from longthink.hf.fingerprint import head_dim
 from longthink.hf.guard import check_new
 from longthink.hf.layer import PagedHybridLayer, PagedLayer
 from longthink.hf.layer_kinds import has_pages, is_recurrent, library_layers
-from longthink.hf.native import NativeLayers
 from longthink.hf.query_stats import calibrated_means
 from longthink.hf.refusals import Refusals
 from longthink.hf.rotation import rotations
+from longthink.hf.rows import CacheRows
 from longthink.hf.self_check import self_check
-from longthink.hf.support import check_model, text_limit
+from longthink.hf.support import check_model, shares_keys, text_limit
 from longthink.policies import (
     Dense,
     Policy,
@@ -44,10 +44,10 @@ from longthink.policies import (
 )
 
 
-class PagedCache(Refusals, NativeLayers):
+class PagedCache(Refusals, CacheRows):
     """Bounded KV cache for one model; use `make_cache` to create one.
 
-    Layers that are bounded by nature keep transformers' own cache layers (`NativeLayers`).
+    Layers that are bounded by nature have windows and states instead of pages (`NativeLayers`).
 
     While it is open, the model's attention goes through longthink (other caches still work); `close` restores the
     model's own attention. It is a context manager, and is closed when it is garbage-collected.
@@ -107,9 +107,19 @@ class PagedCache(Refusals, NativeLayers):
 
     def _new_layer(self, policy: Policy, **known: Any) -> LayerCache:
         model = self.binding.model
+        shares = shares_keys(model.config)
+        if shares and self.kv_bits is not None:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has layers that read the keys and values of others, which kv_bits does not "
+                "support: keep them in full"
+            )
         dtype = None if self.kv_dtype is None else getattr(torch, self.kv_dtype)
         if self.kv_bits is None:
-            return LayerCache(policy, self.budget, kv_dtype=dtype, fused=self._fused, **known)
+            layer = LayerCache(
+                policy, self.budget, kv_dtype=dtype, fused={} if shares else self._fused, **known
+            )
+            layer.shares_keys = shares
+            return layer
         return TieredCache(
             policy, self.budget, kv_dtype=dtype, kv_bits=self.kv_bits, head_dim=head_dim(model),
             dtype=dtype or model.dtype, **known,
@@ -292,59 +302,25 @@ class PagedCache(Refusals, NativeLayers):
         # Rows of a batch that changes are shorter than the columns that it has read.
         self.binding.use.check_limit(max(self.paged[0].slots.rows.lengths) + tokens)
         self.binding.add_use(rows, self.columns + tokens)
+        self._begin_windows(tokens)
         for layer in self.paged:
             layer.pending = True
+
+    def prepare_compile(self) -> None:
+        """Mark dynamic sizes and static addresses for the compiler."""
+        for layer in self.paged:
+            layer.slots.prepare_compile()
+        for window in self.windows.values():
+            window.prepare_compile()
 
     def end_step(self, tokens: int = 1) -> None:
         """Complete the steps that `begin_step` or `begin_block` began."""
         self._text.add_tokens(tokens)
+        for window in self.windows.values():
+            window.columns += tokens
         for layer in self.paged:
             layer.pending = False
             layer.columns += tokens
-
-    # Continuous batching ------------------------------------------------------------------------------------
-
-    def fresh(self) -> PagedCache:
-        """Return an empty cache for the same model, with the same policy, budget and format."""
-        return PagedCache(
-            self.binding.model, self.policy, self.budget, kv_dtype=self.kv_dtype, fused=self._fused,
-            kv_bits=self.kv_bits,
-        )  # fmt: skip
-
-    @outside_inference
-    def adopt(self, row: int, other: PagedCache) -> None:
-        """Replace a row by the only row of another cache; with `row` equal to the number of rows, append it.
-
-        Rows may then have seen different numbers of tokens, so the model needs `position_ids`.
-        """
-        if other.settings != self.settings:
-            raise CacheStateError("adopt needs a cache of the same policy and budget, in the same format")
-        self._check_rows_alike("adopt")
-        self._text.forget()
-        for layer, theirs in zip(self.paged, other.paged, strict=True):
-            layer.slots.adopt(row, theirs.slots)
-        self._adopt_native_rows(row, other)
-
-    @outside_inference
-    def row(self, row: int) -> PagedCache:
-        """Return a copy of one row, closed: the whole text of the row, without padding."""
-        self._check_rows_alike("row")
-        alone = self.fresh()
-        length = int(self.paged[0].slots.length_B[row])
-        for layer, theirs in zip(alone.paged, self.paged, strict=True):
-            layer.slots.take_row(row, theirs.slots)
-            layer.columns, layer.is_initialized = length, True
-        alone._take_native_row(row, self)
-        alone._text.start_with(length)
-        alone.close()
-        return alone
-
-    @outside_inference
-    def keep_rows(self, rows: list[int]) -> None:
-        """Keep only the given rows, and free slots that they do not need."""
-        self.batch_select_indices(torch.tensor(rows))
-        for layer in self.paged:
-            layer.slots.release()
 
 
 def make_cache(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from longthink.cache.window import Window
 from longthink.config import Budget, KvBits
 from longthink.errors import BudgetError
-from longthink.hf.layer_kinds import recurrent_bytes, windowed_bytes
+from longthink.hf.layer_kinds import states_of
+from longthink.hf.windows import WindowLayer
 from longthink.policies import Policy, grows, policy_spec, policy_to_dict
 
 if TYPE_CHECKING:
@@ -28,6 +30,11 @@ class CacheContents:
     def settings(self) -> tuple[Policy, Budget | None, str | None, KvBits | None]:
         """What two caches must have in common to hold the same rows."""
         return self.policy, self.budget, self.kv_dtype, self.kv_bits
+
+    @property
+    def windows(self) -> dict[int, Window]:
+        """Windows of the layers that have one, by layer."""
+        return {i: layer.window for i, layer in self.natives.items() if isinstance(layer, WindowLayer)}
 
     @property
     def columns(self) -> int:
@@ -58,8 +65,8 @@ class CacheContents:
         """`kv_bytes` by kind of layer: ``bounded`` by the budget, ``windowed`` and ``recurrent`` by nature."""
         return {
             "bounded": sum(layer.slots.kv_bytes for layer in self.paged),
-            "windowed": sum(map(windowed_bytes, self.natives.values())),
-            "recurrent": sum(map(recurrent_bytes, self.layers)),
+            "windowed": sum(window.kv_bytes for window in self.windows.values()),
+            "recurrent": sum(state.nbytes for layer in self.layers for state in states_of(layer).values()),
         }
 
     @property

@@ -19,6 +19,7 @@ from longthink.hf.request import Finished, Job, Request
 from longthink.hf.sampling import Sampling
 from longthink.hf.scheduler import Scheduler
 from longthink.hf.step import Compile, check_compile
+from longthink.hf.support import scales_by_columns
 from longthink.policies import Policy
 
 _GREEDY = Sampling()
@@ -105,7 +106,7 @@ class Engine:
     Parameters
     ----------
     model
-        A decoder-only transformers model with full attention.
+        A decoder-only transformers model.
     policy
         What to keep: a policy, its name, or a spec such as ``raas:r=0.25``.
     budget, decode_budget
@@ -160,11 +161,11 @@ class Engine:
             kv_bits=kv_bits,
         )
         template.binding.use.used = True
-        if template.has_windows:
+        if scales_by_columns(model.config):
             template.close()
             raise UnsupportedModelError(
-                f"{type(model).__name__} has layers with a window, whose cache in transformers holds all rows in "
-                "step, and an engine seats rows of different lengths: use longthink.generate with a batch"
+                f"{type(model).__name__} scales its queries by the number of columns in its cache, one for all rows, "
+                "and an engine seats rows of different lengths: use longthink.generate with a batch"
             )
         self.seats = seats
         self._limit = template.binding.use.limit

@@ -7,7 +7,9 @@ import json
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from longthink.hf.layer_kinds import has_pages, library_layers
 
 _SAMPLED = 256
 """Values of each parameter that are hashed, evenly spaced, the first and the last among them."""
@@ -27,7 +29,7 @@ def model_fingerprint(model: PreTrainedModel) -> dict[str, Any]:
         "class": type(model).__name__,
         "layers": config.num_hidden_layers,
         "heads": heads,
-        "kv_heads": getattr(config, "num_key_value_heads", None) or heads,
+        "kv_heads": getattr(_bounded_layer(model), "num_key_value_heads", None) or heads,
         "head_dim": head_dim(model),
         "vocabulary": config.vocab_size,
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -37,10 +39,19 @@ def model_fingerprint(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def head_dim(model: PreTrainedModel) -> int:
-    """Features of a key."""
-    config = model.config.get_text_config(decoder=True)
+    """Features of a key in the layers with full attention."""
+    config = _bounded_layer(model)
     found: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return found
+
+
+def _bounded_layer(model: PreTrainedModel) -> PreTrainedConfig:
+    """What the configuration says of the first layer with full attention, where layers differ."""
+    config = model.config.get_text_config(decoder=True)
+    own = getattr(config, "per_layer_config", None)
+    if not own:
+        return config
+    return own[next(i for i, layer in enumerate(library_layers(model.config)) if has_pages(layer))]
 
 
 def _hash_weights(model: PreTrainedModel) -> str:

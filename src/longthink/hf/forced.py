@@ -19,8 +19,10 @@ from torch._dynamo.exc import TorchDynamoException
 from transformers import PreTrainedModel
 
 from longthink.cache import QKV, LayerCache
+from longthink.errors import UnsupportedFeatureError
 from longthink.hf.binding import outside_inference
 from longthink.hf.cache import PagedCache
+from longthink.hf.support import shares_keys
 from longthink.hf.view import ViewLayer, view_of
 from longthink.kernels import LogitRule
 from longthink.kernels.compiled import compile_isolated, is_compile_disabled, mark_dynamic
@@ -73,6 +75,11 @@ class ForcedDecode:
 
     def __init__(self, model: PreTrainedModel, cache: PagedCache, *, compile: bool = False) -> None:
         cache.binding.check_model(model)
+        if shares_keys(model.config):
+            raise UnsupportedFeatureError(
+                f"{type(model).__name__} has layers that read the keys and values of others, which change with each "
+                "token of a block: decode token by token"
+            )
         self._model = model
         self._cache = cache
         kinds = {layer.slots.policy for layer in cache.paged}
@@ -96,6 +103,8 @@ class ForcedDecode:
 
 
 class _Layer(ViewLayer):
+    slots: LayerCache
+
     def __init__(self, slots: LayerCache, compile: bool) -> None:
         super().__init__(slots)
         self._compile = compile

@@ -24,6 +24,7 @@ class _Reader:
     """Attends to a text of one token, and keeps its key."""
 
     expands = False
+    window_size: int | None = None
     key_BKQD: Tensor | None = None
 
     def check_call(self, module: nn.Module, dropout: float, options: Mapping[str, Any]) -> None:
@@ -36,6 +37,10 @@ class _Reader:
         """Return the attention output, B x H x 1 x D of the values."""
         self.key_BKQD = key
         return block_attention(query, key, value, None, scaling or query.shape[-1] ** -0.5, rule)
+
+    def attend_again(self, query: Tensor, scaling: float | None, rule: LogitRule) -> Tensor:
+        """Return anything of the right shape: what other layers make of the key is of no interest."""
+        return query
 
 
 def read_keys(model: PreTrainedModel, token_B1: Tensor, position_B1: Tensor) -> dict[int, Tensor]:

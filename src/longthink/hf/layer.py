@@ -29,6 +29,7 @@ class PagedLayer(CacheLayerMixin):
     """
 
     is_sliding = False
+    window_size: int | None = None
     supports_early_init = False
 
     def __init__(self, index: int, slots: LayerCache, binding: ModelBinding, text: Columns) -> None:
@@ -99,6 +100,12 @@ class PagedLayer(CacheLayerMixin):
         self.is_initialized = True
         return out
 
+    @torch.compiler.disable
+    @outside_inference
+    def attend_again(self, query: Tensor, scaling: float | None, rule: LogitRule) -> Tensor:
+        """Attention of a layer that shares these keys and values, for the last of the new tokens."""
+        return self.slots.attend_again(query, scaling, rule)
+
     def get_seq_length(self) -> int:
         """Columns of text seen, including padding."""
         return self.columns
@@ -126,13 +133,6 @@ class PagedLayer(CacheLayerMixin):
     def _select_rows(self, rows: Tensor) -> None:
         self.text.select_rows(self.slots, rows)
         self.slots.select_rows(rows)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Raise: evicted tokens cannot be restored."""
-        if tokens_to_remove:
-            raise UnsupportedFeatureError(
-                f"a bounded cache cannot be cropped by {tokens_to_remove} tokens: evicted tokens cannot be restored"
-            )
 
 
 class PagedHybridLayer(LinearAttentionLayer, PagedLayer):

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, cache_utils
 from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
-    LinearAttentionAndSlidingWindowAttentionLayer,
     LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
 )
 
+from longthink.cache.window import Window
 from longthink.errors import UnsupportedModelError
+from longthink.hf.windows import WindowLayer
 
 FULL = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
 """Of these, layers of a cache of ours have pages instead of the keys and values."""
@@ -30,13 +33,13 @@ _NATIVE = (
     _NoCache,
     DynamicSlidingWindowLayer,
     LinearAttentionLayer,
-    LinearAttentionAndSlidingWindowAttentionLayer,
     *filter(None, [getattr(cache_utils, "DummyLayer", None)]),  # from 5.20 on
 )
 
 
 def library_layers(config: PreTrainedConfig) -> list[Any]:
-    """Empty cache layers as transformers gives them to a model of this configuration, one for each of its layers.
+    """Empty cache layers for a model of this configuration, one for each of its layers: transformers' own, but for
+    windows.
 
     Raises
     ------
@@ -57,8 +60,17 @@ def library_layers(config: PreTrainedConfig) -> list[Any]:
     if foreign:
         raise UnsupportedModelError(f"layers of type {', '.join(sorted(foreign))}")
     return [
-        _NoCache() if kind in _WITHOUT_CACHE else layer for kind, layer in zip(kinds, layers, strict=False)
+        _NoCache() if kind in _WITHOUT_CACHE else _own(layer, kind, text)
+        for kind, layer in zip(kinds, layers, strict=False)
     ]
+
+
+def _own(layer: Any, kind: str | None, text: PreTrainedConfig) -> Any:
+    if not isinstance(layer, DynamicSlidingWindowLayer):
+        return layer
+    # Where transformers is not told the kinds of layers, it takes the size of a window before that of chunks.
+    chunked = kind == "chunked_attention" or (kind is None and getattr(text, "sliding_window", None) is None)
+    return WindowLayer(Window(layer.sliding_window, chunked=chunked))
 
 
 def has_pages(layer: Any) -> bool:
@@ -68,7 +80,7 @@ def has_pages(layer: Any) -> bool:
 
 def window_of(layer: Any) -> int | None:
     """Tokens that a layer with a window or chunks keeps at most; None for others."""
-    return getattr(layer, "sliding_window", None)
+    return layer.window.size if isinstance(layer, WindowLayer) else None
 
 
 def is_recurrent(layer: Any) -> bool:
@@ -76,17 +88,24 @@ def is_recurrent(layer: Any) -> bool:
     return isinstance(layer, LinearAttentionCacheLayerMixin) and not isinstance(layer, _NoCache)
 
 
-def windowed_bytes(layer: Any) -> int:
-    """Bytes allocated for the keys and values of a window."""
-    if window_of(layer) is None or not layer.is_initialized:
-        return 0
-    # What they are views of is allocated as well: after a prompt, all of it until the next token.
-    return sum(tensor.untyped_storage().nbytes() for tensor in (layer.keys, layer.values))
+STATES = ("conv_states", "recurrent_states")
+STATE_FLAGS = (
+    "is_conv_states_initialized", "is_recurrent_states_initialized", "has_previous_state", "conv_kernel_size",
+)  # fmt: skip
 
 
-def recurrent_bytes(layer: Any) -> int:
-    """Bytes allocated for recurrent states and convolutions."""
+def states_of(layer: Any) -> dict[tuple[str, int], Tensor]:
+    """Recurrent states and convolutions of a layer, by attribute and number; none where it has no such."""
     if not is_recurrent(layer):
-        return 0
-    states = [*layer.conv_states.values(), *layer.recurrent_states.values()]
-    return sum(state.nbytes for state in states if state is not None)
+        return {}
+    named = ((name, key, state) for name in STATES for key, state in getattr(layer, name).items())
+    return {(name, key): state for name, key, state in named if state is not None}
+
+
+def set_states(layer: Any, states: Mapping[tuple[str, int], Tensor], like: Any) -> None:
+    """Give a layer these states, and all else that a layer of the same kind has."""
+    for (name, key), state in states.items():
+        getattr(layer, name)[key] = state
+    for name in STATE_FLAGS:
+        setattr(layer, name, dict(getattr(like, name)))
+    layer.device, layer.dtype = like.device, like.dtype

@@ -18,13 +18,14 @@ from transformers import PreTrainedModel
 
 from longthink.cache.saved import LayerShape, layer_contents, restore_layer
 from longthink.config import KV_DTYPES, KvBits, check_choice, check_int
-from longthink.errors import CacheFileError, CacheStateError, UnknownPolicyError, UnsupportedFeatureError
+from longthink.errors import CacheFileError, CacheStateError, UnknownPolicyError
 from longthink.hf.binding import outside_inference
 from longthink.hf.cache import PagedCache
 from longthink.hf.cachefile import naming_file, read_cache_file, write_cache_file
 from longthink.hf.fingerprint import model_fingerprint
-from longthink.hf.layer_kinds import is_recurrent
-from longthink.hf.support import check_model
+from longthink.hf.probe import undisturbed
+from longthink.hf.saved_natives import native_contents, restore_natives
+from longthink.hf.support import check_model, text_tokens
 from longthink.policies import (
     Policy,
     make_policy,
@@ -42,11 +43,6 @@ _REAL = "columns.real_BN"
 
 def save_cache(cache: PagedCache, path: Path) -> None:
     """Write a cache: see `PagedCache.save`."""
-    if cache.natives or any(is_recurrent(layer) or layer.expands for layer in cache.paged):
-        raise UnsupportedFeatureError(
-            "a cache with windowed, recurrent or latent layers cannot be written to a file: within a process, "
-            "copy.deepcopy copies it"
-        )
     if any(layer.slots.in_chunked_prefill for layer in cache.paged):
         raise CacheStateError(
             "the cache is in the middle of a chunked prefill: save it once the prompt is read"
@@ -76,6 +72,9 @@ def save_cache(cache: PagedCache, path: Path) -> None:
     }
     if cache.kv_bits is not None:
         contents["kv_bits"] = str(cache.kv_bits)
+    if cache.is_mixed:
+        named, contents["natives"] = native_contents(cache)
+        tensors |= named
     write_cache_file(path, contents, tensors)
 
 
@@ -109,7 +108,7 @@ def load_cache(
     given = None if policy is None else make_policy(policy)
     with naming_file(Path(path)):
         contents, tensors = read_cache_file(Path(path))
-        if contents.keys() - {"kv_bits"} != _FIELDS:
+        if contents.keys() - {"kv_bits", "natives"} != _FIELDS:
             raise CacheFileError(f"found the fields {sorted(contents)}, expected {sorted(_FIELDS)}")
         _check_model(model, contents["model"])
         cache = _empty_cache(model, contents, given)
@@ -164,21 +163,34 @@ def _fill(cache: PagedCache, contents: Mapping[str, Any], tensors: Mapping[str, 
     allowed = (*KV_DTYPES, "float64") if cache.kv_dtype is None else (cache.kv_dtype,)
     if any(layers) and dtype not in allowed:
         raise CacheFileError(f"keys_dtype={dtype!r}: expected one of {', '.join(allowed)}")
-    kv_heads, head_dim = contents["model"]["kv_heads"], contents["model"]["head_dim"]
-    shape = LayerShape(kv_heads, head_dim, getattr(torch, dtype or "float32"), model.device)
+    sample = _sample(cache) if any(layers) else None
     rest = dict(tensors)
     real_BN = rest.pop(_REAL, None)
     for i, (layer, counts) in enumerate(zip(cache.paged, layers, strict=True)):
         prefix = f"layers.{i}."
         own = {name.removeprefix(prefix): rest.pop(name) for name in tensors if name.startswith(prefix)}
+        shape = None
+        if sample is not None:
+            store, layer.expands = sample.paged[i].slots.store, sample.paged[i].expands
+            dims = store.keys_BKSD.shape[1], store.keys_BKSD.shape[3], store.values_BKSD.shape[3]
+            shape = LayerShape(*dims, getattr(torch, dtype or "float32"), model.device)
         try:
             restore_layer(layer.slots, own, counts, shape)
         except CacheFileError as error:
             raise CacheFileError(f"layer {i}: {error}") from error.__cause__
         layer.columns, layer.is_initialized = contents["columns"], bool(counts)
+    restore_natives(cache, rest, contents.get("natives"), contents["columns"], sample)
     if rest:
         raise CacheFileError(f"unexpected tensors {', '.join(rest)}")
     _fill_columns(cache, contents["columns"], contents["comparable"], real_BN)
+
+
+def _sample(cache: PagedCache) -> PagedCache:
+    """A cache of the same model that has read one token, closed: what its layers hold has the shapes to expect."""
+    model = cache.binding.model
+    with undisturbed(model), cache.fresh() as sample:
+        model(text_tokens(model, 1)[None], past_key_values=sample)
+    return sample
 
 
 def _fill_columns(cache: PagedCache, columns: Any, comparable: Any, real_BN: Tensor | None) -> None:

@@ -24,12 +24,14 @@ from torch.compiler import nested_compile_region
 from transformers import PreTrainedModel
 
 from longthink.accelerators import group_layers
+from longthink.cache import LayerCache
 from longthink.config import check_choice
 from longthink.errors import UnsupportedFeatureError
 from longthink.hf.binding import outside_inference
 from longthink.hf.cache import PagedCache
 from longthink.hf.linears import few_rows_backend
-from longthink.hf.view import ViewLayer, view_of
+from longthink.hf.support import scales_by_columns, shares_keys
+from longthink.hf.view import ViewLayer, ViewWindow, view_of
 from longthink.kernels import HAS_TRITON, LogitRule
 from longthink.kernels.compiled import compile_isolated, is_compile_disabled, without_guards
 from longthink.policies import grows, policy_spec
@@ -49,6 +51,8 @@ _log = logging.getLogger(__name__)
 
 
 class _StaticLayer(ViewLayer):
+    slots: LayerCache
+
     def attend(
         self,
         query: Tensor,
@@ -80,11 +84,17 @@ class _SharedLayer(_StaticLayer):
     open_pages = nested_compile_region(_StaticLayer.open_pages)
 
 
+class _SharedWindow(ViewWindow):
+    """Likewise for windows."""
+
+    attend = nested_compile_region(ViewWindow.attend)
+
+
 class _StaticCache:
     def __init__(self, cache: PagedCache, device: torch.device) -> None:
         kind = _SharedLayer if device.type == "cpu" else _StaticLayer
         self.layers = [kind(layer.slots) for layer in cache.paged]
-        self.view = view_of(cache, self.layers)
+        self.view = view_of(cache, self.layers, _SharedWindow if device.type == "cpu" else ViewWindow)
         self.groups = group_layers([layer.slots for layer in cache.paged])
         grouped = [slots for group in self.groups for slots in group.layers]
         self.ungrouped = [layer for layer in self.layers if layer.slots not in grouped]
@@ -157,8 +167,10 @@ def compiles(
 
 def uncompilable(cache: PagedCache) -> str | None:
     """Why decode steps of this cache cannot be compiled; None if they can."""
-    if cache.has_windows:
-        return "the model has layers with a window, whose cache in transformers changes its shape from step to step"
+    if shares_keys(cache.binding.model.config):
+        return "the model has layers that read the keys and values of others"
+    if scales_by_columns(cache.binding.model.config):
+        return "the model scales its queries by the number of columns in its cache, which each step changes"
     if any(layer.expands for layer in cache.paged):
         return "the model computes other keys from those that it gives to a cache"
     return None
@@ -218,8 +230,7 @@ class DecodeStep:
                 self._programs = _new_programs(model.device)
                 if tokens != 1:  # the only token comes from the prefill: no step follows
                     _log.warning(COMPILING, policy_spec(cache.policy))
-            for layer in cache.paged:
-                layer.slots.prepare_compile()
+            cache.prepare_compile()
 
     @torch.no_grad()
     @outside_inference

@@ -16,7 +16,6 @@ from longthink.hf.probe import undisturbed
 
 # Config fields that, when set, mean attention other than that of each token to all before it.
 _UNSUPPORTED_CONFIG = {
-    "num_kv_shared_layers": "layers that read the keys and values of other layers",
     "alibi": "ALiBi positions",
     "add_cross_attention": "cross-attention",
 }
@@ -87,6 +86,16 @@ def unsupported_config(config: PreTrainedConfig) -> str | None:
         f"a window of {', '.join(f'{window:,}' for window in windows)} tokens in every layer with attention, so "
         f"there is nothing to bound: {own}, or a checkpoint without a window (Mistral has none from v0.2 on)"
     )
+
+
+def scales_by_columns(config: PreTrainedConfig) -> bool:
+    """Whether layers scale their queries by the columns in the cache, one number for all rows (Llama 4)."""
+    return bool(getattr(config.get_text_config(decoder=True), "attn_temperature_tuning", False))
+
+
+def shares_keys(config: PreTrainedConfig) -> bool:
+    """Whether layers read the keys and values of others (Gemma 3n)."""
+    return bool(getattr(config.get_text_config(decoder=True), "num_kv_shared_layers", 0))
 
 
 def text_tokens(model: PreTrainedModel, count: int) -> Tensor:
