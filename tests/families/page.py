@@ -44,6 +44,10 @@ so they take their full size in memory: it saves disk, not memory and not time. 
 A folder may hold a PEFT adapter (`--model FOLDER`, with `pip install "longthink[peft]"`): it is merged into the
 weights of the base model that its `adapter_config.json` names, and what is left is an ordinary model. Prompt and
 prefix tuning cannot be merged and are refused, as are adapters that are not in safetensors.
+`--adapter FOLDER_OR_ID` (`load_model(name, adapter=...)`) merges an adapter into the model that `--model` names,
+whichever the adapter's own configuration names, if it has weights for exactly its layers.
+`generate`, `calibrate` and `analyze trace` take it; `eval` and `advise`, which compare results by the name of a
+model, take the folder of an adapter as `--model`, and `bench` none: a merged adapter costs nothing.
 
 """
 
