@@ -49,6 +49,12 @@ whichever the adapter's own configuration names, if it has weights for exactly i
 `generate`, `calibrate` and `analyze trace` take it; `eval` and `advise`, which compare results by the name of a
 model, take the folder of an adapter as `--model`, and `bench` none: a merged adapter costs nothing.
 
+A model that accelerate has spread (`from_pretrained(..., device_map=..., offload_folder=...)`, or `dispatch_model`)
+is served by `generate`, `make_cache` and `Engine`: the pages of a layer lie where the layer computes. Weights in main
+memory and on disk are tested on a CPU; a split over several GPUs has not been run. Its decode steps are not
+compiled, because torch's compiler does not trace accelerate's hooks: `compile=True` is refused, and `"auto"` decodes
+eagerly. The command line loads models whole, on one device.
+
 """
 
 

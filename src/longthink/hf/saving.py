@@ -24,6 +24,7 @@ from longthink.hf.cache import PagedCache
 from longthink.hf.cachefile import naming_file, read_cache_file, write_cache_file
 from longthink.hf.fingerprint import model_fingerprint
 from longthink.hf.layer_kinds import is_recurrent
+from longthink.hf.placement import device_of
 from longthink.hf.support import check_model
 from longthink.policies import (
     Policy,
@@ -165,7 +166,7 @@ def _fill(cache: PagedCache, contents: Mapping[str, Any], tensors: Mapping[str, 
     if any(layers) and dtype not in allowed:
         raise CacheFileError(f"keys_dtype={dtype!r}: expected one of {', '.join(allowed)}")
     kv_heads, head_dim = contents["model"]["kv_heads"], contents["model"]["head_dim"]
-    shape = LayerShape(kv_heads, head_dim, getattr(torch, dtype or "float32"), model.device)
+    shape = LayerShape(kv_heads, head_dim, getattr(torch, dtype or "float32"), device_of(model))
     rest = dict(tensors)
     real_BN = rest.pop(_REAL, None)
     for i, (layer, counts) in enumerate(zip(cache.paged, layers, strict=True)):
@@ -191,7 +192,7 @@ def _fill_columns(cache: PagedCache, columns: Any, comparable: Any, real_BN: Ten
             raise CacheFileError(
                 f"tensor {_REAL}: found {tuple(real_BN.shape)}, expected bool of shape {shape}"
             )
-        real_BN = real_BN.to(cache.binding.model.device)
+        real_BN = real_BN.to(device_of(cache.binding.model))
     real = [columns] * len(lengths) if real_BN is None else real_BN.sum(1).tolist()
     if (comparable and real != lengths) or (columns and not lengths):
         raise CacheFileError(f"columns={columns}, not padding {real}: expected the lengths {lengths}")
