@@ -49,7 +49,6 @@ class PagedCache(Refusals, NativeLayers):
     """Bounded KV cache for one model; use `make_cache` to create one.
 
     Layers that are bounded by nature keep transformers' own cache layers (`NativeLayers`).
-
     While it is open, the model's attention goes through longthink (other caches still work); `close` restores the
     model's own attention. It is a context manager, and is closed when it is garbage-collected.
 
