@@ -28,6 +28,7 @@ class Loaded:
     revision: str | None  # commit or revision on the Hub; a hash of the built-in weights; None for a folder
     builtin: bool
     seconds: float  # loading time
+    adapter: str | None = None  # as given to `load_model`
 
     @property
     def context(self) -> int | None:
@@ -37,6 +38,7 @@ class Loaded:
     def describe(self) -> dict[str, Any]:
         return {
             "name": self.name,
+            **({} if self.adapter is None else {"adapter": self.adapter}),
             "architecture": type(self.model).__name__,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "dtype": str(self.model.dtype).removeprefix("torch."),
@@ -45,12 +47,14 @@ class Loaded:
 
 
 def load_model(
-    name: str = REASONER, *, device: str = "auto", dtype: str = "auto", revision: str | None = None
-) -> Loaded:
+    name: str = REASONER, *, adapter: str | None = None, device: str = "auto", dtype: str = "auto",
+    revision: str | None = None,
+) -> Loaded:  # fmt: skip
     """Load a model and its tokenizer, from safetensors or GGUF only and without remote code.
 
     `name` is ``reasoner`` (the built-in model), a local folder, a GGUF file, or the id of a model on the Hub. A
-    folder may hold a PEFT adapter: it is merged into the weights of the base model that it names.
+    folder may hold a PEFT adapter: it is merged into the weights of the base model that it names. `adapter`, a folder
+    or an id on the Hub, is a PEFT adapter to merge into the model `name`, whichever its configuration names.
     ``auto`` takes the first accelerator, if any, and the checkpoint's own dtype, or float32 for a GGUF file.
     `ValueError` or `OSError` if the model does not exist, cannot be reached, or is not a causal language model in
     these formats.
@@ -75,11 +79,13 @@ def load_model(
             model = model.to(getattr(torch, dtype))
     else:
         model, tokenizer = _from_pretrained(name, dtype, revision)
+    if adapter is not None:
+        model, tokenizer = _merged(model, tokenizer, name, _adapter_folder(adapter))
     # The commit of a branch or tag, if the Hub reported it.
     revision = getattr(model.config, "_commit_hash", None) or revision
     return Loaded(
         model=model.to(place).eval(), tokenizer=tokenizer, name=name, revision=revision,
-        builtin=name == REASONER, seconds=time.monotonic() - started,
+        builtin=name == REASONER, seconds=time.monotonic() - started, adapter=adapter,
     )  # fmt: skip
 
 
@@ -132,16 +138,16 @@ def load_config(name: str = REASONER, revision: str | None = None) -> Any:
         raise OSError(f"model {name!r}: {_why_not(error)}") from error
 
 
-def _source(name: str) -> str:
-    """What transformers loads a model from: the path of a folder, or an id on the Hub."""
+def _source(name: str, kind: str = "model", config: str = "config.json") -> str:
+    """What a model or an adapter is loaded from: the path of a folder, or an id on the Hub."""
     folder = Path(name).expanduser()
     local = folder.is_dir()
     if not local and (folder.is_absolute() or name.startswith((".", "~")) or not _HUB_ID.fullmatch(name)):
         raise ValueError(
-            f"model {name!r}: there is no such folder, and it is not a valid id of a model on the Hub"
+            f"{kind} {name!r}: there is no such folder, and it is not a valid id of a model on the Hub"
         )
-    if local and not (folder / "config.json").is_file():
-        raise ValueError(f"model folder {name!r} has no config.json")
+    if local and not (folder / config).is_file():
+        raise ValueError(f"{kind} folder {name!r} has no {config}")
     return str(folder) if local else name
 
 
@@ -149,7 +155,8 @@ def _from_pretrained(name: str, dtype: str, revision: str | None) -> tuple[Any, 
     if name.endswith(".gguf"):
         return _from_gguf(name, dtype)
     if base := _adapter_base(name):
-        return _with_adapter(Path(name).expanduser(), base, dtype)
+        model, tokenizer = _from_pretrained(base.name, dtype, base.revision)
+        return _merged(model, tokenizer, base.name, Path(name).expanduser())
     source = _source(name)
     try:
         tokenizer = _tokenizer(source, revision)
@@ -193,29 +200,61 @@ class _Base(NamedTuple):
 
 
 def _adapter_base(name: str) -> _Base | None:
-    """Base of the PEFT adapter in a folder; None if the name is no such folder."""
+    """Base of the PEFT adapter in a folder, which may be one as well; None if the name is no such folder."""
+    found = following = _named_base(name)
+    passed = [name]
+    while following is not None:
+        if Path(following.name).expanduser().resolve() in [
+            Path(one).expanduser().resolve() for one in passed
+        ]:
+            chain = " -> ".join([*passed, following.name])
+            raise ValueError(f"adapter {name!r}: its base models go round in a circle, {chain}")
+        passed.append(following.name)
+        following = _named_base(following.name)
+    return found
+
+
+def _named_base(name: str) -> _Base | None:
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file() or not (folder / "adapter_config.json").is_file():
         return None
+    base, revision = (_adapter_facts(folder).get(key) for key in ("base_model_name_or_path", "revision"))
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"adapter {name!r}: its adapter_config.json names no base model")
+    return _Base(base, revision)
+
+
+def _adapter_facts(folder: Path) -> dict[str, Any]:
+    """What an adapter's configuration says; nothing if it cannot be read."""
     try:
         facts = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        name_of_base, revision = facts["base_model_name_or_path"], facts.get("revision")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        name_of_base = None
-    if not isinstance(name_of_base, str) or not name_of_base:
-        raise ValueError(f"adapter {name!r}: its adapter_config.json names no base model")
-    return _Base(name_of_base, revision)
+    except ValueError:
+        return {}
+    return facts if isinstance(facts, dict) else {}
 
 
-def _with_adapter(folder: Path, base: _Base, dtype: str) -> tuple[Any, Any]:
-    """Load the base model and merge the adapter: what is left is an ordinary model, which all policies serve."""
+def _adapter_folder(name: str) -> Path:
+    """Folder of an adapter, which is fetched from the Hub if there is none of that name."""
+    source = _source(name, "adapter", "adapter_config.json")
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    try:
+        # No pickled weights: they are not even fetched.
+        return Path(snapshot_download(source, allow_patterns=["*.json", "adapter_model.safetensors"]))
+    except OSError as error:
+        raise OSError(f"adapter {name!r}: {_why_not(error)}") from error
+
+
+def _merged(model: Any, tokenizer: Any, base: str, folder: Path) -> tuple[Any, Any]:
+    """Merge an adapter into a model: what is left is an ordinary one, which all policies serve."""
     if not (folder / "adapter_model.safetensors").is_file():
         raise ValueError(
             f"adapter {str(folder)!r} has no adapter_model.safetensors: other formats can run code when they are read"
         )
     with needs_extra("peft"):
         from peft import PeftModel
-    model, tokenizer = _from_pretrained(base.name, dtype, base.revision)
     try:
         adapted = PeftModel.from_pretrained(model, str(folder))
         if adapted.active_peft_config.is_prompt_learning:
@@ -223,12 +262,30 @@ def _with_adapter(folder: Path, base: _Base, dtype: str) -> tuple[Any, Any]:
                 f"{adapted.active_peft_config.peft_type.value} adds vectors that belong to no token, and cannot be "
                 "merged into the weights"
             )
+        _check_fit(adapted, folder)
         merged = adapted.merge_and_unload(safe_merge=True)
     except (ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
-        raise ValueError(f"adapter {str(folder)!r} cannot be merged into {base.name!r}: {error}") from error
+        named = _adapter_facts(folder).get("base_model_name_or_path")
+        other = f" (it was made for {named!r})" if named and named != base else ""
+        raise ValueError(f"adapter {str(folder)!r} cannot be merged into {base!r}{other}: {error}") from error
     if (folder / "tokenizer_config.json").is_file():
         tokenizer = _tokenizer(str(folder), None)
     return merged, tokenizer
+
+
+def _check_fit(adapted: Any, folder: Path) -> None:
+    """Raise `ValueError` if an adapter is of other layers than the model: PEFT only warns, and merges the rest."""
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        saved = set(file.keys())
+    wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    if missing := sorted(wanted - saved):
+        raise ValueError(f"it has no weights for {missing[0]}")
+    # Embeddings that were saved along are of the model, not of the adapter.
+    if superfluous := sorted(saved - wanted - set(adapted.state_dict())):
+        raise ValueError(f"the model has no place for {superfluous[0]}")
 
 
 def _model_class(source: str, revision: str | None) -> Any:

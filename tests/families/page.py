@@ -50,6 +50,21 @@ so they take their full size in memory: it saves disk, not memory and not time. 
 A folder may hold a PEFT adapter (`--model FOLDER`, with `pip install "longthink[peft]"`): it is merged into the
 weights of the base model that its `adapter_config.json` names, and what is left is an ordinary model. Prompt and
 prefix tuning cannot be merged and are refused, as are adapters that are not in safetensors.
+`--adapter FOLDER_OR_ID` (`load_model(name, adapter=...)`) merges an adapter into the model that `--model` names,
+whichever the adapter's own configuration names, if it has weights for exactly its layers.
+`generate`, `calibrate` and `analyze trace` take it; `eval` and `advise`, which compare results by the name of a
+model, take the folder of an adapter as `--model`, and `bench` none: a merged adapter costs nothing.
+
+A model that accelerate has spread (`from_pretrained(..., device_map=..., offload_folder=...)`, or `dispatch_model`)
+is served by `generate`, `make_cache` and `Engine`: the pages of a layer lie where the layer computes. Weights in main
+memory and on disk are tested on a CPU; a split over several GPUs has not been run. Its decode steps are not
+compiled, because torch's compiler does not trace accelerate's hooks: `compile=True` is refused, and `"auto"` decodes
+eagerly. The command line loads models whole, on one device.
+
+Weights in int8 by torchao (`TorchAoConfig(Int8WeightOnlyConfig())`) are served eagerly, on a CPU with torchao 0.18.
+Their decode steps are not compiled there: `compile=True` is refused, and `"auto"` decodes eagerly. The formats of
+torchao's int4 that were tried on a CPU do not load: `plain_int32` is not implemented for it, `plain` needs the
+package mslk. bitsandbytes, GPTQ and AWQ have not been tried.
 
 """
 

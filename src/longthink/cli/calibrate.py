@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def calibrate(
     model: str, /, *,
-    data: Path, out: Path, max_tokens: int = 4096, device: str = "auto",
+    data: Path, out: Path, max_tokens: int = 4096, adapter: str | None = None, device: str = "auto",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
 ) -> int:  # fmt: skip
     """Collect statistics of a model's queries over texts, for --policy tri_attention:stats=FILE.
@@ -35,6 +35,8 @@ def calibrate(
         File to write (safetensors); an existing one is replaced as a whole.
     max_tokens
         Largest number of tokens to read of each text.
+    adapter
+        Hub id or local folder of a PEFT adapter (safetensors), which is merged into the model.
     device
         Device such as cpu or cuda:1; auto takes the first accelerator, if any.
     dtype
@@ -42,7 +44,7 @@ def calibrate(
     """
     check_int("max_tokens", max_tokens, 1)
     texts = list(_texts(data))
-    loaded = load_model(ModelOptions(model=model, device=device, dtype=dtype))
+    loaded = load_model(ModelOptions(model=model, adapter=adapter, device=device, dtype=dtype))
     from longthink.hf.calibration import calibrate as collect
     from longthink.hf.query_stats import save_query_stats
 

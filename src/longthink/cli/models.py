@@ -14,4 +14,6 @@ def load_model(options: ModelOptions) -> models.Loaded:
         if not is_terminal(sys.stderr):
             # Read when transformers is imported, which is next.
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        return models.load_model(options.model, device=options.device, dtype=options.dtype)
+        return models.load_model(
+            options.model, adapter=options.adapter, device=options.device, dtype=options.dtype
+        )

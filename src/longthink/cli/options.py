@@ -26,11 +26,13 @@ SizeName = Annotated[str, Parameter(choices=tuple(SIZES))]
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """Model, device and number format."""
+    """Model, adapter, device and number format."""
 
     model: str = REASONER
     """Hub id, local folder (safetensors, or a PEFT adapter) or GGUF file of a causal language model, or "reasoner",
     the built-in one."""
+    adapter: str | None = None
+    """Hub id or local folder of a PEFT adapter (safetensors), which is merged into the model."""
     device: str = "auto"
     """Device such as cpu or cuda:1; auto takes the first accelerator, if any."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from longthink.hf.cache import PagedCache
 from longthink.hf.guard import check_bound, check_run
+from longthink.hf.placement import device_of
 from longthink.hf.request import Finished, Job
 from longthink.hf.sampling import sample_rows
 from longthink.hf.step import Compile, DecodeStep, compiles
@@ -155,7 +156,7 @@ class Batch:
         cache, step = self._cache, self._step
         assert cache is not None and step is not None
         tokens = [[0 if job is None else job.tokens[-1]] for job in self.rows]
-        logits_BV = step(torch.tensor(tokens, device=self.model.device))
+        logits_BV = step(torch.tensor(tokens, device=device_of(self.model)))
         if self._static and not step.compiled:
             self._static, self._compile = False, False
         self._padding_age = [age + 1 for age in self._padding_age]
@@ -194,7 +195,7 @@ class Batch:
 
     @torch.no_grad()
     def _prefill(self, tokens: tuple[int, ...], cache: PagedCache) -> Tensor:
-        ids = torch.tensor([tokens], device=self.model.device)
+        ids = torch.tensor([tokens], device=device_of(self.model))
         with cache.begin_chunked_prefill(len(tokens)):
             for chunk in ids.split(self._chunk_size or len(tokens), 1):
                 logits = self.model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1).logits

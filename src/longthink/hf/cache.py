@@ -27,6 +27,7 @@ from longthink.hf.fingerprint import head_dim
 from longthink.hf.guard import check_new
 from longthink.hf.layer import PagedHybridLayer, PagedLayer
 from longthink.hf.layer_kinds import has_pages, is_recurrent, library_layers
+from longthink.hf.placement import device_of
 from longthink.hf.query_stats import calibrated_means
 from longthink.hf.refusals import Refusals
 from longthink.hf.rotation import rotations
@@ -63,7 +64,7 @@ class PagedCache(Refusals, CacheRows):
     ) -> None:  # fmt: skip
         self.policy = policy = policy if kv_bits is None else with_pages(policy, kv_bits)
         self.kv_bits = kv_bits
-        self._fused = fused_steps(model.device) if fused is None else fused
+        self._fused = fused_steps(device_of(model)) if fused is None else fused
         self.kv_dtype = kv_dtype
         self.budget = budget
         self.required_rows = batch_size

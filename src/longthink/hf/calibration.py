@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from longthink.config import Budget
 from longthink.errors import StatsFileError, UnsupportedModelError
 from longthink.hf.cache import PagedCache
+from longthink.hf.placement import device_of
 from longthink.policies import TriAttention
 
 
@@ -49,7 +50,7 @@ def calibrate(model: PreTrainedModel, texts: Iterable[Tensor]) -> tuple[list[Ten
             )
         for ids in texts:
             cache.reset()
-            model(ids.to(model.device), past_key_values=cache, logits_to_keep=1)
+            model(ids.to(device_of(model)), past_key_values=cache, logits_to_keep=1)
             count = ids.shape[1]
             found = [layer.slots.store.table.query_stats_BH3F[0].double() * count for layer in cache.paged]
             sums = [old + new for old, new in zip(sums, found, strict=True)] if sums else found

@@ -22,6 +22,7 @@ from longthink.cache import QKV, LayerCache
 from longthink.errors import UnsupportedFeatureError
 from longthink.hf.binding import outside_inference
 from longthink.hf.cache import PagedCache
+from longthink.hf.placement import device_of
 from longthink.hf.support import shares_keys
 from longthink.hf.view import ViewLayer, view_of
 from longthink.kernels import LogitRule
@@ -46,7 +47,7 @@ _programs: dict[Hashable, Callable[..., None]] = {}
 def compiles(model: PreTrainedModel, tokens: int) -> bool:
     """Whether compiling the decode step of a layer pays for so many tokens."""
     steps = tokens * model.config.get_text_config().num_hidden_layers
-    return model.device.type == "cpu" and steps >= PAYS_FROM
+    return device_of(model).type == "cpu" and steps >= PAYS_FROM
 
 
 def block_tokens(model: PreTrainedModel, rows: int) -> int:

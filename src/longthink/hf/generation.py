@@ -15,6 +15,7 @@ from longthink.hf.arguments import Tokens, prompt_tensors
 from longthink.hf.cache import PagedCache, make_cache
 from longthink.hf.guard import check_limit, check_mask_columns, check_run, output_columns
 from longthink.hf.loop import NEEDS_LIBRARY, DecodeLoop
+from longthink.hf.placement import device_of
 from longthink.hf.refusals import REFUSED, refusal
 from longthink.hf.step import Compile, check_compile, compiles
 from longthink.hf.support import check_model, text_limit
@@ -99,7 +100,7 @@ def generate(
     """
     check_compile(compile)
     check_model(model)
-    input_ids, attention_mask = prompt_tensors(input_ids, attention_mask, generate_kwargs, model.device)
+    input_ids, attention_mask = prompt_tensors(input_ids, attention_mask, generate_kwargs, device_of(model))
     config, others = _merge_options(model, generate_kwargs)
     _check_options(config, others)
     chunk_size = config.prefill_chunk_size if prefill_chunk_size is None else prefill_chunk_size

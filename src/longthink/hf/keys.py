@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from longthink.hf.attention import install, uninstall
 from longthink.hf.layer_kinds import has_pages, library_layers
+from longthink.hf.placement import device_of
 from longthink.hf.probe import undisturbed
 from longthink.hf.standin import mixed_cache
 from longthink.kernels import LogitRule, block_attention
@@ -69,7 +70,7 @@ def attention_is_replaceable(model: PreTrainedModel) -> bool:
     if model._supports_attention_backend:
         return True
     if model not in _replaceable:
-        token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+        token = torch.zeros(1, 1, dtype=torch.int64, device=device_of(model))
         try:
             found = read_keys(model, token, token)
         except Exception:

@@ -21,6 +21,7 @@ from longthink.cache import Rotation
 from longthink.errors import UnsupportedModelError
 from longthink.hf.keys import read_keys
 from longthink.hf.layer_kinds import has_pages, library_layers
+from longthink.hf.placement import device_of
 from longthink.hf.support import text_tokens
 from longthink.policies.streaming_llm import rotate_keys
 
@@ -108,7 +109,7 @@ def _probe(model: PreTrainedModel) -> dict[int, _Layer | str]:
 def _keys(model: PreTrainedModel, positions: list[int]) -> dict[int, Tensor]:
     """Keys of each layer with pages as its attention reads them, PTKD: of `_TEXTS` tokens at all positions."""
     tokens = text_tokens(model, _TEXTS).repeat(len(positions))[:, None]
-    position = torch.tensor(positions, device=model.device).repeat_interleave(_TEXTS)[:, None]
+    position = torch.tensor(positions, device=device_of(model)).repeat_interleave(_TEXTS)[:, None]
     keys = read_keys(model, tokens, position)
     return {i: key.unflatten(0, (len(positions), _TEXTS)) for i, key in keys.items()}
 

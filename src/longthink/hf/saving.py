@@ -23,6 +23,7 @@ from longthink.hf.binding import outside_inference
 from longthink.hf.cache import PagedCache
 from longthink.hf.cachefile import naming_file, read_cache_file, write_cache_file
 from longthink.hf.fingerprint import model_fingerprint
+from longthink.hf.placement import device_of
 from longthink.hf.probe import undisturbed
 from longthink.hf.saved_natives import native_contents, restore_natives
 from longthink.hf.support import check_model, text_tokens
@@ -150,7 +151,7 @@ def _empty_cache(model: PreTrainedModel, contents: Mapping[str, Any], given: Pol
 
 
 def _fill(cache: PagedCache, contents: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    model, layers, dtype = cache.binding.model, contents["layers"], contents["keys_dtype"]
+    layers, dtype = contents["layers"], contents["keys_dtype"]
     if not isinstance(layers, list) or not all(isinstance(counts, dict) for counts in layers):
         raise CacheFileError("layers: expected a list of objects")
     lengths = [counts.get("lengths") for counts in layers]
@@ -173,7 +174,7 @@ def _fill(cache: PagedCache, contents: Mapping[str, Any], tensors: Mapping[str, 
         if sample is not None:
             store, layer.expands = sample.paged[i].slots.store, sample.paged[i].expands
             dims = store.keys_BKSD.shape[1], store.keys_BKSD.shape[3], store.values_BKSD.shape[3]
-            shape = LayerShape(*dims, getattr(torch, dtype or "float32"), model.device)
+            shape = LayerShape(*dims, getattr(torch, dtype or "float32"), store.keys_BKSD.device)
         try:
             restore_layer(layer.slots, own, counts, shape)
         except CacheFileError as error:
@@ -203,7 +204,7 @@ def _fill_columns(cache: PagedCache, columns: Any, comparable: Any, real_BN: Ten
             raise CacheFileError(
                 f"tensor {_REAL}: found {tuple(real_BN.shape)}, expected bool of shape {shape}"
             )
-        real_BN = real_BN.to(cache.binding.model.device)
+        real_BN = real_BN.to(device_of(cache.binding.model))
     real = [columns] * len(lengths) if real_BN is None else real_BN.sum(1).tolist()
     if (comparable and real != lengths) or (columns and not lengths):
         raise CacheFileError(f"columns={columns}, not padding {real}: expected the lengths {lengths}")

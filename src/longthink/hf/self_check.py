@@ -25,6 +25,7 @@ from transformers.cache_utils import Cache
 
 from longthink.errors import LongthinkError, UnsupportedModelError
 from longthink.hf.binding import hides_use_cache
+from longthink.hf.placement import device_of
 from longthink.hf.probe import undisturbed
 from longthink.hf.support import text_tokens
 
@@ -82,7 +83,7 @@ def _key(model: PreTrainedModel) -> Hashable:
     config = json.dumps(model.config.to_dict(), sort_keys=True, default=repr)
     causal = all(getattr(part, "is_causal", True) is not False for part in model.modules())
     kind = type(model).__module__, type(model).__qualname__
-    return kind, hashlib.sha256(config.encode()).digest(), causal, model.dtype, model.device.type
+    return kind, hashlib.sha256(config.encode()).digest(), causal, model.dtype, device_of(model).type
 
 
 def _too_large(model: PreTrainedModel) -> str | None:

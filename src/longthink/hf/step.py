@@ -30,6 +30,7 @@ from longthink.errors import UnsupportedFeatureError
 from longthink.hf.binding import outside_inference
 from longthink.hf.cache import PagedCache
 from longthink.hf.linears import few_rows_backend
+from longthink.hf.placement import device_of, is_spread
 from longthink.hf.support import scales_by_columns, shares_keys
 from longthink.hf.view import ViewLayer, ViewWindow, view_of
 from longthink.kernels import HAS_TRITON, LogitRule
@@ -162,7 +163,7 @@ def compiles(
         return False
     if _key(cache, rows) in _programs.get(model, {}):
         return True
-    return tokens is not None and tokens >= PAYS_FROM and _has_compiler(model.device)
+    return tokens is not None and tokens >= PAYS_FROM and _has_compiler(device_of(model))
 
 
 def uncompilable(cache: PagedCache) -> str | None:
@@ -171,6 +172,8 @@ def uncompilable(cache: PagedCache) -> str | None:
         return "the model has layers that read the keys and values of others"
     if scales_by_columns(cache.binding.model.config):
         return "the model scales its queries by the number of columns in its cache, which each step changes"
+    if is_spread(cache.binding.model):
+        return "accelerate moves the model's weights or inputs between devices, which torch's compiler does not trace"
     if any(layer.expands for layer in cache.paged):
         return "the model computes other keys from those that it gives to a cache"
     return None
@@ -218,7 +221,7 @@ class DecodeStep:
         self._model = model
         self._cache = cache
         self._compile = compile
-        self._static = _StaticCache(cache, model.device)
+        self._static = _StaticCache(cache, device_of(model))
         self.compiled = compiles(model, cache, compile, rows=cache.rows, tokens=tokens)
         """Whether steps are compiled."""
         self._programs: _Programs | None = None
@@ -227,7 +230,7 @@ class DecodeStep:
         if self.compiled:
             self._programs = _programs.get(model, {}).get(self._key)
             if self._programs is None:
-                self._programs = _new_programs(model.device)
+                self._programs = _new_programs(device_of(model))
                 if tokens != 1:  # the only token comes from the prefill: no step follows
                     _log.warning(COMPILING, policy_spec(cache.policy))
             cache.prepare_compile()
@@ -280,6 +283,6 @@ class DecodeStep:
             return function(*args)
         _programs.setdefault(self._model, {}).setdefault(self._key, self._programs)
         # On CUDA the guards stay: the compiler must see where a step begins, to replay its graphs.
-        if self._model.device.type == "cpu":
+        if device_of(self._model).type == "cpu":
             self._unguarded[function] = sizes, without_guards(program)
         return result

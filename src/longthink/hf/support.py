@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from longthink.errors import UnsupportedModelError
 from longthink.hf.keys import attention_is_replaceable
 from longthink.hf.layer_kinds import has_pages, library_layers, window_of
+from longthink.hf.placement import device_of
 from longthink.hf.probe import undisturbed
 
 # Config fields that, when set, mean attention other than that of each token to all before it.
@@ -109,7 +110,7 @@ def text_tokens(model: PreTrainedModel, count: int) -> Tensor:
     plain = [token for token in range(min(vocabulary, 4096)) if token not in special] or [0]
     # A fixed sequence without a short period.
     ids = [plain[(7 + 31 * i * (i + 3)) % len(plain)] for i in range(count)]
-    return torch.tensor(ids, device=model.device)
+    return torch.tensor(ids, device=device_of(model))
 
 
 _is_limit: weakref.WeakKeyDictionary[PreTrainedModel, dict[int, bool]] = weakref.WeakKeyDictionary()
@@ -151,7 +152,7 @@ class _FullCache(DynamicCache):
 
 def _drops_cache(model: PreTrainedModel, limit: int) -> bool:
     cache = _FullCache(limit)
-    ids = torch.zeros(1, limit + 1, dtype=torch.int64, device=model.device)
+    ids = torch.zeros(1, limit + 1, dtype=torch.int64, device=device_of(model))
     try:
         inputs = model.prepare_inputs_for_generation(
             ids, past_key_values=cache, next_sequence_length=1, use_cache=True, is_first_iteration=False

@@ -13,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from longthink.cache.replay import ReplayedLayers
 from longthink.config import Budget
 from longthink.errors import TraceError
 from longthink.lab.analyze.clairvoyant import Belady, Future, OptimalRun
+from longthink.lab.analyze.replayed_layers import ReplayedLayers
 from longthink.lab.analyze.replays import BELADY, OPTIMUM, Replay
 from longthink.lab.analyze.rules import Rules
 from longthink.lab.analyze.store import Trace, TraceStep

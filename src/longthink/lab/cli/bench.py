@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 
@@ -39,6 +39,8 @@ DEFAULT_BUDGET = 1024
 class BenchOptions(BudgetOptions, ModelOptions):
     model: str = RANDOM
     """Hub id or folder of a model, "reasoner", or a random model: random: and its shape."""
+    # A merged adapter costs no time and no memory.
+    adapter: Annotated[str | None, Parameter(parse=False)] = None
     policies: str = "dense,raas,quest,h2o,streaming_llm,recency,random"
     """Policies to measure, separated by commas; options after colons, such as raas:r=0.25."""
     baselines: str = ",".join(BASELINES)
