@@ -37,9 +37,6 @@ Short problems then show every distance of the longest ones. Without it the mode
 time problems get longer.
 """
 
-TURNS_UP_TO = 40
-"""Most lines of all problems of a conversation: its lesson is which problem a name belongs to, not length."""
-
 
 @dataclass(frozen=True)
 class Batch:
@@ -99,17 +96,17 @@ def _program(rng: random.Random, size: Size, longest: int) -> _Row:
 
 def _conversation_batch(config: TrainConfig, rng: random.Random) -> Batch:
     """Return conversations of two or three problems, which give other values to names that they share."""
-    rows = [_conversation(rng)]
+    rows = [_conversation(config, rng)]
     while sum(len(row.ids) for row in rows) < config.batch_tokens:
-        rows.append(_conversation(rng))
+        rows.append(_conversation(config, rng))
     return _pack(rows, rng)
 
 
-def _conversation(rng: random.Random) -> _Row:
+def _conversation(config: TrainConfig, rng: random.Random) -> _Row:
     turns = rng.choice((2, 2, 3))
     row = _Row([], [], [], [])
     for turn in range(turns):
-        ops = rng.randint(MIN_OPS, TURNS_UP_TO // turns)
+        ops = rng.randint(MIN_OPS, config.turns_ops // turns)
         more = _program(rng, Size(ops=ops, checked=rng.random() < 0.1), ops)
         # A later question may come with the token that begins a text or, as a chat sends it, without.
         start = int(turn > 0 and rng.random() < 0.5)
