@@ -264,10 +264,7 @@ def test_fused_steps_end_with_a_second_turn(model, policy, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["raas", "milestone", "recency"])
 def test_a_problem_in_two_turns_is_solved_as_in_one(policy):
-    """The built-in model cannot hold two problems in one text, but one problem may come in two turns.
-
-    Half of it is in the second one, behind an answer that the mask hides, and is read again until the end.
-    """
+    """Half of it is in the second turn, behind an answer that the mask hides, and is read again until the end."""
     model, tokenizer = load_reasoner()
     right: dict[str, list[bool]] = {"one": [], "two": []}
     for seed in range(3):
@@ -286,3 +283,41 @@ def test_a_problem_in_two_turns_is_solved_as_in_one(policy):
             right[turns].append(grade(problem, tokenizer.decode(out[0, mask.shape[1] :])))
     assert right["two"] == right["one"]
     assert sum(right["one"]) >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["dense", "recall", "milestone", "raas"])
+def test_a_second_question_is_answered_as_well_as_alone(policy):
+    """The first problem has names that the second one gives other values."""
+    model, tokenizer = load_reasoner()
+    right: dict[str, list[bool]] = {"first": [], "alone": [], "second": []}
+    shared = 0
+    for seed in range(8):
+        sizes = (Size(ops=7), Size(ops=5)) if seed % 2 else (Size(ops=4), Size(ops=8))
+        first, second = (
+            make_problem(profile=profile, size=size, seed=9_000 + seed)
+            for profile, size in zip(("chain", "lemma"), sizes, strict=True)
+        )
+        shared += len(first.values.keys() & second.values.keys())
+
+        def answer(cache, text, problem, outcome, *, start=0):
+            ids = tokenizer(problem.prompt, return_tensors="pt")["input_ids"][:, start:]
+            out = ask(model, cache, text, ids, len(problem.solution.split()) + 8)
+            right[outcome].append(grade(problem, tokenizer.decode(out[0, text.shape[1] + ids.shape[1] :])))
+            return out
+
+        budget = {} if policy == "dense" else {"decode_budget": 128}
+        with longthink.make_cache(model, policy=policy, **budget) as cache:
+            nothing = torch.empty(1, 0, dtype=torch.int64)
+            answer(cache, nothing, second, "alone")
+            cache.reset()
+            text = answer(cache, nothing, first, "first")
+            answer(
+                cache, text, second, "second", start=seed % 2
+            )  # a later turn has no token that begins a text
+            if policy != "dense":
+                assert cache.num_evicted > 0
+    assert shared >= 8
+    assert sum(right["first"]) >= 7
+    assert sum(right["second"]) >= sum(right["alone"]) - 1
+    assert sum(right["alone"]) >= 7

@@ -92,7 +92,7 @@ def test_evaluation_writes_numbers_and_card(tmp_path):
         if path.name not in ("README.md", "evaluation.json"):
             (tmp_path / path.name).write_bytes(path.read_bytes())
     result = evaluate(tmp_path, problems={"s": 2}, seed=SEED)
-    assert [row["profile"] for row in result["rows"]] == list(PROFILES)
+    assert [row["profile"] for row in result["rows"]] == [*PROFILES, "second question"]
     assert all(row["right"] == row["every_token_right"] == 2 for row in result["rows"])
     assert json.loads((tmp_path / "evaluation.json").read_text()) == result
     assert "| s | phoenix | 2 | 100.0 % |" in (tmp_path / "README.md").read_text()

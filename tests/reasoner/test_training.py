@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 from longthink.reasoner.task import split_of
@@ -16,6 +17,7 @@ from tools.train_reasoner.architecture import MAX_TOKENS
 from tools.train_reasoner.batches import BRIEF_LINE, CHECKED_LINE, IGNORE, KINDS, draw_batch
 from tools.train_reasoner.checkpoint import load_checkpoint
 from tools.train_reasoner.config import TrainConfig
+from tools.train_reasoner.initial import BASIS, embedding_map
 from tools.train_reasoner.trainer import _Run, export_run, train
 
 
@@ -111,6 +113,13 @@ def test_a_second_run_goes_on_with_the_weights_of_the_first(finished, tiny_confi
     assert state.before[0]["run"]["tokens"] >= tiny_config.tokens
     training = json.loads((tmp_path / "second" / "model" / "training.json").read_text())
     assert training["run"]["before"][0]["config"] == tiny_config.to_dict()
+    train(config, out=tmp_path / "of model", start=first / "model")
+    again_state, again = tensors(tmp_path / "of model")
+    assert again_state.before == state.before
+    for name, value in saved.items():
+        if "/" not in name and name != BASIS:
+            assert torch.equal(again[name], value), name
+    assert torch.allclose(embedding_map() @ again[BASIS], embedding_map() @ saved[BASIS], atol=1e-5)
     with pytest.raises(ValueError, match="holds no checkpoint: allowed is the folder of a training run"):
         train(config, out=tmp_path / "third", start=tmp_path / "nothing")
 
@@ -242,6 +251,30 @@ def test_targets_are_the_next_tokens_of_the_chain_of_thought_only():
                 thought = [target for target in targets if target != IGNORE]
                 assert TOKENS[thought[0]].endswith("=") and TOKENS[thought[-1]] == "</s>"
                 assert targets.index(thought[0]) == start
+
+
+def test_a_conversation_asks_several_problems_and_each_answer_is_a_target():
+    turns, gaps, begun = set(), 0, set()
+    for step in range(12):
+        batch, ops = draw_batch(TrainConfig(batch_tokens=512, turns_share=1.0), step, longest=78)
+        assert ops == 0, "its accuracy says nothing about the longest problems"
+        for row, positions, targets, kinds in zip(*map(Tensor.tolist, vars(batch).values()), strict=True):
+            asked = [i for i, token in enumerate(row) if TOKENS[token] in ("#", "#check")]
+            ended = [i for i, token in enumerate(targets) if TOKENS[max(token, 0)] == "</s>"]
+            assert len(asked) == len(ended) and all(i < j for i, j in zip(asked, ended, strict=True))
+            starts = [0, *(i + 2 for i in ended[:-1])]
+            for start, question, end in zip(starts, asked, ended, strict=True):
+                assert targets[start:question] == [IGNORE] * (question - start)
+                assert targets[question : end + 1] == row[question + 1 : end + 2]
+                assert KINDS[kinds[question]] == "head"
+                gaps += positions[question + 1] != positions[question] + 1
+                assert positions[start : question + 1] == [
+                    *range(positions[start], positions[start] + question + 1 - start)
+                ]
+            begun |= {TOKENS[row[start]] == "<s>" for start in starts[1:]}
+            assert positions[-1] < MAX_TOKENS
+            turns.add(len(asked))
+    assert turns == {2, 3} and gaps and begun == {True, False}
 
 
 def test_half_of_the_thoughts_stand_a_gap_behind_their_prompt():

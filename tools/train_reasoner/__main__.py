@@ -39,7 +39,7 @@ def train(
     out
         Folder of the run: checkpoint, metrics.jsonl and, at the end, the model.
     start
-        Folder of a run with whose weights to start.
+        Folder of a run, or of its model, with whose weights to start.
     """
     with progress(f"training in {out}", total=config.tokens, unit="tokens") as task:
 

@@ -1,4 +1,4 @@
-"""Training batches: programs of all profiles from the train split, and pure look-up sequences.
+"""Training batches: programs of all profiles from the train split, conversations of them, and pure look-up sequences.
 
 Shapes: B sequences, T tokens.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from longthink.reasoner.profiles import PROFILES
-from longthink.reasoner.task import MAX_LIVE, MIN_LIVE, Size, draw_problem
+from longthink.reasoner.task import MAX_LIVE, MIN_LIVE, MIN_OPS, Size, draw_problem
 from longthink.reasoner.vocabulary import BOS, BRIEF, EOS, FORMS, NAMES, TOKEN_IDS, token_ids
 from tools.train_reasoner.architecture import MAX_TOKENS
 from tools.train_reasoner.config import TrainConfig
@@ -49,45 +49,71 @@ class Batch:
 
 
 class _Row(NamedTuple):
-    prompt: list[int]
-    thought: list[int]
+    ids: list[int]
     targets: list[int]
     kinds: list[int]
+    thoughts: list[int]
+    """Where each chain of thought begins."""
 
 
 def draw_batch(config: TrainConfig, step: int, longest: int) -> tuple[Batch, int]:
-    """Return the batch of a step and the lines of its problems (0: look-ups).
+    """Return the batch of a step and the lines of its problems (0: look-ups or conversations).
 
     It depends only on the arguments, so a resumed run gets the same batches.
     """
     rng = random.Random(f"{config.seed}/{step}")
     if longest <= RECALL_UP_TO and rng.random() < config.recall_share:
         return _recall_batch(config, rng), 0
+    if config.turns_share and rng.random() < config.turns_share:
+        return _conversation_batch(config, rng), 0
     ops = longest if rng.random() < config.longest_share else rng.randint(2, longest)
     return _program_batch(config, rng, ops, longest), ops
 
 
 def _program_batch(config: TrainConfig, rng: random.Random, ops: int, longest: int) -> Batch:
     # The longest problems are mostly checked, like those of size xl.
-    checked = rng.random() < (0.6 if ops > 60 else 0.25)
-    line = CHECKED_LINE if checked else BRIEF_LINE
+    size = Size(ops=ops, checked=rng.random() < (0.6 if ops > 60 else 0.25))
+    line = CHECKED_LINE if size.checked else BRIEF_LINE
     count = max(1, round(config.batch_tokens / ((len(line) + 6) * ops + 24)))
-    rows = []
-    for _ in range(count):
-        problem = draw_problem(
-            rng,
-            profile=rng.choice(list(PROFILES)),
-            size=Size(ops=ops, checked=checked),
-            split="train",
-            # As many live values as in the longest problems, so that short ones prepare for them.
-            live=rng.randint(MIN_LIVE, min(MAX_LIVE, MIN_LIVE + longest // 2)),
-            distractors=rng.choice((0, 0, 0, rng.randrange(2 * longest))),
-        )
-        prompt = [TOKEN_IDS[BOS], *token_ids(problem.prompt)]
-        thought = [*token_ids(problem.solution), TOKEN_IDS[EOS]]
-        kinds = [_FREE] * len(prompt) + line * ops + [_FREE]
-        rows.append(_Row(prompt, thought, [IGNORE] * len(prompt) + thought, kinds))
+    return _pack([_program(rng, size, longest) for _ in range(count)], rng)
+
+
+def _program(rng: random.Random, size: Size, longest: int) -> _Row:
+    problem = draw_problem(
+        rng,
+        profile=rng.choice(list(PROFILES)),
+        size=size,
+        split="train",
+        # As many live values as in the longest problems, so that short ones prepare for them.
+        live=rng.randint(MIN_LIVE, min(MAX_LIVE, MIN_LIVE + longest // 2)),
+        distractors=rng.choice((0, 0, 0, rng.randrange(2 * longest))),
+    )
+    prompt = [TOKEN_IDS[BOS], *token_ids(problem.prompt)]
+    thought = [*token_ids(problem.solution), TOKEN_IDS[EOS]]
+    kinds = [_FREE] * len(prompt) + (CHECKED_LINE if size.checked else BRIEF_LINE) * size.ops + [_FREE]
+    return _Row(prompt + thought, [IGNORE] * len(prompt) + thought, kinds, [len(prompt)])
+
+
+def _conversation_batch(config: TrainConfig, rng: random.Random) -> Batch:
+    """Return conversations of two or three problems, which give other values to names that they share."""
+    rows = [_conversation(config, rng)]
+    while sum(len(row.ids) for row in rows) < config.batch_tokens:
+        rows.append(_conversation(config, rng))
     return _pack(rows, rng)
+
+
+def _conversation(config: TrainConfig, rng: random.Random) -> _Row:
+    turns = rng.choice((2, 2, 3))
+    row = _Row([], [], [], [])
+    for turn in range(turns):
+        ops = rng.randint(MIN_OPS, config.turns_ops // turns)
+        more = _program(rng, Size(ops=ops, checked=rng.random() < 0.1), ops)
+        # A later question may come with the token that begins a text or, as a chat sends it, without.
+        start = int(turn > 0 and rng.random() < 0.5)
+        row.thoughts.append(len(row.ids) + more.thoughts[0] - start)
+        for whole, part in zip(row[:3], more[:3], strict=True):
+            whole.extend(part[start:])
+    return row
 
 
 def _recall_batch(config: TrainConfig, rng: random.Random) -> Batch:
@@ -103,25 +129,21 @@ def _recall_batch(config: TrainConfig, rng: random.Random) -> Batch:
         tail = token_ids(" ".join(f"{rng.choice(FORMS[:3]).format(name)} {values[name]}" for name in asked))
         targets = [token if i % 2 else IGNORE for i, token in enumerate(tail)]
         kinds = [_FREE] * (len(prompt) + len(tail))
-        rows.append(_Row(prompt, tail, [IGNORE] * len(prompt) + targets, kinds))
+        rows.append(_Row(prompt + tail, [IGNORE] * len(prompt) + targets, kinds, [len(prompt)]))
     return _pack(rows, rng)
 
 
 def _pack(rows: list[_Row], rng: random.Random) -> Batch:
     """Right-pad the rows and shift the targets by one token."""
     # Lengths are rounded up to limit the number of shapes.
-    length = -(-max(len(row.prompt) + len(row.thought) for row in rows) // 32) * 32 + 1
-    columns = (
-        [row.prompt + row.thought for row in rows],
-        [row.targets for row in rows],
-        [row.kinds for row in rows],
-    )
+    length = -(-max(len(row.ids) for row in rows) // 32) * 32 + 1
     ids, targets, kinds = (
         torch.tensor([values + [fill] * (length - len(values)) for values in column])
-        for column, fill in zip(columns, (0, IGNORE, _FREE), strict=True)
+        for column, fill in zip(list(zip(*rows, strict=True))[:3], (0, IGNORE, _FREE), strict=True)
     )
     positions = torch.arange(length - 1).repeat(len(rows), 1)
     for row, own in zip(rows, positions, strict=True):
-        if rng.random() < GAP_SHARE:
-            own[len(row.prompt) :] += rng.randrange(MAX_TOKENS - length)
+        for start in row.thoughts:
+            if rng.random() < GAP_SHARE:
+                own[start:] += rng.randrange(MAX_TOKENS - 2 - int(own[-1]))
     return Batch(ids[:, :-1].contiguous(), positions, targets[:, 1:].contiguous(), kinds[:, 1:].contiguous())

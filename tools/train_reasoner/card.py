@@ -32,7 +32,8 @@ but not `AutoTokenizer`, which turns any `tokenizer.json` of model type qwen2 in
 ## Accuracy
 
 Held-out problems (test split, first seed {seed}), decoding {decoding}, {evaluated}.
-Right: the final answer is right; exact: so is every token of the chain of thought.
+Right: the final answer is right; exact: so is every token of the chain of thought. *Second question*: a lemma problem
+in a conversation, behind a chain problem of the same size and its answer; names that both use have two values.
 
 {table}
 
@@ -47,7 +48,7 @@ transformers {transformers}. To repeat it, in a checkout:
 
 Problems get longer as the model masters them, and in half of the rows there is a random gap of positions between
 prompt and chain of thought, so that the model cannot look up by distance. `training.json` has all settings.
-Training problems come from the train split, by a stable hash of the prompt's text: none is in the table above.
+{turns}Training problems come from the train split, by a stable hash of the prompt's text: none is in the table above.
 The initial weights (shared name vectors, heads that look one and two tokens back, a head that matches names) are
 documented in `tools/train_reasoner/initial.py`.
 
@@ -78,9 +79,16 @@ def write_card(folder: Path) -> None:
         date=training["date"],
         commands=_commands([stage["config"] for stage in stages]),
         last_ops=training["config"]["last_ops"],
+        turns=_turns(training["config"].get("turns_share", 0.0)),
         **training["versions"],
     )
     (folder / "README.md").write_text(text)
+
+
+def _turns(share: float) -> str:
+    if not share:
+        return ""
+    return f"Of the batches of the last run {share:.0%} are conversations of two or three short problems.\n"
 
 
 def _commands(configs: list[dict[str, Any]]) -> str:

@@ -17,8 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tools.train_reasoner.architecture import EMBEDDING
 from tools.train_reasoner.batches import KINDS
 from tools.train_reasoner.config import TrainConfig
+from tools.train_reasoner.initial import BASIS, embedding_map
 
 FOLDER = "checkpoint"
 
@@ -54,6 +56,25 @@ def save_checkpoint(out: Path, config: TrainConfig, state: State, tensors: dict[
         target.rename(old)
     fresh.rename(target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def weights_to_start_with(folder: Path) -> tuple[TrainConfig, State, dict[str, Tensor]]:
+    """Read the last checkpoint of a run, or a model that a run has exported.
+
+    Raises
+    ------
+    ValueError
+        If the folder holds neither.
+    """
+    if load_checkpoint(folder) is None and (folder / "training.json").exists():
+        facts = json.loads((folder / "training.json").read_text())
+        weights = load_file(folder / "model.safetensors")
+        # The embedding lies in the span of the map, so its basis is found again without an error.
+        basis = torch.linalg.lstsq(
+            embedding_map(), weights.pop(EMBEDDING), driver="gelsd"
+        ).solution.contiguous()
+        return TrainConfig(**facts["config"]), State(**facts["run"]), {BASIS: basis, **weights}
+    return require_checkpoint(folder)
 
 
 def require_checkpoint(out: Path) -> tuple[TrainConfig, State, dict[str, Tensor]]:

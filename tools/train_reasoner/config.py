@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from longthink.config import check_flag, check_int, check_range
-from longthink.reasoner.task import MAX_OPS
+from longthink.reasoner.task import MAX_OPS, MIN_OPS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,10 @@ class TrainConfig:
     """Share of the batches with problems of the longest length; the others are of any length up to it."""
     recall_share: float = 0.3
     """Share of pure look-up batches while problems are short."""
+    turns_share: float = 0.0
+    """Share of the batches with conversations of two or three problems."""
+    turns_ops: int = 40
+    """Most lines of all problems of a conversation."""
     layers: int = 4
     """Transformer layers."""
     hidden: int = 128
@@ -70,6 +74,8 @@ class TrainConfig:
         check_range("promote_at", self.promote_at, 0, 1)
         check_range("longest_share", self.longest_share, 0, 1)
         check_range("recall_share", self.recall_share, 0, 1)
+        check_range("turns_share", self.turns_share, 0, 1)
+        check_int("turns_ops", self.turns_ops, 3 * MIN_OPS, MAX_OPS)
         check_int("layers", self.layers, 2, 64)
         check_int("heads", self.heads, 1, 64)
         check_int("kv_heads", self.kv_heads, 1, self.heads)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,8 @@ def evaluate(
     folder
         A folder written by `train` or `export_run`.
     problems
-        Problems per profile for each size; all profiles are evaluated.
+        Problems per profile for each size; all profiles are evaluated, and at sizes s and m the problems of one
+        profile as second questions behind those of another.
     seed
         First seed.
 
@@ -71,9 +73,12 @@ def evaluate(
     model, tokenizer = load_folder(folder)
     rows = []
     for size, count in (problems or PROBLEMS).items():
-        for profile in PROFILES:
-            rows.append(_row(model, tokenizer, size, profile, count, seed))
-            print(f"{size:>3} {profile:<10} {rows[-1]['right']}/{count} right", flush=True)
+        sets = {profile: make_problems(count, profile=profile, size=size, seed=seed) for profile in PROFILES}
+        if size in ("s", "m"):
+            sets["second question"] = second_questions(sets["chain"], sets["lemma"])
+        for profile, asked in sets.items():
+            rows.append(_row(model, tokenizer, size, profile, asked))
+            print(f"{size:>3} {profile:<15} {rows[-1]['right']}/{count} right", flush=True)
     result = {
         "date": datetime.now(UTC).date().isoformat(),
         "seed": seed,
@@ -87,16 +92,22 @@ def evaluate(
     return result
 
 
+def second_questions(firsts: Sequence[Problem], seconds: Sequence[Problem]) -> list[Problem]:
+    """Return the second problems, each asked in a conversation in which a first one has been answered."""
+    return [
+        replace(second, prompt=f"{first.prompt}\n{first.solution} {EOS}\n{second.prompt}")
+        for first, second in zip(firsts, seconds, strict=True)
+    ]
+
+
 def _row(
     model: Qwen2ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     size: str,
     profile: str,
-    count: int,
-    seed: int,
+    problems: Sequence[Problem],
 ) -> dict[str, Any]:
-    started = time.perf_counter()
-    problems = make_problems(count, profile=profile, size=size, seed=seed)
+    started, count = time.perf_counter(), len(problems)
     pairs = list(zip(problems, solve(model, tokenizer, problems), strict=True))
     right = sum(grade(problem, text) for problem, text in pairs)
     low, high = wilson(right, count)

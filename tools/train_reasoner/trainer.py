@@ -58,7 +58,8 @@ def train(
         Folder of the run: ``checkpoint/``, ``metrics.jsonl`` and, at the end, the Qwen2 checkpoint ``model/`` and
         (with matplotlib installed) the loss curve ``loss.png``.
     start
-        Folder of another run with whose weights to start; by default `initial_weights`.
+        Folder of another run, or of a model that one has exported, with whose weights to start; by default
+        `initial_weights`.
     report
         Called with each record of ``metrics.jsonl``.
 
@@ -144,7 +145,7 @@ class _Run:
         tensors = fresh if loaded is None else loaded[2]
         self.state = checkpoint.State(longest=config.first_ops) if loaded is None else loaded[1]
         if start is not None and loaded is None:
-            earlier, state, weights = checkpoint.require_checkpoint(start)
+            earlier, state, weights = checkpoint.weights_to_start_with(start)
             tensors = {name: weights[name] for name in fresh}
             done = asdict(state)
             self.state.before = [*done.pop("before"), {"config": earlier.to_dict(), "run": done}]
