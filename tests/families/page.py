@@ -62,7 +62,8 @@ compiled, because torch's compiler does not trace accelerate's hooks: `compile=T
 eagerly. The command line loads models whole, on one device.
 
 Weights in int8 by torchao (`TorchAoConfig(Int8WeightOnlyConfig())`) are served eagerly, on a CPU with torchao 0.18.
-Their decode steps are not compiled there: `compile=True` is refused, and `"auto"` decodes eagerly. The formats of
+Their decode steps are not compiled there: `compile=True` is refused, and `"auto"` decodes eagerly. In float32 the
+tokens are those of transformers with the same weights; in bfloat16 near-ties may fall otherwise. The formats of
 torchao's int4 that were tried on a CPU do not load: `plain_int32` is not implemented for it, `plain` needs the
 package mslk. bitsandbytes, GPTQ and AWQ have not been tried.
 
