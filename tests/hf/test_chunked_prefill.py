@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import longthink
 from longthink.cache import LayerCache
 from longthink.config import Budget
+from longthink.hf.generation import CHUNKS_LATER_TURNS
 from longthink.policies import needs_budget
 from tests.grids import slow_but
 from tests.hf.test_conformance import VARIANTS
@@ -69,6 +70,9 @@ def test_sampling_beams_and_the_generation_config_as_well():
         assert torch.equal(*texts)
 
 
+@pytest.mark.skipif(
+    not CHUNKS_LATER_TURNS, reason="transformers before 5.21 splits a later turn's text wrongly"
+)
 @pytest.mark.parametrize("policy", slow_but(POLICIES, "raas", "streaming_llm"))
 def test_a_second_turn_may_come_in_pieces(policy):
     model, (ids, mask) = build("qwen2"), prompt((20, 20))
@@ -81,6 +85,22 @@ def test_a_second_turn_may_come_in_pieces(policy):
             turn = torch.cat([first, more], 1)
             texts.append(longthink.generate(model, turn, torch.ones_like(turn), max_new_tokens=20, **options))
     assert torch.equal(*texts)
+
+
+def test_a_version_that_splits_a_later_turn_wrongly_is_told_of_it(monkeypatch):
+    monkeypatch.setattr("longthink.hf.generation.CHUNKS_LATER_TURNS", False)
+    model, (ids, _) = build("qwen2"), prompt((20,))
+    with longthink.make_cache(model, decode_budget=32) as cache:
+        options = dict(past_key_values=cache, do_sample=False, max_new_tokens=4)
+        first = longthink.generate(model, ids, prefill_chunk_size=8, **options)
+        held = cache.columns
+        turn = torch.cat([first, ids], 1)
+        with pytest.raises(
+            longthink.UnsupportedFeatureError, match=r"in a later turn needs transformers >= 5\.21"
+        ):
+            longthink.generate(model, turn, prefill_chunk_size=8, **options)
+        assert cache.columns == held
+        longthink.generate(model, turn, **options)
 
 
 class Largest(TorchDispatchMode):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import Any
 
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
@@ -21,6 +23,8 @@ from longthink.hf.step import Compile, check_compile, compiles
 from longthink.hf.support import check_model, text_limit
 from longthink.policies import Policy, make_policy, policy_spec
 
+CHUNKS_LATER_TURNS = Version(transformers.__version__) >= Version("5.21")
+"""Whether transformers splits only what is new."""
 _MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
 
 
@@ -129,10 +133,7 @@ def generate(
     if _compiles(model, cache, rows, compile, generate_kwargs):
         generate_kwargs["custom_generate"] = DecodeLoop(compile, generate_kwargs.get("streamer"))
     new = 0 if prompt is None else _new_columns(cache, columns, attention_mask)
-    announced = new if chunk_size is not None else 0
-    if announced:
-        # Before the first chunk is read: afterwards the conversation would be lost.
-        cache.check_room(attention_mask, announced)
+    announced = _announced(cache, new, chunk_size, attention_mask)
     with cache, cache.begin_chunked_prefill(announced) if announced else nullcontext():
         output = model.generate(
             input_ids,
@@ -155,6 +156,20 @@ def _new_columns(cache: PagedCache, columns: int, mask_BN: Tensor | None) -> int
         new = columns
         check_mask_columns(mask_BN.shape[-1], cache.columns, new)
     cache.check_new(new)
+    return new
+
+
+def _announced(cache: PagedCache, new: int, chunk_size: int | None, mask_BN: Tensor | None) -> int:
+    """New columns that come in chunks: 0, or all, if there is room for them."""
+    if chunk_size is None or not new:
+        return 0
+    if cache.columns and not CHUNKS_LATER_TURNS:
+        raise UnsupportedFeatureError(
+            f"prefill_chunk_size={chunk_size} in a later turn needs transformers >= 5.21: "
+            f"{transformers.__version__} splits the text from its beginning"
+        )
+    # Before the first chunk is read: afterwards the conversation would be lost.
+    cache.check_room(mask_BN, new)
     return new
 
 
