@@ -36,7 +36,7 @@ ready-demo:
 demo: ready-demo ## Solve a long problem with four caches side by side
 	@$(BIN)/longthink demo
 
-test: ready ## Run all tests (15 to 17 minutes on 2 vCPUs, one core, of an Intel Xeon)
+test: ready ## Run all tests (15 to 22 minutes on 2 vCPUs, one core, of an Intel Xeon)
 	$(TEST_ENV) $(PYTEST) $(PYTEST_ARGS)
 
 test-fast: ready ## Run the quick tests (a minute and a half on the same)
