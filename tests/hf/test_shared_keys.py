@@ -39,6 +39,16 @@ def test_tokens_are_those_of_transformers_in_every_turn(model, policy):
     assert found.equal(model.generate(later(expected), attention_mask=mask, **GREEDY))
 
 
+def test_every_token_of_a_later_turn_reads_what_is_before_it(model):
+    """Tokens say it of the last one only: nothing reads what the others have become in these layers."""
+    mask = torch.cat([MASK, torch.ones(2, 4)], 1).long()
+    with longthink.make_cache(model, **given(POLICIES[0], AMPLE)) as cache, torch.no_grad():
+        expected = model(later(IDS), attention_mask=mask).logits[:, -4:]
+        model(IDS, attention_mask=MASK, past_key_values=cache)
+        found = model(later(IDS)[:, -4:], attention_mask=mask, past_key_values=cache).logits
+    torch.testing.assert_close(found, expected)
+
+
 def test_they_are_held_once(model):
     with longthink.make_cache(model, **given(POLICIES[0], AMPLE)) as cache:
         model.generate(IDS, past_key_values=cache, **GREEDY)
