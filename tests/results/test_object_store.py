@@ -98,7 +98,7 @@ def test_what_cannot_be_a_store_is_refused(url):
         open_store(url)
     assert memory.cat("/bucket/results/notes.txt") == b"mine"
     memory.pipe(f"/bucket/results/{MARKER}", b"99\n")
-    with pytest.raises(ResultStoreError, match="format '99'"):
+    with pytest.raises(ResultStoreError, match=r"memory://bucket/results is a result store of format '99'"):
         open_store(url)
     with pytest.raises(ResultStoreError, match=r"nonsense://bucket cannot be reached: .*nonsense"):
         open_store("nonsense://bucket")

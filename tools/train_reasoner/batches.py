@@ -64,6 +64,7 @@ def draw_batch(config: TrainConfig, step: int, longest: int) -> tuple[Batch, int
     rng = random.Random(f"{config.seed}/{step}")
     if longest <= RECALL_UP_TO and rng.random() < config.recall_share:
         return _recall_batch(config, rng), 0
+    # Without conversations nothing is drawn, so the batches of earlier runs stay what they were.
     if config.turns_share and rng.random() < config.turns_share:
         return _conversation_batch(config, rng), 0
     ops = longest if rng.random() < config.longest_share else rng.randint(2, longest)
@@ -73,9 +74,12 @@ def draw_batch(config: TrainConfig, step: int, longest: int) -> tuple[Batch, int
 def _program_batch(config: TrainConfig, rng: random.Random, ops: int, longest: int) -> Batch:
     # The longest problems are mostly checked, like those of size xl.
     size = Size(ops=ops, checked=rng.random() < (0.6 if ops > 60 else 0.25))
-    line = CHECKED_LINE if size.checked else BRIEF_LINE
-    count = max(1, round(config.batch_tokens / ((len(line) + 6) * ops + 24)))
+    count = max(1, round(config.batch_tokens / ((len(_line(size)) + 6) * ops + 24)))
     return _pack([_program(rng, size, longest) for _ in range(count)], rng)
+
+
+def _line(size: Size) -> list[int]:
+    return CHECKED_LINE if size.checked else BRIEF_LINE
 
 
 def _program(rng: random.Random, size: Size, longest: int) -> _Row:
@@ -90,7 +94,7 @@ def _program(rng: random.Random, size: Size, longest: int) -> _Row:
     )
     prompt = [TOKEN_IDS[BOS], *token_ids(problem.prompt)]
     thought = [*token_ids(problem.solution), TOKEN_IDS[EOS]]
-    kinds = [_FREE] * len(prompt) + (CHECKED_LINE if size.checked else BRIEF_LINE) * size.ops + [_FREE]
+    kinds = [_FREE] * len(prompt) + _line(size) * size.ops + [_FREE]
     return _Row(prompt + thought, [IGNORE] * len(prompt) + thought, kinds, [len(prompt)])
 
 
@@ -139,7 +143,7 @@ def _pack(rows: list[_Row], rng: random.Random) -> Batch:
     length = -(-max(len(row.ids) for row in rows) // 32) * 32 + 1
     ids, targets, kinds = (
         torch.tensor([values + [fill] * (length - len(values)) for values in column])
-        for column, fill in zip(list(zip(*rows, strict=True))[:3], (0, IGNORE, _FREE), strict=True)
+        for column, fill in zip(zip(*(row[:3] for row in rows), strict=True), (0, IGNORE, _FREE), strict=True)
     )
     positions = torch.arange(length - 1).repeat(len(rows), 1)
     for row, own in zip(rows, positions, strict=True):

@@ -98,7 +98,7 @@ class LayerCache(LayerRows):
         self._prepared = False
         self._last_read = LastRead()
 
-    # State -----------------------------------------------------------------------------------------
+    # State --------------------------------------------------------------------------------------------------
 
     @property
     def next_position_B(self) -> Tensor:

@@ -50,21 +50,22 @@ class ObjectStore(ResultStore):
     """
 
     def __init__(self, url: str, *, create: bool = True) -> None:
+        self._url = url
         with _reaching(url):
             self._remote, self._root = fsspec.core.url_to_fs(url)
         local = Path(tempfile.mkdtemp(prefix="longthink-store-"))
         self._cleanup = weakref.finalize(self, shutil.rmtree, local, ignore_errors=True)
         with _reaching(url):
             names = self._download(local)
-        is_store = MARKER in names
-        if not is_store:
-            if not create:
-                raise ResultStoreError(f"{url} is not a result store: it has no file {MARKER}")
+        if create and MARKER not in names:
             refuse_foreign(url, names)
-        super().__init__(local, create=not is_store)
-        self.place = url
-        if not is_store:
+        super().__init__(local, create=create)
+        if MARKER not in names:
             self._upload([self.folder / MARKER])
+
+    @property
+    def place(self) -> str:
+        return self._url
 
     @property
     def name(self) -> str:

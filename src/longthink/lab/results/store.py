@@ -39,18 +39,21 @@ class ResultStore:
 
     def __init__(self, folder: Path | str, *, create: bool = True) -> None:
         self.folder = Path(folder)
-        self.place = str(folder)
-        """The store's name in messages."""
         self._verified: set[Path] = set()
         marker = self.folder / MARKER
         if create and not marker.exists():
             self._make()
         if not marker.is_file():
-            raise ResultStoreError(f"{self.folder} is not a result store: it has no file {MARKER}")
+            raise ResultStoreError(f"{self.place} is not a result store: it has no file {MARKER}")
         if (found := marker.read_text().strip()) != FORMAT:
             raise ResultStoreError(
-                f"{self.folder} is a result store of format {found!r}: allowed is {FORMAT!r}"
+                f"{self.place} is a result store of format {found!r}: allowed is {FORMAT!r}"
             )
+
+    @property
+    def place(self) -> str:
+        """Where the store is, in messages."""
+        return str(self.folder)
 
     @property
     def name(self) -> str:
