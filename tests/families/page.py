@@ -36,6 +36,9 @@ What it means:
   so they are not in the table. The policy sees the queries of the layer that has the keys. Steps of these models are
   not compiled, `kv_bits` is refused, and so are [forced decoding](fidelity.md) and a later turn for which something
   must be evicted.
+- A later turn that is refused, because it does not fit or for the reason above, leaves a cache as it was only if the
+  model's first layer has full attention. Behind a window or a state, which has read the turn by then, `reset()` the
+  cache, or keep a copy.
 - All of these can be [saved to a file](conversations.md#saving-and-loading) and loaded.
 - Sinks (gpt-oss), soft caps (Gemma 2) and values of another size than keys are served on all routes but the fused GPU
   kernels, which leave such layers to the general route.
