@@ -4,6 +4,7 @@ import itertools
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from tests.grids import by_day, covering, slow_but
 from tests.models import PAD, build, prompt
 
 POLICIES = longthink.available_policies()
+ROOT = Path(__file__).parents[2]
 GREEDY = dict(max_new_tokens=6, do_sample=False)
 
 
@@ -343,23 +345,29 @@ def test_a_compiled_model_writes_the_same_tokens(way, ids, light_compiler):
         assert list(engine.submit(ids, max_new_tokens=40)) == expected[0, 20:].tolist()
 
 
+def goes_on_without_a_compiler():
+    model, ids = build("qwen2", num_hidden_layers=1), prompt((20,))[0]
+    end = model.generate(ids, max_new_tokens=9, do_sample=False)[0, 25].item()
+    options = dict(do_sample=False, eos_token_id=end)
+    expected = model.generate(ids, max_new_tokens=20, **options)
+    for many in (9000, 20):
+        ours = longthink.generate(model, ids, decode_budget=64, max_new_tokens=many, **options)
+        assert ours.tolist() == expected.tolist()
+    for call, given in ((longthink.generate, [ids]), (longthink.Engine, [])):
+        with pytest.raises(longthink.UnsupportedFeatureError, match="compile=True cannot be used while"):
+            call(model, *given, decode_budget=64, compile=True)
+
+
+def test_without_a_compiler_auto_goes_on(monkeypatch):
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    goes_on_without_a_compiler()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("switch", ["TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"])
-def test_without_a_compiler_auto_goes_on(switch):
-    script = """
-import longthink, pytest
-from tests.models import build, prompt
-model, ids = build("qwen2"), prompt((20,))[0]
-end = model.generate(ids, max_new_tokens=9, do_sample=False)[0, 25].item()
-expected = model.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=end)
-for many in (9000, 20):
-    ours = longthink.generate(model, ids, decode_budget=64, max_new_tokens=many, do_sample=False, eos_token_id=end)
-    assert ours.tolist() == expected.tolist()
-for call in (longthink.generate, longthink.Engine):
-    with pytest.raises(longthink.UnsupportedFeatureError, match="compile=True cannot be used while"):
-        call(model, *([ids] if call is longthink.generate else []), decode_budget=64, compile=True)
-"""
+def test_torch_reads_its_other_switch_when_it_is_imported():
+    script = "from tests.hf.test_calls import goes_on_without_a_compiler; goes_on_without_a_compiler()"
     done = subprocess.run(
-        [sys.executable, "-c", script], env=os.environ | {switch: "1"}, capture_output=True, text=True
-    )
+        [sys.executable, "-c", script],
+        env=os.environ | {"TORCH_COMPILE_DISABLE": "1"}, cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr

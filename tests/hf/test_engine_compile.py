@@ -29,10 +29,13 @@ def shapes(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("policy", "given"),
-    [
-        ("raas", "budget"),
-        *((p, "decode_budget") for p in ("raas", "milestone", "streaming_llm", "h2o", "dense")),
-    ],
+    by_day(
+        [("raas", "budget"), ("milestone", "decode_budget"), ("h2o", "decode_budget"), ("dense", "decode_budget")],
+        [
+            ("raas", "budget"),
+            *((p, "decode_budget") for p in ("raas", "milestone", "streaming_llm", "h2o", "dense")),
+        ],
+    ),
 )
 def test_one_program_serves_all_requests_with_the_tokens_of_the_eager_engine(
     policy, given, light_compiler, shapes

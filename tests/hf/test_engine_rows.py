@@ -56,8 +56,8 @@ def alone(model, request, policy, budget, **options):
     return tuple(out.sequences[0, ids.shape[1] :].tolist()), out.past_key_values
 
 
-def assert_as_alone(model, policy, budget, seats=4, **options):
-    asked = requests()
+def assert_as_alone(model, policy, budget, seats=4, count=len(LENGTHS), **options):
+    asked = requests(LENGTHS[:count], LIMITS[:count])
     done = stream(model, asked, policy, budget, seats=seats, **options)
     assert sorted(done) == list(range(len(asked)))
     evicted = 0
@@ -81,21 +81,24 @@ def assert_as_alone(model, policy, budget, seats=4, **options):
 )
 def test_every_row_gets_the_tokens_that_it_gets_alone(architecture, policy):
     """Budgets count on top of the prompt, so each row has its own number of slots."""
-    evicted = assert_as_alone(build(architecture), policy, budget_of(policy, decode_budget=24))
+    # In float64: a batch adds in another order, and of one layer the numbers are often near to each other.
+    model = build(architecture, num_hidden_layers=1).double()
+    evicted = assert_as_alone(model, policy, budget_of(policy, decode_budget=24))
     assert (evicted > 0) == (not grows(make_policy(policy)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", VARIANTS)
 def test_variants_too(policy):
-    assert_as_alone(build("qwen2"), policy, budget_of(policy, decode_budget=24))
+    assert_as_alone(build("qwen2"), policy, budget_of(policy, decode_budget=24), count=6)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["streaming_llm", "h2o", "raas:pin_prompt=false", "quest"])
 def test_prompts_longer_than_the_budget(policy):
     """Policies that trim the prompt start rows that are full at once, beside rows that are not."""
-    assert_as_alone(build("qwen2"), policy, budget_of(policy, budget=32), seats=3)
+    model = build("qwen2", num_hidden_layers=1).double()
+    assert_as_alone(model, policy, budget_of(policy, budget=32), seats=3, count=6)
 
 
 def test_end_tokens_end_rows_and_first_tokens_may_end_them():

@@ -56,10 +56,10 @@ def test_the_second_question_stays_and_the_bound_grows_by_its_pages(model, polic
         text = ask(model, cache, first[:, :0], first, 50)
         start = text.shape[1]
         if way == "longthink.generate":
-            ask(model, cache, text, second, 200, compile=False)
+            ask(model, cache, text, second, 80, compile=False)
         else:
             cache.open()
-            model.generate(torch.cat([text, second], 1), past_key_values=cache, max_new_tokens=200, **GREEDY)
+            model.generate(torch.cat([text, second], 1), past_key_values=cache, max_new_tokens=80, **GREEDY)
         size = cache.policy.page_size
         # The last token of an answer is read with the next question.
         users = [*range(21), *range(start - 1, start + 19)]
@@ -113,7 +113,7 @@ def test_a_question_in_chunks_that_does_not_fit_leaves_the_cache_as_it_was(model
 def test_a_question_in_chunks_of_any_size_gets_the_same_answer(model, policy, budget):
     first, second = question(20, rows=2), question(17, seed=2, rows=2)
     budget, texts = budget_of(policy, **budget), []
-    for size in (None, 1, 8, 16):
+    for size in (None, 1, 8):
         with longthink.make_cache(model, policy=policy, **budget) as cache:
             text = ask(model, cache, first[:, :0], first, 50, prefill_chunk_size=size)
             texts.append(ask(model, cache, text, second, 30, prefill_chunk_size=size))
@@ -174,7 +174,7 @@ def test_padding_after_a_row_that_ended_is_as_good_as_never_read(ending_model, p
 def test_a_row_that_ended_early_has_its_question_pinned_and_its_bound(policy):
     """With evictions, also for the padding, over several turns, each of which hides that of all before."""
     model, first = build("llama"), question(9, seed=3, rows=2)
-    options = dict(max_new_tokens=90, **GREEDY)
+    options = dict(max_new_tokens=70, **GREEDY)
     draft = longthink.generate(model, first, policy=policy, decode_budget=32, **options)
     # Row 0 ends early in the first turn, row 1 does not.
     ends = next(token for token in draft[0, 20:].tolist() if token not in draft[1, 9:])
@@ -192,7 +192,7 @@ def test_a_row_that_ended_early_has_its_question_pinned_and_its_bound(policy):
                         assert set(range(length - 9, length)) <= set(positions)
                         # A turn of 9 tokens, after one that is read with it, touches 3 pages of 16 at most.
                         assert len(positions) <= 32 + (turn + 1) * (48 if cache.policy.page_size > 1 else 10)
-    assert not mask[0, :99].all()
+    assert not mask[0, :79].all()
 
 
 @pytest.mark.parametrize(
@@ -228,13 +228,13 @@ def test_masks_that_cannot_be_obeyed_are_refused(model, hides, shows, message):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["raas", "milestone", "quest"])
+@pytest.mark.parametrize("policy", by_day(["milestone", "quest"], ["raas", "milestone", "quest"]))
 def test_a_compiled_step_after_a_second_turn_writes_the_eager_tokens(policy, light_compiler):
     model, texts = build("qwen2", num_hidden_layers=1).double(), []
     for compiles in (False, True):
         with longthink.make_cache(model, policy=policy, decode_budget=32) as cache:
             text = question(20, rows=2)[:, :0]
-            for turn in range(3):
+            for turn in range(2):
                 text = ask(model, cache, text, question(17, seed=turn, rows=2), 60, compile=compiles)
             texts.append(text)
     assert torch.equal(*texts)
