@@ -11,6 +11,7 @@ from longthink.lab.bench.jct import blocks_in_all, measure_jct, take_turns
 from longthink.lab.bench.plan import BLOCK
 from longthink.policies.base import PAGE_SIZES
 from tests.bench.conftest import MODEL, POLICIES
+from tests.grids import by_day
 
 SYSTEMS = ("hf dynamic", "hf static", *POLICIES)
 
@@ -77,8 +78,10 @@ def test_rows_are_complete_and_come_length_by_length(loaded, plan):
 
 @pytest.mark.slow
 def test_decoding_really_gives_the_same_rows_but_for_the_times(loaded, plan):
+    each_kind = ("dense", "raas", "quest", "h2o", "streaming_llm")  # grows; reads, and ranks pages or tokens
+
     def kept(fast):
-        rows = measure_jct(plan(fast_forward=fast), loaded)
+        rows = measure_jct(plan(fast_forward=fast, policies=by_day(each_kind, POLICIES)), loaded)
         return [(row.system, row.decode_tokens, row.kv_bytes, row.metadata_bytes) for row in rows]
 
     assert kept(True) == kept(False)

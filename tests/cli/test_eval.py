@@ -205,7 +205,7 @@ def test_killed_at_any_moment_and_resumed_equals_uninterrupted(start, call, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", by_day([2], [1, 2]))
 def test_ctrl_c_stops_within_seconds_and_keeps_what_is_done(start, tmp_path, workers):
     out = tmp_path / "store"
     process, children = start_and_wait(start, out, "--workers", workers)

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+from functools import cache
 
 import psutil
 import pytest
@@ -18,17 +19,45 @@ ray = pytest.importorskip("ray", reason="needs the extra ray")
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def cluster(monkeypatch):
+# Before there is a cluster, which stays until the last test.
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("127.0.0.1:1", r"no Ray cluster at '127\.0\.0\.1:1'"),
+        ("host:port", "no Ray cluster at 'host:port'"),
+        ("clutser", "ray='clutser' must be HOST:PORT, auto or local"),
+        ("auto", "no Ray cluster at 'auto'"),
+    ],
+)
+def test_no_cluster_is_said_in_words(tmp_path, monkeypatch, address, message):
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    from ray.cluster_utils import Cluster
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    # Another process of the tests may have a cluster just now.
+    monkeypatch.setattr("ray._private.services.find_gcs_addresses", cache(set))
+    monkeypatch.setattr("ray._private.services.find_bootstrap_address", lambda folder: None)
+    with pytest.raises(SweepError, match=message):
+        run_work(short_sweep(tmp_path / "store"), ray=address)
 
-    started = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    started.add_node(num_cpus=1)
-    ray.init(address=started.address, log_to_driver=False, logging_level="ERROR")
-    yield started
-    ray.shutdown()
-    started.shutdown()
+
+@pytest.fixture(scope="module")
+def started():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        from ray.cluster_utils import Cluster
+
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        yield cluster
+        ray.shutdown()
+        cluster.shutdown()
+
+
+@pytest.fixture
+def cluster(started):
+    """The cluster with two nodes, whatever a test before has done to the second one."""
+    if not started.worker_nodes:
+        started.add_node(num_cpus=1)
+    return started
 
 
 def shard_processes():
@@ -95,6 +124,17 @@ def test_a_lost_node_costs_what_it_had_in_flight_and_no_more(cluster, tmp_path, 
     table, key = ("samples", "problem, sample") if kind == "eval" else ("fidelity", "text")
     rows = ResultStore(tmp_path / "ray", create=False).query(f"SELECT config, {key} FROM {table}")
     assert len(rows) == 20
+    if kind == "fidelity":
+        run_work(alone := reading(tmp_path / "here", said))
+        assert kept(work) == kept(alone)
+
+
+def kept(work):
+    """What does not depend on time, of every record."""
+    return work.store.query(
+        "SELECT config, text, tokens, round(nll, 2) AS nll, round(kl, 2) AS kl, evicted, kv_bytes "
+        "FROM fidelity ORDER BY config, text"
+    )
 
 
 def test_stores_of_several_machines_come_together_by_copying(tmp_path):
@@ -114,19 +154,3 @@ def test_stores_of_several_machines_come_together_by_copying(tmp_path):
 def test_an_error_of_a_task_is_the_error_of_the_sweep(cluster, tmp_path):
     with pytest.raises(ValueError, match="there is no such folder"):
         run_work(short_sweep(tmp_path / "store", model=str(tmp_path / "gone")), ray=cluster.address)
-
-
-@pytest.mark.parametrize(
-    ("address", "message"),
-    [
-        ("127.0.0.1:1", r"no Ray cluster at '127\.0\.0\.1:1'"),
-        ("host:port", "no Ray cluster at 'host:port'"),
-        ("clutser", "ray='clutser' must be HOST:PORT, auto or local"),
-        ("auto", "no Ray cluster at 'auto'"),
-    ],
-)
-def test_no_cluster_is_said_in_words(tmp_path, monkeypatch, address, message):
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with pytest.raises(SweepError, match=message):
-        run_work(short_sweep(tmp_path / "store"), ray=address)

@@ -360,7 +360,7 @@ def test_samples_are_stored_and_a_sweep_is_resumed(tmp_path, folder, tokenizer):
 @pytest.mark.slow
 def test_workers_make_the_same_samples(tmp_path, folder):
     for name, workers in (("one", 1), ("two", 2)):
-        run_work(sweep(tmp_path / name, folder, tasks="fact/20,fact/50", count=4), workers=workers)
+        run_work(sweep(tmp_path / name, folder, tasks="fact/20,fact/50", count=2), workers=workers)
     assert rows(tmp_path / "one") == rows(tmp_path / "two")
 
 

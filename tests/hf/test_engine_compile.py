@@ -30,7 +30,12 @@ def shapes(monkeypatch):
 @pytest.mark.parametrize(
     ("policy", "given"),
     by_day(
-        [("raas", "budget"), ("milestone", "decode_budget"), ("h2o", "decode_budget"), ("dense", "decode_budget")],
+        [
+            ("raas", "budget"),
+            ("milestone", "decode_budget"),
+            ("h2o", "decode_budget"),
+            ("dense", "decode_budget"),
+        ],
         [
             ("raas", "budget"),
             *((p, "decode_budget") for p in ("raas", "milestone", "streaming_llm", "h2o", "dense")),

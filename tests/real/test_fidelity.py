@@ -21,7 +21,7 @@ QUESTION = "Tom has 12 apples, gives Anna a third and buys two bags of 5. Anna h
 def test_dense_equals_itself_and_a_bounded_cache_does_not(model, tokenizer):
     rows = longthink.fidelity(
         model, [(QUESTION, TEXT)], policies=["dense", "recall", "recency"], decode_budgets=[32, 64],
-        tokenizer=tokenizer,
+        tokenizer=tokenizer, max_tokens=130,
     )  # fmt: skip
     found = {(row.policy, row.decode_budget): row for row in rows}
     assert found["dense", None].kl.mean < 1e-4 and found["dense", None].differs.mean == 0

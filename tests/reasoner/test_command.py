@@ -1,7 +1,6 @@
 """``python -m tools.train_reasoner``."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -50,7 +49,7 @@ def test_train_resumes_and_its_model_generates(call, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_resumes_with_the_same_command(tmp_path):
+def test_an_interrupted_run_resumes_with_the_same_command(call, tmp_path):
     run = tmp_path / "run"
     arguments = [
         sys.executable,
@@ -70,8 +69,8 @@ def test_an_interrupted_run_resumes_with_the_same_command(tmp_path):
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, "")
     assert "the same command resumes the run" in err
-    done = subprocess.run(arguments, cwd=root, env=os.environ, capture_output=True, text=True)
-    assert (done.returncode, done.stdout.strip()) == (0, str(run / "model")), done.stderr
+    code, out, err = call(*arguments[3:])
+    assert (code, out.strip()) == (0, str(run / "model")), err
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == [*range(20, steps[-1] + 1, 20)]
 
