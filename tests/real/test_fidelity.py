@@ -11,8 +11,7 @@ TEXT = (
     "Tom has 12 apples and gives a third of them to Anna. First I find a third of 12: 12 / 3 = 4, so Anna gets "
     "4 apples. Tom then has 12 - 4 = 8 apples. After that he buys two bags with 5 apples each, which makes "
     "2 * 5 = 10 more apples. Now he has 8 + 10 = 18 apples. Anna started with 3 apples of her own, so with the 4 "
-    "from Tom she has 3 + 4 = 7 apples. Together they have 18 + 7 = 25 apples. Let me check: Tom gave Anna 4 "
-    "apples, kept 8, and bought 10 more, which is 18. Anna has 7. The sum of 18 and 7 is 25, so the answer is 25."
+    "from Tom she has 3 + 4 = 7 apples. Together they have 18 + 7 = 25 apples."
 )
 QUESTION = "Tom has 12 apples, gives Anna a third and buys two bags of 5. Anna had 3. How many do they have together?"
 
@@ -21,7 +20,7 @@ QUESTION = "Tom has 12 apples, gives Anna a third and buys two bags of 5. Anna h
 def test_dense_equals_itself_and_a_bounded_cache_does_not(model, tokenizer):
     rows = longthink.fidelity(
         model, [(QUESTION, TEXT)], policies=["dense", "recall", "recency"], decode_budgets=[32, 64],
-        tokenizer=tokenizer, max_tokens=130,
+        tokenizer=tokenizer,
     )  # fmt: skip
     found = {(row.policy, row.decode_budget): row for row in rows}
     assert found["dense", None].kl.mean < 1e-4 and found["dense", None].differs.mean == 0

@@ -38,14 +38,17 @@ def check_bound(cache, prompt):
             assert max(positions) == cache.get_seq_length() - 1
 
 
-@pytest.mark.parametrize("policy", ["milestone", "raas", "h2o:pin_prompt=True", "streaming_llm"])
+@pytest.mark.parametrize(
+    "policy",
+    by_day(["raas", "h2o:pin_prompt=True"], ["milestone", "raas", "h2o:pin_prompt=True", "streaming_llm"]),
+)
 def test_with_room_for_all_it_writes_what_transformers_writes(model, ids, dense, policy):
     out = longthink.generate(model, ids, policy=policy, budget=128, max_new_tokens=32, **GREEDY)
     assert torch.equal(out.sequences, dense[:, : ids.shape[1] + 32])
     assert out.past_key_values.num_evicted == 0
 
 
-@pytest.mark.parametrize("policy", ["milestone", "raas:page_size=4"])
+@pytest.mark.parametrize("policy", by_day(["raas:page_size=4"], ["milestone", "raas:page_size=4"]))
 def test_with_little_room_it_is_bounded_and_readable(model, ids, tokenizer, policy):
     prompt = ids.shape[1]
     out = longthink.generate(model, ids, policy=policy, decode_budget=32, max_new_tokens=LENGTH, **GREEDY)
