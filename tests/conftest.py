@@ -1,5 +1,6 @@
 """What all tests share: the slow ones begin, and what was imported is no work for the garbage collector."""
 
+import atexit
 import gc
 
 
@@ -13,12 +14,14 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """Leave what was imported out of every garbage collection to come: it is most of the heap, and none goes."""
+    """Leave what was imported out of every garbage collection to come: it is most of the heap, and none goes.
+
+    Torch's compiler imports and makes as much again, so what is young is looked through less often as well.
+    """
     gc.enable()
+    gc.set_threshold(5_000, 20, 20)
     gc.collect()
     gc.freeze()
-
-
-def pytest_unconfigure():
-    """Let libraries find at the end what they look for."""
-    gc.unfreeze()
+    # Behind the collections of pytest's own end, which would look through all of it again; then libraries find there
+    # what they look for.
+    atexit.register(gc.unfreeze)
