@@ -320,7 +320,9 @@ def test_what_to_write_for_models_of_peft(ids, kind, learns_prompts, instead):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["model.compile", "model.forward", "wrapped"])
+@pytest.mark.parametrize(
+    "way", by_day(["model.compile", "wrapped"], ["model.compile", "model.forward", "wrapped"])
+)
 def test_a_compiled_model_writes_the_same_tokens(way, ids, light_compiler):
     model = build("qwen2", num_hidden_layers=1)
     options = dict(policy="raas", budget=48, max_new_tokens=40, do_sample=False)
