@@ -360,7 +360,9 @@ def test_samples_are_stored_and_a_sweep_is_resumed(tmp_path, folder, tokenizer):
 @pytest.mark.slow
 def test_workers_make_the_same_samples(tmp_path, folder):
     for name, workers in (("one", 1), ("two", 2)):
-        run_work(sweep(tmp_path / name, folder, tasks="fact/20,fact/50", count=2), workers=workers)
+        work = sweep(tmp_path / name, folder, tasks="fact/20,fact/50", count=2)
+        run_work(work, workers=workers)
+        assert work.lost_workers == 0
     assert rows(tmp_path / "one") == rows(tmp_path / "two")
 
 

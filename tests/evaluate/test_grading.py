@@ -145,6 +145,7 @@ def test_every_gold_answer_grades_itself_right(grader, real_golds, monkeypatch):
         assert wrong == []
 
 
+@pytest.mark.slow
 def test_gold_answers_of_other_problems_are_wrong(grader, real_golds):
     """Those judged right are listed: they are equal in fact."""
     equal = set()
@@ -159,6 +160,7 @@ def test_gold_answers_of_other_problems_are_wrong(grader, real_golds):
     assert equal == {("5", "x=5")}
 
 
+@pytest.mark.slow
 def test_verdicts_on_graded_solutions_agree_with_the_recorded_ones(grader):
     path = problem_file("gsm8k_model_solutions_part.jsonl")
     (task,) = load_tasks([], data=[path])

@@ -93,6 +93,7 @@ def test_texts_that_come_later_are_measured_alone(tmp_path):
     assert sum(rows) == 20
 
 
+@pytest.mark.slow
 def test_a_summary_holds_the_numbers_of_its_texts(whole):
     sweep = sweep_in(whole)
     run_work(sweep)
