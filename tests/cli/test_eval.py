@@ -104,7 +104,7 @@ def test_problem_file_and_a_model_with_words_of_its_own(call, tmp_path, plain_mo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["qwen2", "mistral"])
+@pytest.mark.parametrize("architecture", by_day(["qwen2"], ["qwen2", "mistral"]))
 def test_the_papers_problem_sets_end_to_end(call, tmp_path, bpe_model, architecture):
     """Random models of two architectures on real problems: every policy, with answers graded."""
     if "LONGTHINK_DATA" not in os.environ:

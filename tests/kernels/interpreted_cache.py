@@ -33,8 +33,9 @@ OTHERS = {
 }
 """What reads in either layer."""
 BY_NIGHT = {
-    "raas:page_size=4:used=alpha:alpha=0.05", "raas:page_size=4:score=exact:pin_prompt=false", "recency",
-    "h2o:pin_prompt=true", "random:page_size=4", "streaming_llm",
+    "raas:page_size=4:sharing=layer", "raas:page_size=4:used=alpha:alpha=0.05",
+    "raas:page_size=4:score=exact:pin_prompt=false", "recency", "h2o:pin_prompt=true", "random:page_size=4",
+    "streaming_llm",
 }  # fmt: skip
 """Of these another one takes the same way through the kernels; `interpreted_attention` has their own steps."""
 CALLS = {
