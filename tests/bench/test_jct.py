@@ -74,6 +74,8 @@ def test_rows_are_complete_and_come_length_by_length(loaded, plan):
     for name in SYSTEMS:
         seconds = [row.seconds for row in rows if row.system == name]
         assert 0 < seconds[0] < seconds[1]
+    held = [row.kv_bytes for row in rows if row.system == "dense"]
+    assert held == sorted({*held}) and len(held) == 3
 
 
 @pytest.mark.slow
