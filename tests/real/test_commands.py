@@ -9,7 +9,7 @@ from longthink.lab.analyze.store import TraceStore
 from longthink.lab.results.store import ResultStore
 from tests.evaluate.data import write_lines
 from tests.real import reading
-from tests.real.conftest import QUESTION
+from tests.real.conftest import LENGTH, QUESTION
 
 pytestmark = pytest.mark.slow
 
@@ -27,7 +27,7 @@ def problems(tmp_path):
 
 
 def test_generate_writes_a_bounded_readable_text(call, options):
-    words = ("--decode-budget", 32, "--max-new-tokens", 48, "--temperature", 0, "--json")
+    words = ("--decode-budget", 32, "--max-new-tokens", LENGTH, "--temperature", 0, "--json")
     code, out, err = call("generate", QUESTION, *options, *words)
     assert code == 0, err
     record = json.loads(out)
@@ -41,7 +41,7 @@ def test_eval_makes_the_answers_of_dense_with_room_and_bounded_ones_without(
 ):
     store, policies = tmp_path / "store", ("--policies", "dense,raas:page_size=4", "--decode-budgets", "8,64")
     code, out, err = call(
-        "eval", *problems, *options, *policies, "--max-new-tokens", 14, "--json", "--out", store
+        "eval", *problems, *options, *policies, "--max-new-tokens", 20, "--json", "--out", store
     )
     assert code == 0, err
     record = json.loads(out)

@@ -11,7 +11,8 @@ TEXT = (
     "Tom has 12 apples and gives a third of them to Anna. First I find a third of 12: 12 / 3 = 4, so Anna gets "
     "4 apples. Tom then has 12 - 4 = 8 apples. After that he buys two bags with 5 apples each, which makes "
     "2 * 5 = 10 more apples. Now he has 8 + 10 = 18 apples. Anna started with 3 apples of her own, so with the 4 "
-    "from Tom she has 3 + 4 = 7 apples. Together they have 18 + 7 = 25 apples."
+    "from Tom she has 3 + 4 = 7 apples. Together they have 18 + 7 = 25 apples. Let me check: Tom gave Anna 4 "
+    "apples, kept 8, and bought 10 more, which is 18. Anna has 7. The sum of 18 and 7 is 25, so the answer is 25."
 )
 QUESTION = "Tom has 12 apples, gives Anna a third and buys two bags of 5. Anna had 3. How many do they have together?"
 
