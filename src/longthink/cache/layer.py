@@ -289,7 +289,7 @@ class LayerCache(LayerRows):
         return out_BHQD
 
     def _see_prompt(self, query_BHQD: Tensor, key_BKQD: Tensor, read_BQ: Tensor, real_BQ: Tensor) -> None:
-        """What a subclass learns of a prompt before it is written: queries of a chunk, keys so far, padding of both."""
+        """What a subclass learns of a prompt before it is written: from queries of a chunk, and keys so far."""
 
     def _admit(
         self, key_BKQD: Tensor, value_BKQD: Tensor, position_BQ: Tensor, counts: list[int], caps: list[int],

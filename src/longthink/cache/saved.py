@@ -207,7 +207,8 @@ def _check(store: SlotStore, rows: RowCounts) -> None:
     if isinstance(store, TieredStore):
         found_BKD, every_D = store.order_BKD.sort(-1).values, torch.arange(store.keys_BKSD.shape[3])
         _require(
-            bool((found_BKD == every_D.to(found_BKD.device)).all()), "channel_order_BN: not an order of channels"
+            bool((found_BKD == every_D.to(found_BKD.device)).all()),
+            "channel_order_BN: not an order of channels",
         )
     # The next token must not overwrite one.
     offset_B1 = length_B[:, None] % page_size

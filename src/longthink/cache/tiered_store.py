@@ -109,9 +109,7 @@ class TieredStore(SlotStore):
         return sum(tensor.nbytes for tensor in held)
 
     def _pack(self, keys_BKPTD: Tensor, values_BKPTD: Tensor) -> packing.PackedPages:
-        return packing.pack(
-            keys_BKPTD, values_BKPTD, self.kv_bits.keys, self.kv_bits.values, self.order_BKD
-        )
+        return packing.pack(keys_BKPTD, values_BKPTD, self.kv_bits.keys, self.kv_bits.values, self.order_BKD)
 
     def _unpack(self, pages: packing.PackedPages) -> tuple[Tensor, Tensor]:
         return packing.unpack(pages, self.table.page_size, self.keys_BKSD.dtype, self.order_BKD)
@@ -235,12 +233,12 @@ class TieredStore(SlotStore):
 
     def pack(self, source_BK: Tensor, target_BK: Tensor, where_BK: Tensor) -> None:
         """Pack the page of a slot in full into a packed one, with all that belongs to it."""
-        page_size, place_BK = self.table.page_size, (target_BK - self.full_pages)[..., None]
+        place_BK1 = (target_BK - self.full_pages)[..., None]
         tokens_BKT = self._tokens(source_BK)
         page = [x[entries(tokens_BKT, x)][:, :, None] for x in (self.keys_BKSD, self.values_BKSD)]
         packed = self._pack(*page)
         for tensor, new in zip(self.packed, packed, strict=True):
-            at = entries(place_BK, tensor)
+            at = entries(place_BK1, tensor)
             tensor[at] = torch.where(where_BK.view(*where_BK.shape, *[1] * (new.ndim - 2)), new, tensor[at])
         self._carry(source_BK, target_BK, where_BK)
         if self.has_key_bounds:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 
-from longthink.kernels.packing import PackedPages, Part, in_order, layouts, planes, rotate
+from longthink.kernels.packing import PackedPages, Part, layouts, planes, rotate
 from longthink.kernels.reference import (
     PLAIN,
     LogitRule,
@@ -74,7 +74,9 @@ def tiered_attention(
     wide = wide_dtype(query_BKGD.dtype)
     key_layout, value_layout = layouts(packed, page_size)
     query_BKG1D, (near_keys, near_values) = query_BKGD.to(wide)[:, :, :, None], (x.to(wide) for x in full)
-    far_BKG1D = in_order(query_BKGD.to(wide), order_BKD)[:, :, :, None]
+    # A product, because the compiler would take a gather into the loops, one number at a time.
+    chosen_BKDD = order_BKD[..., None] == torch.arange(order_BKD.shape[-1], device=order_BKD.device)
+    far_BKG1D = (query_BKGD.to(wide) @ chosen_BKDD.to(wide).mT)[:, :, :, None]
     step_BK1PD, low_BK1PD = (x[:, :, None] for x in packed.key_scales_BKP2D.to(wide).unbind(-2))
     near_BKGS = (query_BKG1D * near_keys[:, :, None]).sum(-1)
     scaled_BKGP11D = (far_BKG1D * step_BK1PD)[:, :, :, :, None, None]

@@ -6,7 +6,7 @@ all tokens (KIVI, arXiv 2402.02750, section 3). The bits of keys are a mean: cha
 matters most first, and the first parts of them have more bits than the last (`KEY_PARTS`).
 
 Values are rotated before they are rounded, by a Hadamard matrix, so that no channel has all of the range (QuaRot,
-arXiv 2404.00456, section 4); a group of them is up to 64 neighbouring channels of one token. Sums of rotated values are
+arXiv 2404.00456, section 4); a group of them is up to 64 neighbouring channels of one token. Their weighted sum is
 rotated back.
 
 Codes lie in bytes as planes: those of 3 bits as a plane of 2 bits and a plane of 1, the others as one. In a plane of
@@ -133,24 +133,23 @@ def pack(
 ) -> PackedPages:
     """Round whole pages to few bits.
 
-    A number with 3 bits or more is off by half a step at most, beside the rounding of step and minimum to 16 bits. All of
-    a group becomes NaN where it holds a number that is not finite, or too large for 16 bits: it shows, and stays in its
-    group (with values: in its token).
+    A number with 3 bits or more is off by half a step at most, beside the rounding of step and minimum to 16 bits. All
+    of a group becomes NaN where it holds a number that is not finite, or too large for 16 bits: it shows, and stays in
+    its group (with values: in its token).
     """
     head_dim = keys_BKPTD.shape[-1]
     keys = keys_BKPTD.gather(-1, order_BKD[:, :, None, None].expand_as(keys_BKPTD))
     parts = key_parts(key_bits, head_dim)
     rounded = [
-        _round_groups(keys[..., part.channels], -2, part.bits, _NARROWER.get(part.bits, 1.0)) for part in parts
+        _round_groups(keys[..., part.channels], -2, part.bits, _NARROWER.get(part.bits, 1.0))
+        for part in parts
     ]
     groups = value_groups(head_dim)
     value_codes, value_scales = _round_groups(
         rotate(values_BKPTD).unflatten(-1, (groups, -1)), -1, value_bits
     )
     return PackedPages(
-        torch.cat(
-            [_to_bytes(codes, part.bits) for (codes, _), part in zip(rounded, parts, strict=True)], -1
-        ),
+        torch.cat([_to_bytes(codes, part.bits) for (codes, _), part in zip(rounded, parts, strict=True)], -1),
         torch.cat([torch.cat(scales, -2) for _, scales in rounded], -1),
         _to_bytes(value_codes.flatten(-2), value_bits),
         torch.stack([scale[..., 0] for scale in value_scales], -3),
@@ -177,9 +176,7 @@ def rotate(values: Tensor) -> Tensor:
     return values * block**-0.5
 
 
-def _round_groups(
-    x: Tensor, dim: int, bits: int, share: float = 1.0
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+def _round_groups(x: Tensor, dim: int, bits: int, share: float = 1.0) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Codes of the groups along a dimension, uint8, over a share of their range; their step and minimum, float16."""
     x = x.to(wide_dtype(x.dtype))
     most = (1 << bits) - 1
@@ -210,7 +207,7 @@ def _to_bytes(codes_BKPTD: Tensor, bits: int) -> Tensor:
 
 
 def planes(bytes_BKPN: Tensor, page_size: int, parts: list[Part]) -> Iterator[tuple[slice, int, Tensor]]:
-    """What each plane holds of the codes, uint8, BKPJRD with J * R tokens: its channels, and how many bits lie below."""
+    """Each plane of codes: its channels, how many bits lie below it, and what it holds, uint8, BKPJRD (J * R tokens)."""
     start = 0
     for channels, bits in parts:
         below, count = 0, channels.stop - channels.start
