@@ -128,7 +128,7 @@ class KvBits:
     window
         Recent tokens in the model's format, a multiple of `page`.
     page
-        Tokens in a page, which are packed together: 16, 32 or 64. A channel of its keys has one step and minimum.
+        Tokens in a page, which are packed together: 16 or 32. A channel of its keys has one step and minimum.
     prompt
         ``full``: the prompt's pages stay in the model's format, where the policy never evicts them. ``packed``: they
         are packed as all others are.
@@ -143,7 +143,7 @@ class KvBits:
     def __post_init__(self) -> None:
         check_choice("kv_bits: keys", self.keys, PACKED_BITS)
         check_choice("kv_bits: values", self.values, PACKED_BITS)
-        check_choice("kv_bits: page", self.page, (16, 32, 64))
+        check_choice("kv_bits: page", self.page, (16, 32))
         check_int("kv_bits: window", self.window, self.page)
         if self.window % self.page:
             raise ValueError(f"kv_bits: window={self.window} must be a multiple of page={self.page}")

@@ -133,9 +133,9 @@ def pack(
 ) -> PackedPages:
     """Round whole pages to few bits.
 
-    A number with 3 bits or more is off by half a step at most, beside the rounding of step and minimum to 16 bits. All
-    of a group becomes NaN where it holds a number that is not finite, or too large for 16 bits: it shows, and stays in
-    its group (with values: in its token).
+    A number with 3 bits or more is off by half a step at most, beside the rounding of step and minimum to 16 bits.
+    All of a group becomes NaN where it holds a number that is not finite, or too large for 16 bits: it shows, and
+    stays in its group (with values: in its token).
     """
     head_dim = keys_BKPTD.shape[-1]
     keys = keys_BKPTD.gather(-1, order_BKD[:, :, None, None].expand_as(keys_BKPTD))
@@ -207,7 +207,7 @@ def _to_bytes(codes_BKPTD: Tensor, bits: int) -> Tensor:
 
 
 def planes(bytes_BKPN: Tensor, page_size: int, parts: list[Part]) -> Iterator[tuple[slice, int, Tensor]]:
-    """Each plane of codes: its channels, how many bits lie below it, and what it holds, uint8, BKPJRD (J * R tokens)."""
+    """Each plane of codes: its channels, how many bits lie below, and what it holds, uint8, BKPJRD (J * R tokens)."""
     start = 0
     for channels, bits in parts:
         below, count = 0, channels.stop - channels.start
