@@ -81,9 +81,9 @@ def tiered_attention(
     near_BKGS = (query_BKG1D * near_keys[:, :, None]).sum(-1)
     scaled_BKGP11D = (far_BKG1D * step_BK1PD)[:, :, :, :, None, None]
     far_BKGPT = (far_BKG1D * low_BK1PD).sum(-1, keepdim=True)
-    for channels, below, codes_BKPJRD in planes(packed.key_codes_BKPN, page_size, key_layout):
+    for channels, _, codes_BKPJRD in planes(packed.key_codes_BKPN, page_size, key_layout):
         dots_BKGPJR = (scaled_BKGP11D[..., channels] * codes_BKPJRD.to(wide)[:, :, None]).sum(-1)
-        far_BKGPT = far_BKGPT + dots_BKGPJR.flatten(-2) * (1 << below)
+        far_BKGPT = far_BKGPT + dots_BKGPJR.flatten(-2)
     logits_BKGS = torch.cat([near_BKGS, far_BKGPT.flatten(-2)], -1) * scaling
     weights_BKGS = masked_softmax(logits_BKGS, resident_BKS[:, :, None])
     near_BKGS, far_BKGS = weights_BKGS.split([near_keys.shape[2], far_BKGPT[0, 0, 0].numel()], -1)

@@ -32,7 +32,7 @@ from longthink.kernels.reference import masked_softmax, wide_dtype
 VALUE_GROUP = 64
 """Most channels of a value that share a step and a minimum."""
 KEY_PARTS = {8: ((4, 8),), 4: ((4, 4),), 3: ((2, 4), (2, 2)), 2: ((1, 4), (1, 2), (2, 1))}
-"""For each mean number of bits: quarters of the channels of keys, in their order, and the bits that these have."""
+"""For each mean number of bits: quarters of the channels of keys, in their order, and their bits, a single plane."""
 _NARROWER = {1: 0.6, 2: 0.85}
 """Share of the range of keys that few codes are spread over: nearer to most numbers, and further from the ends."""
 _PLANES = {8: (8,), 4: (4,), 3: (2, 1), 2: (2,), 1: (1,)}
