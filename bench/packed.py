@@ -37,10 +37,10 @@ def in_full(query: Tensor, keys: Tensor, values: Tensor, resident: Tensor) -> Te
 
 
 def at_few_bits(
-    query: Tensor, near: tuple[Tensor, Tensor], packed: tuple[Tensor, ...], resident: Tensor
+    query: Tensor, near: tuple[Tensor, Tensor], packed: tuple[Tensor, ...], order: Tensor, resident: Tensor
 ) -> Tensor:
     pages = packing.PackedPages(*packed)
-    return kernels.tiered_attention(query, near, pages, resident, PAGE, 0.125)[0]
+    return kernels.tiered_attention(query, near, pages, order, resident, PAGE, 0.125)[0]
 
 
 def main() -> None:
@@ -66,12 +66,13 @@ def main() -> None:
         print(f"| {dtype} | {held >> 10} | {measure_full(tokens, dtype):.2f} | |", flush=True)
     keys, values = torch.randn(2, 1, heads, tokens // PAGE, PAGE, dim)
     near = torch.randn(2, 1, heads, WINDOW, dim).bfloat16()
+    order = torch.randperm(dim).expand(1, heads, -1)
     for bits in PACKED_BITS:
-        packed = tuple(packing.pack(keys, values, bits, bits))
+        packed = tuple(packing.pack(keys, values, bits, bits, order))
         held = sum(tensor.nbytes for tensor in packed) + near.nbytes
         resident = torch.ones(1, heads, tokens + WINDOW, dtype=torch.bool)
         program = compile_isolated(at_few_bits, dynamic=False)
-        took = milliseconds(partial(program, query, (near[0], near[1]), packed, resident))
+        took = milliseconds(partial(program, query, (near[0], near[1]), packed, order, resident))
         alike = measure_full(held // (4 * heads * dim), torch.bfloat16)
         print(f"| {bits} bits | {held >> 10} | {took:.2f} | {alike:.2f} |", flush=True)
 

@@ -124,7 +124,7 @@ class KvBits:
     Parameters
     ----------
     keys, values
-        Bits of a number of the keys and of the values: 8, 4, 3 or 2.
+        Mean bits of a number of the keys and of the values: 8, 4, 3 or 2.
     window
         Recent tokens in the model's format, a multiple of `page`.
     page

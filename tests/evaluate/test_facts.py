@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from longthink.config import Budget
-from longthink.hf import DecodeStep, PagedCache, Request, Sampling, forced
-from longthink.lab.evaluate import facts, given
+from longthink.hf import DecodeStep, PagedCache, Request, Sampling
+from longthink.lab.evaluate import facts, forced, given
 from longthink.lab.evaluate.files import Item
 from longthink.lab.evaluate.given import Given, decode_given
 from longthink.lab.evaluate.grading import Grader

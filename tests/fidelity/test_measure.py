@@ -8,7 +8,8 @@ from transformers import DynamicCache
 
 import longthink
 from longthink.config import Budget
-from longthink.hf import DecodeStep, forced, make_cache
+from longthink.hf import DecodeStep, make_cache
+from longthink.lab.evaluate import forced
 from longthink.lab.fidelity.measure import LOST, NOTHING, SURE, measure
 from longthink.lab.fidelity.texts import Encoded
 from longthink.models import load_model

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import longthink
-from longthink.errors import BudgetError, UnsupportedFeatureError
+from longthink.errors import BudgetError, CacheFileError, UnsupportedFeatureError
 from longthink.hf import Request
+from longthink.hf.cachefile import read_cache_file, write_cache_file
 from tests.grids import by_day, covering, slow_but
 from tests.models import build, prompt
 
@@ -61,8 +62,8 @@ def test_bytes_stay_and_are_those_of_the_budget(model, policy, kv_bits):
     decode(model, cache, ids, max_new_tokens=900, min_new_tokens=900, logits_processor=[Watch()])
     # Two layers, two KV heads, 16 channels, 4 bytes, keys and values.
     per_token = 2 * 2 * 16 * 4 * 2
-    in_full = (64 + 96) * per_token if "page=16" not in str(kv_bits) else (48 + 96) * per_token
-    page = 16 if "page=16" in str(kv_bits) else 32
+    page = longthink.make_cache(model, policy=policy, kv_bits=kv_bits, budget=256).kv_bits.page
+    in_full = sum(-(-tokens // page) * page for tokens in (40, 96)) * per_token
     assert set(held) == {held[-1]}
     assert in_full - page * per_token <= held[-1] <= in_full
     assert cache.bound_tokens * per_token > in_full
@@ -100,17 +101,28 @@ def test_padded_rows_decode_as_they_do_alone(model, policy):
 @pytest.mark.parametrize("policy", slow_but(POLICIES, "raas"))
 def test_a_saved_cache_goes_on_as_the_original(model, policy, tmp_path):
     ids = prompt((40,))[0]
-    cache = longthink.make_cache(model, policy=policy, kv_bits="4/3:window=32", **budget_of(policy))
+    cache = longthink.make_cache(model, policy=policy, kv_bits="3/4:window=32", **budget_of(policy))
     tokens = decode(model, cache, ids)
     cache.save(tmp_path / "cache")
     twin = copy.deepcopy(cache)
     loaded = longthink.load_cache(model, tmp_path / "cache")
-    assert str(loaded.kv_bits) == "4/3:window=32"
+    assert str(loaded.kv_bits) == "3/4:window=32"
     assert loaded.kv_bytes == cache.kv_bytes
     more = torch.cat([tokens, tokens[:, :5]], 1)
     outs = [decode(model, one, more, max_new_tokens=60, min_new_tokens=60) for one in (cache, twin, loaded)]
     assert torch.equal(outs[0], outs[1])
     assert torch.equal(outs[0], outs[2])
+
+
+def test_a_file_whose_order_of_channels_is_none_is_refused(model, tmp_path):
+    cache = longthink.make_cache(model, kv_bits=3, decode_budget=96)
+    decode(model, cache, prompt((40,))[0], max_new_tokens=1, min_new_tokens=1)
+    cache.save(tmp_path / "cache")
+    contents, tensors = read_cache_file(tmp_path / "cache")
+    tensors["layers.1.channel_order_BN"][0, 17] = tensors["layers.1.channel_order_BN"][0, 18]
+    write_cache_file(tmp_path / "cache", contents, tensors)
+    with pytest.raises(CacheFileError, match="layer 1: channel_order_BN: not an order of channels"):
+        longthink.load_cache(model, tmp_path / "cache")
 
 
 @pytest.mark.parametrize("policy", slow_but(POLICIES, "milestone"))
@@ -166,7 +178,7 @@ def test_beams_and_several_answers(model):
 @pytest.mark.parametrize("prompt_kept", ["full", "packed"])
 def test_a_prompt_in_chunks_is_the_same(model, prompt_kept):
     ids = prompt((150,))[0]
-    bits = f"4:prompt={prompt_kept}"
+    bits = f"2:prompt={prompt_kept}"
     more = dict(kv_bits=bits, decode_budget=96) | FIXED
     whole = longthink.generate(model, ids, **more)
     assert torch.equal(longthink.generate(model, ids, prefill_chunk_size=37, **more), whole)

@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache
 import longthink
 from longthink.errors import CacheStateError, UnsupportedFeatureError, UnsupportedModelError
 from longthink.hf import DecodeStep
-from longthink.hf.forced import ForcedDecode
+from longthink.lab.evaluate.forced import ForcedDecode
 from tests.families.compared import error, stepwise
 from tests.families.tiny import tiny
 from tests.models import prompt

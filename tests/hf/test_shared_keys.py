@@ -5,7 +5,7 @@ import torch
 
 import longthink
 from longthink.errors import UnsupportedFeatureError, UnsupportedModelError
-from longthink.hf.forced import ForcedDecode
+from longthink.lab.evaluate.forced import ForcedDecode
 from tests.families.tiny import tiny
 from tests.models import prompt
 

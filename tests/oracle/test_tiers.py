@@ -61,7 +61,10 @@ def compare(case: TieredCase) -> TieredCache:
     layer.attend(query, key, value, real, SCALING)
     for b, (heads, length) in enumerate(zip(rows, case.prompts, strict=True)):
         for k, row in enumerate(heads):
-            row.prefill(key[b, k, width - length :].tolist(), value[b, k, width - length :].tolist())
+            asked = query[b, k * GROUP : (k + 1) * GROUP, width - length :].flatten(0, 1)
+            row.prefill(
+                *(block.tolist() for block in (asked, *(x[b, k, width - length :] for x in (key, value))))
+            )
     held = layer.kv_bytes
     for _ in range(case.steps):
         query, key, value = case.columns(1, generator)

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 from tests.oracle.base import Vector, dot, softmax
-from tests.oracle.packing import read_keys, read_values
+from tests.oracle.packing import order_of_channels, read_keys, read_values
 
 
 @dataclass
@@ -25,7 +25,8 @@ class TieredRow:
         self.bits, self.page, self.window, self.rule = bits, page, window // page, rule
         self.prompt_stays, self.budget = prompt_stays, budget
         self.in_full = 2 * page * dim * item
-        groups = dim // math.gcd(dim, 32)
+        groups = dim // math.gcd(dim, 64)
+        self.order_bytes = 2 * dim
         self.packed = page * dim * sum(bits) // 8 + 4 * dim + 4 * page * groups
         self.pages: dict[int, Page] = {}
         self.prompt: set[int] = set()
@@ -41,9 +42,11 @@ class TieredRow:
             else tokens // self.page
         )
         full = self.window + len(self.prompt) * self.prompt_stays
-        return (pages - full) * self.in_full // self.packed
+        return ((pages - full) * self.in_full - self.order_bytes) // self.packed
 
-    def prefill(self, keys: list[Vector], values: list[Vector]) -> None:
+    def prefill(self, queries: list[Vector], keys: list[Vector], values: list[Vector]) -> None:
+        """Take a prompt, with the queries of all heads that share the keys."""
+        self.order = order_of_channels(keys, queries)
         for key, value in zip(keys, values, strict=True):
             at = self.length // self.page
             page = self.pages.setdefault(at, Page())
@@ -58,7 +61,10 @@ class TieredRow:
 
     def pack(self, at: int) -> None:
         page = self.pages[at]
-        page.keys, page.values = read_keys(page.keys, self.bits[0]), read_values(page.values, self.bits[1])
+        page.keys, page.values = (
+            read_keys(page.keys, self.bits[0], self.order),
+            read_values(page.values, self.bits[1]),
+        )
         page.packed = True
 
     def step(self, queries: list[Vector], key: Vector, value: Vector, scaling: float) -> list[Vector]:

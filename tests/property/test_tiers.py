@@ -184,10 +184,11 @@ def test_statistics_count_packed_bytes():
     layer, _ = tiered(rows=(40,), steps=200)
     store = layer.tiers
     page = 16 * 8 * 7 // 8 + 4 * 8 + 4 * 16
-    in_full = 5 * 16 * 2 * 8 * 4
-    assert layer.kv_bytes == HEADS * (in_full + store.packed_pages * page)
+    in_full, order = 5 * 16 * 2 * 8 * 4, 2 * 8
+    assert layer.kv_bytes == HEADS * (in_full + store.packed_pages * page + order)
     full = (store.table.position_BKS[0, 0, : 5 * 16] >= 0).sum()
-    assert layer.row_held_kv_bytes(0) == HEADS * (int(full) * 2 * 8 * 4 + store.packed_pages * page)
+    held = int(full) * 2 * 8 * 4 + store.packed_pages * page + order
+    assert layer.row_held_kv_bytes(0) == HEADS * held
     tensors = sum(tensor.nbytes for tensor in store.tensors())
     assert layer.metadata_bytes == tensors - layer.kv_bytes
 

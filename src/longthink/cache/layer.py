@@ -276,6 +276,8 @@ class LayerCache(LayerRows):
         if "query_stats" in self.policy.needs:
             sums_BH3F = sum_queries(query_BHQD, position_BQ[:, -columns:], self.rotation, chunks)
 
+        self._see_prompt(query_BHQD, key_BKQD, read_BQ, real_BQ)
+
         if chunks is None or chunks.complete:
             self._chunks = None
             self._admit(key_BKQD, value_BKQD, position_BQ, counts, caps, mass_BKN)
@@ -285,6 +287,9 @@ class LayerCache(LayerRows):
                     means_BN = self.query_means_N.to(means_BN).expand_as(means_BN).clone()
                 self.store.keep_query_stats(means_BN, self.rotation)
         return out_BHQD
+
+    def _see_prompt(self, query_BHQD: Tensor, key_BKQD: Tensor, read_BQ: Tensor, real_BQ: Tensor) -> None:
+        """What a subclass learns of a prompt before it is written: from queries of a chunk, and keys so far."""
 
     def _admit(
         self, key_BKQD: Tensor, value_BKQD: Tensor, position_BQ: Tensor, counts: list[int], caps: list[int],

@@ -31,7 +31,7 @@ class ChunkedPrompt:
         self._values_BKND: Tensor | None = None
         self._real_BN: Tensor | None = None
         self._mass_BKN: Tensor | None = None
-        self._query_sums: Tensor | None = None
+        self._sums: dict[str, Tensor] = {}
 
     @property
     def complete(self) -> bool:
@@ -72,10 +72,10 @@ class ChunkedPrompt:
         self._mass_BKN[..., : self.seen] += mass_BKN
         return self._mass_BKN[..., : self.seen]
 
-    def add_queries(self, sums_BH3F: Tensor) -> Tensor:
-        """Add the sums over the queries of the last chunk; returns those over all so far."""
-        self._query_sums = sums_BH3F if self._query_sums is None else self._query_sums + sums_BH3F
-        return self._query_sums
+    def total(self, name: str, sums: Tensor) -> Tensor:
+        """Add sums over the last chunk; returns those over all so far."""
+        self._sums[name] = self._sums[name] + sums if name in self._sums else sums
+        return self._sums[name]
 
 
 def sum_queries(
@@ -84,7 +84,7 @@ def sum_queries(
     """`query_sums` over all chunks so far."""
     assert rotation is not None
     sums_BH3F = query_sums(query_BHQD, position_BQ, rotation.to(query_BHQD.device))
-    return chunks.add_queries(sums_BH3F) if chunks else sums_BH3F
+    return chunks.total("queries", sums_BH3F) if chunks else sums_BH3F
 
 
 def causal_mask(real_BN: Tensor, queries: int) -> Tensor:

@@ -102,13 +102,14 @@ def _empty_store(
     pages = tensors["keys_BKSD"].shape[2] // page_size
     if isinstance(rows, TieredRows):
         assert layer.kv_bits is not None
-        codes = tensors.get("key_codes_BKPRD")
+        codes = tensors.get("key_codes_BKPN")
         packed = codes.shape[2] if codes is not None and codes.ndim > 2 else 0
         for name, found, needed in zip(
-            ("keys_BKSD", "key_codes_BKPRD"), (pages, packed), rows.needed, strict=True
+            ("keys_BKSD", "key_codes_BKPN"), (pages, packed), rows.needed, strict=True
         ):
             _require(found >= needed, f"{name} has {found} page slots, expected at least {needed}")
-        return TieredStore(layer.policy, none_BKSD, rows.caps, pages, packed, layer.kv_bits, none_BKSD.dtype)
+        form = layer.kv_bits, none_BKSD.new_zeros(*none_BKSD.shape[:2], none_BKSD.shape[3]), none_BKSD.dtype
+        return TieredStore(layer.policy, none_BKSD, rows.caps, pages, packed, *form)
     needed = -(-max(rows.lengths) // page_size) if grows(layer.policy) else max(rows.caps)
     _require(pages >= needed, f"keys_BKSD has {pages} page slots, expected at least {needed}")
     return SlotStore(layer.policy, none_BKSD, rows.caps, pages, none_BKSD.dtype, value_dim)
@@ -203,6 +204,12 @@ def _check(store: SlotStore, rows: RowCounts) -> None:
         _within(store.tail_BK, 0, pages - 1),
         f"tail_BK: found {_range(store.tail_BK)}, expected 0 to {pages - 1}",
     )
+    if isinstance(store, TieredStore):
+        found_BKD, every_D = store.order_BKD.sort(-1).values, torch.arange(store.keys_BKSD.shape[3])
+        _require(
+            bool((found_BKD == every_D.to(found_BKD.device)).all()),
+            "channel_order_BN: not an order of channels",
+        )
     # The next token must not overwrite one.
     offset_B1 = length_B[:, None] % page_size
     next_BK = position_BKS.gather(2, (store.tail_BK * page_size + offset_B1)[..., None])[..., 0]

@@ -1,7 +1,7 @@
 """`TieredCache`: the cache of one attention layer in which pages are packed when they leave a window.
 
-The budget counts tokens in the format of the pages in full. Their bytes, less the pages in full, hold as many packed
-pages as fit, steps and minima included.
+The budget counts tokens in the format of the pages in full. Their bytes, less the pages in full and the order of the
+channels, hold as many packed pages as fit, steps and minima included.
 
 Shape suffixes: B batch rows, K KV heads, Q new tokens, D head dim.
 """
@@ -19,6 +19,7 @@ from longthink.cache.tiered_store import TieredStore, open_tiered_pages, read_ti
 from longthink.config import Budget, KvBits
 from longthink.errors import BudgetError, UnsupportedFeatureError, UnsupportedModelError
 from longthink.kernels import PLAIN, LogitRule, packing
+from longthink.kernels.reference import wide_dtype
 from longthink.kernels.rotation import Rotation
 from longthink.policies import Policy, RanksPages, SavesTokens, grows, policy_spec, with_page_size
 
@@ -31,11 +32,11 @@ class TieredRows(RowCounts):
     policy, budget, kv_bits
         Those of the layer.
     page_bytes
-        Bytes of a page in full and of a packed one, for one KV head.
+        Bytes of a page in full, of a packed one, and of the order of the channels, for one KV head.
     """
 
     def __init__(
-        self, policy: Policy, budget: Budget | None, kv_bits: KvBits, page_bytes: tuple[int, int]
+        self, policy: Policy, budget: Budget | None, kv_bits: KvBits, page_bytes: tuple[int, int, int]
     ) -> None:
         super().__init__(policy, budget)
         self._kv_bits, self._page_bytes = kv_bits, page_bytes
@@ -64,13 +65,13 @@ class TieredRows(RowCounts):
         return [self._cap(budget, length, "prompts" if turns else "a prompt") for length in lengths]
 
     def _cap(self, budget: Budget, length: int, what: str) -> int:
-        page_size, (in_full, packed) = self._policy.page_size, self._page_bytes
+        page_size, (in_full, packed, order) = self._policy.page_size, self._page_bytes
         total, prompt_pages = budget.pages(length, page_size), -(-length // page_size)
         full = self.full_pages(prompt_pages)
-        cap = full + max(0, total - full) * in_full // packed
+        cap = full + max(0, (total - full) * in_full - order) // packed
         required = max(self._policy.required_pages(length), full + 1)
         if cap < required:
-            least = full + -(-(required - full) * packed // in_full)
+            least = full + -(-((required - full) * packed + order) // in_full)
             short = (least - total) * page_size
             given = budget.decode_budget if budget.budget is None else budget.budget
             name = "budget" if budget.budget is not None else "decode_budget"
@@ -127,7 +128,7 @@ class TieredCache(LayerCache):
         self.kv_bits = kv_bits
         in_full = policy.page_size * 2 * head_dim * dtype.itemsize
         packed = packing.page_bytes(policy.page_size, head_dim, kv_bits.keys, kv_bits.values)
-        self._page_bytes = in_full, packed
+        self._page_bytes = in_full, packed, packing.order_bytes(head_dim)
         super().__init__(policy, budget, rotation=rotation, query_means_N=query_means_N, kv_dtype=kv_dtype)
 
     @override
@@ -161,7 +162,8 @@ class TieredCache(LayerCache):
         resident_KS = self.tiers.table.resident_BKS[row]
         in_full = resident_KS[:, :tokens].sum() * 2 * self.tiers.keys_BKSD[0, 0, 0].nbytes
         pages = resident_KS[:, tokens:].unflatten(-1, (-1, self.policy.page_size)).any(-1).sum()
-        return int(in_full + pages * self._page_bytes[1]) * heads // len(resident_KS)
+        packed = pages * self._page_bytes[1]
+        return int(in_full + packed) * heads // len(resident_KS) + self._page_bytes[2] * heads
 
     @property
     @override
@@ -201,12 +203,23 @@ class TieredCache(LayerCache):
         return self.rows.needed
 
     @override
+    def _see_prompt(self, query_BHQD: Tensor, key_BKQD: Tensor, read_BQ: Tensor, real_BQ: Tensor) -> None:
+        if self._store is not None:
+            return
+        queries = query_BHQD.to(wide_dtype(query_BHQD.dtype)).masked_fill(~read_BQ[:, None, :, None], 0)
+        squares_BKD = queries.square().sum(2).unflatten(1, (key_BKQD.shape[1], -1)).sum(2)
+        if self._chunks is not None:
+            squares_BKD = self._chunks.total("squares", squares_BKD)
+        self._order_BKD = packing.order_channels(key_BKQD, real_BQ, squares_BKD)
+
+    @override
     def _make_room(self, key_BKQD: Tensor, value_BKQD: Tensor) -> None:
         full, packed = self._needed
         caps = self.rows.caps
         if self._store is None:
             assert self.kv_bits is not None
-            self._store = TieredStore(self.policy, key_BKQD, caps, full, packed, self.kv_bits, self.kv_dtype)
+            form = self.kv_bits, self._order_BKD, self.kv_dtype
+            self._store = TieredStore(self.policy, key_BKQD, caps, full, packed, *form)
         store = self.tiers
         store.resize(max(full, store.full_pages), max(packed, store.packed_pages))
         store.set_caps(caps)

@@ -25,6 +25,7 @@ from longthink.kernels import entries, packing
 from longthink.policies import Policy, RanksPages, SelectsPages, grows
 
 _PACKED = packing.PackedPages._fields
+_ORDER = "channel_order_BN"
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,10 @@ class _Unpack:
     values_BKSD: Tensor
     packed: packing.PackedPages
     page_size: int
+    order_BKD: Tensor
 
     def __call__(self) -> tuple[Tensor, Tensor]:
-        keys, values = packing.unpack(self.packed, self.page_size, self.keys_BKSD.dtype)
+        keys, values = packing.unpack(self.packed, self.page_size, self.keys_BKSD.dtype, self.order_BKD)
         return (
             torch.cat([self.keys_BKSD, keys.flatten(2, 3)], 2),
             torch.cat([self.values_BKSD, values.flatten(2, 3)], 2),
@@ -55,6 +57,8 @@ class TieredStore(SlotStore):
         Page slots of each kind to allocate, at least 1.
     kv_bits
         Bits of packed pages, and the window.
+    order_BKD
+        Order of the channels of packed keys, from `packing.order_channels`: for good, as packed pages depend on it.
     """
 
     def __init__(
@@ -65,10 +69,12 @@ class TieredStore(SlotStore):
         full: int,
         packed: int,
         kv_bits: KvBits,
+        order_BKD: Tensor,
         dtype: torch.dtype | None = None,
     ) -> None:
         self.packed = packing.empty_pages(key_BKQD, packed, policy.page_size, kv_bits.keys, kv_bits.values)
         self.kv_bits = kv_bits
+        self.channel_order_BN = order_BKD.to(torch.int16).flatten(1)
         self.prompt_stays = stays_in_full(policy, kv_bits)
         super().__init__(policy, key_BKQD, cap_B, full + packed, dtype, packed=packed)
 
@@ -77,7 +83,9 @@ class TieredStore(SlotStore):
         super()._expose_needs()
         if "vectors" in self.needs:
             page_size = self.table.page_size
-            self.table.unpack = _Unpack(self.keys_BKSD, self.values_BKSD, self.packed, page_size)
+            self.table.unpack = _Unpack(
+                self.keys_BKSD, self.values_BKSD, self.packed, page_size, self.order_BKD
+            )
 
     @property
     def full_pages(self) -> int:
@@ -87,18 +95,30 @@ class TieredStore(SlotStore):
     @property
     def packed_pages(self) -> int:
         """Number of packed slots."""
-        return self.packed.key_codes_BKPRD.shape[2]
+        return self.packed.key_codes_BKPN.shape[2]
+
+    @property
+    def order_BKD(self) -> Tensor:
+        """Order of the channels of packed keys."""
+        return self.channel_order_BN.long().unflatten(1, (self.keys_BKSD.shape[1], -1))
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of keys and values, in full and packed, steps and minima included."""
-        return sum(tensor.nbytes for tensor in (self.keys_BKSD, self.values_BKSD, *self.packed))
+        """Bytes of keys and values, in full and packed, with all that it takes to read them."""
+        held = self.keys_BKSD, self.values_BKSD, *self.packed, self.channel_order_BN
+        return sum(tensor.nbytes for tensor in held)
+
+    def _pack(self, keys_BKPTD: Tensor, values_BKPTD: Tensor) -> packing.PackedPages:
+        return packing.pack(keys_BKPTD, values_BKPTD, self.kv_bits.keys, self.kv_bits.values, self.order_BKD)
+
+    def _unpack(self, pages: packing.PackedPages) -> tuple[Tensor, Tensor]:
+        return packing.unpack(pages, self.table.page_size, self.keys_BKSD.dtype, self.order_BKD)
 
     # The whole store ----------------------------------------------------------------------------------------
 
     @override
     def named_tensors(self) -> dict[str, Tensor]:
-        return super().named_tensors() | self.packed._asdict()
+        return super().named_tensors() | self.packed._asdict() | {_ORDER: self.channel_order_BN}
 
     @override
     def _set_tensor(self, name: str, tensor: Tensor) -> None:
@@ -166,12 +186,12 @@ class TieredStore(SlotStore):
         super()._write(*(x[:, :, :tokens] for x in (filled_BKS1, keys_BKSD, values_BKSD)))
         filled, keys, values = (x.unflatten(2, (-1, self.table.page_size)) for x in behind)
         dtype = self.keys_BKSD.dtype
-        packed = packing.pack(keys.to(dtype), values.to(dtype), self.kv_bits.keys, self.kv_bits.values)
+        packed = self._pack(keys.to(dtype), values.to(dtype))
         page = filled.any(3)[..., None]  # B x K x N x 1 x 1
         for old, new in zip(self.packed, packed, strict=True):
             old.copy_(torch.where(page.view(*page.shape[:3], *[1] * (old.ndim - 3)), new, old))
         if self.has_key_bounds:
-            read, _ = packing.unpack(self.packed, self.table.page_size, dtype)
+            read, _ = self._unpack(self.packed)
             resident = self.table.resident_BKS[:, :, tokens:].unflatten(2, (-1, self.table.page_size))
             bounds = kernels.key_bounds(read, resident)
             for bound, found in zip((self.kmin_BKPD, self.kmax_BKPD), bounds, strict=True):
@@ -194,7 +214,7 @@ class TieredStore(SlotStore):
         page = packing.PackedPages(*(tensor[place] for tensor, place in zip(self.packed, at, strict=True)))
         for tensor, read in zip(
             (self.keys_BKSD, self.values_BKSD),
-            packing.unpack(page, page_size, self.keys_BKSD.dtype),
+            self._unpack(page),
             strict=True,
         ):
             place = entries(self._tokens(self.tail_BK), tensor)
@@ -213,16 +233,16 @@ class TieredStore(SlotStore):
 
     def pack(self, source_BK: Tensor, target_BK: Tensor, where_BK: Tensor) -> None:
         """Pack the page of a slot in full into a packed one, with all that belongs to it."""
-        page_size, place_BK = self.table.page_size, (target_BK - self.full_pages)[..., None]
+        place_BK1 = (target_BK - self.full_pages)[..., None]
         tokens_BKT = self._tokens(source_BK)
         page = [x[entries(tokens_BKT, x)][:, :, None] for x in (self.keys_BKSD, self.values_BKSD)]
-        packed = packing.pack(page[0], page[1], self.kv_bits.keys, self.kv_bits.values)
+        packed = self._pack(*page)
         for tensor, new in zip(self.packed, packed, strict=True):
-            at = entries(place_BK, tensor)
+            at = entries(place_BK1, tensor)
             tensor[at] = torch.where(where_BK.view(*where_BK.shape, *[1] * (new.ndim - 2)), new, tensor[at])
         self._carry(source_BK, target_BK, where_BK)
         if self.has_key_bounds:
-            read_BK1TD, _ = packing.unpack(packed, page_size, self.keys_BKSD.dtype)
+            read_BK1TD, _ = self._unpack(packed)
             resident_BK1T = (
                 self.table.position_BKS[entries(tokens_BKT, self.table.position_BKS)][:, :, None] >= 0
             )
@@ -256,7 +276,7 @@ class TieredStore(SlotStore):
         resident = (table.position_BKS[entries(tokens_BKS, table.position_BKS)] >= 0) & wanted
         packed_BKR = (slot_BKR - full).clamp(min=0)
         pages = packing.PackedPages(*(tensor[entries(packed_BKR, tensor)] for tensor in self.packed))
-        unpacked = packing.unpack(pages, page_size, self.keys_BKSD.dtype)
+        unpacked = self._unpack(pages)
         is_packed = (slot_BKR >= full).repeat_interleave(page_size, -1)[..., None]
         at = entries(tokens_BKS.clamp(max=self.keys_BKSD.shape[2] - 1), self.keys_BKSD)
         keys, values = (
@@ -336,7 +356,7 @@ def read_tiers(
     full = store.keys_BKSD, store.values_BKSD
     resident_BKS = table.resident_BKS.expand(-1, query_BKGD.shape[1], -1)
     out, weights = kernels.tiered_attention(
-        query_BKGD, full, store.packed, resident_BKS, table.page_size, scaling
+        query_BKGD, full, store.packed, store.order_BKD, resident_BKS, table.page_size, scaling
     )
     return out, weights if with_weights else None
 

@@ -83,13 +83,13 @@ def paged_attention(query_BKGD: Tensor, paged: PagedKV, scaling: float) -> Tenso
 
 
 def tiered_attention(
-    query_BKGD: Tensor, full: tuple[Tensor, Tensor], packed: PackedPages, resident_BKS: Tensor, page_size: int,
-    scaling: float,
+    query_BKGD: Tensor, full: tuple[Tensor, Tensor], packed: PackedPages, order_BKD: Tensor, resident_BKS: Tensor,
+    page_size: int, scaling: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention of one new token per row over slots in full and packed pages: see `packing.tiered_attention`."""
     by_sums = query_BKGD.is_cpu and torch.compiler.is_compiling()
     attention = (compiled if by_sums else packing).tiered_attention
-    return attention(query_BKGD, full, packed, resident_BKS, page_size, scaling)
+    return attention(query_BKGD, full, packed, order_BKD, resident_BKS, page_size, scaling)
 
 
 def bound_scores(query_BKGD: Tensor, kmin_BKPD: Tensor, kmax_BKPD: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 
-from longthink.kernels.packing import PackedPages, planes
+from longthink.kernels.packing import PackedPages, Part, layouts, planes, rotate
 from longthink.kernels.reference import (
     PLAIN,
     LogitRule,
@@ -64,37 +64,42 @@ def _weights(
 
 
 def tiered_attention(
-    query_BKGD: Tensor, full: tuple[Tensor, Tensor], packed: PackedPages, resident_BKS: Tensor, page_size: int,
-    scaling: float,
+    query_BKGD: Tensor, full: tuple[Tensor, Tensor], packed: PackedPages, order_BKD: Tensor, resident_BKS: Tensor,
+    page_size: int, scaling: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention over slots in full and packed pages, whose codes are read once, where they are: see `packing`.
 
     Steps and minima are taken out of the sums: ``q.k = sum (q * step) * code + q.minimum``, and likewise for values.
     """
     wide = wide_dtype(query_BKGD.dtype)
+    key_layout, value_layout = layouts(packed, page_size)
     query_BKG1D, (near_keys, near_values) = query_BKGD.to(wide)[:, :, :, None], (x.to(wide) for x in full)
+    # A product, because the compiler would take a gather into the loops, one number at a time.
+    chosen_BKDD = order_BKD[..., None] == torch.arange(order_BKD.shape[-1], device=order_BKD.device)
+    far_BKG1D = (query_BKGD.to(wide) @ chosen_BKDD.to(wide).mT)[:, :, :, None]
     step_BK1PD, low_BK1PD = (x[:, :, None] for x in packed.key_scales_BKP2D.to(wide).unbind(-2))
     near_BKGS = (query_BKG1D * near_keys[:, :, None]).sum(-1)
-    scaled_BKGP11D = (query_BKG1D * step_BK1PD)[:, :, :, :, None, None]
-    far_BKGPT = (query_BKG1D * low_BK1PD).sum(-1, keepdim=True)
-    for below, codes_BKPJRD in planes(packed.key_codes_BKPRD, page_size):
-        dots_BKGPJR = (scaled_BKGP11D * codes_BKPJRD.to(wide)[:, :, None]).sum(-1)
-        far_BKGPT = far_BKGPT + dots_BKGPJR.flatten(-2) * (1 << below)
+    scaled_BKGP11D = (far_BKG1D * step_BK1PD)[:, :, :, :, None, None]
+    far_BKGPT = (far_BKG1D * low_BK1PD).sum(-1, keepdim=True)
+    for channels, _, codes_BKPJRD in planes(packed.key_codes_BKPN, page_size, key_layout):
+        dots_BKGPJR = (scaled_BKGP11D[..., channels] * codes_BKPJRD.to(wide)[:, :, None]).sum(-1)
+        far_BKGPT = far_BKGPT + dots_BKGPJR.flatten(-2)
     logits_BKGS = torch.cat([near_BKGS, far_BKGPT.flatten(-2)], -1) * scaling
     weights_BKGS = masked_softmax(logits_BKGS, resident_BKS[:, :, None])
-    near_BKGS, far_BKGN = weights_BKGS.split([near_keys.shape[2], far_BKGPT[0, 0, 0].numel()], -1)
+    near_BKGS, far_BKGS = weights_BKGS.split([near_keys.shape[2], far_BKGPT[0, 0, 0].numel()], -1)
     out_BKGD = (near_BKGS[..., None] * near_values[:, :, None]).sum(-2)
-    return (out_BKGD + _packed_values(far_BKGN, packed, page_size)).to(query_BKGD.dtype), weights_BKGS
+    rotated_BKGD = _packed_values(far_BKGS, packed, page_size, value_layout)
+    return (out_BKGD + rotate(rotated_BKGD)).to(query_BKGD.dtype), weights_BKGS
 
 
-def _packed_values(weights_BKGN: Tensor, packed: PackedPages, page_size: int) -> Tensor:
-    """The weighted sum of packed values, BKGD; each page is summed first."""
-    wide = weights_BKGN.dtype
+def _packed_values(weights_BKGS: Tensor, packed: PackedPages, page_size: int, layout: list[Part]) -> Tensor:
+    """The weighted sum of packed values, rotated, BKGD; each page is summed first."""
+    wide = weights_BKGS.dtype
     step_BK1PTC, low_BK1PTC = (x[:, :, None] for x in packed.value_scales_BKP2TC.to(wide).unbind(-3))
-    weights_BKGPT1 = weights_BKGN.unflatten(-1, (-1, page_size))[..., None]
+    weights_BKGPT1 = weights_BKGS.unflatten(-1, (-1, page_size))[..., None]
     scaled_BKGPTC, groups = weights_BKGPT1 * step_BK1PTC, step_BK1PTC.shape[-1]
     out_BKGC1 = (weights_BKGPT1 * low_BK1PTC).sum((-3, -2))[..., None]
-    for below, codes_BKPJRD in planes(packed.value_codes_BKPRD, page_size):
+    for _, below, codes_BKPJRD in planes(packed.value_codes_BKPN, page_size, layout):
         codes_BKPJRCX = codes_BKPJRD.to(wide).unflatten(-1, (groups, -1))
         scaled_BKGPJRC = scaled_BKGPTC.unflatten(-2, codes_BKPJRD.shape[3:5])
         page_BKGPCX = (scaled_BKGPJRC[..., None] * codes_BKPJRCX[:, :, None]).sum((-4, -3))

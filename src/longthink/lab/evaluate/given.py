@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 from longthink.errors import BudgetError
 from longthink.hf import DecodeStep, Finished, PagedCache, Request, make_cache
 from longthink.hf.batch import end_tokens
-from longthink.hf.forced import ForcedDecode, block_tokens, compiles
 from longthink.hf.guard import check_limit, check_run
 from longthink.hf.request import Job
 from longthink.hf.sampling import sample_rows
+from longthink.lab.evaluate.forced import ForcedDecode, block_tokens, compiles
 from longthink.lab.evaluate.plan import CacheConfig
 
 

@@ -20,7 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from longthink.config import Budget, KvBits
 from longthink.hf import PagedCache, make_cache
-from longthink.hf.forced import ForcedDecode, block_tokens, compiles
+from longthink.lab.evaluate.forced import ForcedDecode, block_tokens, compiles
 from longthink.lab.fidelity.texts import Encoded
 from longthink.policies import Policy, Recency, needs_budget
 

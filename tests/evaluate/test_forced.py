@@ -9,9 +9,10 @@ from torch._dynamo.exc import TorchDynamoException
 
 from longthink.config import Budget
 from longthink.errors import CacheStateError
-from longthink.hf import DecodeStep, PagedCache, forced
-from longthink.hf.forced import ForcedDecode
+from longthink.hf import DecodeStep, PagedCache
 from longthink.kernels.compiled import compile_isolated
+from longthink.lab.evaluate import forced
+from longthink.lab.evaluate.forced import ForcedDecode
 from longthink.policies import Quest, RaaS, needs_budget
 from tests.grids import by_day, slow_but
 from tests.models import build, prompt
