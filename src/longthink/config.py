@@ -130,8 +130,8 @@ class KvBits:
     page
         Tokens in a page, which are packed together: 16 or 32. A channel of its keys has one step and minimum.
     prompt
-        ``full``: the prompt's pages stay in the model's format, where the policy never evicts them. ``packed``: they
-        are packed as all others are.
+        ``full``: the prompt's pages stay in the model's format, where the policy never evicts them. ``packed``: only
+        the first of them does, and the others are packed as all pages are.
     """
 
     keys: int

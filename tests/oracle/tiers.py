@@ -41,7 +41,7 @@ class TieredRow:
             if kind == "decode_budget"
             else tokens // self.page
         )
-        full = self.window + len(self.prompt) * self.prompt_stays
+        full = self.window + len(self.prompt if self.prompt_stays else {0})
         return ((pages - full) * self.in_full - self.order_bytes) // self.packed
 
     def prefill(self, queries: list[Vector], keys: list[Vector], values: list[Vector]) -> None:
@@ -56,7 +56,7 @@ class TieredRow:
             self.length += 1
         self.prompt = set(self.pages)
         if not self.prompt_stays:
-            for at in sorted(self.pages)[: -self.window]:
+            for at in sorted(self.pages)[1 : -self.window]:
                 self.pack(at)
 
     def pack(self, at: int) -> None:
@@ -70,7 +70,7 @@ class TieredRow:
     def step(self, queries: list[Vector], key: Vector, value: Vector, scaling: float) -> list[Vector]:
         """Take one token, and return what each query reads."""
         if self.length % self.page == 0:
-            stays = self.prompt if self.prompt_stays else set()
+            stays = self.prompt if self.prompt_stays else {0}
             recent = [at for at, page in sorted(self.pages.items()) if not page.packed and at not in stays]
             if len(recent) >= self.window:
                 packed = [at for at, page in self.pages.items() if page.packed]

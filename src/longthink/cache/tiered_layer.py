@@ -15,7 +15,7 @@ from typing_extensions import override
 from longthink.cache.layer import LayerCache
 from longthink.cache.rows import RowCounts
 from longthink.cache.step import Read
-from longthink.cache.tiered_store import TieredStore, open_tiered_pages, read_tiers, stays_in_full
+from longthink.cache.tiered_store import TieredStore, open_tiered_pages, pages_that_stay, read_tiers
 from longthink.config import Budget, KvBits
 from longthink.errors import BudgetError, UnsupportedFeatureError, UnsupportedModelError
 from longthink.kernels import PLAIN, LogitRule, packing
@@ -40,11 +40,11 @@ class TieredRows(RowCounts):
     ) -> None:
         super().__init__(policy, budget)
         self._kv_bits, self._page_bytes = kv_bits, page_bytes
-        self._prompt_stays = stays_in_full(policy, kv_bits)
+        self._stays = pages_that_stay(policy, kv_bits)
 
     def full_pages(self, prompt_pages: int) -> int:
         """Slots in full of a row with so many prompt pages."""
-        return prompt_pages * self._prompt_stays + self._kv_bits.window // self._policy.page_size
+        return min(prompt_pages, self._stays) + self._kv_bits.window // self._policy.page_size
 
     @property
     def needed(self) -> tuple[int, int]:

@@ -26,6 +26,7 @@ from longthink.policies import Policy, RanksPages, SelectsPages, grows
 
 _PACKED = packing.PackedPages._fields
 _ORDER = "channel_order_BN"
+_ALL = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class TieredStore(SlotStore):
         self.packed = packing.empty_pages(key_BKQD, packed, policy.page_size, kv_bits.keys, kv_bits.values)
         self.kv_bits = kv_bits
         self.channel_order_BN = order_BKD.to(torch.int16).flatten(1)
-        self.prompt_stays = stays_in_full(policy, kv_bits)
+        self.stays = pages_that_stay(policy, kv_bits)
         super().__init__(policy, key_BKQD, cap_B, full + packed, dtype, packed=packed)
 
     @override
@@ -170,13 +171,15 @@ class TieredStore(SlotStore):
 
     @override
     def _prompt_slots(self, slot_BKQ: Tensor, kept_BKQ: Tensor) -> Tensor:
-        if self.prompt_stays:
-            return slot_BKQ
-        page_size, window = self.table.page_size, self.kv_bits.window // self.table.page_size
+        page_size, stays = self.table.page_size, self.stays
         page_BKQ = slot_BKQ.div(page_size, rounding_mode="floor")
         last_BK1 = torch.where(kept_BKQ, page_BKQ, -1).amax(-1, keepdim=True)
-        first_BK1 = (last_BK1 + 1 - window).clamp(min=0)
-        place_BKQ = torch.where(page_BKQ >= first_BK1, page_BKQ - first_BK1, self.full_pages + page_BKQ)
+        first_BK1 = (last_BK1 + 1 - self.kv_bits.window // page_size).clamp(min=stays)
+        # Pages that stay come first, then the window; in packed slots what lies between them.
+        place_BKQ = torch.where(
+            page_BKQ >= first_BK1, page_BKQ - first_BK1, self.full_pages + page_BKQ - 2 * stays
+        )
+        place_BKQ = torch.where(page_BKQ < stays, page_BKQ, place_BKQ + stays)
         return place_BKQ * page_size + slot_BKQ % page_size
 
     @override
@@ -228,8 +231,10 @@ class TieredStore(SlotStore):
 
     def window_BKF(self) -> Tensor:
         """Slots in full whose pages leave for a packed one when the window is full, bool."""
-        held_BKF = self.table.page_BKP[..., : self.full_pages] >= 0
-        return held_BKF & ~self.table.prompt_BKP[..., : self.full_pages] if self.prompt_stays else held_BKF
+        page_BKF, prompt_BKF = (
+            x[..., : self.full_pages] for x in (self.table.page_BKP, self.table.prompt_BKP)
+        )
+        return (page_BKF >= 0) & ~(prompt_BKF & (page_BKF < self.stays))
 
     def pack(self, source_BK: Tensor, target_BK: Tensor, where_BK: Tensor) -> None:
         """Pack the page of a slot in full into a packed one, with all that belongs to it."""
@@ -286,9 +291,14 @@ class TieredStore(SlotStore):
         return keys, values, resident
 
 
-def stays_in_full(policy: Policy, kv_bits: KvBits) -> bool:
-    """Whether the prompt's pages are kept in full: a policy that may evict them treats them as all others."""
-    return kv_bits.prompt == "full" and (policy.pins_prompt() or grows(policy))
+def pages_that_stay(policy: Policy, kv_bits: KvBits) -> int:
+    """How many of the prompt's pages, from the first, are in full for good: none where the policy may evict them.
+
+    The first one always is: most heads read its first tokens more than all others, and do not bear their rounding.
+    """
+    if not policy.pins_prompt() and not grows(policy):
+        return 0
+    return _ALL if kv_bits.prompt == "full" else 1
 
 
 def open_tiered_pages(policy: Policy, store: TieredStore, *, evicts: bool) -> None:
@@ -317,8 +327,7 @@ def _packed_slot(policy: Policy, store: TieredStore, *, evicts: bool) -> Tensor:
     if not evicts:
         return slot_BK
     room_B = table.cap_B - store.kv_bits.window // table.page_size
-    if store.prompt_stays:
-        room_B = room_B - table.prompt_pages_B
+    room_B = room_B - table.prompt_pages_B.clamp(max=store.stays)
     used_BK = (~empty_BKN).sum(-1)
     # After a rewind of prompt pages the caps follow with the next turn.
     is_full_BK = used_BK >= room_B[:, None].clamp(max=empty_BKN.shape[-1])
