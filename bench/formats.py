@@ -25,8 +25,6 @@ from longthink.lab.fidelity.solver import encode
 from longthink.lab.fidelity.texts import Encoded, read_texts
 from longthink.models import load_model
 
-SINK = int(__import__("os").environ.get("SINK", "0"))
-
 
 class PackedBehindAWindow:
     """Attention of a whole text in which each query reads what has left its window at few bits."""
@@ -46,10 +44,7 @@ class PackedBehindAWindow:
         if self.form is not None:
             page = self.form.page
             near_NN = place_N // page > place_N[:, None] // page - self.form.window // page
-            if self.form.prompt == "full":
-                near_NN |= place_N < self.prompt
-            if SINK:
-                near_NN |= place_N < SINK
+            near_NN |= place_N < (self.prompt if self.form.prompt == "full" else page)
             far = self._packed(query, keys, values)
         logits = torch.where(near_NN, query @ keys[:, :, None].mT, query @ far[0][:, :, None].mT)
         causal_NN = place_N <= place_N[:, None]
