@@ -171,6 +171,16 @@ def test_what_is_read_is_read_the_same_when_packed_again(bits):
     torch.testing.assert_close(once[1], twice[1], rtol=2e-3, atol=2e-3)
 
 
+def test_narrow_numbers_are_rotated_as_wide_ones():
+    narrow = [x.bfloat16() for x in pages(32, 64)]
+    errors = []
+    for keys, values in (narrow, [x.double() for x in narrow]):
+        packed = packing.pack(keys, values, 8, 8, orders(64))
+        _, read = packing.unpack(packed, 32, torch.float64, orders(64))
+        errors.append((read - values.double()).square().mean())
+    assert errors[0] < 1.1 * errors[1]
+
+
 @bits
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("module", [packing, compiled], ids=["eager", "compiled"])

@@ -145,9 +145,8 @@ def pack(
         for part in parts
     ]
     groups = value_groups(head_dim)
-    value_codes, value_scales = _round_groups(
-        rotate(values_BKPTD).unflatten(-1, (groups, -1)), -1, value_bits
-    )
+    rotated = rotate(values_BKPTD.to(wide_dtype(values_BKPTD.dtype)))
+    value_codes, value_scales = _round_groups(rotated.unflatten(-1, (groups, -1)), -1, value_bits)
     return PackedPages(
         torch.cat([_to_bytes(codes, part.bits) for (codes, _), part in zip(rounded, parts, strict=True)], -1),
         torch.cat([torch.cat(scales, -2) for _, scales in rounded], -1),
@@ -268,12 +267,12 @@ def tiered_attention(
 
     Returns the output BKGD, and the softmax weights over all token slots, BKGS (float32 or wider).
     """
-    dtype = query_BKGD.dtype
-    packed_keys, rotated = (x.flatten(2, 3).to(dtype) for x in _read(packed, page_size, wide_dtype(dtype)))
+    dtype, wide = query_BKGD.dtype, wide_dtype(query_BKGD.dtype)
+    packed_keys, rotated = (x.flatten(2, 3).to(dtype) for x in _read(packed, page_size, wide))
     keys_BKSD, values_BKSD = (x.to(dtype) for x in full)
     far_query = in_order(query_BKGD, order_BKD)
     logits = [query_BKGD @ keys_BKSD.transpose(-1, -2), far_query @ packed_keys.transpose(-1, -2)]
-    logits_BKGS = torch.cat(logits, -1).to(wide_dtype(dtype)) * scaling
+    logits_BKGS = torch.cat(logits, -1).to(wide) * scaling
     weights_BKGS = masked_softmax(logits_BKGS, resident_BKS[:, :, None])
     near, far = weights_BKGS.to(dtype).split([keys_BKSD.shape[2], packed_keys.shape[2]], -1)
-    return near @ values_BKSD + rotate(far @ rotated), weights_BKGS
+    return near @ values_BKSD + rotate((far @ rotated).to(wide)).to(dtype), weights_BKGS
