@@ -31,6 +31,8 @@ class PackedBehindAWindow:
 
     form: KvBits | None = None
     prompt = 0
+    bits = 0.0
+    """Bits of a number in the last pages that were packed, with steps and minima."""
 
     def __call__(
         self, module: Any, query_BHND: Tensor, key_BKND: Tensor, value_BKND: Tensor, mask: Any, scaling: float,
@@ -63,6 +65,7 @@ class PackedBehindAWindow:
             for x in (keys, values)
         ]
         packed = packing.pack(pages[0], pages[1], self.form.keys, self.form.values, order)
+        self.bits = 8 * sum(tensor.nbytes for tensor in packed) / sum(x.numel() for x in pages)
         read_k, read_v = packing.unpack(packed, page, keys.dtype, order)
         return read_k.flatten(2, 3)[:, :, :count], read_v.flatten(2, 3)[:, :, :count]
 
@@ -89,7 +92,6 @@ def main() -> None:
     loaded.model.set_attn_implementation("packed_behind_a_window")
     texts = [encode(text, loaded.tokenizer, asked.max_tokens) for text in read_texts([asked.data], asked.n)]
     dense = [predictions(loaded.model, text) for text in texts]
-    head_dim = loaded.model.config.hidden_size // loaded.model.config.num_attention_heads
     print("| `kv_bits` | bits of a number | KL | other top token |\n|---|---|---|---|")
     for form in map(KvBits.parse, asked.formats.split(",")):
         assert form is not None
@@ -100,11 +102,8 @@ def main() -> None:
             divergence_N = (expected_NV.exp() * (expected_NV - found_NV)).sum(-1)
             other_N = expected_NV.argmax(-1) != found_NV.argmax(-1)
             changes.append(torch.stack([divergence_N.mean(), other_N.float().mean()]))
-        size = (
-            8 * packing.page_bytes(form.page, head_dim, form.keys, form.values) / (2 * form.page * head_dim)
-        )
         mean, other = torch.stack(changes).mean(0).tolist()
-        print(f"| `{form}` | {size:.2f} | {mean:.4f} | {100 * other:.1f} % |", flush=True)
+        print(f"| `{form}` | {attention.bits:.2f} | {mean:.4f} | {100 * other:.1f} % |", flush=True)
 
 
 if __name__ == "__main__":

@@ -210,7 +210,8 @@ class TieredCache(LayerCache):
         squares_BKD = queries.square().sum(2).unflatten(1, (key_BKQD.shape[1], -1)).sum(2)
         if self._chunks is not None:
             squares_BKD = self._chunks.total("squares", squares_BKD)
-        self._order_BKD = packing.order_channels(key_BKQD, real_BQ, squares_BKD)
+        if self._chunks is None or self._chunks.complete:
+            self._order_BKD = packing.order_channels(key_BKQD, real_BQ, squares_BKD)
 
     @override
     def _make_room(self, key_BKQD: Tensor, value_BKQD: Tensor) -> None:

@@ -26,7 +26,7 @@ from longthink.policies import Policy, RanksPages, SelectsPages, grows
 
 _PACKED = packing.PackedPages._fields
 _ORDER = "channel_order_BN"
-_ALL = 1 << 24
+_ALL = 1 << 24  # more pages than a prompt has
 
 
 @dataclass(frozen=True)

@@ -249,11 +249,6 @@ def _read(pages: PackedPages, page_size: int, wide: torch.dtype) -> tuple[Tensor
     return keys, (codes_BKPTCX * step_BKPTC1 + low_BKPTC1).flatten(-2)
 
 
-def in_order(query_BKGD: Tensor, order_BKD: Tensor) -> Tensor:
-    """Queries with their channels in the order of packed keys."""
-    return query_BKGD.gather(-1, order_BKD[:, :, None].expand_as(query_BKGD))
-
-
 def tiered_attention(
     query_BKGD: Tensor,
     full: tuple[Tensor, Tensor],
@@ -270,7 +265,7 @@ def tiered_attention(
     dtype, wide = query_BKGD.dtype, wide_dtype(query_BKGD.dtype)
     packed_keys, rotated = (x.flatten(2, 3).to(dtype) for x in _read(packed, page_size, wide))
     keys_BKSD, values_BKSD = (x.to(dtype) for x in full)
-    far_query = in_order(query_BKGD, order_BKD)
+    far_query = query_BKGD.gather(-1, order_BKD[:, :, None].expand_as(query_BKGD))
     logits = [query_BKGD @ keys_BKSD.transpose(-1, -2), far_query @ packed_keys.transpose(-1, -2)]
     logits_BKGS = torch.cat(logits, -1).to(wide) * scaling
     weights_BKGS = masked_softmax(logits_BKGS, resident_BKS[:, :, None])
